@@ -1,0 +1,54 @@
+"""saebench: harvest activations, train sparse autoencoders, look at their features, test what they do."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from saebench.activations.cache import ActivationCache, import_activations, open_cache
+    from saebench.activations.harvest import harvest
+    from saebench.activations.models import load_model
+    from saebench.codes import SparseCodes
+    from saebench.errors import UserError
+    from saebench.evaluation import EvalReport, evaluate
+    from saebench.saes import load
+    from saebench.saes.base import SAE
+    from saebench.store import index, open_store
+    from saebench.store.query import FeatureStore
+    from saebench.training import train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ActivationCache": "saebench.activations.cache",
+    "EvalReport": "saebench.evaluation",
+    "FeatureStore": "saebench.store.query",
+    "SAE": "saebench.saes.base",
+    "SparseCodes": "saebench.codes",
+    "UserError": "saebench.errors",
+    "evaluate": "saebench.evaluation",
+    "harvest": "saebench.activations.harvest",
+    "import_activations": "saebench.activations.cache",
+    "index": "saebench.store",
+    "load": "saebench.saes",
+    "load_model": "saebench.activations.models",
+    "open_cache": "saebench.activations.cache",
+    "open_store": "saebench.store",
+    "train": "saebench.training",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used: ``import saebench`` itself costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'saebench' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

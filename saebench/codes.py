@@ -1,0 +1,107 @@
+"""SparseCodes: what every encoder hands to everything else.
+
+Shapes: N rows (tokens), K slots a row when rectangular, S = stored entries, M = d_sae latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseCodes:
+    """Codes of N rows over ``d_sae`` latents, flat and ragged.
+
+    ``indices`` [S] int32 and ``values`` [S] float hold row 0's entries, then row 1's, and so on. With
+    ``k`` set every row has exactly k slots, so the offsets are arithmetic and need no tensor; otherwise
+    ``offsets`` [N + 1] int64 says where each row begins. A value of zero is padding: it counts neither in
+    ``l0`` nor in gradients, and its index means nothing. Order within a row is unspecified unless the SAE
+    says so. ``leading_shape`` is the shape of the input without its last axis: () for one vector,
+    (N,) or (B, T).
+    """
+
+    indices: Tensor
+    values: Tensor
+    d_sae: int
+    leading_shape: tuple[int, ...]
+    k: int | None = None
+    offsets: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.k is None) != (self.offsets is None), "exactly one of k and offsets"
+        assert self.indices.dtype == torch.int32, self.indices.dtype
+        assert self.indices.shape == self.values.shape and self.values.ndim == 1
+        if self.k is not None:
+            assert self.values.numel() == self.n_rows * self.k, (self.values.shape, self.leading_shape, self.k)
+
+    @classmethod
+    def from_topk(
+        cls, values: Tensor, indices: Tensor, *, d_sae: int, leading_shape: tuple[int, ...] | None = None
+    ) -> SparseCodes:
+        """From ``values`` and ``indices`` of shape [N, K]."""
+        n_rows, k = values.shape
+        shape = (n_rows,) if leading_shape is None else leading_shape
+        return cls(indices.to(torch.int32).reshape(-1), values.reshape(-1), d_sae, shape, k=k)
+
+    @classmethod
+    def from_ragged(
+        cls, values: Tensor, indices: Tensor, offsets: Tensor, *, d_sae: int,
+        leading_shape: tuple[int, ...] | None = None,
+    ) -> SparseCodes:
+        """From flat ``values`` and ``indices`` [S] and int64 ``offsets`` [N + 1]."""
+        shape = (offsets.numel() - 1,) if leading_shape is None else leading_shape
+        return cls(indices.to(torch.int32), values, d_sae, shape, offsets=offsets.to(torch.int64))
+
+    @property
+    def n_rows(self) -> int:
+        n = 1
+        for size in self.leading_shape:
+            n *= size
+        return n
+
+    @property
+    def row_offsets(self) -> Tensor:
+        """[N + 1] int64, on the device of the codes."""
+        if self.offsets is not None:
+            return self.offsets
+        assert self.k is not None
+        return torch.arange(self.n_rows + 1, device=self.values.device, dtype=torch.int64) * self.k
+
+    def rectangular(self) -> tuple[Tensor, Tensor]:
+        """``(indices, values)``, each a view [N, K]; only when ``k`` is set."""
+        assert self.k is not None, "ragged codes have no rectangular view"
+        return self.indices.view(-1, self.k), self.values.view(-1, self.k)
+
+    def rows(self) -> Tensor:
+        """[S] int64: the row of every stored entry, padding included."""
+        if self.k is not None:
+            return torch.arange(self.n_rows, device=self.values.device).repeat_interleave(self.k)
+        return torch.repeat_interleave(self.row_offsets.diff(), output_size=self.values.numel())
+
+    def coo(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``(row int64, index int32, value)`` of the entries that are not padding, in stored order."""
+        real = self.values != 0
+        return self.rows()[real], self.indices[real], self.values[real]
+
+    def l0(self) -> Tensor:
+        """[*leading_shape] int64: how many different latents are active (repeated picks count once)."""
+        row, index, _ = self.coo()
+        distinct = torch.unique(row * self.d_sae + index.long())
+        rows = distinct.div(self.d_sae, rounding_mode="floor")
+        return torch.bincount(rows, minlength=self.n_rows).view(self.leading_shape)
+
+    def to_dense(self) -> Tensor:
+        """[*leading_shape, d_sae]; repeated latents are added up."""
+        dense = self.values.new_zeros(self.n_rows * self.d_sae)
+        row, index, value = self.coo()
+        dense.index_add_(0, row * self.d_sae + index.long(), value)
+        return dense.view(*self.leading_shape, self.d_sae)
+
+    def to(self, device: torch.device | str) -> SparseCodes:
+        offsets = None if self.offsets is None else self.offsets.to(device)
+        return SparseCodes(
+            self.indices.to(device), self.values.to(device), self.d_sae, self.leading_shape, self.k, offsets
+        )

@@ -1,0 +1,326 @@
+"""Settings, one small frozen dataclass a station.
+
+Command-line flags, ``--config file.toml``, keyword arguments in Python and the JSON saved beside every
+result are all made from these classes: a field's name is the flag, its docstring the help text, its type
+the check. An SAE's own settings live in the file of its architecture; ``ARCHITECTURES`` is the registry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from saebench.errors import UserError
+
+ARCHITECTURES = {
+    "topk": "saebench.saes.topk:TopK",
+}
+"""Name -> where the class is. A new architecture is one file in saebench/saes and one line here."""
+
+StoredDtype = Literal["bf16", "fp16", "fp32"]
+ComputeDtype = Literal["auto", "bf16", "fp32"]
+
+DEMO_HOOK = "blocks.2.hook_resid_post"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestConfig:
+    """Run a model over text and keep its activations at one or more hooks."""
+
+    out: Path
+    """Directory of the activation cache."""
+    model: str = "demo"
+    """'demo', 'smollm2', a local Hugging Face folder, or a hub name."""
+    text: str = "sotu"
+    """'sotu', a local .txt, .jsonl or .parquet file, or the hub name of a data set."""
+    hook: tuple[str, ...] = (DEMO_HOOK,)
+    """Where to read activations, TransformerLens name; repeat for several hooks in one pass."""
+    tokens: int = 2_000_000
+    """Rows to keep for each hook (one row is one token); fewer when the text ends first."""
+    ctx: int = 128
+    """Tokens in a context."""
+    dtype: StoredDtype = "bf16"
+    """Type in which activations are stored."""
+    batch_size: int = 32
+    """Contexts in one forward pass."""
+    keep_first: bool = False
+    """Keep position 0 of every context (an attention sink of huge norm in most models)."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Begin every context with the BOS token; 'auto' does what the model's tokenizer does by itself."""
+    revision: str | None = None
+    """Revision of a model from the hub."""
+    column: str = "text"
+    """Column of the text that holds the documents."""
+    split: str = "train"
+    """Split of a data set from the hub."""
+    shard_rows: int = 65_536
+    """Rows in a shard file; a multiple of 32,768."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda' or 'cuda:1'."""
+    quiet: bool = False
+    """No progress display."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, tokens=1, ctx=2, batch_size=1, shard_rows=1)
+        if not self.hook:
+            raise UserError("no hook was named; pass --hook, for example --hook blocks.2.hook_resid_post")
+        if len(set(self.hook)) != len(self.hook):
+            raise UserError(f"--hook names the same hook twice: {', '.join(self.hook)}")
+        if self.shard_rows % 32_768:
+            raise UserError(f"shard_rows is {self.shard_rows}; it must be a multiple of 32,768")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Make an activation cache of an array that exists already."""
+
+    source: Path
+    """A .npy file or a .safetensors file with one tensor, of shape [n, d_in]."""
+    out: Path
+    """Directory of the activation cache."""
+    hook: str = "imported"
+    """The name under which the rows are found again."""
+    dtype: StoredDtype | None = None
+    """Type in which to store; by default the array's own when it is one of these, else fp32."""
+    shard_rows: int = 65_536
+    """Rows in a shard file; a multiple of 32,768."""
+    quiet: bool = False
+    """No progress display."""
+
+    def __post_init__(self) -> None:
+        if self.shard_rows < 1 or self.shard_rows % 32_768:
+            raise UserError(f"shard_rows is {self.shard_rows}; it must be a multiple of 32,768")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaeSpec:
+    """What every architecture has; the rest is in the file of each."""
+
+    name: ClassVar[str] = ""
+
+    d_sae: int = 4096
+    """Number of latents."""
+    k: int = 32
+    """Active latents a token."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, d_sae=1, k=1)
+        if self.k > self.d_sae:
+            raise UserError(f"k is {self.k} but there are only d_sae = {self.d_sae} latents; lower --k or raise --d-sae")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a sparse autoencoder on cached activations."""
+
+    cache: Path
+    """Directory of the activation cache."""
+    out: Path
+    """Directory of the run."""
+    hook: str | None = None
+    """Which hook of the cache; the first by default."""
+    sae: str = "topk"
+    """Architecture."""
+    tokens: int = 5_000_000
+    """Rows to train on, over as many epochs as that takes."""
+    batch_size: int = 4096
+    """Rows in a step."""
+    lr: float | Literal["auto"] = "auto"
+    """Peak learning rate; 'auto' goes by width: 8e-4 / sqrt(d_sae / 4096)."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises from 0."""
+    decay: float = 0.3
+    """Share of the steps, at the end, in which it falls to 0."""
+    grad_clip: float = 1.0
+    """Largest norm of the whole gradient; 0 switches clipping off."""
+    normalize: bool = True
+    """Scale inputs to a mean squared norm of d_in while training; folded into the saved weights."""
+    seed: int = 0
+    """Seeds the initial weights and the order of the rows."""
+    dtype: ComputeDtype = "auto"
+    """Type of the matrix products; weights stay fp32. 'auto' is bf16 on a GPU and fp32 on a CPU."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    log_every: int = 50
+    """Steps between lines of metrics."""
+    resume: bool = False
+    """Go on where an interrupted run of the same settings stopped."""
+    memory: float = 1.0
+    """GiB of memory that the shuffling reader may use."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files into the run directory."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda' or 'cuda:1'."""
+    quiet: bool = False
+    """No progress display."""
+
+    def __post_init__(self) -> None:
+        if self.sae not in ARCHITECTURES:
+            raise UserError(f"--sae {self.sae} is not an architecture; there is {', '.join(ARCHITECTURES)}")
+        _at_least(self, tokens=1, batch_size=1, checkpoint_every=1, log_every=1, seed=0, grad_clip=0, warmup=0, decay=0)
+        if self.lr != "auto" and not 0 < float(self.lr) < float("inf"):
+            raise UserError(f"lr is {self.lr}; it must be 'auto' or a positive number")
+        if self.warmup + self.decay > 1:
+            raise UserError(f"warmup {self.warmup} and decay {self.decay} are shares of the run and exceed 1 together")
+        if not 0.01 <= self.memory < float("inf"):
+            raise UserError(f"memory is {self.memory} GiB; give at least 0.01")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Measure an SAE on rows that it was not trained on, and its effect on the model."""
+
+    run: Path
+    """A run directory, or a folder with sae.json and sae.safetensors."""
+    cache: Path | None = None
+    """Activation cache; by default the one the run was trained on."""
+    hook: str | None = None
+    """Which hook of the cache; by default the run's own."""
+    model: str | None = None
+    """Also splice the SAE into this model; 'cache' takes the one that made the cache."""
+    revision: str | None = None
+    """Revision of a model from the hub."""
+    text: str | None = None
+    """Read this text with the model instead of the cache's contexts."""
+    column: str = "text"
+    """Column of the text that holds the documents."""
+    split: str = "train"
+    """Split of a data set from the hub."""
+    tokens: int = 200_000
+    """Rows to measure on, at most."""
+    rows: Literal["held-out", "all"] = "held-out"
+    """'all' includes rows that the SAE was trained on."""
+    batch_size: int = 32
+    """Contexts in one forward pass of the model."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda' or 'cuda:1'."""
+    quiet: bool = False
+    """No progress display."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, tokens=2, batch_size=1)
+        if self.text is not None and self.model is None:
+            raise UserError(f"--text {self.text} needs a model to read it; add --model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Encode a cache with an SAE and write a feature store."""
+
+    run: Path
+    """A run directory, or a folder with sae.json and sae.safetensors."""
+    cache: Path
+    """Activation cache."""
+    out: Path
+    """Directory of the feature store; an existing store gets a new generation."""
+    hook: str | None = None
+    """Which hook of the cache; by default the run's own."""
+    model: str = "cache"
+    """Model for the logits: 'cache' is the one that made the cache, 'none' leaves logits out."""
+    name: str | None = None
+    """Name of the SAE in the store; by default the name of the run directory."""
+    examples: int = 20
+    """Top examples kept for each feature (and as many random ones)."""
+    window: int = 32
+    """Tokens shown around an example."""
+    batch_size: int = 8192
+    """Rows encoded at once."""
+    seed: int = 0
+    """Seeds the choice of random examples."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda' or 'cuda:1'."""
+    quiet: bool = False
+    """No progress display."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, examples=1, window=1, batch_size=1, seed=0)
+
+
+def architecture(name: str) -> Any:
+    """The SAE class registered as ``name``; its ``Spec`` attribute is its dataclass of settings."""
+    if name not in ARCHITECTURES:
+        raise UserError(f"{name!r} is not an SAE architecture; there is {', '.join(ARCHITECTURES)}")
+    module, _, attribute = ARCHITECTURES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+def from_flat(config_class: type[ConfigT], values: Mapping[str, object], *, source: str = "the settings") -> ConfigT:
+    """Make a ``config_class`` from plain values (keyword arguments, TOML, JSON), checked against its types.
+
+    Raises:
+        UserError: an unknown name (the nearest is offered), a missing one, or a value of the wrong type.
+    """
+    import pydantic
+
+    known = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}"
+            raise UserError(f"{name!r} in {source} is not a setting of {config_class.__name__}; {hint}")
+    try:
+        return pydantic.TypeAdapter(config_class).validate_python(dict(values))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, UserError):
+            raise cause from None
+        where = first["loc"][0] if first["loc"] else config_class.__name__
+        if first["type"] == "missing":
+            raise UserError(f"{where!r} is missing from {source}") from None
+        raise UserError(f"{where!r} in {source} is {first['input']!r}: {first['msg'].lower()}") from None
+
+
+def to_flat(config: Any) -> dict[str, Any]:
+    """Plain JSON values of a config, the inverse of ``from_flat``."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, Path):
+            return str(value)
+        return list(value) if isinstance(value, tuple) else value
+
+    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+ResultT = TypeVar("ResultT")
+
+
+def station(config_class: type[Any]) -> Callable[[Callable[[Any], ResultT]], Callable[..., ResultT]]:
+    """Let a function of one config also be called with the config's fields as keywords.
+
+    ``harvest(HarvestConfig(out=...))`` and ``harvest(out=..., model="demo")`` are the same call; the
+    signature that ``help`` shows is the dataclass's.
+    """
+
+    def decorate(function: Callable[[Any], ResultT]) -> Callable[..., ResultT]:
+        @functools.wraps(function)
+        def call(config: Any = None, /, **settings: Any) -> ResultT:
+            if config is None:
+                config = from_flat(config_class, settings, source=f"the call of {function.__name__}")
+            elif settings:
+                raise TypeError(f"{function.__name__} takes a {config_class.__name__} or keywords, not both")
+            return function(config)
+
+        call.__signature__ = inspect.signature(config_class)  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _at_least(config: Any, **smallest: float) -> None:
+    for name, bound in smallest.items():
+        value = getattr(config, name)
+        if not value >= bound:
+            raise UserError(f"{name} is {value}; it must be at least {bound}")
