@@ -38,7 +38,10 @@ _HOMES = {
     "train": "saebench.training",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [  # noqa: RUF022
+    "ActivationCache", "EvalReport", "FeatureStore", "SAE", "SparseCodes", "UserError", "__version__", "evaluate",
+    "harvest", "import_activations", "index", "load", "load_model", "open_cache", "open_store", "train",
+]
 
 
 def __getattr__(name: str) -> Any:

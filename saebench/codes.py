@@ -35,7 +35,7 @@ class SparseCodes:
         assert self.indices.dtype == torch.int32, self.indices.dtype
         assert self.indices.shape == self.values.shape and self.values.ndim == 1
         if self.k is not None:
-            assert self.values.numel() == self.n_rows * self.k, (self.values.shape, self.leading_shape, self.k)
+            assert self.values.numel() == self.n_rows * self.k, (self.values.shape, self.leading_shape)
 
     @classmethod
     def from_topk(

@@ -113,7 +113,7 @@ class SaeSpec:
     def __post_init__(self) -> None:
         _at_least(self, d_sae=1, k=1)
         if self.k > self.d_sae:
-            raise UserError(f"k is {self.k} but there are only d_sae = {self.d_sae} latents; lower --k or raise --d-sae")
+            raise UserError(f"k is {self.k} but d_sae is only {self.d_sae} latents; lower --k or raise --d-sae")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,11 +166,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.sae not in ARCHITECTURES:
             raise UserError(f"--sae {self.sae} is not an architecture; there is {', '.join(ARCHITECTURES)}")
-        _at_least(self, tokens=1, batch_size=1, checkpoint_every=1, log_every=1, seed=0, grad_clip=0, warmup=0, decay=0)
+        _at_least(self, tokens=1, batch_size=1, checkpoint_every=1, log_every=1)
+        _at_least(self, seed=0, grad_clip=0, warmup=0, decay=0)
         if self.lr != "auto" and not 0 < float(self.lr) < float("inf"):
             raise UserError(f"lr is {self.lr}; it must be 'auto' or a positive number")
         if self.warmup + self.decay > 1:
-            raise UserError(f"warmup {self.warmup} and decay {self.decay} are shares of the run and exceed 1 together")
+            raise UserError(f"warmup {self.warmup} and decay {self.decay} are shares of one run and exceed it")
         if not 0.01 <= self.memory < float("inf"):
             raise UserError(f"memory is {self.memory} GiB; give at least 0.01")
 
@@ -256,7 +257,9 @@ def architecture(name: str) -> Any:
 ConfigT = TypeVar("ConfigT")
 
 
-def from_flat(config_class: type[ConfigT], values: Mapping[str, object], *, source: str = "the settings") -> ConfigT:
+def from_flat(
+    config_class: type[ConfigT], values: Mapping[str, object], *, source: str = "the settings"
+) -> ConfigT:
     """Make a ``config_class`` from plain values (keyword arguments, TOML, JSON), checked against its types.
 
     Raises:
@@ -270,8 +273,10 @@ def from_flat(config_class: type[ConfigT], values: Mapping[str, object], *, sour
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}"
             raise UserError(f"{name!r} in {source} is not a setting of {config_class.__name__}; {hint}")
+    lists = {f.name for f in dataclasses.fields(config_class) if isinstance(f.default, tuple)}  # type: ignore[arg-type]
+    values = {name: (v,) if name in lists and isinstance(v, str) else v for name, v in values.items()}
     try:
-        return pydantic.TypeAdapter(config_class).validate_python(dict(values))
+        return pydantic.TypeAdapter(config_class).validate_python(values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         cause = first.get("ctx", {}).get("error")

@@ -53,7 +53,8 @@ def sentence_for_os_errors(path: Path) -> Iterator[None]:
                 "free some space or choose another place, then run the same command again"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"cannot write {path}: {os.strerror(error.errno)}; choose another place") from error
+            reason = os.strerror(error.errno)
+            raise UserError(f"cannot write {path}: {reason}; choose another place") from error
         raise
 
 
@@ -84,7 +85,7 @@ def read_json(path: Path, *, what: str) -> Any:
     except FileNotFoundError:
         raise UserError(f"{what} {path} does not exist; check the path") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} {path} is not readable JSON ({error}); it is damaged: make it again") from None
+        raise UserError(f"{what} {path} is damaged ({error}); make it again") from None
 
 
 def sha256_file(path: Path) -> str:

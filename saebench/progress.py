@@ -17,7 +17,9 @@ class Progress(Protocol):
 
 
 @contextlib.contextmanager
-def progress(title: str, *, total: int, unit: str, initial: int = 0, quiet: bool = False) -> Iterator[Progress]:
+def progress(
+    title: str, *, total: int, unit: str, initial: int = 0, quiet: bool = False
+) -> Iterator[Progress]:
     """Show how far a long piece of work is, on standard error.
 
     ``initial`` units were done by an earlier run: they count in the share but not in the rate.
@@ -27,7 +29,7 @@ def progress(title: str, *, total: int, unit: str, initial: int = 0, quiet: bool
     elif sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(total=total, initial=initial, desc=title, unit=unit, unit_scale=True, dynamic_ncols=True) as bar:
+        with tqdm(total=total, initial=initial, desc=title, unit=unit, unit_scale=True) as bar:
             yield _Bar(bar)
     else:
         lines = _Lines(title, total, unit, initial)
@@ -70,7 +72,8 @@ class _Lines:
         self._last = time.monotonic()
         seconds = max(self._last - self._started, 1e-9)
         rate = (self._done - self._initial) / seconds
-        left = f", {_clock((self._total - self._done) / rate)} left" if rate and self._done < self._total else ""
+        remaining = self._total - self._done
+        left = f", {_clock(remaining / rate)} left" if rate and remaining > 0 else ""
         share = 100 * self._done / max(self._total, 1)
         note = f"  {self._note}" if self._note else ""
         print(
