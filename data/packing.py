@@ -1,0 +1,58 @@
+"""Documents into contexts: the corpus as it is read, split, tokenised and packed.
+
+Shape suffixes: C contexts, T positions of a context.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Document:
+    source: str
+    text: str
+    held_out: bool
+
+    @property
+    def tuning(self) -> bool:
+        """True for one training document in 20: schedules and baselines are tuned on these, never on held-out text.
+
+        The final model and the final baselines are then made from all training documents.
+        """
+        digest = hashlib.sha256(self.text.encode()).digest()
+        return not self.held_out and int.from_bytes(digest[8:16], "big") % 20 == 0
+
+
+def read_documents(corpus: Path) -> list[Document]:
+    """The documents that make_corpus.py wrote."""
+    import pyarrow.parquet as pq
+
+    return [Document(**row) for row in pq.read_table(corpus, columns=["source", "text", "held_out"]).to_pylist()]
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Token ids of each text, with the end-of-text token behind it."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    return [np.array([*encoding.ids, end], dtype=np.int32) for encoding in tokenizer.encode_batch(list(texts))]
+
+
+def pack(documents: Iterable[np.ndarray], width: int, *, step: int | None = None) -> np.ndarray:
+    """Contexts of `width` tokens, [C, width], from the documents laid end to end; a last partial one is dropped.
+
+    With step = width - 1 neighbours share one token, so that every token but the very first is predicted once.
+    """
+    stream = np.concatenate(list(documents))
+    windows = np.lib.stride_tricks.sliding_window_view(stream, width)
+    return windows[:: step or width].copy()

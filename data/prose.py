@@ -1,0 +1,71 @@
+"""Prose out of the documentation pages that the demo model also learns from: what a reader would read aloud."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+BLOCKS = frozenset(
+    "p div h1 h2 h3 h4 h5 h6 li ul ol dl dt dd blockquote section article header footer hr body br center".split()
+)
+# Programs, tables and drawings are not prose.
+SKIPPED = frozenset("head script style select form pre table svg button noscript title textarea".split())
+VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
+# Navigation, tables of contents and the like, by their class names in SQLite's and PostgreSQL's pages.
+SKIPPED_CLASSES = frozenset(
+    "nosearch navheader navfooter fancy_toc toc indexterm imgcontainer menu searchmenu codeblock programlisting "
+    "screen synopsis cmdsynopsis refsynopsisdiv".split()
+)
+
+MIN_PARAGRAPH = 25  # characters; shorter ones are headings of what was skipped, versions, single names
+
+
+class _Prose(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.paragraphs: list[str] = []
+        self._pieces: list[str] = []
+        self._skipping: list[str] = []  # open tags since the outermost skipped one
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in BLOCKS:
+            self._end_paragraph()
+        if tag in VOID:
+            return
+        classes = (dict(attrs).get("class") or "").split()
+        if self._skipping:
+            self._skipping.append(tag)
+        elif tag in SKIPPED or not SKIPPED_CLASSES.isdisjoint(classes):
+            self._skipping.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._skipping:  # closing an element closes those left open inside it
+            while self._skipping.pop() != tag:
+                pass
+        if tag in BLOCKS:
+            self._end_paragraph()
+
+    def handle_data(self, data: str) -> None:
+        if not self._skipping:
+            self._pieces.append(data)
+
+    def close(self) -> None:
+        super().close()
+        self._end_paragraph()
+
+    def _end_paragraph(self) -> None:
+        paragraph = " ".join("".join(self._pieces).split())
+        self._pieces.clear()
+        if len(paragraph) >= MIN_PARAGRAPH:
+            self.paragraphs.append(paragraph)
+
+
+PAGE_FOOTER = re.compile(r"^This page (was )?last (modified|updated)")
+
+
+def paragraphs_of(html: str) -> list[str]:
+    """The paragraphs, headings and list items of one page, white space collapsed, in reading order."""
+    parser = _Prose()
+    parser.feed(html)
+    parser.close()
+    return [paragraph for paragraph in parser.paragraphs if not PAGE_FOOTER.match(paragraph)]
