@@ -1,0 +1,192 @@
+"""What the model loses when the SAE's reconstruction takes the place of the real activations.
+
+Shapes: B contexts, T positions, D = d_in, V vocabulary, P replaced positions, S scored predictions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from saebench.errors import UserError
+
+if TYPE_CHECKING:
+    from saebench.activations.models import Model
+    from saebench.saes.base import SAE
+
+SCORED_BYTES = 2**25
+"""Memory for one block of fp32 rows over the vocabulary while scoring."""
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Token sequences and which of their positions take part.
+
+    ``tokens_BT`` int [B, T]; ``length_B`` int [B], how many tokens of each context are real (what
+    follows is padding); ``keep_BT`` bool [B, T], the positions whose activations are replaced.
+    """
+
+    tokens_BT: Tensor
+    length_B: Tensor
+    keep_BT: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.tokens_BT.shape == self.keep_BT.shape, (self.tokens_BT.shape, self.keep_BT.shape)
+        assert self.length_B.shape == self.tokens_BT.shape[:1], self.length_B.shape
+        assert self.keep_BT.dtype == torch.bool
+
+    def __len__(self) -> int:
+        return len(self.tokens_BT)
+
+    def batches(self, size: int) -> Iterable[Contexts]:
+        """The same contexts, at most ``size`` at a time, in order."""
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            yield Contexts(self.tokens_BT[part], self.length_B[part], self.keep_BT[part])
+
+    def scored(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``(context, position, next token)``, each int64 [S], of the predictions that are scored.
+
+        Those are the predictions made at replaced positions whose next token is real (not padding).
+        """
+        n_positions = self.tokens_BT.shape[1]
+        has_next_BT = torch.arange(n_positions) + 1 < self.length_B[:, None]
+        context_S, position_S = (self.keep_BT & has_next_BT).nonzero(as_tuple=True)
+        return context_S, position_S, self.tokens_BT[context_S, position_S + 1].long()
+
+
+@dataclass(frozen=True)
+class FaithfulnessMetrics:
+    """Measured over ``n_tokens`` next-token predictions, in nats per token, with equal weight for each.
+
+    A prediction is scored when its position was replaced and the token that it predicts is real: nothing
+    is measured at positions that the SAE did not touch. CE = mean of -log p(next token):
+
+    - ``ce_clean``: the model as it is.
+    - ``ce_spliced``: the activations at the replaced positions are the SAE's reconstructions.
+    - ``ce_zero``: they are zero.
+    - ``ce_mean``: they are the mean activation.
+    - ``kl`` = mean of KL(clean || spliced) = sum_v p_clean(v) (log p_clean(v) - log p_spliced(v)).
+    """
+
+    n_tokens: int
+    ce_clean: float
+    ce_spliced: float
+    ce_zero: float
+    ce_mean: float
+    kl: float
+
+    @property
+    def ce_delta(self) -> float:
+        """ce_spliced - ce_clean, in nats per token."""
+        return self.ce_spliced - self.ce_clean
+
+    @property
+    def ce_loss_score(self) -> float | None:
+        """(ce_zero - ce_spliced) / (ce_zero - ce_clean); None when zeros do not hurt the model.
+
+        1 when the reconstruction costs nothing, 0 when it is as bad as zeros. A model that does no worse
+        with zeros (an untrained one, say) has nothing to recover and the ratio means nothing.
+        """
+        if self.ce_zero <= self.ce_clean:
+            return None
+        return (self.ce_zero - self.ce_spliced) / (self.ce_zero - self.ce_clean)
+
+
+@torch.no_grad()
+def faithfulness_metrics(
+    sae: SAE,
+    model: Model,
+    hook: str,
+    batches: Iterable[Contexts],
+    *,
+    mean_activation: Tensor,
+    reconstruct: Callable[[Tensor], Tensor] | None = None,
+) -> FaithfulnessMetrics:
+    """Run ``model`` four times over each batch of contexts: clean, spliced, with zeros, with the mean.
+
+    ``mean_activation`` [d_in] is what ce_mean puts in place. ``reconstruct`` (rows [P, d_in] -> x_hat
+    [P, d_in]) stands for ``sae.decode(sae.encode(rows))`` when the caller also wants to see the rows,
+    as ``ReconstructionMeter.update`` does. Positions that are not kept pass through untouched.
+
+    Raises:
+        UserError: there is no prediction to score, or the model's logits are not finite.
+    """
+
+    def through_sae(x_PD: Tensor) -> Tensor:
+        return sae.decode(sae.encode(x_PD.to(sae.W_dec.device, torch.float32)))
+
+    def zeros(x_PD: Tensor) -> Tensor:
+        return torch.zeros_like(x_PD)
+
+    def mean(x_PD: Tensor) -> Tensor:
+        return mean_activation.to(x_PD).expand_as(x_PD)
+
+    ablations = {"spliced": reconstruct or through_sae, "zero": zeros, "mean": mean}
+    ce = dict.fromkeys(("clean", *ablations), 0.0)
+    kl, n_tokens = 0.0, 0
+    for batch in batches:
+        scored = batch.scored()
+        n_tokens += len(scored[0])
+        clean_BTV = model.logits(batch.tokens_BT)
+        ce["clean"] += _sum_cross_entropy(clean_BTV, scored)
+        for name, ablation in ablations.items():
+            logits_BTV = model.logits(batch.tokens_BT, edit={hook: _replace(batch.keep_BT, ablation)})
+            ce[name] += _sum_cross_entropy(logits_BTV, scored)
+            if name == "spliced":
+                kl += _sum_kl(clean_BTV, logits_BTV, scored)
+            del logits_BTV
+    if n_tokens == 0:
+        raise UserError(
+            "there is no prediction to score: no context has a kept position that is followed by a token; "
+            "evaluate on more tokens or on longer contexts"
+        )
+    for name, total in ce.items():
+        if not math.isfinite(total):
+            raise UserError(f"the model's {name} loss on these contexts is {total}; its weights are damaged")
+    return FaithfulnessMetrics(
+        n_tokens=n_tokens, kl=kl / n_tokens, **{f"ce_{name}": total / n_tokens for name, total in ce.items()}
+    )
+
+
+def _replace(keep_BT: Tensor, new: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """An edit of the activations [B, T, D] at a hook that touches exactly the kept positions."""
+
+    def edit(x_BTD: Tensor) -> Tensor:
+        keep = keep_BT.to(x_BTD.device)
+        edited_BTD = x_BTD.clone()
+        edited_BTD[keep] = new(x_BTD[keep]).to(x_BTD)
+        return edited_BTD
+
+    return edit
+
+
+def _sum_cross_entropy(logits_BTV: Tensor, scored: tuple[Tensor, Tensor, Tensor]) -> float:
+    total = torch.zeros((), dtype=torch.float64, device=logits_BTV.device)
+    for context, position, target in _blocks(logits_BTV, scored):
+        rows = logits_BTV[context, position].float()
+        total += torch.nn.functional.cross_entropy(rows, target, reduction="none").double().sum()
+    return total.item()
+
+
+def _sum_kl(clean_BTV: Tensor, other_BTV: Tensor, scored: tuple[Tensor, Tensor, Tensor]) -> float:
+    total = torch.zeros((), dtype=torch.float64, device=clean_BTV.device)
+    for context, position, _ in _blocks(clean_BTV, scored):
+        clean = clean_BTV[context, position].float().log_softmax(-1)
+        other = other_BTV[context, position].float().log_softmax(-1)
+        total += (clean.exp() * (clean - other)).sum(-1).double().sum()
+    return total.item()
+
+
+def _blocks(
+    logits_BTV: Tensor, scored: tuple[Tensor, Tensor, Tensor]
+) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    """``scored`` in pieces, on the device of the logits: a whole batch at once is several GiB for 50k tokens."""
+    size = max(1, SCORED_BYTES // (4 * logits_BTV.shape[-1]))
+    context_S, position_S, target_S = (part.to(logits_BTV.device) for part in scored)
+    yield from zip(context_S.split(size), position_S.split(size), target_S.split(size), strict=True)

@@ -1,0 +1,169 @@
+"""How well codes rebuild activations: explained variance, sparsity, dead latents.
+
+Shapes: N rows (tokens), D = d_in, M = d_sae latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from saebench.errors import UserError
+
+if TYPE_CHECKING:
+    from saebench.codes import SparseCodes
+    from saebench.saes.base import SAE
+
+BINS_PER_DECADE = 4
+
+
+@dataclass(frozen=True)
+class DensityHistogram:
+    """How many latents fire how often, over log10 of the density.
+
+    Bin i holds ``counts[i]`` latents with ``edges[i] <= log10(density) < edges[i + 1]`` (the last bin
+    includes a density of 1). Edges are multiples of 1/4 from the rarest density that the token count can
+    show, up to 0. The ``dead`` latents, which never fired, are in no bin.
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    dead: int
+
+
+@dataclass(frozen=True)
+class ReconstructionMetrics:
+    """Measured over ``n_tokens`` rows x_i with codes z_i and reconstructions xh_i; mu is the mean of x_i.
+
+    - ``fvu`` = sum_i ||x_i - xh_i||^2 / (sum_i ||x_i||^2 - N ||mu||^2), the fraction of variance
+      unexplained: centred and pooled over all rows and dimensions.
+    - ``explained_variance`` = 1 - fvu. The same quantity as in SAELens' ExplainedVarianceCalculator (6.54).
+    - ``l0`` = mean_i of the number of different latents with a nonzero code.
+    - ``dead_fraction`` = share of latents that are zero on all of these rows.
+    - ``cosine_similarity`` = mean_i of x_i . xh_i / (||x_i|| ||xh_i||), taken as 0 where either is zero.
+    - ``density`` [M] float64 = share of rows on which each latent is nonzero; it sums to l0.
+    """
+
+    n_tokens: int
+    fvu: float
+    explained_variance: float
+    l0: float
+    dead_fraction: float
+    cosine_similarity: float
+    density: Tensor
+
+    def density_histogram(self) -> DensityHistogram:
+        lowest = -math.ceil(math.log10(self.n_tokens))
+        n_bins = -lowest * BINS_PER_DECADE
+        alive = self.density[self.density > 0]
+        # Clamped, because rounding in log10 could put a density of exactly 1/N below the first edge.
+        bins = ((alive.log10() - lowest) * BINS_PER_DECADE).floor().long().clamp(0, n_bins - 1)
+        return DensityHistogram(
+            edges=tuple(lowest + i / BINS_PER_DECADE for i in range(n_bins + 1)),
+            counts=tuple(torch.bincount(bins, minlength=n_bins).tolist()),
+            dead=self.density.numel() - alive.numel(),
+        )
+
+
+class ReconstructionMeter:
+    """Adds rows up batch by batch, in float64; however they are split, the result is the same."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.sae = sae
+        self.n_tokens = 0
+        device = sae.W_dec.device
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        self._error, self._squares, self._cosine = zero.clone(), zero.clone(), zero.clone()
+        self._sum_D = torch.zeros(sae.d_in, dtype=torch.float64, device=device)
+        self._fires_M = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
+        self._origin_D: Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, x_ND: Tensor) -> Tensor:
+        """Encode, decode and count the rows ``x_ND`` [N, d_in]; returns x_hat [N, d_in] float32.
+
+        Raises:
+            UserError: an activation or a reconstruction is NaN or infinite.
+        """
+        x_ND = x_ND.to(self._sum_D.device, torch.float32)
+        if x_ND.shape[0] == 0:
+            return x_ND
+        self._refuse_not_finite(x_ND, "activation", "harvest them again, in bf16 or fp32")
+        codes = self.sae.encode(x_ND)
+        x_hat_ND = self.sae.decode(codes)
+        self._refuse_not_finite(x_hat_ND, "reconstruction", "the SAE's weights are damaged; train it again")
+
+        x, x_hat = x_ND.double(), x_hat_ND.double()
+        if self._origin_D is None:
+            self._origin_D = x[0].clone()
+        # The variance is taken around the first row: the same number as around zero, without the
+        # cancellation that a mean much larger than the spread would bring.
+        shifted = x - self._origin_D
+        self._squares += shifted.square().sum()
+        self._sum_D += shifted.sum(0)
+        self._error += (x - x_hat).square().sum()
+        norms = x.norm(dim=-1) * x_hat.norm(dim=-1)
+        self._cosine += torch.where(norms > 0, (x * x_hat).sum(-1) / norms, 0.0).sum()
+        self._fires_M += fires(codes)
+        self.n_tokens += x_ND.shape[0]
+        return x_hat_ND
+
+    def mean(self) -> Tensor:
+        """[d_in] float32: the mean of the rows so far."""
+        assert self._origin_D is not None, "no rows"
+        return (self._origin_D + self._sum_D / self.n_tokens).float()
+
+    def result(self) -> ReconstructionMetrics:
+        """The metrics of all rows so far.
+
+        Raises:
+            UserError: there are no two different rows, so that there is no variance to explain.
+        """
+        n = self.n_tokens
+        variance = (self._squares - self._sum_D.square().sum() / max(n, 1)).item()
+        if variance <= 0:
+            raise UserError(
+                f"the {n} rows to measure on hold no two different activations, so there is no variance to "
+                "explain; evaluate on more tokens or check the cache"
+            )
+        fvu = self._error.item() / variance
+        density_M = self._fires_M.double().cpu() / n
+        return ReconstructionMetrics(
+            n_tokens=n,
+            fvu=fvu,
+            explained_variance=1 - fvu,
+            l0=density_M.sum().item(),
+            dead_fraction=(density_M == 0).double().mean().item(),
+            cosine_similarity=self._cosine.item() / n,
+            density=density_M,
+        )
+
+    def _refuse_not_finite(self, rows_ND: Tensor, what: str, way_out: str) -> None:
+        finite_N = rows_ND.isfinite().all(-1)
+        if not finite_N.all():
+            row = self.n_tokens + int((~finite_N).nonzero()[0])
+            raise UserError(f"the {what} of row {row} of those evaluated is NaN or infinite; {way_out}")
+
+
+def fires(codes: SparseCodes) -> Tensor:
+    """[M] int64: on how many rows each latent is active; a latent picked twice in a row counts once."""
+    row, index, _ = codes.coo()
+    distinct = torch.unique(row * codes.d_sae + index.long())
+    return torch.bincount(distinct % codes.d_sae, minlength=codes.d_sae)
+
+
+def reconstruction_metrics(sae: SAE, x_batches: Iterable[Tensor]) -> ReconstructionMetrics:
+    """Measure ``sae`` on batches of rows [n, d_in] of any float dtype; see ReconstructionMetrics.
+
+    Raises:
+        UserError: NaN or infinite activations, or no two different rows.
+    """
+    meter = ReconstructionMeter(sae)
+    for x_ND in x_batches:
+        meter.update(x_ND)
+    return meter.result()
