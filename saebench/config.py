@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from saebench.errors import UserError
 
 ARCHITECTURES = {
-    "topk": "saebench.saes.topk:TopK",
+    "topk": "saebench.saes.topk:TopKSAE",
 }
 """Name -> where the class is. A new architecture is one file in saebench/saes and one line here."""
 
@@ -68,7 +68,7 @@ class HarvestConfig:
     """No progress display."""
 
     def __post_init__(self) -> None:
-        _at_least(self, tokens=1, ctx=2, batch_size=1, shard_rows=1)
+        at_least(self, tokens=1, ctx=2, batch_size=1, shard_rows=1)
         if not self.hook:
             raise UserError("no hook was named; pass --hook, for example --hook blocks.2.hook_resid_post")
         if len(set(self.hook)) != len(self.hook):
@@ -111,7 +111,7 @@ class SaeSpec:
     """Active latents a token."""
 
     def __post_init__(self) -> None:
-        _at_least(self, d_sae=1, k=1)
+        at_least(self, d_sae=1, k=1)
         if self.k > self.d_sae:
             raise UserError(f"k is {self.k} but d_sae is only {self.d_sae} latents; lower --k or raise --d-sae")
 
@@ -141,7 +141,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest norm of the whole gradient; 0 switches clipping off."""
     normalize: bool = True
-    """Scale inputs to a mean squared norm of d_in while training; folded into the saved weights."""
+    """Scale inputs to unit variance per dimension, on average, while training; folded into the saved weights."""
     seed: int = 0
     """Seeds the initial weights and the order of the rows."""
     dtype: ComputeDtype = "auto"
@@ -166,8 +166,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.sae not in ARCHITECTURES:
             raise UserError(f"--sae {self.sae} is not an architecture; there is {', '.join(ARCHITECTURES)}")
-        _at_least(self, tokens=1, batch_size=1, checkpoint_every=1, log_every=1)
-        _at_least(self, seed=0, grad_clip=0, warmup=0, decay=0)
+        at_least(self, tokens=1, batch_size=1, checkpoint_every=1, log_every=1)
+        at_least(self, seed=0, grad_clip=0, warmup=0, decay=0)
         if self.lr != "auto" and not 0 < float(self.lr) < float("inf"):
             raise UserError(f"lr is {self.lr}; it must be 'auto' or a positive number")
         if self.warmup + self.decay > 1:
@@ -208,7 +208,7 @@ class EvalConfig:
     """No progress display."""
 
     def __post_init__(self) -> None:
-        _at_least(self, tokens=2, batch_size=1)
+        at_least(self, tokens=2, batch_size=1)
         if self.text is not None and self.model is None:
             raise UserError(f"--text {self.text} needs a model to read it; add --model")
 
@@ -243,7 +243,7 @@ class IndexConfig:
     """No progress display."""
 
     def __post_init__(self) -> None:
-        _at_least(self, examples=1, window=1, batch_size=1, seed=0)
+        at_least(self, examples=1, window=1, batch_size=1, seed=0)
 
 
 def architecture(name: str) -> Any:
@@ -324,7 +324,8 @@ def station(config_class: type[Any]) -> Callable[[Callable[[Any], ResultT]], Cal
     return decorate
 
 
-def _at_least(config: Any, **smallest: float) -> None:
+def at_least(config: Any, **smallest: float) -> None:
+    """Raise a UserError for the first named field of ``config`` that is below its bound or NaN."""
     for name, bound in smallest.items():
         value = getattr(config, name)
         if not value >= bound:

@@ -1,0 +1,254 @@
+"""What every sparse autoencoder is: weights, encode, decode, loss, and how it is kept on disk.
+
+Shapes: N rows, D = d_in, M = d_sae latents. Weights are latent-major: one row a latent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from saebench.codes import SparseCodes
+from saebench.config import SaeSpec, architecture, from_flat, to_flat
+from saebench.errors import UserError
+from saebench.files import read_json, write_bytes_atomic, write_json_atomic
+
+SPEC_FILE = "sae.json"
+WEIGHTS_FILE = "sae.safetensors"
+FORMAT_VERSION = 1
+MIN_DEAD_STEPS = 50
+PROBE_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What one batch costs. ``total`` is what is minimised; the rest is for looking at."""
+
+    total: Tensor
+    """Scalar."""
+    reconstruction: Tensor
+    """Scalar: mean over rows of |x - x_hat|^2, divided by d_in."""
+    auxiliary: Tensor
+    """Scalar: the architecture's extra loss before its coefficient; 0 when it has none."""
+    codes: SparseCodes
+    """The codes of the batch."""
+    x_hat: Tensor
+    """[N, D] reconstruction."""
+
+
+class SAE(nn.Module):
+    """Base of all architectures. A subclass sets ``Spec`` and writes ``encode_rows`` and ``loss``.
+
+    Master weights are float32: ``W_enc_MD`` and ``W_dec`` [d_sae, d_in], ``b_enc`` [d_sae], ``b_dec``
+    [d_in]. ``compute_dtype`` is the type of the large matrix product alone. ``tokens_since_fired`` [d_sae]
+    and ``dead_after`` belong to training: they are in checkpoints and not in the saved SAE.
+    """
+
+    Spec: ClassVar[type[SaeSpec]]
+    weight_names: ClassVar[tuple[str, ...]] = ("W_enc_MD", "W_dec", "b_enc", "b_dec")
+    tokens_since_fired: Tensor
+
+    def __init__(self, spec: SaeSpec, d_in: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.d_in = d_in
+        self.compute_dtype = torch.float32
+        self.dead_after = 10_000_000
+        self.W_enc_MD = nn.Parameter(torch.zeros(spec.d_sae, d_in))
+        self.W_dec = nn.Parameter(torch.zeros(spec.d_sae, d_in))
+        self.b_enc = nn.Parameter(torch.zeros(spec.d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.register_buffer("tokens_since_fired", torch.zeros(spec.d_sae, dtype=torch.int64))
+
+    @property
+    def d_sae(self) -> int:
+        return self.spec.d_sae
+
+    @property
+    def k(self) -> int:
+        return self.spec.k
+
+    @property
+    def W_enc(self) -> Tensor:
+        """[d_in, d_sae], a transposed view of the latent-major weights."""
+        return self.W_enc_MD.T
+
+    # What an architecture decides -----------------------------------------------------------------
+
+    def encode_rows(self, x_ND: Tensor) -> SparseCodes:
+        """Codes of rows [N, D], each chosen from its own row alone (inference)."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it encodes")
+
+    def loss(self, x_ND: Tensor) -> LossTerms:
+        """Loss of one training batch [N, D] of normalised activations."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it minimises")
+
+    # What all share -------------------------------------------------------------------------------
+
+    def encode(self, x: Tensor) -> SparseCodes:
+        """Codes of ``x`` of shape [d_in], [N, d_in] or [B, T, d_in], any float type.
+
+        Raises:
+            ValueError: the last axis is not d_in.
+        """
+        if x.ndim == 0 or x.shape[-1] != self.d_in:
+            raise ValueError(f"x has shape {tuple(x.shape)}; the last axis must be d_in = {self.d_in}")
+        codes = self.encode_rows(x.reshape(-1, self.d_in).float())
+        leading = tuple(x.shape[:-1])
+        return SparseCodes(codes.indices, codes.values, codes.d_sae, leading, codes.k, codes.offsets)
+
+    def decode(self, codes: SparseCodes) -> Tensor:
+        """Reconstruction [*leading_shape, d_in] in float32."""
+        from saebench.saes.functions import decode_codes
+
+        return decode_codes(codes, self.W_dec, self.b_dec).view(*codes.leading_shape, self.d_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction of ``x``, same shape, float32."""
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def initialize(self, sample_ND: Tensor, *, seed: int) -> None:
+        """Set the weights for training on activations like ``sample_ND`` (Gao et al. 2024, section A.1).
+
+        Random unit decoder rows, encoder tied to them, b_dec the mean of the sample, b_enc zero. The
+        encoder is then scaled by the one factor that makes the first reconstruction best in the least
+        squares sense; which latents are picked does not depend on it.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        atoms_MD = torch.randn(self.d_sae, self.d_in, generator=generator)
+        self.W_dec.copy_(atoms_MD)
+        self.normalize_decoder()
+        self.W_enc_MD.copy_(self.W_dec)
+        self.b_enc.zero_()
+        self.b_dec.copy_(sample_ND.double().mean(0))
+        probe_ND = sample_ND[:PROBE_ROWS].float()
+        error_ND = (probe_ND - self.b_dec).double()
+        offset_ND = (self(probe_ND) - self.b_dec).double()
+        energy = offset_ND.square().sum()
+        if energy > 0:
+            self.W_enc_MD.mul_(float((error_ND * offset_ND).sum() / energy))
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Give every decoder row unit norm."""
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny))
+
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        """Remove from each decoder row's gradient the part along the row: renormalising would undo it."""
+        if self.W_dec.grad is not None:
+            along_M1 = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
+            self.W_dec.grad.sub_(along_M1 * self.W_dec)
+
+    @torch.no_grad()
+    def count_firing(self, codes: SparseCodes) -> None:
+        """Set the counter of every latent that fired in ``codes`` to 0 and add the batch to all others."""
+        fired = codes.indices[codes.values != 0].long()
+        self.tokens_since_fired.add_(codes.n_rows)
+        self.tokens_since_fired[fired] = 0
+
+    def dead_latents(self) -> Tensor:
+        """Indices of the latents that have not fired for ``dead_after`` tokens, int64."""
+        return (self.tokens_since_fired >= self.dead_after).nonzero()[:, 0]
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        """Turn an SAE of ``scale * x`` into one of ``x``: biases and codes shrink by ``scale``.
+
+        The activation function must be homogeneous of degree one (top-k, ReLU). W_enc and W_dec stay, so
+        decoder rows keep unit norm: z(s x) = s z'(x) with b_enc' = b_enc / s, b_dec' = b_dec / s.
+        """
+        self.b_enc.div_(scale)
+        self.b_dec.div_(scale)
+
+    # Disk -----------------------------------------------------------------------------------------
+
+    def save(self, directory: Path | str, **facts: object) -> None:
+        """Write ``sae.safetensors`` and then ``sae.json`` into ``directory``, each atomically.
+
+        ``facts`` (hook_name, model, ...) are kept in the JSON file beside the spec.
+        """
+        from safetensors.torch import save as serialize
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = {name: getattr(self, name).detach().cpu().contiguous() for name in self.weight_names}
+        write_bytes_atomic(directory / WEIGHTS_FILE, serialize(weights))
+        description = {
+            "format_version": FORMAT_VERSION,
+            "sae": self.spec.name,
+            "d_in": self.d_in,
+            "spec": to_flat(self.spec),
+            **facts,
+        }
+        write_json_atomic(directory / SPEC_FILE, description)
+
+
+def load(path: Path | str, *, device: str | torch.device = "cpu") -> SAE:
+    """Load a trained SAE from a run directory or any folder with ``sae.json`` and ``sae.safetensors``.
+
+    Raises:
+        UserError: the folder holds no finished SAE, its format is newer, or a file is damaged.
+    """
+    directory = Path(path)
+    if not (directory / SPEC_FILE).exists():
+        if (directory / "run.json").exists():
+            raise UserError(f"the run {directory} has not finished; go on with saebench train ... --resume")
+        raise UserError(f"{directory} holds no SAE (no {SPEC_FILE}); name a run directory")
+    description = read_description(directory)
+    sae_class = architecture(description["sae"])
+    spec = from_flat(sae_class.Spec, description["spec"], source=str(directory / SPEC_FILE))
+    sae: SAE = sae_class(spec, int(description["d_in"]))
+    _load_weights(sae, directory / WEIGHTS_FILE)
+    return sae.to(device).eval()
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """The contents of ``sae.json``: sae, d_in, spec, and the facts it was saved with."""
+    file = directory / SPEC_FILE
+    description = read_json(file, what="the SAE description")
+    version = description.get("format_version") if isinstance(description, dict) else None
+    if not isinstance(version, int) or not {"sae", "d_in", "spec"} <= set(description):
+        raise UserError(f"{file} is not the description of an SAE; train it again")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{file} has format {version}; this saebench reads up to {FORMAT_VERSION}: update saebench"
+        )
+    return description
+
+
+def _load_weights(sae: SAE, file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(file)
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist; the SAE was not saved completely: train it again") from None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{file} is damaged ({error}); train it again or restore a copy") from None
+    check_tensors(weights, {name: tuple(getattr(sae, name).shape) for name in sae.weight_names}, file)
+    sae.load_state_dict(weights, strict=False)
+
+
+def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], file: Path) -> None:
+    """Refuse a safetensors file that does not hold exactly the tensors ``expected``, all finite."""
+    if missing := _first(name for name in expected if name not in tensors):
+        raise UserError(f"{file} has no tensor {missing!r}; it does not belong to this SAE")
+    for name, shape in expected.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise UserError(f"{file}: {name} has shape {tuple(tensor.shape)} where {shape} is expected")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{file}: {name} holds values that are not finite; restore an earlier copy")
+
+
+def _first(names: Iterable[str]) -> str | None:
+    return next(iter(names), None)
