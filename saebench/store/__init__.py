@@ -1,0 +1,27 @@
+"""Feature stores: what every latent of an SAE does on a text, as tables that a page or a notebook reads."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from saebench.store.build import index
+    from saebench.store.check import check_store, store_info
+    from saebench.store.query import FeatureStore, open_store
+
+_HOMES = {
+    "FeatureStore": "query",
+    "check_store": "check",
+    "index": "build",
+    "open_store": "query",
+    "store_info": "check",
+}
+
+__all__ = ["FeatureStore", "check_store", "index", "open_store", "store_info"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'saebench.store' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"saebench.store.{_HOMES[name]}"), name)

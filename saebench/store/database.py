@@ -1,0 +1,144 @@
+"""DuckDB connections: how store files are written and how they are read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saebench.errors import UserError
+from saebench.store.schema import Table
+
+if TYPE_CHECKING:
+    import duckdb
+
+READER_MEMORY = "2GiB"
+WRITER_MEMORY = "1GiB"
+
+# Late materialisation makes "WHERE feature = ? ORDER BY value DESC LIMIT n" several times slower, and with
+# a range of rowids it ends in an internal error (DuckDB 2.0.0); tests/store/test_database.py shows it.
+DISABLED_OPTIMIZERS = "late_materialization"
+
+
+def n_threads() -> int:
+    return min(4, os.cpu_count() or 1)
+
+
+def open_reader(sae_file: Path, text_file: Path | None = None) -> duckdb.DuckDBPyConnection:
+    """A read-only connection in which ``sae.<table>`` and ``txt.<table>`` are the two files.
+
+    The files are attached to an instance of their own, because DuckDB shares one instance among all
+    connections of a process to the same path. Queries can reach no other file and change no setting.
+
+    Raises:
+        UserError: a file is missing, damaged, or locked by a writer.
+    """
+    import duckdb
+
+    connection = duckdb.connect(":memory:", config=_offline(READER_MEMORY))
+    try:
+        for path, alias in ((sae_file, "sae"), (text_file, "txt")):
+            if path is None:
+                continue
+            if not path.is_file():
+                raise UserError(f"{path} is missing from the store; run saebench index again")
+            try:
+                connection.execute(f"ATTACH {_quoted(path)} AS {alias} (READ_ONLY)")
+            except duckdb.Error as error:
+                raise UserError(f"{path} cannot be read ({_first_line(error)}); run saebench index again") from error
+        connection.execute(f"SET disabled_optimizers = '{DISABLED_OPTIMIZERS}'")
+        connection.execute("SET temp_directory = ''")
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+@contextlib.contextmanager
+def new_database(path: Path, tables: Iterable[Table]) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Create a database file with empty ``tables``; on a clean exit it is one complete, synced file.
+
+    Raises:
+        UserError: the disk is full or refuses the write.
+    """
+    import duckdb
+
+    with sentence_for_duckdb_errors(path):
+        connection = duckdb.connect(str(path), config=_offline(WRITER_MEMORY))
+        try:
+            connection.execute(f"SET temp_directory = {_quoted(path.with_suffix('.tmp'))}")
+            for table in tables:
+                connection.execute(table.create())
+            yield connection
+            connection.execute("CHECKPOINT")
+        finally:
+            connection.close()
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def sentence_for_duckdb_errors(path: Path) -> Iterator[None]:
+    """Turn DuckDB's report of a full disk into one sentence about ``path``."""
+    import duckdb
+
+    try:
+        yield
+    except duckdb.Error as error:
+        message = str(error)
+        if any(sign in message for sign in ("No space left", "File too large", "Disk quota", "full disk")):
+            raise UserError(
+                f"no space left while writing {path}; free some space or choose another place, "
+                "then run the same command again"
+            ) from error
+        raise
+
+
+def insert(connection: duckdb.DuckDBPyConnection, table: Table, columns: dict[str, Any]) -> None:
+    """Append rows given as one array, list or Arrow array a column (any order, all of them)."""
+    import pyarrow
+
+    assert set(columns) == set(table.names), set(columns) ^ set(table.names)
+    rows = pyarrow.table({name: columns[name] for name in table.names})
+    connection.register("_rows", rows)
+    connection.execute(f"INSERT INTO {table.name} SELECT * FROM _rows")
+    connection.unregister("_rows")
+
+
+def insert_meta(connection: duckdb.DuckDBPyConnection, table: Table, meta: dict[str, Any]) -> None:
+    values = [json.dumps(meta[key], sort_keys=True, ensure_ascii=False) for key in sorted(meta)]
+    insert(connection, table, {"key": sorted(meta), "value": values})
+
+
+def read_meta(connection: duckdb.DuckDBPyConnection, alias: str = "sae") -> dict[str, Any]:
+    rows = connection.execute(f"SELECT key, value FROM {alias}.meta").fetchall()
+    return {key: json.loads(value) for key, value in rows}
+
+
+def tables_of(connection: duckdb.DuckDBPyConnection, alias: str) -> set[str]:
+    rows = connection.execute(
+        "SELECT table_name FROM duckdb_tables() WHERE database_name = ?", [alias]
+    ).fetchall()
+    return {name for (name,) in rows}
+
+
+def _offline(memory: str) -> dict[str, Any]:
+    return {
+        "threads": n_threads(),
+        "memory_limit": memory,
+        "autoinstall_known_extensions": "false",
+        "autoload_known_extensions": "false",
+    }
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,63 @@
+"""Which features, in which order: a filter as data, turned into SQL with parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from saebench.errors import UserError
+from saebench.store.schema import FEATURE, require_column
+
+Range = tuple[float | None, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureFilter:
+    """A selection of features.
+
+    Attributes:
+        ranges: column -> (lowest, highest), both included; None leaves that side open.
+        flags: column -> the truth value it must have ('dead', 'dense').
+        text: part of the top token's text, in any case.
+    """
+
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    flags: Mapping[str, bool] = field(default_factory=dict)
+    text: str | None = None
+
+    def where(self) -> tuple[str, list[object]]:
+        """``(condition, parameters)``; names come from the schema, values are always parameters.
+
+        Raises:
+            UserError: a column that does not exist or is not of the right kind.
+        """
+        conditions, values = ["true"], list[object]()
+        for name, (low, high) in self.ranges.items():
+            column = require_column(FEATURE, name)
+            if _type(column) in ("VARCHAR", "BOOLEAN"):
+                raise UserError(f"{column!r} is not a number, so it has no range; filter it with text or flags")
+            for bound, comparison in ((low, ">="), (high, "<=")):
+                if bound is not None:
+                    conditions.append(f"{column} {comparison} ?")
+                    values.append(float(bound))
+        for name, wanted in self.flags.items():
+            column = require_column(FEATURE, name)
+            if _type(column) != "BOOLEAN":
+                flags = [c.name for c in FEATURE.columns if c.type == "BOOLEAN"]
+                raise UserError(f"{column!r} is not a flag; the flags are {', '.join(flags)}")
+            conditions.append(f"{column} = ?")
+            values.append(bool(wanted))
+        if self.text:
+            conditions.append("contains(lower(top_token), lower(?))")
+            values.append(self.text)
+        return " AND ".join(conditions), values
+
+
+def order_clause(order_by: str, descending: bool) -> str:
+    """ORDER BY that puts unknown values last and decides ties by the number of the feature."""
+    column = require_column(FEATURE, order_by)
+    return f"{column} {'DESC' if descending else 'ASC'} NULLS LAST, feature"
+
+
+def _type(column: str) -> str:
+    return next(c.type for c in FEATURE.columns if c.name == column)

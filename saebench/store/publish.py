@@ -1,0 +1,204 @@
+"""Generations: how a store changes under its readers' feet without their noticing.
+
+    store/manifest.json                     points at the files of the current generation; replaced atomically
+    store/gen-000002/manifest.json          the same, kept with the generation
+    store/gen-000002/sae-<hash>.duckdb      never changed once published
+    store/gen-000001/text-<hash>.duckdb     still in use: a manifest may point into older generations
+    store/.building/                        a build under way, or what a killed one left
+
+A process killed at any instant leaves the manifest of the old generation or of the new one. Readers hold a
+shared lock on their generation's manifest, so files are removed only when neither the current generation
+nor the one before nor any reader uses them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+from saebench.errors import UserError
+from saebench.files import read_json, sha256_file, sync_directory, write_json_atomic
+from saebench.store.schema import FORMAT_VERSION
+
+MANIFEST = "manifest.json"
+BUILDING = ".building"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """A file of the store; ``path`` is relative to the store's directory."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredSae:
+    """One SAE: its file, and the hash of the text it was indexed over (None for a cache without text)."""
+
+    name: str
+    file: StoredFile
+    text: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    generation: int = 0
+    saes: tuple[StoredSae, ...] = ()
+    texts: dict[str, StoredFile] = field(default_factory=dict)
+
+    def sae(self, name: str) -> StoredSae:
+        return next(sae for sae in self.saes if sae.name == name)
+
+    def files(self) -> list[StoredFile]:
+        return [sae.file for sae in self.saes] + list(self.texts.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": "saebench store", "format_version": FORMAT_VERSION, **asdict(self)}
+
+    def next(self, sae: StoredSae, text: StoredFile | None) -> Manifest:
+        """The generation after this one: ``sae`` added, or put in the place of the one with its name."""
+        known = [old.name for old in self.saes]
+        saes = tuple(sae if old.name == sae.name else old for old in self.saes)
+        saes = saes if sae.name in known else (*saes, sae)
+        texts = self.texts | ({sae.text: text} if sae.text and text else {})
+        used = {one.text for one in saes}
+        return Manifest(
+            generation=self.generation + 1, saes=saes,
+            texts={key: file for key, file in texts.items() if key in used},
+        )  # fmt: skip
+
+
+def read_manifest(store: Path) -> Manifest:
+    """The current generation.
+
+    Raises:
+        UserError: no store there, a damaged manifest, or a format newer than this version reads.
+    """
+    path = Path(store) / MANIFEST
+    if not path.exists():
+        raise UserError(f"{store} is not a feature store (it has no {MANIFEST}); make one with saebench index")
+    return parse_manifest(path)
+
+
+def parse_manifest(path: Path) -> Manifest:
+    content = read_json(path, what="the store manifest")
+    if not isinstance(content, dict) or content.get("format") != "saebench store":
+        raise UserError(f"{path} is not the manifest of a feature store; check the path")
+    version = content.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(
+            f"the store {path.parent} has format {version} and this saebench reads up to {FORMAT_VERSION}; "
+            "install a newer saebench, or run saebench index into another directory"
+        )
+    try:
+        saes = tuple(
+            StoredSae(name=sae["name"], text=sae["text"], file=StoredFile(**sae["file"])) for sae in content["saes"]
+        )
+        texts = {key: StoredFile(**file) for key, file in content["texts"].items()}
+        return Manifest(generation=content["generation"], saes=saes, texts=texts)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the store manifest {path} is damaged ({error!r}); run saebench index again") from None
+
+
+def begin(store: Path) -> tuple[Manifest, Path]:
+    """Clear what killed builds left and make an empty build directory; the caller holds the store's lock.
+
+    Raises:
+        UserError: the directory has content but is not a store.
+    """
+    if (store / MANIFEST).exists():
+        current = read_manifest(store)
+    else:
+        strangers = [p.name for p in store.iterdir() if p.name not in (".lock", BUILDING) and not _number(p)]
+        if strangers:
+            raise UserError(f"{store} is not a feature store and not empty ({strangers[0]}); choose another --out")
+        current = Manifest()
+    building = store / BUILDING
+    shutil.rmtree(building, ignore_errors=True)
+    for directory in generations(store):
+        if _number(directory) > current.generation:
+            shutil.rmtree(directory)
+    building.mkdir()
+    return current, building
+
+
+def publish(store: Path, current: Manifest, sae: StoredSae, text: StoredFile | None) -> Manifest:
+    """Make the build directory the next generation, in which ``sae`` is added or replaced.
+
+    ``text`` is the text file that was built with it; None when the store has that text already. Paths of
+    the new files are relative to the build directory.
+    """
+    folder = f"gen-{current.generation + 1:06d}"
+    sae = replace(sae, file=replace(sae.file, path=f"{folder}/{sae.file.path}"))
+    text = replace(text, path=f"{folder}/{text.path}") if text else None
+    manifest = current.next(sae, text)
+    write_json_atomic(store / BUILDING / MANIFEST, manifest.to_json())
+    os.rename(store / BUILDING, store / folder)
+    sync_directory(store)
+    write_json_atomic(store / MANIFEST, manifest.to_json())
+    collect(store, manifest)
+    return manifest
+
+
+def describe(path: Path) -> StoredFile:
+    """Size and checksum of a finished file of the build directory."""
+    return StoredFile(path=path.name, bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+def collect(store: Path, current: Manifest) -> None:
+    """Remove the files that no generation in use refers to."""
+    kept = {file.path for file in current.files()}
+    folders = generations(store)
+    for folder in folders:
+        number = _number(folder)
+        if number >= current.generation - 1 or _is_read(folder):
+            kept |= {file.path for file in parse_manifest(folder / MANIFEST).files()}
+            kept.add(f"{folder.name}/{MANIFEST}")
+    for folder in folders:
+        for path in folder.iterdir():
+            if f"{folder.name}/{path.name}" not in kept:
+                path.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def generations(store: Path) -> list[Path]:
+    return sorted((path for path in store.iterdir() if _number(path)), key=_number)
+
+
+def hold(store: Path, manifest: Manifest) -> IO[bytes] | None:
+    """Mark a generation as being read until the returned file is closed."""
+    path = store / f"gen-{manifest.generation:06d}" / MANIFEST
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - it is the lock, and closed with the reader
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH)
+    except OSError:  # a file system without locks: the generation before the current one is kept anyway
+        file.close()
+        return None
+    return file
+
+
+def _is_read(folder: Path) -> bool:
+    try:
+        with open(folder / MANIFEST, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _number(path: Path) -> int:
+    match = re.fullmatch(r"gen-(\d{6,})", path.name)
+    return int(match[1]) if match else 0

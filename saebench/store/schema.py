@@ -1,0 +1,196 @@
+"""The tables of a feature store, format 1: one place that says what each column is.
+
+Two kinds of DuckDB files. An *SAE file* holds what one SAE does on one text; a *text file* holds the
+contexts and tokens, and is shared by all SAEs indexed over that text. Identifiers in SQL come from here
+and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from saebench.errors import UserError
+
+FORMAT_VERSION = 1
+
+DENSE_ABOVE = 0.1
+"""A latent that fires on more than this share of the tokens is called dense; one that never fires is dead."""
+
+HIST_BINS = 40
+TOKENS_PER_FEATURE = 32
+LOGITS_PER_SIGN = 10
+NEIGHBORS_PER_FEATURE = 16
+
+GROUP_TOP, GROUP_RANDOM = 0, 20
+GROUPS = {"top": GROUP_TOP, "random": GROUP_RANDOM}
+"""Name -> stored number of a group of examples; the gap leaves room for deciles."""
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str
+    type: str
+    help: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table and the file it lives in; rows are stored in the order of ``order``."""
+
+    name: str
+    file: Literal["sae", "text"]
+    order: tuple[str, ...]
+    columns: tuple[Column, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [column.name for column in self.columns]
+
+    def create(self) -> str:
+        """The CREATE TABLE statement. No primary keys: DuckDB's indexes slow loading and must fit in memory."""
+        columns = ", ".join(f"{column.name} {column.type}" for column in self.columns)
+        return f"CREATE TABLE {self.name} ({columns})"
+
+
+def _table(name: str, file: Literal["sae", "text"], order: str, *columns: tuple[str, str, str]) -> Table:
+    return Table(name, file, tuple(order.split()), tuple(Column(*column) for column in columns))
+
+
+FEATURE = _table(
+    "feature", "sae", "feature",
+    ("feature", "UINTEGER", "number of the latent, 0 to d_sae - 1"),
+    ("n_act", "BIGINT", "tokens on which it fires"),
+    ("density", "DOUBLE", "n_act / n_tokens, exact"),
+    ("max_act", "FLOAT", "largest activation; 0 when dead, like the other statistics of activations"),
+    ("mean_act", "FLOAT", "mean over the tokens on which it fires"),
+    ("std_act", "FLOAT", "standard deviation (population) over the tokens on which it fires"),
+    ("p50", "FLOAT", "median of its activations, linear between neighbours"),
+    ("p90", "FLOAT", "90% quantile of its activations"),
+    ("p99", "FLOAT", "99% quantile of its activations"),
+    ("n_ctx_act", "BIGINT", "contexts in which it fires"),
+    ("n_doc_act", "BIGINT", "documents in which it fires"),
+    ("top_token", "VARCHAR", "text of the token on which it fires most often"),
+    ("top_token_share", "FLOAT", "share of its firings that fall on top_token"),
+    ("entropy_tok", "FLOAT", "entropy in bits of the token it fires on; 0 is one token only"),
+    ("logit_top", "VARCHAR", "text of the token whose logit it raises most"),
+    ("dec_norm", "FLOAT", "norm of its decoder row"),
+    ("enc_dec_cos", "FLOAT", "cosine of its encoder and decoder directions"),
+    ("dec_max_cos", "FLOAT", "cosine with the nearest other decoder row"),
+    ("dec_nn", "UINTEGER", "the latent with that nearest decoder row"),
+    ("dead", "BOOLEAN", "fires on no token"),
+    ("dense", "BOOLEAN", f"fires on more than {DENSE_ABOVE:.0%} of the tokens"),
+)  # fmt: skip
+
+ACT = _table(
+    "act", "sae", "feature ctx pos",
+    ("feature", "UINTEGER", "latent"),
+    ("ctx", "UINTEGER", "context; the row of the cache when it has no contexts"),
+    ("pos", "UINTEGER", "position in the context, 0-based"),
+    ("value", "FLOAT", "activation, never 0"),
+)  # fmt: skip
+
+HIST = _table(
+    "hist", "sae", "feature",
+    ("feature", "UINTEGER", "latent; dead ones have no row"),
+    ("lo", "FLOAT", "left edge of the first bin: 0, or the smallest activation when that is negative"),
+    ("hi", "FLOAT", "right edge of the last bin: the largest activation, or 0 when that is negative"),
+    ("counts", "UINTEGER[]", f"activations in each of {HIST_BINS} bins of equal width"),
+)  # fmt: skip
+
+EXAMPLE = _table(
+    "example", "sae", "feature grp rank",
+    ("feature", "UINTEGER", "latent"),
+    ("grp", "UTINYINT", "0: the largest activation of the contexts where it fires hardest; 20: random firings"),
+    ("rank", "UINTEGER", "place in its group"),
+    ("ctx", "UINTEGER", "context"),
+    ("pos", "UINTEGER", "position"),
+    ("value", "FLOAT", "activation there"),
+    ("doc", "UINTEGER", "document"),
+    ("start", "UINTEGER", "position of the window's first token"),
+    ("tokens", "UINTEGER[]", "token ids of the window"),
+    ("acts", "FLOAT[]", "activation at each token of the window; 0 also where the cache keeps no row"),
+)  # fmt: skip
+
+FEATURE_TOKEN = _table(
+    "feature_token", "sae", "feature rank",
+    ("feature", "UINTEGER", "latent"),
+    ("rank", "UINTEGER", "place, by falling n"),
+    ("token", "UINTEGER", "token id"),
+    ("n", "BIGINT", "times it fires on the token"),
+    ("p_token_given_fire", "DOUBLE", "n / n_act"),
+    ("p_fire_given_token", "DOUBLE", "n / times the token occurs in the cache"),
+    ("lift", "DOUBLE", "p_token_given_fire / share of the token in the cache"),
+)  # fmt: skip
+
+LOGIT = _table(
+    "logit", "sae", "feature sign rank",
+    ("feature", "UINTEGER", "latent"),
+    ("sign", "TINYINT", "+1 promoted, -1 suppressed"),
+    ("rank", "UINTEGER", "place, strongest first"),
+    ("token", "UINTEGER", "token id"),
+    ("value", "FLOAT", "change of the token's logit for one unit of the latent's activation"),
+)  # fmt: skip
+
+NEIGHBOR = _table(
+    "neighbor", "sae", "feature rank",
+    ("feature", "UINTEGER", "latent"),
+    ("rank", "UINTEGER", "place, nearest first"),
+    ("other", "UINTEGER", "the other latent"),
+    ("cosine", "FLOAT", "cosine of the two decoder rows"),
+)  # fmt: skip
+
+SAE_META = _table(
+    "meta", "sae", "key",
+    ("key", "VARCHAR", "name"),
+    ("value", "VARCHAR", "JSON"),
+)  # fmt: skip
+
+TEXT_META = Table("meta", "text", ("key",), SAE_META.columns)
+
+TOKEN = _table(
+    "token", "text", "token",
+    ("token", "UINTEGER", "token id"),
+    ("bytes", "BLOB", "its exact bytes, which need not be whole characters"),
+    ("text", "VARCHAR", "its bytes as text; bytes that are no whole character as \\x.."),
+    ("n", "BIGINT", "rows of the cache with this token"),
+)  # fmt: skip
+
+CONTEXT = _table(
+    "context", "text", "ctx",
+    ("ctx", "UINTEGER", "context"),
+    ("n_tokens", "UINTEGER", "tokens in it, padding left out"),
+    ("tokens", "UINTEGER[]", "token ids"),
+    ("docs", "UINTEGER[]", "document of each token"),
+)  # fmt: skip
+
+DOCUMENT = _table(
+    "document", "text", "doc",
+    ("doc", "UINTEGER", "document"),
+    ("label", "VARCHAR", "what the text calls it, if anything"),
+)  # fmt: skip
+
+SAE_TABLES = {
+    table.name: table for table in (SAE_META, FEATURE, HIST, EXAMPLE, ACT, FEATURE_TOKEN, LOGIT, NEIGHBOR)
+}
+TEXT_TABLES = {table.name: table for table in (TEXT_META, TOKEN, CONTEXT, DOCUMENT)}
+
+
+def require_column(table: Table, name: str) -> str:
+    """``name`` if it is a column of ``table``.
+
+    Raises:
+        UserError: it is not; the nearest names are offered.
+    """
+    if name in table.names:
+        return name
+    raise UserError(f"{name!r} is not a column of the {table.name} table; {nearest(name, table.names)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: the nearest known ones, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(close)}?" if close else f"there is {', '.join(known)}"
