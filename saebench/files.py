@@ -84,6 +84,8 @@ def read_json(path: Path, *, what: str) -> Any:
         return json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f"{what} {path} does not exist; check the path") from None
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read ({error.strerror}); check the path") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{what} {path} is damaged ({error}); make it again") from None
 
