@@ -8,17 +8,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saebench_kernels.gathered_dots import gathered_dots
 
-def topk_encode(x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of ``relu(x W_enc^T + b_enc)`` in each row.
+_CPU_CHUNK_ELEMENTS = 1 << 20
+"""Pre-activations made at once on a CPU: few enough to be still in its cache when the top k are looked for."""
 
-    The product is formed in the common type of ``x_ND`` and ``W_enc_MD``. A row with fewer than k positive
+
+def topk_encode(
+    x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, k: int, *, scan_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """The k largest of ``relu(x W_enc^T + b_enc)`` in each row; x and the weights are float32.
+
+    The scan over all latents is done in ``scan_dtype``. When that is not float32 it only proposes: the
+    values of the latents picked are computed again in float32. A row with fewer than k positive
     pre-activations is filled up with zeros, whose indices mean nothing. The order within a row is
     unspecified; so is which of several equal values at the border is kept.
 
     Returns:
-        ``values_NK`` in float32 and ``indices_NK`` in int64.
+        ``values_NK`` float32 and ``indices_NK`` int64.
     """
-    pre_NM = torch.addmm(b_enc_M.to(x_ND.dtype), x_ND, W_enc_MD.T)
-    values_NK, indices_NK = pre_NM.topk(k, dim=1, sorted=False)
-    return values_NK.float().relu_(), indices_NK
+    n_rows, d_sae = x_ND.shape[0], W_enc_MD.shape[0]
+    scan_x_ND, scan_W_DM, scan_b_M = x_ND.to(scan_dtype), W_enc_MD.to(scan_dtype).T, b_enc_M.to(scan_dtype)
+    chunk = max(1, n_rows if x_ND.is_cuda else min(n_rows, _CPU_CHUNK_ELEMENTS // d_sae))
+    pre_nM = torch.empty(chunk, d_sae, dtype=scan_dtype, device=x_ND.device)
+    values_NK = torch.empty(n_rows, k, dtype=scan_dtype, device=x_ND.device)
+    indices_NK = torch.empty(n_rows, k, dtype=torch.int64, device=x_ND.device)
+    for start in range(0, n_rows, chunk):
+        rows = slice(start, min(start + chunk, n_rows))
+        out_nM = pre_nM[: rows.stop - start]
+        torch.addmm(scan_b_M, scan_x_ND[rows], scan_W_DM, out=out_nM)
+        torch.topk(out_nM, k, dim=1, sorted=False, out=(values_NK[rows], indices_NK[rows]))
+    if scan_dtype != torch.float32:
+        values_NK = gathered_dots(indices_NK, x_ND, W_enc_MD) + b_enc_M[indices_NK]
+    return values_NK.relu_(), indices_NK

@@ -8,13 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from saebench_kernels import (
-    group_by_latent,
-    latent_sums,
-    sparse_decode,
-    sparse_decode_values_grad,
-    topk_encode,
-)
+from saebench_kernels import gathered_dots, group_by_latent, latent_sums, sparse_decode, topk_encode
 from torch import Tensor
 
 from saebench.codes import SparseCodes
@@ -32,7 +26,7 @@ class TopKEncode(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, b_dec_D: Tensor, k: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         centred_ND = x_ND - b_dec_D
-        values_NK, indices_NK = topk_encode(centred_ND.to(dtype), W_enc_MD.to(dtype), b_enc_M, k)
+        values_NK, indices_NK = topk_encode(centred_ND, W_enc_MD, b_enc_M, k, scan_dtype=dtype)
         ctx.save_for_backward(centred_ND, W_enc_MD, values_NK, indices_NK)
         ctx.mark_non_differentiable(indices_NK)
         return values_NK, indices_NK
@@ -59,7 +53,7 @@ class SparseDecode(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (d_x_hat_ND,) = grads
         values_NK, indices_NK, W_dec_MD = ctx.saved_tensors
-        d_values_NK = sparse_decode_values_grad(indices_NK, d_x_hat_ND, W_dec_MD)
+        d_values_NK = gathered_dots(indices_NK, d_x_hat_ND, W_dec_MD)
         groups = group_by_latent(indices_NK, W_dec_MD.shape[0])
         d_W_dec_MD = latent_sums(groups, values_NK, d_x_hat_ND.contiguous())
         return d_values_NK, None, d_W_dec_MD, d_x_hat_ND.sum(0)
