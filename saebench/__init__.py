@@ -6,8 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saebench.activations.cache import ActivationCache, import_activations, open_cache
+    from saebench.activations.cache import ActivationCache, open_cache
     from saebench.activations.harvest import harvest
+    from saebench.activations.importing import import_activations
     from saebench.activations.models import load_model
     from saebench.codes import SparseCodes
     from saebench.errors import UserError
@@ -29,7 +30,7 @@ _HOMES = {
     "UserError": "saebench.errors",
     "evaluate": "saebench.evaluation",
     "harvest": "saebench.activations.harvest",
-    "import_activations": "saebench.activations.cache",
+    "import_activations": "saebench.activations.importing",
     "index": "saebench.store",
     "load": "saebench.saes",
     "load_model": "saebench.activations.models",

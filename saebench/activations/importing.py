@@ -1,0 +1,181 @@
+"""A cache made of an array that exists already: .npy, or a .safetensors file with one tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saebench.activations.cache import ActivationCache, open_cache
+from saebench.activations.manifest import HOOK_PREFIX, ColumnType, is_plain_name
+from saebench.activations.shards import DATA_START, TORCH_DTYPES, row_bytes
+from saebench.activations.writer import CacheWriter, inspect_target
+from saebench.config import ImportConfig, station
+from saebench.errors import UserError
+from saebench.files import directory_lock, require_disk, sha256_file
+from saebench.progress import progress
+
+HELD_OUT_SHARE = 20
+_CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class _Source:
+    """An array [n_rows, d_in] on disk; ``read(start, end)`` gives some of its rows."""
+
+    n_rows: int
+    d_in: int
+    dtype: torch.dtype
+    read: Callable[[int, int], Tensor]
+
+    def chunks(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """(number of the first row, rows [n, d_in]) piece by piece, each a few MiB."""
+        step = max(1, _CHUNK_BYTES // (self.d_in * self.dtype.itemsize))
+        for first in range(start, self.n_rows, step):
+            yield first, self.read(first, min(first + step, self.n_rows))
+
+
+@station(ImportConfig)
+def import_activations(config: ImportConfig) -> ActivationCache:
+    """Make an activation cache of the array in ``config.source``, [n, d_in], reading it in pieces.
+
+    The last 5% of rows (one at least, if there are two) are held out. The cache has neither tokens nor
+    contexts. A killed import goes on where it stopped when run again.
+
+    Raises:
+        UserError: the file is not such an array, holds NaN or infinite values (also those that arise when
+            values do not fit ``dtype``), the disk is full, or ``out`` holds something else.
+    """
+    if not is_plain_name(config.hook):
+        raise UserError(f"--hook {config.hook!r} is not a name; use letters, digits, '.', '_' and '-'")
+    source = _open(config.source)
+    dtype = config.dtype or _own_dtype(source.dtype)
+    identity = {
+        "source": {"name": config.source.name, "sha256": sha256_file(config.source)},
+        "settings": {"hook": config.hook, "dtype": dtype, "shard_rows": config.shard_rows},
+    }
+    if inspect_target(config.out, identity) == "complete":
+        return open_cache(config.out)
+    _require_finite(source, TORCH_DTYPES[dtype], config.source)
+    columns = {HOOK_PREFIX + config.hook: ColumnType(dtype, (source.d_in,)), "held_out": ColumnType("bool")}
+    n_bytes = source.n_rows * (row_bytes(dtype, (source.d_in,)) + 1)
+    require_disk(config.out, n_bytes + 4 * DATA_START, what="the activation cache")
+    with directory_lock(config.out, what="the activation cache"):
+        inspect_target(config.out, identity)
+        with CacheWriter(
+            config.out,
+            kind="import",
+            hooks=(config.hook,),
+            columns=columns,
+            shard_rows=config.shard_rows,
+            identity=identity,
+        ) as writer:
+            _copy(source, writer, TORCH_DTYPES[dtype], config)
+            writer.finish({})
+    return open_cache(config.out)
+
+
+def _copy(source: _Source, writer: CacheWriter, dtype: torch.dtype, config: ImportConfig) -> None:
+    held_out_from = source.n_rows - max(source.n_rows // HELD_OUT_SHARE, int(source.n_rows > 1))
+    start = writer.rows.keeps
+    writer.rows.skip(start)
+    with progress("import", total=source.n_rows, unit="row", initial=start, quiet=config.quiet) as bar:
+        for first, rows_ND in source.chunks(start):
+            held_out_N = torch.arange(first, first + len(rows_ND)) >= held_out_from
+            writer.rows.append({HOOK_PREFIX + config.hook: rows_ND.to(dtype), "held_out": held_out_N})
+            bar.update(len(rows_ND))
+
+
+def _require_finite(source: _Source, dtype: torch.dtype, path: Path) -> None:
+    """A pass of its own, so that nothing is written of an array that cannot be imported."""
+    for first, rows_ND in source.chunks():
+        stored_ND = rows_ND.to(dtype)
+        bad_N = ~torch.isfinite(stored_ND).all(dim=1)
+        if not bad_N.any():
+            continue
+        row = int(bad_N.nonzero()[0])
+        column = int((~torch.isfinite(stored_ND[row])).nonzero()[0])
+        value = float(rows_ND[row, column])
+        if math.isfinite(value):
+            name = str(dtype).removeprefix("torch.")
+            raise UserError(
+                f"{path}: row {first + row} holds {value:.6g}, too large for {name}; pass --dtype fp32"
+            )
+        raise UserError(
+            f"{path}: row {first + row}, column {column} is {value}; remove such rows before importing"
+        )
+
+
+def _own_dtype(dtype: torch.dtype) -> str:
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    return names.get(dtype, "fp32")
+
+
+def _open(path: Path) -> _Source:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a .npy or .safetensors file")
+    if path.suffix == ".npy":
+        source = _open_npy(path)
+    elif path.suffix == ".safetensors":
+        source = _open_safetensors(path)
+    else:
+        raise UserError(f"{path} is neither .npy nor .safetensors; save the array as one of them")
+    return source
+
+
+def _open_npy(path: Path) -> _Source:
+    import numpy as np
+
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(
+            f"{path} is not an array that can be read ({error}); save it with numpy.save"
+        ) from None
+    if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
+        raise UserError(f"{path} holds values of type {array.dtype}; convert them to float32 first")
+    _require_rows(path, array.shape)
+
+    def read(start: int, end: int) -> Tensor:
+        native = array.dtype.newbyteorder("=")
+        return torch.from_numpy(np.array(array[start:end], dtype=native, order="C"))
+
+    dtype = {2: torch.float16, 4: torch.float32, 8: torch.float64}[array.dtype.itemsize]
+    return _Source(array.shape[0], array.shape[1], dtype, read)
+
+
+def _open_safetensors(path: Path) -> _Source:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            tensors = {name: file.get_slice(name) for name in names}
+            shapes = {name: tuple(piece.get_shape()) for name, piece in tensors.items()}
+            dtypes = {name: piece.get_dtype() for name, piece in tensors.items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no safetensors file that can be read ({error}); save it again") from None
+    if len(names) != 1:
+        found = ", ".join(names[:5])
+        raise UserError(f"{path} holds {len(names)} tensors ({found}); save one [n, d_in] tensor alone")
+    (name,) = names
+    known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    if dtypes[name] not in known:
+        raise UserError(f"{path} holds values of type {dtypes[name]}; convert them to float32 first")
+    _require_rows(path, shapes[name])
+
+    def read(start: int, end: int) -> Tensor:
+        with safe_open(path, framework="pt") as file:
+            rows: Tensor = file.get_slice(name)[start:end]
+            return rows
+
+    return _Source(shapes[name][0], shapes[name][1], known[dtypes[name]], read)
+
+
+def _require_rows(path: Path, shape: tuple[int, ...]) -> None:
+    if len(shape) != 2 or 0 in shape:
+        raise UserError(f"{path} has shape {list(shape)}; an import needs [n, d_in] with at least one row")

@@ -1,0 +1,172 @@
+"""The manifest of an activation cache: what it holds, and how each file of it is recognised.
+
+manifest.json is written last, so a directory with one is complete. It holds no times and no paths but the
+names the user gave, so that equal harvests make equal bytes:
+
+    format           "saebench activation cache"
+    format_version   1
+    kind             "harvest" or "import"
+    n_rows           rows of every row column
+    n_contexts       rows of every context column; 0 for an import
+    shard_rows       rows of every shard but a column's last
+    hooks            hook names, in the order they were asked for
+    columns          name -> dtype, row_shape, shards [{rows, sha256}]
+    files            other files, name -> bytes, sha256
+    made_from        settings, model and text that made it; see harvest.py and importing.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from saebench.activations.shards import TORCH_DTYPES
+from saebench.errors import UserError
+from saebench.files import read_json
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "saebench activation cache"
+FORMAT_VERSION = 1
+
+HOOK_PREFIX = "hook/"
+TOKEN_COLUMNS = ("token", "doc", "ctx", "pos")
+CONTEXT_COLUMNS = ("context_tokens", "context_len")
+VOCAB_FILE = "vocab.safetensors"
+LABELS_FILE = "doc_labels.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ColumnType:
+    """Type of a column: ``dtype`` is one of shards.TORCH_DTYPES, ``row_shape`` the shape of one row."""
+
+    dtype: str
+    row_shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Column:
+    type: ColumnType
+    shards: tuple[Shard, ...]
+
+    @property
+    def n_rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "dtype": self.type.dtype,
+            "row_shape": list(self.type.row_shape),
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checked manifest; ``raw`` is the JSON itself."""
+
+    raw: dict[str, Any]
+    kind: str
+    n_rows: int
+    n_contexts: int
+    shard_rows: int
+    hooks: tuple[str, ...]
+    columns: dict[str, Column]
+    files: dict[str, tuple[int, str]]
+
+
+def read_manifest(cache: Path) -> Manifest:
+    """Read and check the manifest of the cache in directory ``cache``; touches no other file.
+
+    Raises:
+        UserError: no cache there, an unfinished or damaged one, or one of a newer format.
+    """
+    path = cache / MANIFEST_NAME
+    if not path.exists():
+        if not cache.exists():
+            raise UserError(f"there is no activation cache {cache}; check the path, or run saebench harvest")
+        if (cache / "journal.json").exists():
+            raise UserError(f"the activation cache {cache} is unfinished; run its harvest or import again")
+        raise UserError(f"{cache} is not an activation cache: it has no {MANIFEST_NAME}")
+    raw = read_json(path, what="the cache manifest")
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise UserError(f"{path} is not the manifest of an activation cache; check the path")
+    version = raw.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UserError(
+            f"{cache} has format {version} but this saebench reads up to {FORMAT_VERSION}; update saebench"
+        )
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} is damaged (format_version is {version!r}); make the cache again")
+    try:
+        manifest = _parse(raw)
+        problem = _contradiction(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        problem = f"{type(error).__name__} {error}"
+    if problem:
+        raise UserError(f"{path} is damaged ({problem}); restore it or make the cache again")
+    return manifest
+
+
+def _parse(raw: dict[str, Any]) -> Manifest:
+    columns = {}
+    for name, value in raw["columns"].items():
+        shards = tuple(Shard(_count(shard["rows"]), str(shard["sha256"])) for shard in value["shards"])
+        shape = tuple(_count(size) for size in value["row_shape"])
+        columns[name] = Column(ColumnType(value["dtype"], shape), shards)
+    return Manifest(
+        raw=raw,
+        kind=raw["kind"],
+        n_rows=_count(raw["n_rows"]),
+        n_contexts=_count(raw["n_contexts"]),
+        shard_rows=_count(raw["shard_rows"]),
+        hooks=tuple(raw["hooks"]),
+        columns=columns,
+        files={name: (_count(value["bytes"]), str(value["sha256"])) for name, value in raw["files"].items()},
+    )
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _contradiction(manifest: Manifest) -> str | None:
+    """Why the manifest cannot be true, or None."""
+    if manifest.kind not in ("harvest", "import"):
+        return f"kind is {manifest.kind!r}"
+    needed = [HOOK_PREFIX + hook for hook in manifest.hooks] + ["held_out"]
+    if manifest.kind == "harvest":
+        needed += [*TOKEN_COLUMNS, *CONTEXT_COLUMNS]
+        missing_files = {VOCAB_FILE} - set(manifest.files)
+        if missing_files:
+            return f"it lacks the file {missing_files.pop()}"
+    if not manifest.hooks or manifest.n_rows < 1:
+        return "it has no rows"
+    for name in needed:
+        if name not in manifest.columns:
+            return f"it lacks the column {name}"
+    for name in [*manifest.columns, *manifest.files]:
+        if not is_plain_name(name.removeprefix(HOOK_PREFIX)):
+            return f"{name!r} is not a name"
+    for name, column in manifest.columns.items():
+        if column.type.dtype not in TORCH_DTYPES:
+            return f"column {name} has type {column.type.dtype!r}"
+        rows = manifest.n_contexts if name in CONTEXT_COLUMNS else manifest.n_rows
+        if column.n_rows != rows:
+            return f"column {name} has {column.n_rows} rows where {rows} belong"
+        if any(shard.rows != manifest.shard_rows for shard in column.shards[:-1]):
+            return f"column {name} has shards of unequal size"
+    return None
+
+
+def is_plain_name(name: str) -> bool:
+    """True for names that are safe as a file name inside the cache, as hook names are."""
+    return bool(name) and name.isascii() and name[0] != "." and all(c.isalnum() or c in "._-" for c in name)

@@ -1,0 +1,127 @@
+"""The shards of a column as one tensor: file-backed memory, no copies.
+
+Address space for the whole column is reserved once, then each shard's data is mapped over its part of it
+(MAP_FIXED). The pages are private and copy-on-write: writing to the tensor changes nobody's file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saebench.activations.shards import DATA_START
+
+_MAP_FIXED = 0x10  # the same on Linux and macOS; Python's mmap module does not name it
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_MADV_POPULATE_READ = 22  # Linux 5.14
+
+
+def map_files(files: Sequence[Path], n_bytes: Sequence[int], *, dtype: torch.dtype) -> Tensor:
+    """A flat tensor over the data of ``files``, of which file i contributes ``n_bytes[i]`` bytes.
+
+    Every file but the last must contribute a multiple of the page size. Where the platform has no such
+    mapping, the files are read into ordinary memory instead, with a warning. The mapping lives as long as
+    the tensor or a view of it. A file that is cut short while it is mapped kills the process on access, as
+    with every memory map.
+    """
+    if sum(n_bytes) == 0:
+        return torch.empty(0, dtype=dtype)
+    buffer: ctypes.Array[ctypes.c_ubyte] | bytearray
+    try:
+        buffer = _map(files, n_bytes)
+    except (OSError, NotImplementedError) as error:
+        warnings.warn(
+            f"{files[0].parent} cannot be memory-mapped here ({error}); reading it into memory instead",
+            stacklevel=2,
+        )
+        buffer = _read(files, n_bytes)
+    return torch.frombuffer(buffer, dtype=dtype)
+
+
+def populate(tensor: Tensor) -> None:
+    """Bring a contiguous mapped tensor's pages into the page cache, reading them in order."""
+    libc = _libc()
+    if libc is not None:
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        length = tensor.data_ptr() + tensor.nbytes - start
+        if libc.madvise(start, length, _MADV_POPULATE_READ) == 0:
+            return
+    tensor.view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
+
+
+@cache
+def _libc() -> Any | None:
+    if os.name != "posix":
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "mmap"):
+        return None
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
+
+
+def _mmap(libc: Any, address: int | None, n_bytes: int, protection: int, flags: int, file: int) -> int:
+    offset = DATA_START if file >= 0 else 0
+    result = libc.mmap(address, n_bytes, protection, flags, file, offset)
+    if result == _MAP_FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return int(result)
+
+
+def _map(files: Sequence[Path], n_bytes: Sequence[int]) -> ctypes.Array[ctypes.c_ubyte]:
+    libc = _libc()
+    if libc is None:
+        raise NotImplementedError("no mmap on this platform")
+    if any(size % mmap.ALLOCATIONGRANULARITY for size in n_bytes[:-1]):
+        raise NotImplementedError(f"pages of {mmap.ALLOCATIONGRANULARITY:,} bytes do not fit its shards")
+    total = sum(n_bytes)
+    private = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+    base = _mmap(libc, None, total, 0, private | mmap.MAP_ANONYMOUS, -1)
+    try:
+        address = base
+        for path, size in zip(files, n_bytes, strict=True):
+            with _descriptor(path) as file:
+                _mmap(libc, address, size, mmap.PROT_READ | mmap.PROT_WRITE, private | _MAP_FIXED, file)
+            address += size
+    except BaseException:
+        libc.munmap(base, total)
+        raise
+    buffer = (ctypes.c_ubyte * total).from_address(base)
+    # The tensor holds the buffer. Never at exit: threads may still be reading then.
+    weakref.finalize(buffer, libc.munmap, base, total).atexit = False
+    return buffer
+
+
+@contextlib.contextmanager
+def _descriptor(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _read(files: Sequence[Path], n_bytes: Sequence[int]) -> bytearray:
+    buffer = bytearray(sum(n_bytes))
+    view, start = memoryview(buffer), 0
+    for path, size in zip(files, n_bytes, strict=True):
+        with open(path, "rb") as file:
+            file.seek(DATA_START)
+            file.readinto(view[start : start + size])
+        start += size
+    return buffer

@@ -1,0 +1,87 @@
+"""Shards: one column of a cache as fixed-size safetensors files whose data begins on a page.
+
+A shard is an ordinary safetensors file holding one tensor named ``data``. Its header is padded with spaces
+so that the data begins at byte 65,536, and a full shard's data is a multiple of 64 KiB: the shards of a
+column can then be mapped back to back into one tensor (mapping.py). Equal tensors make equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saebench.errors import UserError
+from saebench.files import atomic_file
+
+DATA_START = 65_536
+TENSOR_NAME = "data"
+
+TORCH_DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "int32": torch.int32,
+    "bool": torch.bool,
+}
+_SAFETENSORS_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "int32": "I32", "bool": "BOOL"}
+
+
+def row_bytes(dtype: str, row_shape: tuple[int, ...]) -> int:
+    """Bytes of one row of a column."""
+    n_bytes = TORCH_DTYPES[dtype].itemsize
+    for size in row_shape:
+        n_bytes *= size
+    return n_bytes
+
+
+def shard_path(column: Path, index: int) -> Path:
+    return column / f"{index:05d}.safetensors"
+
+
+def shard_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """The first 65,536 bytes of a shard of this type and shape."""
+    n_bytes = row_bytes(dtype, shape)
+    entry = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [0, n_bytes]}
+    text = json.dumps({TENSOR_NAME: entry}, separators=(",", ":")).encode()
+    return (DATA_START - 8).to_bytes(8, "little") + text.ljust(DATA_START - 8)
+
+
+def write_shard(path: Path, rows: Tensor, dtype: str) -> str:
+    """Write ``rows`` [n, ...] as one shard, whole or not at all; returns the SHA-256 of the file.
+
+    Raises:
+        UserError: the disk is full or refuses the write.
+    """
+    assert rows.dtype == TORCH_DTYPES[dtype], rows.dtype
+    header = shard_header(dtype, tuple(rows.shape))
+    data = rows.contiguous().view(torch.uint8).numpy().data
+    digest = hashlib.sha256(header)
+    digest.update(data)
+    with atomic_file(path) as file:
+        file.write(header)
+        file.write(data)
+    return digest.hexdigest()
+
+
+def check_shard(path: Path, dtype: str, shape: tuple[int, ...]) -> None:
+    """Refuse a shard that is missing, cut short, or of another type or shape. Does not read its data."""
+    expected = DATA_START + row_bytes(dtype, shape)
+    try:
+        seen = path.stat().st_size
+        with open(path, "rb") as file:
+            header = file.read(DATA_START)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing from the cache; restore it or make the cache again") from None
+    if seen != expected:
+        raise UserError(
+            f"{path} has {seen:,} bytes but {expected:,} were written; restore it or make the cache again"
+        )
+    if header != shard_header(dtype, shape):
+        raise UserError(
+            f"{path} does not begin as a shard of type {dtype} and shape {list(shape)}; "
+            "restore it or make the cache again"
+        )

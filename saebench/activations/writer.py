@@ -1,0 +1,269 @@
+"""Writing a cache so that a killed writer can go on and ends with the same bytes as one left in peace.
+
+Rows are appended in an order that the caller can repeat. Every full shard is written whole (temporary name,
+fsync, rename) and then noted in journal.json, a file of one JSON object a line. A writer that finds a
+journal with its own identity keeps the shards noted there; the caller produces its rows again from the
+start, may `skip` those that `keeps`, and the rest falls into place. manifest.json is written at the very end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from saebench.activations.manifest import (
+    CONTEXT_COLUMNS,
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    Column,
+    ColumnType,
+    Shard,
+    read_manifest,
+)
+from saebench.activations.shards import TORCH_DTYPES, check_shard, shard_path, write_shard
+from saebench.errors import UserError
+from saebench.files import (
+    TEMPORARY_SUFFIX,
+    require_writable,
+    sentence_for_os_errors,
+    write_bytes_atomic,
+    write_json_atomic,
+)
+
+JOURNAL_NAME = "journal.json"
+LOCK_NAME = ".lock"
+
+Types = Mapping[str, ColumnType]
+State = Literal["empty", "unfinished", "complete"]
+
+
+def inspect_target(path: Path, identity: Mapping[str, Any]) -> State:
+    """What directory ``path`` holds already, for a writer of the cache described by ``identity``.
+
+    Raises:
+        UserError: the directory holds a different cache, or files that are none of ours.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; choose another --out")
+    if (path / MANIFEST_NAME).exists():
+        _require_same(path, read_manifest(path).raw["made_from"], identity)
+        return "complete"
+    if (path / JOURNAL_NAME).exists():
+        _require_same(path, _read_journal(path)[0], identity)
+        return "unfinished"
+    names = [entry.name for entry in path.iterdir()] if path.exists() else []
+    strangers = sorted(name for name in names if name != LOCK_NAME and not name.endswith(TEMPORARY_SUFFIX))
+    if strangers:
+        raise UserError(f"{path} is no cache but holds {strangers[0]!r}; choose another --out")
+    return "empty"
+
+
+class CacheWriter:
+    """Appends rows and contexts to the cache in ``path``; use as a context manager, under its directory lock.
+
+    ``rows`` and ``contexts`` are the two groups of columns. One shard is written in the background while the
+    next fills, so memory is two shards of every column. ``identity`` is JSON: it says what the cache is made
+    from, decides whether unfinished work is the same, and becomes ``made_from`` in the manifest.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        kind: Literal["harvest", "import"],
+        hooks: tuple[str, ...],
+        columns: Types,
+        shard_rows: int,
+        identity: Mapping[str, Any],
+    ) -> None:
+        self.path = path
+        self._head = {"format": FORMAT, "format_version": FORMAT_VERSION, "kind": kind, "hooks": list(hooks)}
+        self._identity = dict(identity)
+        require_writable(path, what="the activation cache")
+        done = self._take_over(columns, shard_rows)
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
+        groups: dict[str, list[str]] = {"rows": [], "contexts": []}
+        for name in columns:
+            groups["contexts" if name in CONTEXT_COLUMNS else "rows"].append(name)
+        self.rows, self.contexts = (
+            ColumnGroup(self, group, {name: columns[name] for name in names}, shard_rows, done[group])
+            for group, names in groups.items()
+        )
+        self._shard_rows = shard_rows
+        self._flushing: Future[None] | None = None
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown(wait=True)
+
+    def finish(self, files: Mapping[str, bytes]) -> None:
+        """Write what is left, the other ``files``, and the manifest that makes the cache complete."""
+        self.rows.flush()
+        self.contexts.flush()
+        self._wait()
+        for name, data in files.items():
+            write_bytes_atomic(self.path / name, data)
+        columns = {**self.rows.columns(), **self.contexts.columns()}
+        manifest = {
+            **self._head,
+            "n_rows": self.rows.position,
+            "n_contexts": self.contexts.position,
+            "shard_rows": self._shard_rows,
+            "columns": {name: column.to_json() for name, column in columns.items()},
+            "files": {
+                name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                for name, data in files.items()
+            },
+            "made_from": self._identity,
+        }
+        write_json_atomic(self.path / MANIFEST_NAME, manifest)
+        (self.path / JOURNAL_NAME).unlink()
+
+    def submit(self, group: str, index: int, rows: dict[str, Tensor], types: Types) -> None:
+        """Hand over one shard of every column of a group; waits for the one before."""
+        self._wait()
+        self._flushing = self._executor.submit(self._write, group, index, rows, types)
+
+    def _wait(self) -> None:
+        if self._flushing is not None:
+            flushing, self._flushing = self._flushing, None
+            flushing.result()
+
+    def _write(self, group: str, index: int, rows: dict[str, Tensor], types: Types) -> None:
+        sums = {}
+        for name, tensor in rows.items():
+            folder = self.path / name
+            with sentence_for_os_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            sums[name] = write_shard(shard_path(folder, index), tensor, types[name].dtype)
+        owner = self.rows if group == "rows" else self.contexts
+        n_rows = len(next(iter(rows.values())))
+        owner.shards.append({name: Shard(n_rows, sha256) for name, sha256 in sums.items()})
+        if n_rows == self._shard_rows:
+            self._note(group, sums)
+
+    def _note(self, group: str, sums: dict[str, str]) -> None:
+        line = json.dumps({"group": group, "sha256": sums}) + "\n"
+        journal = self.path / JOURNAL_NAME
+        write_bytes_atomic(journal, journal.read_bytes() + line.encode())
+
+    def _take_over(self, columns: Types, shard_rows: int) -> dict[str, list[dict[str, Shard]]]:
+        """Clear away what a killed writer left half done; return the shards that it finished."""
+        for leftover in self.path.rglob(f".*{TEMPORARY_SUFFIX}"):
+            leftover.unlink()
+        done: dict[str, list[dict[str, Shard]]] = {"rows": [], "contexts": []}
+        broken: set[str] = set()
+        notes = _read_journal(self.path)[1] if (self.path / JOURNAL_NAME).exists() else []
+        kept = []
+        for note in notes:
+            group, sums = note["group"], note["sha256"]
+            try:
+                for name in sums:
+                    shape = (shard_rows, *columns[name].row_shape)
+                    check_shard(shard_path(self.path / name, len(done[group])), columns[name].dtype, shape)
+            except UserError:
+                broken.add(group)
+            if group not in broken:
+                done[group].append({name: Shard(shard_rows, sha256) for name, sha256 in sums.items()})
+                kept.append(note)
+        lines = [{"identity": self._identity}, *kept]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_bytes_atomic(self.path / JOURNAL_NAME, text.encode())
+        return done
+
+
+class ColumnGroup:
+    """Columns that grow together, shard by shard. ``position`` is the number of rows appended or skipped."""
+
+    def __init__(
+        self,
+        writer: CacheWriter,
+        name: str,
+        types: dict[str, ColumnType],
+        shard_rows: int,
+        done: list[dict[str, Shard]],
+    ) -> None:
+        self._writer, self._name, self._types, self._shard_rows = writer, name, types, shard_rows
+        self.shards = done
+        self.keeps = len(done) * shard_rows
+        """Rows below this number are on disk already."""
+        self.position = 0
+        self._filled = 0
+        self._submitted = len(done)
+        self._buffers: dict[str, Tensor] = {}
+
+    def skip(self, n_rows: int) -> None:
+        """Count rows that are on disk already."""
+        self.position += n_rows
+        assert self.position <= self.keeps, (self.position, self.keeps)
+
+    def append(self, rows: Mapping[str, Tensor]) -> None:
+        """Append the same number of rows to every column; rows that are on disk already are dropped."""
+        assert rows.keys() == self._types.keys(), (rows.keys(), self._types.keys())
+        n_rows = len(next(iter(rows.values())))
+        start = min(max(self.keeps - self.position, 0), n_rows)
+        self.position += n_rows
+        while start < n_rows:
+            if not self._buffers:
+                self._buffers = {
+                    name: torch.empty(self._shard_rows, *t.row_shape, dtype=TORCH_DTYPES[t.dtype])
+                    for name, t in self._types.items()
+                }
+            end = min(n_rows, start + self._shard_rows - self._filled)
+            for name, tensor in rows.items():
+                self._buffers[name][self._filled : self._filled + end - start] = tensor[start:end]
+            self._filled += end - start
+            start = end
+            if self._filled == self._shard_rows:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write the rows at hand as a shard."""
+        if self._filled:
+            rows = {name: buffer[: self._filled] for name, buffer in self._buffers.items()}
+            self._writer.submit(self._name, self._submitted, rows, self._types)
+            self._submitted += 1
+        self._buffers, self._filled = {}, 0
+
+    def columns(self) -> dict[str, Column]:
+        return {
+            name: Column(column_type, tuple(shard[name] for shard in self.shards))
+            for name, column_type in self._types.items()
+        }
+
+
+def _read_journal(path: Path) -> tuple[Any, list[Any]]:
+    """The identity and the notes of an unfinished cache."""
+    journal = path / JOURNAL_NAME
+    try:
+        first, *notes = [json.loads(line) for line in journal.read_text("utf-8").splitlines()]
+        return first["identity"], notes
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{journal} is damaged ({error}); delete {path} and run the command again") from None
+
+
+def _require_same(path: Path, seen: Any, wanted: Mapping[str, Any]) -> None:
+    difference = _difference(seen, json.loads(json.dumps(wanted)))
+    if difference:
+        raise UserError(f"{path} holds a different cache ({difference}); choose another --out or delete it")
+
+
+def _difference(seen: Any, wanted: Any, name: str = "") -> str | None:
+    """The first setting that differs, in words."""
+    if isinstance(seen, dict) and isinstance(wanted, dict):
+        for key in sorted({*seen, *wanted}):
+            found = _difference(seen.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
+            if found:
+                return found
+        return None
+    return None if seen == wanted else f"its {name} is {seen}, not {wanted}"

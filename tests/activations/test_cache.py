@@ -1,0 +1,252 @@
+"""The cache on disk: what is written is what is read, and what is damaged is refused in one sentence."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import saebench as sb
+from saebench.activations import mapping
+from saebench.activations.cache import read_vocab, vocab_bytes
+from saebench.activations.shards import DATA_START, check_shard, shard_path, write_shard
+from saebench.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def array() -> torch.Tensor:
+    return torch.randn(70_000, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, make_cache, array) -> sb.ActivationCache:
+    return make_cache(tmp_path / "cache", array)
+
+
+def shards_of(cache: sb.ActivationCache, column: str = "hook/imported") -> list[Path]:
+    return sorted((cache.path / column).iterdir())
+
+
+def test_an_import_is_read_back(cache, array):
+    assert torch.equal(cache.activations(), array)
+    assert cache.hooks == ["imported"] and cache.d_in() == 3 and cache.dtype == torch.float32
+    assert cache.n_rows == 70_000 and cache.n_contexts == 0 and cache.ctx_len is None
+    assert cache.held_out.sum() == 3_500 and not cache.held_out[:-3_500].any()
+    assert cache.tokens is cache.ctx is cache.pos is cache.doc is cache.context_tokens is None
+    assert cache.vocab() is None and cache.doc_labels() is None and cache.model is None
+    assert len(shards_of(cache)) == 3
+    cache.verify()
+
+
+def test_shards_are_ordinary_safetensors(cache, array):
+    parts = [load_file(path)["data"] for path in shards_of(cache)]
+    assert torch.equal(torch.cat(parts), array)
+
+
+def test_rows_are_mapped_not_read_and_files_stay_as_they_are(cache, array):
+    mapped = lambda: str(cache.path / "hook") in Path("/proc/self/maps").read_text()  # noqa: E731
+    assert not mapped()
+    rows = cache.activations()[40_000:]
+    assert mapped() and rows.is_contiguous()
+    rows.zero_()
+    assert torch.equal(sb.open_cache(cache.path).activations(), array)
+    cache.verify()
+    cache._tensors.clear()
+    gc.collect()
+    assert mapped() and rows[-1].sum() == 0
+    del rows
+    gc.collect()
+    assert not mapped()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.bool])
+@given(n_rows=st.integers(1, 40), width=st.integers(0, 7))
+@settings(max_examples=20, deadline=None)
+def test_any_column_maps_back(tmp_path_factory, dtype, n_rows, width):
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "int32"}
+    name = names.get(dtype, "bool")
+    shape = (n_rows, width) if width else (n_rows,)
+    full = torch.randint(0, 2, (32_768 * 2, *shape[1:])).to(dtype)
+    last = torch.randint(0, 2, shape).to(dtype)
+    folder = tmp_path_factory.mktemp("column")
+    parts = [full, last]
+    for i, part in enumerate(parts):
+        write_shard(shard_path(folder, i), part, name)
+        check_shard(shard_path(folder, i), name, tuple(part.shape))
+    files = [shard_path(folder, i) for i in range(2)]
+    flat = mapping.map_files(files, [part.nbytes for part in parts], dtype=dtype)
+    assert torch.equal(flat.view(-1, *shape[1:]), torch.cat(parts))
+
+
+def test_without_mmap_the_files_are_read_with_a_warning(cache, array, monkeypatch):
+    monkeypatch.setattr(mapping, "_libc", lambda: None)
+    with pytest.warns(UserWarning, match="cannot be memory-mapped"):
+        rows = cache.activations()
+    assert torch.equal(rows, array)
+
+
+def test_a_shard_cut_short_is_named(cache):
+    victim = shards_of(cache)[1]
+    with open(victim, "r+b") as file:
+        file.truncate(victim.stat().st_size - 4)
+    with pytest.raises(UserError, match=rf"{victim} has 458,748 bytes but 458,752 were written"):
+        sb.open_cache(cache.path)
+
+
+@pytest.mark.parametrize("position", [0, 20, DATA_START - 1])
+def test_a_damaged_header_is_named(cache, position):
+    victim = shards_of(cache)[0]
+    flip(victim, position)
+    with pytest.raises(UserError, match=str(victim)):
+        sb.open_cache(cache.path)
+
+
+def test_a_flipped_byte_is_found_by_verify(cache):
+    for column in ("held_out", "hook/imported"):
+        victim = shards_of(cache, column)[2]
+        flip(victim, DATA_START + 17)
+        with pytest.raises(UserError, match=f"{victim} is damaged"):
+            sb.open_cache(cache.path).verify()
+        flip(victim, DATA_START + 17)
+    cache.verify()
+
+
+def test_a_missing_shard_is_named(cache):
+    victim = shards_of(cache)[2]
+    victim.unlink()
+    with pytest.raises(UserError, match=f"{victim} is missing"):
+        sb.open_cache(cache.path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "update saebench"),
+        ({"format_version": "1"}, "damaged"),
+        ({"format": "other"}, "not the manifest"),
+        ({"n_rows": 69_999}, "damaged"),
+        ({"n_rows": -1}, "damaged"),
+        ({"hooks": ["other"]}, "lacks the column hook/other"),
+        ({"hooks": None}, "damaged"),
+        ({"kind": "harvest"}, "lacks"),
+        ({"shard_rows": 65_536}, "unequal"),
+        ({"columns": {}}, "lacks"),
+        ({"files": {"../outside": {"bytes": 0, "sha256": ""}}}, "not a name"),
+    ],
+)
+def test_a_wrong_manifest_is_refused(cache, change, message):
+    path = cache.path / "manifest.json"
+    path.write_text(json.dumps({**cache.manifest, **change}))
+    with pytest.raises(UserError, match=message):
+        sb.open_cache(cache.path)
+
+
+def test_garbage_and_absence_are_refused(cache, tmp_path):
+    with pytest.raises(UserError, match="there is no"):
+        sb.open_cache(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="not an activation cache"):
+        sb.open_cache(tmp_path)
+    (cache.path / "manifest.json").write_bytes(b"\x00{")
+    with pytest.raises(UserError, match="damaged"):
+        sb.open_cache(cache.path)
+
+
+def test_an_unknown_hook_is_met_with_the_nearest(cache):
+    with pytest.raises(UserError, match="did you mean imported"):
+        cache.activations("import")
+
+
+@given(st.lists(st.binary(max_size=6), max_size=50))
+def test_a_vocabulary_keeps_its_bytes(tmp_path_factory, vocab):
+    path = tmp_path_factory.mktemp("vocab") / "vocab.safetensors"
+    path.write_bytes(vocab_bytes(vocab))
+    assert read_vocab(path) == vocab
+
+
+def flip(path: Path, position: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
+
+
+# Importing
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f4"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_npy_arrays_are_imported(tmp_path, dtype, order):
+    array = np.asarray(np.random.default_rng(0).normal(size=(101, 5)), dtype=dtype, order=order)
+    np.save(tmp_path / "a.npy", array)
+    cache = sb.import_activations(source=tmp_path / "a.npy", out=tmp_path / "cache", quiet=True)
+    expected = torch.from_numpy(array.astype("f2" if dtype == "<f2" else "f4", order="C"))
+    assert torch.equal(cache.activations(), expected)
+    assert cache.held_out.sum() == 5
+
+
+def test_equal_imports_are_equal_bytes(tmp_path, make_cache, array):
+    one, two = (make_cache(tmp_path / name, array, dtype="bf16") for name in "ab")
+    assert one.hash == two.hash
+    files = sorted(p.relative_to(one.path) for p in one.path.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(two.path) for p in two.path.rglob("*") if p.is_file())
+    assert all((one.path / name).read_bytes() == (two.path / name).read_bytes() for name in files)
+
+
+def test_importing_again_is_idle_and_another_array_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((10, 2), np.float32))
+    np.save(tmp_path / "b.npy", np.zeros((10, 2), np.float32))
+    first = sb.import_activations(source=tmp_path / "a.npy", out=tmp_path / "cache", quiet=True)
+    again = sb.import_activations(source=tmp_path / "a.npy", out=tmp_path / "cache", quiet=True)
+    assert again.hash == first.hash
+    with pytest.raises(UserError, match=r"different cache \(its source.name is a.npy, not b.npy\)"):
+        sb.import_activations(source=tmp_path / "b.npy", out=tmp_path / "cache", quiet=True)
+
+
+def test_a_directory_with_other_files_is_left_alone(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((10, 2), np.float32))
+    with pytest.raises(UserError, match=r"holds 'a.npy'"):
+        sb.import_activations(source=tmp_path / "a.npy", out=tmp_path, quiet=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npy"]
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.ones(3, np.float32), r"shape \[3\]"),
+        (np.ones((2, 3, 4), np.float32), r"shape \[2, 3, 4\]"),
+        (np.ones((0, 4), np.float32), r"shape \[0, 4\]"),
+        (np.ones((4, 4), np.int64), "type int64"),
+        (np.ones((4, 4), complex), "type complex128"),
+        (np.array([[{}, {}]], object), "Python objects"),
+        (np.array([[0, 1], [2, np.nan]], np.float32), "row 1, column 1 is nan"),
+        (np.array([[0, 1], [-np.inf, 1]], np.float32), "row 1, column 0 is -inf"),
+    ],
+)
+def test_arrays_that_are_no_activations_are_refused(tmp_path, array, message):
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    with pytest.raises(UserError, match=message):
+        sb.import_activations(source=tmp_path / "a.npy", out=tmp_path / "cache", quiet=True)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_values_too_large_for_the_type_are_refused(tmp_path, make_cache):
+    with pytest.raises(UserError, match=r"row 2 holds 70000, too large for float16"):
+        make_cache(tmp_path / "cache", torch.tensor([[1.0], [2], [7e4]]), dtype="fp16")
+
+
+def test_a_file_of_two_tensors_or_none_is_refused(tmp_path):
+    save_file({"a": torch.ones(2, 2), "b": torch.ones(2, 2)}, tmp_path / "x.safetensors")
+    for name, message in [("x.safetensors", "holds 2 tensors"), ("none.npy", "does not exist")]:
+        with pytest.raises(UserError, match=message):
+            sb.import_activations(source=tmp_path / name, out=tmp_path / "cache", quiet=True)
+    (tmp_path / "x.csv").write_text("1,2")
+    with pytest.raises(UserError, match="neither"):
+        sb.import_activations(source=tmp_path / "x.csv", out=tmp_path / "cache", quiet=True)
