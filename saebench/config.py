@@ -12,6 +12,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,6 +275,7 @@ def from_flat(
             hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}"
             raise UserError(f"{name!r} in {source} is not a setting of {config_class.__name__}; {hint}")
     lists = {f.name for f in dataclasses.fields(config_class) if isinstance(f.default, tuple)}  # type: ignore[arg-type]
+    values = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in values.items()}
     values = {name: (v,) if name in lists and isinstance(v, str) else v for name, v in values.items()}
     try:
         return pydantic.TypeAdapter(config_class).validate_python(values)
@@ -285,7 +287,8 @@ def from_flat(
         where = first["loc"][0] if first["loc"] else config_class.__name__
         if first["type"] == "missing":
             raise UserError(f"{where!r} is missing from {source}") from None
-        raise UserError(f"{where!r} in {source} is {first['input']!r}: {first['msg'].lower()}") from None
+        reason = first["msg"][:1].lower() + first["msg"][1:]
+        raise UserError(f"{where!r} in {source} is {first['input']!r}: {reason}") from None
 
 
 def to_flat(config: Any) -> dict[str, Any]:

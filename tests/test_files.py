@@ -57,9 +57,14 @@ def test_numbers_that_json_cannot_hold_write_nothing(tmp_path: Path) -> None:
 def test_a_body_that_raises_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     files.write_bytes_atomic(path, b"old")
-    with pytest.raises(RuntimeError), files.atomic_file(path) as file:
-        file.write(b"new")
-        raise RuntimeError
+
+    def write_half() -> None:
+        with files.atomic_file(path) as file:
+            file.write(b"new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
 
@@ -116,7 +121,9 @@ def test_a_full_disk_is_one_sentence_and_the_old_file_stays(tmp_path: Path) -> N
     ("content", "message"),
     [(None, "does not exist"), (b"{", "is damaged"), (b"\xff\xfe", "is damaged"), (b"", "is damaged")],
 )
-def test_json_that_cannot_be_read_is_a_users_error(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_json_that_cannot_be_read_is_a_users_error(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
     path = tmp_path / "x.json"
     if content is not None:
         path.write_bytes(content)
@@ -206,7 +213,8 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("n", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 * 2**29, "1.5 GiB"), (2**50, "1024.0 TiB")]
+    ("n", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 * 2**29, "1.5 GiB"), (2**50, "1024.0 TiB")],
 )
 def test_sizes_for_people(n: int, text: str) -> None:
     assert files.human_bytes(n) == text

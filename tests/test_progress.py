@@ -54,9 +54,13 @@ def test_nothing_to_do_divides_by_nothing(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_work_that_fails_does_not_claim_to_have_ended(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RuntimeError), progress("index", total=5, unit="tok") as bar:
-        bar.update(1)
-        raise RuntimeError
+    def fail() -> None:
+        with progress("index", total=5, unit="tok") as bar:
+            bar.update(1)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert capsys.readouterr().err == ""
 
 

@@ -186,7 +186,7 @@ def _sum_kl(clean_BTV: Tensor, other_BTV: Tensor, scored: tuple[Tensor, Tensor, 
 def _blocks(
     logits_BTV: Tensor, scored: tuple[Tensor, Tensor, Tensor]
 ) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-    """``scored`` in pieces, on the device of the logits: a whole batch at once is several GiB for 50k tokens."""
+    """``scored`` in pieces, on the device of the logits: a batch at once is gigabytes for 50k tokens."""
     size = max(1, SCORED_BYTES // (4 * logits_BTV.shape[-1]))
-    context_S, position_S, target_S = (part.to(logits_BTV.device) for part in scored)
-    yield from zip(context_S.split(size), position_S.split(size), target_S.split(size), strict=True)
+    blocks = (torch.split(part.to(logits_BTV.device), size) for part in scored)
+    yield from zip(*blocks, strict=True)

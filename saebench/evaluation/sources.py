@@ -64,7 +64,7 @@ def choose_rows(cache: ActivationCache, *, rows: str, tokens: int) -> Tensor:
 def row_batches(cache: ActivationCache, hook: str, row_N: Tensor, *, size: int) -> Iterator[Tensor]:
     """The activations [n, d_in] of those rows, ``size`` at a time, in order."""
     activations_ND = cache.activations(hook)
-    for part in row_N.split(size):
+    for part in torch.split(row_N, size):
         yield activations_ND[part]
 
 
@@ -99,5 +99,7 @@ def mean_training_activation(cache: ActivationCache, hook: str, *, size: int = 8
     for rows_ND in row_batches(cache, hook, row_N, size=size):
         total_D += rows_ND.double().sum(0)
     if not total_D.isfinite().all():
-        raise UserError(f"training rows of {cache.path} at {hook} hold NaN or infinity; harvest them again in bf16")
+        raise UserError(
+            f"training rows of {cache.path} at {hook} hold NaN or infinity; harvest again in bf16 or fp32"
+        )
     return (total_D / len(row_N)).float()

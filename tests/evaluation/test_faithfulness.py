@@ -35,7 +35,9 @@ class TinyModel:
         steps = torch.arange(1, x_BTD.shape[1] + 1)[:, None]
         return (x_BTD + x_BTD.cumsum(1) / steps) @ self.W_U
 
-    def logits(self, tokens_BT: Tensor, *, edit: dict[str, Callable[[Tensor], Tensor]] | None = None) -> Tensor:
+    def logits(
+        self, tokens_BT: Tensor, *, edit: dict[str, Callable[[Tensor], Tensor]] | None = None
+    ) -> Tensor:
         x_BTD = self.hooked(tokens_BT)
         if edit is not None:
             x_BTD = edit[HOOK](x_BTD)

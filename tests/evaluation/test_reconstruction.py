@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_however_rows_are_split_the_result_is_the_same(
     sae = constant(torch.full((5,), mean) + 0.1)
     whole = reconstruction_metrics(sae, [x])
     bounds = [0, *sorted(cuts), 200]
-    parts = reconstruction_metrics(sae, [x[a:b] for a, b in zip(bounds, bounds[1:], strict=False)])
+    parts = reconstruction_metrics(sae, [x[a:b] for a, b in pairwise(bounds)])
     for name in ("n_tokens", "fvu", "explained_variance", "l0", "dead_fraction", "cosine_similarity"):
         assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-9), name
     assert torch.equal(parts.density, whole.density)

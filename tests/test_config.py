@@ -1,0 +1,164 @@
+"""Settings: read from plain values, checked, and written back."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saebench.config import (
+    ARCHITECTURES,
+    EvalConfig,
+    HarvestConfig,
+    ImportConfig,
+    IndexConfig,
+    TrainConfig,
+    architecture,
+    from_flat,
+    station,
+    to_flat,
+)
+from saebench.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+NAMES = st.text("abc/_.-", min_size=1).filter(lambda name: name.strip("/."))
+SHARDS = st.integers(1, 8).map(lambda n: n * 32_768)
+CONFIGS = {
+    HarvestConfig: {
+        "out": NAMES, "hook": st.lists(NAMES, min_size=1, max_size=3, unique=True), "tokens": st.integers(1),
+        "dtype": st.sampled_from(["bf16", "fp16", "fp32"]), "keep_first": st.booleans(), "shard_rows": SHARDS,
+        "revision": st.none() | NAMES,
+    },
+    ImportConfig: {"source": NAMES, "out": NAMES, "dtype": st.none() | st.sampled_from(["bf16", "fp32"])},
+    TrainConfig: {
+        "cache": NAMES, "out": NAMES, "lr": st.just("auto") | st.floats(1e-6, 1), "seed": st.integers(0),
+        "warmup": st.floats(0, 0.5), "decay": st.floats(0, 0.5), "memory": st.floats(0.01, 64),
+    },
+    EvalConfig: {"run": NAMES, "cache": st.none() | NAMES, "rows": st.sampled_from(["held-out", "all"])},
+    IndexConfig: {"run": NAMES, "cache": NAMES, "out": NAMES, "window": st.integers(1)},
+}  # fmt: skip
+REQUIRED: dict[type, dict[str, Any]] = {
+    HarvestConfig: {"out": "c"},
+    ImportConfig: {"source": "x.npy", "out": "c"},
+    TrainConfig: {"cache": "c", "out": "r"},
+    EvalConfig: {"run": "r"},
+    IndexConfig: {"run": "r", "cache": "c", "out": "s"},
+}
+
+
+@given(st.data(), st.sampled_from(list(CONFIGS)))
+@settings(deadline=None)
+def test_plain_values_come_back_through_json(data: st.DataObject, config_class: type) -> None:
+    strategies = CONFIGS[config_class]
+    optional = {name: s for name, s in strategies.items() if name not in REQUIRED[config_class]}
+    required = {name: strategies[name] for name in REQUIRED[config_class]}
+    values = data.draw(st.fixed_dictionaries(required, optional=optional))
+    config = from_flat(config_class, values)
+    flat = json.loads(json.dumps(to_flat(config)))
+    assert from_flat(config_class, flat) == config
+    for name, value in values.items():
+        assert flat[name] == (str(Path(value)) if isinstance(getattr(config, name), Path) else value)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_every_field_says_what_it_is(config_class: type) -> None:
+    """The field docstrings are the help of the flags."""
+    source = inspect.getsource(config_class)
+    for field in dataclasses.fields(config_class):
+        line = next(i for i, text in enumerate(source.splitlines()) if text.startswith(f"    {field.name}: "))
+        assert source.splitlines()[line + 1].startswith('    """'), field.name
+
+
+@pytest.mark.parametrize(
+    ("config_class", "bad", "message"),
+    [
+        (HarvestConfig, {"hok": "a"}, "'hok' in the file is not a setting of HarvestConfig; did you mean"),
+        (HarvestConfig, {"zzz": 1}, "'zzz' in the file is not a setting of HarvestConfig; there is out,"),
+        (HarvestConfig, {"hook": []}, "no hook was named"),
+        (HarvestConfig, {"hook": ["a", "a"]}, "--hook names the same hook twice: a, a"),
+        (HarvestConfig, {"dtype": "int8"}, "'dtype' in the file is 'int8': input should be 'bf16', 'fp"),
+        (HarvestConfig, {"shard_rows": 1000}, "shard_rows is 1000; it must be a multiple of 32,768"),
+        (ImportConfig, {"shard_rows": 0}, "shard_rows is 0; it must be a multiple of 32,768"),
+        (TrainConfig, {"out": None}, "'out' in the file is None"),
+        (TrainConfig, {"tokens": 1.5}, "'tokens' in the file is 1.5"),
+        (TrainConfig, {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        (TrainConfig, {"lr": "fast"}, "'lr' in the file is 'fast'"),
+        (TrainConfig, {"lr": float("nan")}, "lr is nan; it must be 'auto' or a positive number"),
+        (TrainConfig, {"warmup": float("nan")}, "warmup is nan; it must be at least 0"),
+        (TrainConfig, {"warmup": 0.9}, "warmup 0.9 and decay 0.3 are shares of one run and exceed it"),
+        (TrainConfig, {"sae": "no such"}, "--sae no such is not an architecture; there is topk"),
+        (EvalConfig, {"text": "a.txt"}, "--text a.txt needs a model to read it; add --model"),
+        (EvalConfig, {"rows": "some"}, "'rows' in the file is 'some': input should be 'held-out' or 'all'"),
+        (IndexConfig, {"seed": -1}, "seed is -1; it must be at least 0"),
+    ],
+)
+def test_bad_values_are_named_in_one_sentence(config_class: type, bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        from_flat(config_class, {**REQUIRED[config_class], **bad}, source="the file")
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_a_missing_value_is_named(config_class: type) -> None:
+    for name in REQUIRED[config_class]:
+        rest = {key: value for key, value in REQUIRED[config_class].items() if key != name}
+        with pytest.raises(UserError, match=f"'{name}' is missing from the call"):
+            from_flat(config_class, rest, source="the call")
+
+
+def test_a_lone_string_is_a_list_of_one_and_a_round_float_an_int() -> None:
+    config = from_flat(HarvestConfig, {"out": "c", "hook": "a", "tokens": 2e6})
+    assert config.hook == ("a",)
+    assert config.tokens == 2_000_000
+
+
+class Somewhere:
+    def __fspath__(self) -> str:
+        return "runs/a"
+
+
+def test_whatever_has_a_path_is_a_path() -> None:
+    assert from_flat(EvalConfig, {"run": Somewhere()}).run == Path("runs/a")
+    assert from_flat(EvalConfig, {"run": "r", "model": Path("folder")}).model == "folder"
+
+
+def test_a_station_takes_its_config_or_the_same_keywords() -> None:
+    @station(EvalConfig)
+    def measure(config: EvalConfig) -> EvalConfig:
+        return config
+
+    expected = EvalConfig(run=Path("r"), tokens=7)
+    assert measure(expected) is expected
+    assert measure(run="r", tokens=7) == expected
+    assert next(iter(inspect.signature(measure).parameters)) == "run"
+    with pytest.raises(TypeError, match="or keywords, not both"):
+        measure(expected, tokens=7)
+    with pytest.raises(UserError, match="the call of measure"):
+        measure(run="r", token=7)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_registered_architecture_is_there_under_its_name(name: str) -> None:
+    assert architecture(name).Spec.name == name
+
+
+def test_an_architecture_that_is_not_there_is_a_users_error() -> None:
+    with pytest.raises(UserError, match="'none' is not an SAE architecture; there is topk"):
+        architecture("none")
+
+
+def test_settings_load_without_torch_or_pydantic() -> None:
+    code = "import sys, saebench.config; print(sorted({'torch', 'pydantic'} & set(sys.modules)))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert found.stdout == "[]\n"
