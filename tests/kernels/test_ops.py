@@ -1,0 +1,81 @@
+"""Each op against a dense float64 reference, over odd shapes."""
+
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from saebench_kernels import gathered_dots, group_by_latent, latent_sums, sparse_decode, topk_encode
+
+sizes = st.tuples(st.integers(1, 37), st.integers(1, 19), st.integers(1, 53), st.integers(1, 53), st.integers(0, 999))
+"""N, D, M, k, seed."""
+
+
+def _problem(n, d, m, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x_ND = torch.randn(n, d, generator=generator)
+    W_MD = torch.randn(m, d, generator=generator)
+    b_M = torch.randn(m, generator=generator)
+    return x_ND, W_MD, b_M, min(k, m)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes)
+def test_topk_encode_keeps_the_k_largest_positive_pre_activations(size):
+    x_ND, W_MD, b_M, k = _problem(*size)
+    values_NK, indices_NK = topk_encode(x_ND, W_MD, b_M, k)
+    pre_NM = x_ND.double() @ W_MD.double().T + b_M.double()
+    expected_NK = pre_NM.topk(k, dim=1).values.relu()
+    torch.testing.assert_close(values_NK.double().sort(1, descending=True).values, expected_NK, rtol=1e-5, atol=1e-5)
+    picked_NK = pre_NM.gather(1, indices_NK).relu()
+    torch.testing.assert_close(values_NK.double(), picked_NK, rtol=1e-5, atol=1e-5)
+    assert all(len(set(row.tolist())) == k for row in indices_NK)
+
+
+def test_topk_encode_is_the_same_over_chunks_of_rows(monkeypatch):
+    x_ND, W_MD, b_M, k = _problem(101, 8, 40, 5, 0)
+    whole = topk_encode(x_ND, W_MD, b_M, k)[0].sort(1).values
+    monkeypatch.setattr(sys.modules[topk_encode.__module__], "_CPU_CHUNK_ELEMENTS", 7 * 40)
+    torch.testing.assert_close(topk_encode(x_ND, W_MD, b_M, k)[0].sort(1).values, whole)
+
+
+def test_a_low_precision_scan_only_proposes():
+    x_ND, W_MD, b_M, k = _problem(64, 32, 200, 8, 1)
+    values_NK, indices_NK = topk_encode(x_ND, W_MD, b_M, k, scan_dtype=torch.bfloat16)
+    pre_NM = x_ND @ W_MD.T + b_M
+    torch.testing.assert_close(values_NK, pre_NM.gather(1, indices_NK).relu(), rtol=1e-5, atol=1e-5)
+    # Nothing clearly better than what was picked was passed over: bf16 has 8 bits, pre-activations are ~ 6.
+    missed_NM = pre_NM.scatter(1, indices_NK, -torch.inf)
+    assert (missed_NM.max(1).values <= values_NK.min(1).values + 0.25).all()
+
+
+def test_rows_without_positive_pre_activations_are_all_padding():
+    values_NK, _ = topk_encode(torch.zeros(3, 4), torch.ones(10, 4), -torch.ones(10), 5)
+    assert (values_NK == 0).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes)
+def test_decode_and_its_gradients_equal_the_dense_products(size):
+    x_ND, W_MD, b_M, k = _problem(*size)
+    values_NK, indices_NK = topk_encode(x_ND, W_MD, b_M, k)
+    dense_NM = torch.zeros(len(x_ND), len(W_MD)).scatter_(1, indices_NK, values_NK)
+    torch.testing.assert_close(sparse_decode(indices_NK, values_NK, W_MD), dense_NM @ W_MD, rtol=1e-4, atol=1e-4)
+    dots_NK = gathered_dots(indices_NK, x_ND, W_MD)
+    torch.testing.assert_close(dots_NK, (x_ND @ W_MD.T).gather(1, indices_NK), rtol=1e-4, atol=1e-4)
+    groups = group_by_latent(indices_NK, len(W_MD))
+    torch.testing.assert_close(latent_sums(groups, values_NK, x_ND), dense_NM.T @ x_ND, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_weight_gradients_repeat_bit_for_bit(threads):
+    x_ND, W_MD, b_M, k = _problem(500, 64, 300, 16, 3)
+    values_NK, indices_NK = topk_encode(x_ND, W_MD, b_M, k)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        sums = [latent_sums(group_by_latent(indices_NK, 300), values_NK, x_ND) for _ in range(3)]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])

@@ -1,0 +1,217 @@
+"""TopK: exact properties of the code, finite differences of the loss, AuxK reaching the encoder and reviving."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from saebench.errors import UserError
+from saebench.saes.base import load
+from saebench.saes.functions import SparseDecode, TopKEncode
+from saebench.saes.topk import TopKSAE, TopKSpec
+
+
+def make_sae(d_in=12, d_sae=40, k=5, seed=0, **options):
+    sae = TopKSAE(TopKSpec(d_sae=d_sae, k=k, **options), d_in)
+    generator = torch.Generator().manual_seed(seed)
+    sae.initialize(torch.randn(200, d_in, generator=generator), seed=seed)
+    with torch.no_grad():
+        sae.b_enc.copy_(0.1 * torch.randn(d_sae, generator=generator))
+    return sae
+
+
+def rows(n, d_in=12, seed=1):
+    return torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 16), st.integers(1, 60), st.data())
+def test_encode_equals_the_dense_definition(n, d_in, d_sae, data):
+    k = data.draw(st.integers(1, d_sae))
+    sae = make_sae(d_in, d_sae, k)
+    x_ND = rows(n, d_in)
+    pre_NM = (x_ND - sae.b_dec) @ sae.W_enc + sae.b_enc
+    top = pre_NM.topk(k, dim=1)
+    dense_NM = torch.zeros_like(pre_NM).scatter(1, top.indices, top.values.relu())
+    codes = sae.encode(x_ND)
+    torch.testing.assert_close(codes.to_dense(), dense_NM, rtol=1e-4, atol=1e-4)
+    assert (codes.l0() <= k).all()
+    assert torch.equal(codes.l0(), (pre_NM > 0).sum(1).clamp_max(k))
+    torch.testing.assert_close(sae(x_ND), dense_NM @ sae.W_dec + sae.b_dec, rtol=1e-4, atol=1e-4)
+
+
+def test_every_input_shape_gives_its_own_leading_shape():
+    sae, x = make_sae(), rows(6).view(2, 3, 12)
+    assert sae.encode(x).to_dense().shape == (2, 3, 40)
+    assert sae.encode(x[0, 0]).to_dense().shape == (40,)
+    assert sae(x).shape == (2, 3, 12) and sae(x[0, 0]).shape == (12,)
+    torch.testing.assert_close(sae(x)[1, 2], sae(x[1, 2]))
+    assert sae.encode(rows(0)).to_dense().shape == (0, 40)
+    with pytest.raises(ValueError, match="d_in = 12"):
+        sae.encode(torch.zeros(3, 11))
+
+
+def test_permuting_latents_permutes_the_code():
+    sae, x_ND = make_sae(), rows(20)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
+    other = make_sae()
+    with torch.no_grad():
+        for name in ("W_enc_MD", "W_dec", "b_enc"):
+            getattr(other, name).copy_(getattr(sae, name)[order])
+    torch.testing.assert_close(other.encode(x_ND).to_dense(), sae.encode(x_ND).to_dense()[:, order])
+    torch.testing.assert_close(other(x_ND), sae(x_ND))
+
+
+def test_gradients_equal_finite_differences_with_the_selection_fixed():
+    """Both autograd functions in float64, where every input's gradient is compared with central differences."""
+    x_ND = rows(7).double()
+    sae = make_sae().double()
+    weights = [p.detach().clone().requires_grad_() for p in (sae.W_enc_MD, sae.b_enc, sae.b_dec, sae.W_dec)]
+    with torch.no_grad():
+        _, indices_NK = TopKEncode.apply(x_ND, *weights[:3], 5, torch.float64)
+
+    def dense_loss(W_enc_MD, b_enc_M, b_dec_D, W_dec_MD):
+        pre_NK = ((x_ND - b_dec_D) @ W_enc_MD.T + b_enc_M).gather(1, indices_NK).relu()
+        x_hat_ND = torch.einsum("nk,nkd->nd", pre_NK, W_dec_MD[indices_NK]) + b_dec_D
+        return (x_ND - x_hat_ND).square().mean()
+
+    assert torch.autograd.gradcheck(dense_loss, weights, eps=1e-6, atol=1e-7)
+    expected = torch.autograd.grad(dense_loss(*weights), weights)
+    values_NK, picked_NK = TopKEncode.apply(x_ND.float(), *[w.float() for w in weights[:3]], 5, torch.float32)
+    x_hat_ND = SparseDecode.apply(values_NK, picked_NK, weights[3].float(), weights[2].float())
+    got = torch.autograd.grad((x_ND.float() - x_hat_ND).square().mean(), weights)
+    for mine, reference in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_a_latent_cut_by_the_relu_gets_no_gradient():
+    sae = make_sae(k=40)
+    terms = sae.loss(rows(1))
+    terms.total.backward()
+    silent = terms.codes.to_dense()[0] == 0
+    assert silent.any()
+    assert (sae.W_enc_MD.grad[silent] == 0).all() and (sae.b_enc.grad[silent] == 0).all()
+
+
+def test_aux_is_zero_without_dead_latents_and_uses_all_when_all_are_dead():
+    sae, x_ND = make_sae(k_aux=40), rows(30)
+    assert sae.loss(x_ND).auxiliary == 0
+    sae.tokens_since_fired.fill_(sae.dead_after)
+    error_ND = (x_ND - sae(x_ND)).detach()
+    pre_NM = ((x_ND - sae.b_dec) @ sae.W_enc + sae.b_enc).relu()
+    left = (error_ND - pre_NM @ sae.W_dec).square().sum() / (error_ND - error_ND.mean(0)).square().sum()
+    torch.testing.assert_close(sae.loss(x_ND).auxiliary, left)
+
+
+def test_aux_gradient_reaches_dead_encoder_and_decoder_rows_only():
+    sae, x_ND = make_sae(k_aux=3), rows(30)
+    dead = torch.tensor([1, 7, 11, 30])
+    sae.tokens_since_fired[dead] = sae.dead_after
+    sae.auxiliary_loss(x_ND, (x_ND - sae(x_ND)).detach()).backward()
+    touched = torch.zeros(40, dtype=torch.bool)
+    touched[dead] = True
+    assert (sae.W_enc_MD.grad[touched].norm(dim=1) > 0).any()
+    for name in ("W_enc_MD", "W_dec"):
+        assert (getattr(sae, name).grad[~touched] == 0).all()
+    assert sae.b_dec.grad is None or (sae.b_dec.grad == 0).all()
+
+
+def test_a_step_on_aux_alone_brings_the_dead_latents_closer_to_the_residual():
+    """The sign is right: |x - x_hat - e_hat|^2 falls (a port of this loss fits the negated residual)."""
+    sae, x_ND = make_sae(k_aux=10), rows(200)
+    sae.tokens_since_fired[10:30] = sae.dead_after
+    error_ND = (x_ND - sae(x_ND)).detach()
+    before = sae.auxiliary_loss(x_ND, error_ND)
+    before.backward()
+    with torch.no_grad():
+        for parameter in (sae.W_enc_MD, sae.W_dec, sae.b_enc):
+            parameter -= 0.05 * parameter.grad
+    assert sae.auxiliary_loss(x_ND, error_ND) < before
+
+
+def test_aux_of_a_perfect_reconstruction_is_finite():
+    sae, x_ND = make_sae(), rows(5)
+    sae.tokens_since_fired.fill_(sae.dead_after)
+    assert sae.auxiliary_loss(x_ND, torch.zeros_like(x_ND)).isfinite()
+
+
+def test_firing_counters_and_the_dead_set():
+    sae = make_sae()
+    sae.dead_after = 100
+    codes = sae.encode(rows(60))
+    fired = codes.to_dense().any(0)
+    sae.count_firing(codes)
+    assert (sae.tokens_since_fired[fired] == 0).all() and (sae.tokens_since_fired[~fired] == 60).all()
+    sae.count_firing(codes)
+    assert torch.equal(sae.dead_latents(), (~fired).nonzero()[:, 0])
+
+
+def test_decoder_gradient_is_orthogonal_after_projection_and_rows_are_unit():
+    sae = make_sae()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40))
+    sae.loss(rows(50)).total.backward()
+    sae.project_gradients()
+    along_M = (sae.W_dec.grad * sae.W_dec).sum(1)
+    assert along_M.abs().max() < 1e-6
+
+
+def test_initial_encoder_scale_is_the_best_one():
+    sae, x_ND = TopKSAE(TopKSpec(d_sae=64, k=4), 16), rows(500, 16) + 3
+    sae.initialize(x_ND, seed=0)
+    best = (x_ND - sae(x_ND)).square().sum()
+    for factor in (0.9, 1.1):
+        other = TopKSAE(sae.spec, 16)
+        other.load_state_dict(sae.state_dict())
+        with torch.no_grad():
+            other.W_enc_MD.mul_(factor)
+        assert (x_ND - other(x_ND)).square().sum() > best
+
+
+def test_folding_the_input_scale_changes_units_and_nothing_else():
+    sae, x_ND = make_sae(), rows(25)
+    scaled_hat_ND, dense_NM = sae(3.5 * x_ND) / 3.5, sae.encode(3.5 * x_ND).to_dense() / 3.5
+    sae.fold_scale(3.5)
+    torch.testing.assert_close(sae(x_ND), scaled_hat_ND, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae.encode(x_ND).to_dense(), dense_NM, rtol=1e-5, atol=1e-5)
+
+
+def test_save_and_load_give_the_same_bits(tmp_path):
+    sae = make_sae(k_aux=7)
+    sae.save(tmp_path / "sae", hook_name="blocks.0.hook_resid_post")
+    again = load(tmp_path / "sae")
+    assert again.spec == sae.spec and again.d_in == sae.d_in
+    for name in sae.weight_names:
+        assert torch.equal(getattr(again, name), getattr(sae, name))
+    assert json.loads((tmp_path / "sae" / "sae.json").read_text())["hook_name"] == "blocks.0.hook_resid_post"
+
+
+def test_damaged_folders_end_in_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="holds no SAE"):
+        load(tmp_path)
+    make_sae().save(tmp_path)
+    weights = (tmp_path / "sae.safetensors").read_bytes()
+    (tmp_path / "sae.safetensors").write_bytes(weights[:-10])
+    with pytest.raises(UserError, match="damaged"):
+        load(tmp_path)
+    (tmp_path / "sae.safetensors").unlink()
+    with pytest.raises(UserError, match="not saved completely"):
+        load(tmp_path)
+    make_sae(d_in=13).save(tmp_path / "other")
+    (tmp_path / "sae.safetensors").write_bytes((tmp_path / "other" / "sae.safetensors").read_bytes())
+    with pytest.raises(UserError, match="W_enc_MD has shape"):
+        load(tmp_path)
+    description = json.loads((tmp_path / "sae.json").read_text())
+    (tmp_path / "sae.json").write_text(json.dumps(description | {"format_version": 99}))
+    with pytest.raises(UserError, match="update saebench"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"k": 0}, "k is 0"), ({"k": 50, "d_sae": 40}, "k is 50"), ({"aux_coefficient": -1}, "aux_coefficient"),
+     ({"k_aux": 0}, "k_aux is 0"), ({"dead_tokens": 0}, "dead_tokens is 0")],
+)
+def test_impossible_specs_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        TopKSpec(**settings)
