@@ -1,0 +1,46 @@
+# make demo     the whole road on the model that is in this repository, then how to look at it
+# make test     what has to pass before a change goes in
+# make check    style and types
+# Each of them first makes .venv, which needs nothing but python3 (3.11 or newer) and its pip.
+
+PYTHON ?= python3
+EXTRAS ?= dev
+OUT ?= demo
+VENV = .venv
+INSTALLED = $(VENV)/.installed
+ROOMS = saebench app data kernels
+CODE = $(ROOMS) tests setup.py
+
+.PHONY: demo test test-slow check format
+.DEFAULT_GOAL := demo
+
+demo: $(INSTALLED)
+	$(VENV)/bin/saebench demo --out $(OUT)
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -q
+
+test-slow: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -q -m slow
+
+check: $(INSTALLED)
+	$(VENV)/bin/ruff check $(CODE)
+	$(VENV)/bin/ruff format --check $(CODE)
+	$(VENV)/bin/mypy
+
+format: $(INSTALLED)
+	$(VENV)/bin/ruff check --fix $(CODE)
+	$(VENV)/bin/ruff format $(CODE)
+
+# .venv/rooms shows the folders to mypy under the names that they are installed with.
+$(INSTALLED): pyproject.toml setup.py constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "saebench needs Python 3.11 or newer as $(PYTHON); name another: make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[$(EXTRAS)]'
+	mkdir -p $(VENV)/rooms
+	ln -sfn ../../saebench $(VENV)/rooms/saebench
+	for room in app data kernels; do ln -sfn ../../$$room $(VENV)/rooms/saebench_$$room; done
+	touch $@
