@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from saebench.saes.topk import TopKSAE
+from saebench.store.build import Options, build_store
 
 D_IN, D_SAE, K, CTX_LEN, N_CONTEXTS = 12, 24, 4, 24, 10
 HOOK = "blocks.0.hook_resid_post"
@@ -48,7 +49,7 @@ class SmallCache:
         self.n_rows = len(rows)
         self.dtype = torch.float32
         self.hash = f"{seed:064d}"
-        self.manifest = {"text": {"name": "small"}}
+        self.manifest = {"made_from": {"text": {"name": "small"}}}
         embedding = torch.from_numpy(rng.normal(size=(len(VOCAB), D_IN)).astype(np.float32))
         noise = torch.from_numpy(rng.normal(size=(self.n_rows, D_IN)).astype(np.float32))
         self._x_ND = embedding[columns[0].long()] + 0.5 * noise
@@ -92,91 +93,17 @@ def small_unembedding(seed: int = 0) -> torch.Tensor:
     return torch.randn(D_IN, len(VOCAB), generator=torch.Generator().manual_seed(seed + 1))
 
 
-def build_small_store(path: Path, *, text: bool = True) -> Path:
-    """Write the small world's store at ``path`` row by row from the reference computation."""
-    from saebench.store import publish, schema
-    from saebench.store.database import insert, insert_meta, new_database
-    from saebench.store.text import token_text
-    from tests.store import reference
+def small_options(**changes: object) -> Options:
+    settings = {"name": "small", "hook": HOOK, "examples": 5, "window": 12, "batch_size": 13, "quiet": True}
+    return Options(**settings | changes)
 
-    path = Path(path)
-    cache, sae = SmallCache(text=text), small_sae()
-    codes_NM = sae.encode(cache.activations()).to_dense().detach().numpy()
-    near = reference.neighbors(sae.W_dec.detach().numpy(), schema.NEIGHBORS_PER_FEATURE)
-    logits = (sae.W_dec @ small_unembedding()).detach().numpy()
-    encoder = sae.W_enc_MD.detach().numpy()
-    tables: dict[str, list[dict]] = {name: [] for name in schema.SAE_TABLES | schema.TEXT_TABLES if name != "meta"}
-    for row in reference.feature_rows(codes_NM, cache):
-        feature = row["feature"]
-        column, decoder = codes_NM[:, feature], sae.W_dec.detach().numpy()[feature]
-        order = np.argsort(-logits[feature], kind="stable")
-        row |= {
-            "dec_norm": float(np.linalg.norm(decoder)),
-            "enc_dec_cos": float(decoder @ encoder[feature] / np.linalg.norm(encoder[feature])),
-            "dec_max_cos": near[feature][1][0], "dec_nn": near[feature][0][0],
-            "logit_top": token_text(VOCAB[order[0]]) if text else None,
-        }  # fmt: skip
-        tables["feature"].append(row)
-        for rank, (other, cosine) in enumerate(zip(*near[feature], strict=True)):
-            tables["neighbor"].append({"feature": feature, "rank": rank, "other": other, "cosine": cosine})
-        for at in np.flatnonzero(column):
-            where = (int(cache.ctx[at]), int(cache.pos[at])) if text else (int(at), 0)
-            tables["act"].append({"feature": feature, "ctx": where[0], "pos": where[1], "value": column[at]})
-        if histogram := reference.histogram(column):
-            tables["hist"].append({"feature": feature, **dict(zip(("lo", "hi", "counts"), histogram, strict=True))})
-        random = np.random.default_rng(feature).permutation(np.flatnonzero(column))[:5]
-        for group, rows in (("top", reference.top_rows(column, cache, 5)), ("random", random)):
-            for rank, at in enumerate(rows):
-                around = {"ctx": at, "pos": 0, "doc": None, "start": 0, "tokens": [], "acts": []}
-                if text:
-                    around = reference.window(feature, at, codes_NM, cache, 12)
-                example = {"feature": feature, "grp": schema.GROUPS[group], "rank": rank, "value": column[at]}
-                tables["example"].append(example | around)
-        if text:
-            for sign, best in ((1, order[:10]), (-1, order[::-1][:10])):
-                for rank, token in enumerate(best):
-                    value = logits[feature, token]
-                    tables["logit"].append(
-                        {"feature": feature, "sign": sign, "rank": rank, "token": token, "value": value}
-                    )
-            for rank, token_row in enumerate(reference.token_rows(column, cache)):
-                tables["feature_token"].append({"feature": feature, "rank": rank, **token_row})
-    absent = {"logit", "feature_token", "token", "context", "document"} if not text else set()
-    meta = {
-        "format_version": schema.FORMAT_VERSION, "name": "small", "sae": "topk", "d_in": D_IN, "d_sae": D_SAE,
-        "k": K, "hook_name": HOOK, "model": "small" if text else None, "text": "small" if text else None,
-        "n_tokens": cache.n_rows, "n_contexts": cache.n_contexts, "n_documents": len(LABELS) if text else 0,
-        "n_activations": len(tables["act"]), "eval": {"explained_variance": 0.5, "l0": 4.0},
-        "missing": dict.fromkeys(sorted(absent), "the cache was imported without tokens"),
-        "sae_hash": "0" * 64, "cache_hash": cache.hash, "examples": 5, "window": 12, "seed": 0,
-    }  # fmt: skip
-    path.mkdir(parents=True)
-    current, building = publish.begin(path)
 
-    def write(name: str, kind: str, wanted: dict[str, schema.Table]) -> publish.StoredFile:
-        file = building / name
-        present = {key: table for key, table in wanted.items() if key not in absent}
-        with new_database(file, present.values()) as connection:
-            insert_meta(connection, wanted["meta"], meta)
-            for key, table in present.items():
-                if key != "meta" and tables[key]:
-                    insert(connection, table, {c: [row[c] for row in tables[key]] for c in table.names})
-        return publish.describe(file)
-
-    stored_text = None
-    if text:
-        n_rows = np.bincount(cache.tokens.numpy(), minlength=len(VOCAB))
-        tables["token"] = [
-            {"token": i, "bytes": b, "text": token_text(b), "n": int(n_rows[i])} for i, b in enumerate(VOCAB)
-        ]
-        for ctx in range(cache.n_contexts):
-            length = int(cache.context_len[ctx])
-            docs = cache.doc.numpy()[cache.ctx.numpy() == ctx].tolist()
-            tokens = cache.context_tokens[ctx, :length].tolist()
-            tables["context"].append({"ctx": ctx, "n_tokens": length, "tokens": tokens, "docs": [docs[0], *docs]})
-        tables["document"] = [{"doc": i, "label": label} for i, label in enumerate(LABELS)]
-        stored_text = write("text-small.duckdb", "text", schema.TEXT_TABLES)
-    file = write("sae-small.duckdb", "sae", schema.SAE_TABLES)
-    stored = publish.StoredSae(name="small", file=file, text="small" if text else None)
-    publish.publish(path, current, stored, stored_text)
-    return path
+def build_small_store(path: Path, *, text: bool = True, name: str = "small", seed: int = 0) -> Path:
+    """Build the small world's store at ``path``, or add an SAE of random weights ``seed`` to it."""
+    build_store(
+        Path(path), small_sae(seed), SmallCache(text=text), small_options(name=name),
+        W_U_DV=small_unembedding() if text else None,
+        no_logits="" if text else "the cache has no tokens, so there is nothing to name logits by",
+        evaluation={"sae": "topk", "d_sae": D_SAE, "k": K, "explained_variance": 0.5, "l0": 4.0},
+    )  # fmt: skip
+    return Path(path)

@@ -1,0 +1,98 @@
+"""Direct effect of each latent on the model's next-token logits: W_dec @ W_U.
+
+Shapes: M = d_sae latents, D = d_model, V tokens, B latents of a block, J tokens kept of each sign.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saebench.errors import UserError
+from saebench.store.schema import LOGITS_PER_SIGN
+
+if TYPE_CHECKING:
+    from saebench.activations.cache import ActivationCache
+
+BLOCK_BYTES = 1 << 27
+
+
+@torch.no_grad()
+def logit_rows(W_dec_MD: Tensor, W_U_DV: Tensor, n: int = LOGITS_PER_SIGN) -> dict[str, Any]:
+    """Rows of the logit table: the ``n`` most promoted and most suppressed tokens of every latent.
+
+    Computed in blocks of latents, so memory stays at ``BLOCK_BYTES`` whatever M is.
+    """
+    W_U_DV = W_U_DV.to(W_dec_MD.device, torch.float32)
+    n_latents, n_tokens = len(W_dec_MD), W_U_DV.shape[1]
+    n = min(n, n_tokens)
+    block = max(1, BLOCK_BYTES // (4 * n_tokens))
+    token, value = np.empty((n_latents, 2, n), np.int64), np.empty((n_latents, 2, n), np.float32)
+    for start in range(0, n_latents, block):
+        logits_BV = W_dec_MD[start : start + block].float() @ W_U_DV
+        for side, largest in ((0, True), (1, False)):
+            value_BJ, token_BJ = logits_BV.topk(n, dim=1, largest=largest)
+            value[start : start + block, side] = value_BJ.cpu().numpy()
+            token[start : start + block, side] = token_BJ.cpu().numpy()
+    return {
+        "feature": np.repeat(np.arange(n_latents), 2 * n),
+        "sign": np.tile(np.repeat([1, -1], n), n_latents),
+        "rank": np.tile(np.arange(n), 2 * n_latents),
+        "token": token.reshape(-1),
+        "value": value.reshape(-1),
+    }
+
+
+def find_unembedding(
+    model: str, cache: ActivationCache, hook: str, vocab: list[bytes] | None
+) -> tuple[Tensor | None, str]:
+    """``(W_U [D, V], "")``, or ``(None, why there is none)`` in a sentence.
+
+    ``model`` is 'cache' (the model that made the cache), 'none', or a name to load. Only the residual
+    stream is read by the unembedding directly, so other hooks have no direct logits.
+
+    Raises:
+        UserError: a model named explicitly cannot be loaded or is not the one that made the cache.
+    """
+    if model == "none":
+        return None, "it was left out with --model none"
+    if vocab is None:
+        return None, "the cache has no tokens, so there is nothing to name logits by"
+    made_by = cache.model or {}
+    if model != "cache":
+        return _unembedding(model, None, cache, hook, vocab)
+    if not made_by.get("name"):
+        return None, "the cache does not say which model made it"
+    try:
+        return _unembedding(made_by["name"], made_by.get("revision"), cache, hook, vocab)
+    except (UserError, ImportError, OSError) as error:
+        reason = f"the model {made_by['name']} that made the cache cannot be used ({error})"
+        print(f"index: no logits, because {reason}", file=sys.stderr)
+        return None, reason
+
+
+def _unembedding(
+    name: str, revision: str | None, cache: ActivationCache, hook: str, vocab: list[bytes]
+) -> tuple[Tensor | None, str]:
+    from saebench.activations.models import load_model
+
+    model = load_model(name, revision=revision)
+    expected = (cache.model or {}).get("hash")
+    if expected and model.hash != expected:
+        raise UserError(
+            f"the model {name} is not the one that made the cache {cache.path}: its hash is {model.hash[:12]}, "
+            f"the cache's is {expected[:12]}; pass that model, or --model none to leave logits out"
+        )
+    if not model.residual_hook(hook):
+        return None, f"the hook {hook} is not in the residual stream, which is all that the unembedding reads"
+    W_U_DV = model.unembedding()[:, : len(vocab)]
+    if W_U_DV.shape != (cache.d_in(hook), len(vocab)):
+        raise UserError(
+            f"the unembedding of {name} has shape {tuple(W_U_DV.shape)} but the cache {cache.path} needs "
+            f"{(cache.d_in(hook), len(vocab))}; pass the model that made the cache, or --model none"
+        )
+    return W_U_DV, ""

@@ -1,0 +1,63 @@
+"""The text file of a store: tokens, contexts and documents, shared by all SAEs of one text.
+
+Shapes: C contexts, T positions, X tokens of a block of contexts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saebench.store.corpus import CHUNK, Corpus, chunks
+from saebench.store.database import insert, insert_meta, new_database
+from saebench.store.schema import CONTEXT, DOCUMENT, FORMAT_VERSION, TEXT_META, TEXT_TABLES, TOKEN
+from saebench.store.statistics import list_column
+from saebench.store.text import token_text
+
+
+def write_text_file(path: Path, corpus: Corpus, *, name: str | None) -> None:
+    """Write the tables token, context and document of ``corpus``; ``name`` is what the text is called."""
+    with new_database(path, TEXT_TABLES.values()) as connection:
+        vocab = corpus.vocab
+        insert(connection, TOKEN, {
+            "token": np.arange(len(vocab)), "bytes": vocab, "text": [token_text(token) for token in vocab],
+            "n": corpus.token_counts,
+        })  # fmt: skip
+        labels = (corpus.labels or [])[: corpus.n_documents]
+        labels += [""] * (corpus.n_documents - len(labels))
+        insert(connection, DOCUMENT, {
+            "doc": np.arange(corpus.n_documents), "label": [label or None for label in labels],
+        })  # fmt: skip
+        for contexts in chunks(corpus.n_contexts, CHUNK // corpus.ctx_len):
+            insert(connection, CONTEXT, _contexts(corpus, contexts))
+        insert_meta(connection, TEXT_META, {
+            "format_version": FORMAT_VERSION, "text": name, "text_hash": corpus.hash,
+            "n_tokens": corpus.n_rows, "n_contexts": corpus.n_contexts, "n_documents": corpus.n_documents,
+        })  # fmt: skip
+
+
+def _contexts(corpus: Corpus, contexts: slice) -> dict[str, Any]:
+    length_C = corpus.context_len[contexts].astype(np.int64)
+    inside_CT = np.arange(corpus.ctx_len) < length_C[:, None]
+    context_X, pos_X = np.nonzero(inside_CT)
+    return {
+        "ctx": np.arange(contexts.start, contexts.stop),
+        "n_tokens": length_C,
+        "tokens": list_column(corpus.context_tokens[contexts][inside_CT], length_C),
+        "docs": list_column(_documents(corpus, context_X + contexts.start, pos_X), length_C),
+    }
+
+
+def _documents(corpus: Corpus, ctx_X: NDArray[np.int64], pos_X: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The document of each token; one that the cache keeps no row of goes with the row that follows it."""
+    low, high = np.searchsorted(corpus.ctx, [ctx_X[0], ctx_X[-1] + 1])
+    if low == high:
+        return np.zeros(len(ctx_X), dtype=np.int64)
+    place_N = corpus.place(np.arange(low, high))
+    following_X = np.minimum(np.searchsorted(place_N, ctx_X * corpus.ctx_len + pos_X), high - low - 1) + low
+    before_X = np.maximum(following_X - 1, 0)
+    elsewhere_X = corpus.ctx[following_X] != ctx_X
+    return corpus.doc[np.where(elsewhere_X, before_X, following_X)].astype(np.int64)
