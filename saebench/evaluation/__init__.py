@@ -1,0 +1,196 @@
+"""What an SAE keeps: of activations (reconstruction.py) and of the model's predictions (faithfulness.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saebench.config import EvalConfig, station
+from saebench.device import pick_device
+from saebench.errors import UserError
+from saebench.evaluation.faithfulness import Contexts, FaithfulnessMetrics, faithfulness_metrics
+from saebench.evaluation.reconstruction import (
+    ReconstructionMeter,
+    ReconstructionMetrics,
+    reconstruction_metrics,
+)
+from saebench.evaluation.report import EvalReport
+from saebench.evaluation.sources import (
+    Origin,
+    cache_contexts,
+    choose_rows,
+    mean_training_activation,
+    read_origin,
+    row_batches,
+)
+from saebench.files import require_writable, write_json_atomic
+from saebench.progress import progress
+from saebench.saes.base import load
+
+if TYPE_CHECKING:
+    import torch
+
+    from saebench.activations.cache import ActivationCache
+    from saebench.activations.models import Model
+    from saebench.saes.base import SAE
+
+__all__ = [
+    "Contexts",
+    "EvalReport",
+    "FaithfulnessMetrics",
+    "ReconstructionMeter",
+    "ReconstructionMetrics",
+    "evaluate",
+    "faithfulness_metrics",
+    "reconstruction_metrics",
+]
+
+REPORT_FILE = "eval.json"
+WORKING_BYTES = 2**28
+"""Memory for one fp32 matrix of rows over latents, or over the vocabulary."""
+
+
+@station(EvalConfig)
+def evaluate(config: EvalConfig) -> EvalReport:
+    """Measure the SAE of ``config.run`` and write ``eval.json`` beside it.
+
+    Rows are the first ``config.tokens`` held-out rows of the cache; with a model and no text, the model
+    reads the contexts of exactly these rows, and exactly their positions are replaced.
+
+    Raises:
+        UserError: no finished SAE, a cache or model that does not fit it, nothing held out to measure on,
+            or activations that are not finite.
+    """
+    run = Path(config.run)
+    device = pick_device(config.device)
+    sae = load(run, device=device)
+    origin = read_origin(run)
+    require_writable(run, what="the run directory")
+    report = _on_cache(config, sae, origin, device)
+    write_json_atomic(run / REPORT_FILE, report.to_dict())
+    return report
+
+
+def _on_cache(config: EvalConfig, sae: SAE, origin: Origin, device: torch.device) -> EvalReport:
+    cache = _open_cache(config, origin)
+    hook = _hook(config, origin, cache)
+    if cache.d_in(hook) != sae.d_in:
+        raise UserError(
+            f"the SAE reads {sae.d_in} dimensions but {hook} in {cache.path} has {cache.d_in(hook)}; "
+            "name the cache or --hook that it was trained on"
+        )
+    row_N = choose_rows(cache, rows=config.rows, tokens=config.tokens)
+    contexts = cache_contexts(cache, row_N) if config.model is not None else None
+    model = _load_model(config, cache.model, hook, sae, device) if config.model is not None else None
+
+    size = max(1, WORKING_BYTES // (4 * sae.d_sae))
+    with progress("eval", total=len(row_N), unit="tok", quiet=config.quiet) as bar:
+        meter = ReconstructionMeter(sae)
+        for x_ND in row_batches(cache, hook, row_N, size=size):
+            meter.update(x_ND)
+            bar.update(len(x_ND))
+    reconstruction = meter.result()
+    if model is None or contexts is None:
+        return _report(config, sae, hook, reconstruction, cache_hash=cache.hash)
+
+    mean_D = mean_training_activation(cache, hook)
+    faithfulness = faithfulness_metrics(
+        sae,
+        model,
+        hook,
+        _shown(contexts, config, model, sae),
+        mean_activation=meter.mean() if mean_D is None else mean_D,
+    )
+    return _report(config, sae, hook, reconstruction, faithfulness, model=model.name, cache_hash=cache.hash)
+
+
+def _open_cache(config: EvalConfig, origin: Origin) -> ActivationCache:
+    from saebench.activations.cache import open_cache
+
+    path = config.cache or origin.cache
+    if path is None:
+        raise UserError(
+            f"{config.run} does not say which cache its SAE was trained on; name one with --cache"
+        )
+    return open_cache(path)
+
+
+def _hook(config: EvalConfig, origin: Origin, cache: ActivationCache) -> str:
+    hook = config.hook or origin.hook_name
+    if hook is None and len(cache.hooks) > 1:
+        raise UserError(f"{config.run} does not say its hook; pass --hook, one of {', '.join(cache.hooks)}")
+    return cache.resolve_hook(hook)
+
+
+def _load_model(
+    config: EvalConfig, recorded: dict[str, Any] | None, hook: str, sae: SAE, device: torch.device
+) -> Model:
+    """The model to splice into; without a text it must be the one whose tokens and rows the cache holds."""
+    from saebench.activations.models import load_model
+
+    name, revision = config.model, config.revision
+    if name == "cache":
+        if recorded is None:
+            raise UserError("--model cache: the cache was imported and knows no model; name the model itself")
+        name, revision = recorded["name"], recorded.get("revision")
+    assert name is not None
+    model = load_model(name, revision=revision, device=str(device))
+    must_match = config.text is None or config.model == "cache"
+    if must_match and recorded is not None and model.hash != recorded["hash"]:
+        raise UserError(
+            f"the model {name} is not the one that made the cache (its files hash to {model.hash[:12]}..., "
+            f"the cache says {recorded['hash'][:12]}...); name that model, or name a text with --text"
+        )
+    model.check_hook(hook)
+    if model.hook_dim(hook) != sae.d_in:
+        raise UserError(
+            f"the SAE reads {sae.d_in} dimensions but {hook} of {name} has {model.hook_dim(hook)}"
+        )
+    return model
+
+
+def _shown(contexts: Contexts, config: EvalConfig, model: Model, sae: SAE) -> Iterator[Contexts]:
+    """Batches of contexts under a progress display, small enough that one batch's logits fit in memory."""
+    widest = max(model.vocab_size, sae.d_sae)
+    size = max(1, min(config.batch_size, WORKING_BYTES // (4 * contexts.tokens_BT.shape[1] * widest)))
+    total = int(contexts.keep_BT.sum())
+    with progress("eval with the model", total=total, unit="tok", quiet=config.quiet) as bar:
+        for batch in contexts.batches(size):
+            yield batch
+            bar.update(int(batch.keep_BT.sum()))
+
+
+def _report(
+    config: EvalConfig,
+    sae: SAE,
+    hook: str,
+    reconstruction: ReconstructionMetrics,
+    faithfulness: FaithfulnessMetrics | None = None,
+    *,
+    model: str | None = None,
+    cache_hash: str | None = None,
+) -> EvalReport:
+    behaviour = {}
+    if faithfulness is not None:
+        names = ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "ce_delta", "ce_loss_score", "kl")
+        behaviour = {name: getattr(faithfulness, name) for name in names}
+        behaviour["n_tokens_model"] = faithfulness.n_tokens
+    return EvalReport(
+        sae=sae.spec.name,
+        d_sae=sae.d_sae,
+        k=sae.k,
+        hook_name=hook,
+        n_tokens=reconstruction.n_tokens,
+        rows=config.rows,
+        cache_hash=cache_hash,
+        text=config.text,
+        fvu=reconstruction.fvu,
+        explained_variance=reconstruction.explained_variance,
+        l0=reconstruction.l0,
+        dead_fraction=reconstruction.dead_fraction,
+        cosine_similarity=reconstruction.cosine_similarity,
+        density_histogram=reconstruction.density_histogram(),
+        model=model,
+        **behaviour,
+    )

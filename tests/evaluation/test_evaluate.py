@@ -1,0 +1,109 @@
+"""``evaluate`` on caches and runs as they are on disk."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from saebench.activations.cache import ActivationCache
+from saebench.config import EvalConfig
+from saebench.errors import UserError
+from saebench.evaluation import evaluate, reconstruction_metrics
+from saebench.saes.base import SAE
+from saebench.saes.topk import TopKSAE, TopKSpec
+
+MakeCache = Callable[..., ActivationCache]
+D_IN, HOOK = 6, "imported"
+
+
+def save_run(path: Path, *, cache: Path | None = None, hook: str | None = HOOK, d_in: int = D_IN) -> SAE:
+    """A run directory with an SAE of random weights."""
+    sae = TopKSAE(TopKSpec(d_sae=24, k=3), d_in)
+    sae.initialize(torch.randn(100, d_in, generator=torch.Generator().manual_seed(1)), seed=0)
+    sae.save(path, **({} if hook is None else {"hook_name": hook}))
+    if cache is not None:
+        run = {"format_version": 1, "train": {"cache": str(cache)}, "hook_name": hook}
+        (path / "run.json").write_text(json.dumps(run))
+    return sae
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(1000, D_IN, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_held_out_rows_of_the_runs_own_cache(
+    tmp_path: Path, make_cache: MakeCache, x: torch.Tensor
+) -> None:
+    cache = make_cache(tmp_path / "cache", x)
+    sae = save_run(tmp_path / "run", cache=tmp_path / "cache")
+    report = evaluate(EvalConfig(run=tmp_path / "run", quiet=True, device="cpu"))
+
+    assert report.to_dict() == json.loads((tmp_path / "run" / "eval.json").read_bytes(), object_hook=_tuples)
+    expected = reconstruction_metrics(sae, [x[cache.held_out]])
+    assert (report.n_tokens, report.rows, report.cache_hash) == (50, "held-out", cache.hash)
+    assert (report.sae, report.d_sae, report.k, report.hook_name) == ("topk", 24, 3, HOOK)
+    for name in ("fvu", "explained_variance", "l0", "dead_fraction", "cosine_similarity"):
+        assert getattr(report, name) == pytest.approx(getattr(expected, name))
+    assert sum(report.density_histogram.counts) + report.density_histogram.dead == 24
+    without_model = ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "ce_loss_score", "kl", "model")
+    assert all(getattr(report, name) is None for name in without_model)
+
+
+def _tuples(value: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
+
+
+def test_rows_and_tokens_are_as_asked(tmp_path: Path, make_cache: MakeCache, x: torch.Tensor) -> None:
+    make_cache(tmp_path / "cache", x)
+    sae = save_run(tmp_path / "run", cache=tmp_path / "cache")
+    report = evaluate(run=tmp_path / "run", rows="all", tokens=300, quiet=True, device="cpu")
+    assert (report.n_tokens, report.rows) == (300, "all")
+    assert report.fvu == pytest.approx(reconstruction_metrics(sae, [x[:300]]).fvu)
+    again = evaluate(run=tmp_path / "run", rows="all", tokens=300, quiet=True, device="cpu")
+    assert again == report
+
+
+def test_an_sae_alone_is_measured_on_the_cache_that_is_named(
+    tmp_path: Path, make_cache: MakeCache, x: torch.Tensor
+) -> None:
+    make_cache(tmp_path / "cache", x)
+    save_run(tmp_path / "sae", hook=None)
+    with pytest.raises(UserError, match="does not say which cache .* --cache"):
+        evaluate(run=tmp_path / "sae", quiet=True)
+    report = evaluate(run=tmp_path / "sae", cache=tmp_path / "cache", quiet=True, device="cpu")
+    assert report.n_tokens == 50
+
+
+def test_what_does_not_fit_is_refused_and_the_last_report_stays(
+    tmp_path: Path, make_cache: MakeCache, x: torch.Tensor
+) -> None:
+    good, run = tmp_path / "cache", tmp_path / "run"
+    make_cache(good, x)
+    make_cache(tmp_path / "wide", torch.randn(100, D_IN + 1))
+    save_run(run, cache=good)
+    evaluate(run=run, quiet=True)
+    before = (run / "eval.json").read_bytes()
+
+    def refused(match: str, **settings: Any) -> None:
+        with pytest.raises(UserError, match=match):
+            evaluate(run=run, quiet=True, **settings)
+        assert (run / "eval.json").read_bytes() == before
+
+    refused("reads 6 dimensions but imported in .*wide has 7", cache=tmp_path / "wide")
+    refused("no hook 'importd'; did you mean imported", hook="importd")
+    refused("activation cache .*nowhere", cache=tmp_path / "nowhere")
+    refused("was imported without tokens", model="cache")
+    shard = good / "hook" / HOOK / "00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-4:] = struct.pack("<f", float("nan"))
+    shard.write_bytes(data)
+    refused("activation of row 49 of those evaluated is NaN")
+    with pytest.raises(UserError, match="holds no SAE"):
+        evaluate(run=tmp_path / "nowhere", quiet=True)
