@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 REPORT_FILE = "eval.json"
+MOST_ROWS = 8192
 WORKING_BYTES = 2**28
 """Memory for one fp32 matrix of rows over latents, or over the vocabulary."""
 
@@ -84,7 +85,7 @@ def _on_cache(config: EvalConfig, sae: SAE, origin: Origin, device: torch.device
     contexts = cache_contexts(cache, row_N) if config.model is not None else None
     model = _load_model(config, cache.model, hook, sae, device) if config.model is not None else None
 
-    size = max(1, WORKING_BYTES // (4 * sae.d_sae))
+    size = max(1, min(MOST_ROWS, WORKING_BYTES // (4 * sae.d_sae)))
     with progress("eval", total=len(row_N), unit="tok", quiet=config.quiet) as bar:
         meter = ReconstructionMeter(sae)
         for x_ND in row_batches(cache, hook, row_N, size=size):

@@ -75,7 +75,7 @@ def test_an_sae_alone_is_measured_on_the_cache_that_is_named(
 ) -> None:
     make_cache(tmp_path / "cache", x)
     save_run(tmp_path / "sae", hook=None)
-    with pytest.raises(UserError, match="does not say which cache .* --cache"):
+    with pytest.raises(UserError, match=r"does not say which cache .* --cache"):
         evaluate(run=tmp_path / "sae", quiet=True)
     report = evaluate(run=tmp_path / "sae", cache=tmp_path / "cache", quiet=True, device="cpu")
     assert report.n_tokens == 50

@@ -101,7 +101,7 @@ def test_training_rows_that_are_not_finite_are_refused() -> None:
 def test_training_rows_are_not_taken_unasked() -> None:
     cache = RowsInMemory(n_contexts=4, ctx_len=9, seed=3)
     cache.held_out[:] = False
-    with pytest.raises(UserError, match="rows of cache is held out from training; .* add --rows all"):
+    with pytest.raises(UserError, match=r"rows of cache is held out from training; .* add --rows all"):
         choose_rows(cache, rows="held-out", tokens=5)
     assert choose_rows(cache, rows="all", tokens=5).tolist() == [0, 1, 2, 3, 4]
 
