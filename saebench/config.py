@@ -285,7 +285,7 @@ class DemoConfig:
     """No progress display."""
 
     def __post_init__(self) -> None:
-        _at_least(self, harvest_tokens=1, ctx=2, tokens=1, batch_size=1, eval_tokens=2, seed=0)
+        at_least(self, harvest_tokens=1, ctx=2, tokens=1, batch_size=1, eval_tokens=2, seed=0)
         SaeSpec(d_sae=self.d_sae, k=self.k)
 
 
