@@ -1,0 +1,170 @@
+"""Batches of activations for training, in shuffled order, read ahead of their use.
+
+Rows are gathered straight out of the cache's file mapping, so the memory of activations is the page cache,
+which the system takes back when it needs it; order.py sees to it that reading stays within one window of
+the cache at a time, and a thread brings the next window in while the present one is used.
+
+Shapes: N = batch_size rows, D = d_in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from saebench.activations.background import work_ahead
+from saebench.activations.cache import ActivationCache
+from saebench.activations.mapping import populate
+from saebench.activations.order import RowOrder, Span
+from saebench.errors import UserError
+from saebench.files import human_bytes
+
+_BATCHES_HELD_BACK = 4  # glibc keeps freed blocks of twice the largest one, in every thread that allocates
+
+
+class Loader:
+    """An endless sequence of batches of one hook's rows, epoch after epoch; held-out rows never appear.
+
+    Batch i holds positions [i * batch_size, (i + 1) * batch_size) of the order that `RowOrder` defines from
+    ``seed`` alone; the last rows of an epoch share a batch with the first of the next. So the state of a
+    training run is one integer, the number of the next batch, and batches do not depend on ``prefetch``,
+    ``memory_bytes``, threads or ``device``. Batches are in the cache's dtype, on ``device``.
+
+    ``memory_bytes`` bounds the anonymous memory of everything here: tables of the order, and ``prefetch`` + 3
+    batches, and 4 more that the allocator may hold back. Activations themselves stay file-backed.
+
+    Raises:
+        UserError: the cache has no such hook, no row to train on, or the memory is too small.
+    """
+
+    def __init__(
+        self,
+        cache: ActivationCache,
+        hook: str | None = None,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        memory_bytes: int = 1 << 30,
+        prefetch: int = 2,
+        block_rows: int | None = None,
+        window_blocks: int | None = None,
+    ) -> None:
+        self.hook = cache.resolve_hook(hook)
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self._prefetch = prefetch
+        self._rows_ND = cache.activations(self.hook)
+        self._order = RowOrder(
+            cache.held_out.numpy(),
+            seed=seed,
+            row_bytes=self._rows_ND[0].nbytes,
+            block_rows=block_rows,
+            window_blocks=window_blocks,
+        )
+        if self._order.n_rows == 0:
+            raise UserError(
+                f"all {cache.n_rows:,} rows of {cache.path} are held out, so there is none to train on; "
+                "harvest more documents"
+            )
+        batches = prefetch + 3 + _BATCHES_HELD_BACK
+        needed = self._order.memory_bytes + batches * batch_size * self._rows_ND[0].nbytes
+        if needed > memory_bytes:
+            raise UserError(
+                f"reading {cache.path} in batches of {batch_size:,} rows needs {human_bytes(needed)} but "
+                f"memory is {human_bytes(memory_bytes)}; raise --memory or lower --batch-size"
+            )
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in an epoch: those of the cache that are not held out."""
+        return self._order.n_rows
+
+    def __len__(self) -> int:
+        """Batches that it takes to see every row at least once."""
+        return -(-self.n_rows // self.batch_size)
+
+    def rows(self, i: int) -> Tensor:
+        """Row numbers of batch i, [batch_size] int64."""
+        return torch.from_numpy(self._order.rows(i * self.batch_size, (i + 1) * self.batch_size))
+
+    def batch(self, i: int) -> Tensor:
+        """Batch i, [batch_size, d_in], on ``device``."""
+        return self._gather(i).to(self.device)
+
+    def iterate(self, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """Batches start, start + 1, ... (up to ``stop``, or endless), made ahead in a thread.
+
+        On a GPU they pass through pinned memory and are copied on a stream of their own. Exceptions in the
+        thread are raised here; closing the iterator ends the thread.
+        """
+        with contextlib.closing(work_ahead(self._produce(start, stop), self._prefetch)) as made:
+            for batch_ND, copied in made:
+                if copied is not None:
+                    stream = torch.cuda.current_stream(self.device)
+                    stream.wait_event(copied)
+                    batch_ND.record_stream(stream)
+                yield batch_ND
+
+    def _produce(self, start: int, stop: int | None) -> Iterator[tuple[Tensor, torch.cuda.Event | None]]:
+        """Batches on ``device``, each with the event that ends its copy to a GPU."""
+        copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        indices = itertools.count(start) if stop is None else range(start, stop)
+        with contextlib.closing(_Readahead(self._order, self._rows_ND)) as readahead:
+            for i in indices:
+                readahead.enter(i * self.batch_size, (i + 1) * self.batch_size)
+                batch_ND = self._gather(i)
+                if copies is None:
+                    yield batch_ND, None
+                    continue
+                with torch.cuda.stream(copies):
+                    batch_ND = batch_ND.to(self.device, non_blocking=True)
+                yield batch_ND, copies.record_event()
+
+    def _gather(self, i: int) -> Tensor:
+        """Batch i in memory of the host, pinned when it is to go to a GPU."""
+        shape = (self.batch_size, self._rows_ND.shape[1])
+        batch_ND = torch.empty(shape, dtype=self._rows_ND.dtype, pin_memory=self.device.type == "cuda")
+        return torch.index_select(self._rows_ND, 0, self.rows(i), out=batch_ND)
+
+
+class _Readahead:
+    """Brings windows of the order into the page cache before they are needed, one ahead."""
+
+    def __init__(self, order: RowOrder, rows_ND: Tensor) -> None:
+        self._order, self._rows_ND = order, rows_ND
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="readahead")
+        self._ready: dict[int, Future[None]] = {}
+        self._end = -1
+        self._populated = False
+
+    def enter(self, start: int, stop: int) -> None:
+        """Wait until the windows of positions [start, stop) are at hand, and begin to read the one after."""
+        while start < stop:
+            if start >= self._end:
+                span = self._order.span_at(start)
+                self._submit(span)
+                self._ready.pop(span.start).result()
+                self._submit(self._order.span_at(span.stop))
+                self._end = span.stop
+            start = min(stop, self._end)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self, span: Span) -> None:
+        if span.start not in self._ready:
+            self._ready[span.start] = self._executor.submit(self._read, span)
+
+    def _read(self, span: Span) -> None:
+        ranges = self._order.prepare(span)
+        if self._order.n_windows == 1 and self._populated:
+            return
+        for first, end in ranges:
+            populate(self._rows_ND[first:end])
+        self._populated = True
