@@ -22,6 +22,6 @@ setup(
     ],
     package_data={
         "saebench_app": ["*.css", "static/*", ".streamlit/*"],
-        "saebench_data": ["*.md", "LICENSES/*", "model/*", "text/*"],
+        "saebench_data": ["*.md", "LICENSES/*", "demo_model/*", "text/*"],
     },
 )

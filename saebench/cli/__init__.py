@@ -1,0 +1,85 @@
+"""The `saebench` command: parse, check, call one function of one station, print what it returned.
+
+Nothing heavy is imported before a command runs, so that ``--help`` and ``--version`` answer at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+from saebench.errors import UserError
+
+USER_MUST_CHANGE_SOMETHING = 2
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code.
+
+    0 done; 2 the user must change something (one sentence on stderr); 130 or 143 interrupted. A bug leaves
+    as the exception that it is: a traceback and exit code 1.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    from cyclopts import CycloptsError
+
+    from saebench.cli.app import complaint, run
+
+    try:
+        code = run(arguments)
+        sys.stdout.flush()
+        return code
+    except CycloptsError as error:
+        return _refuse(complaint(error, arguments))
+    except UserError as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        print("saebench: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output is gone; Python must not complain about it again while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        return _refuse(f"no space left on the disk{where}; free some space, then run the same command again")
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        return _refuse(f"{_first_line(error)}; lower {_what_to_lower(arguments)}")
+
+
+def _refuse(sentence: str) -> int:
+    print(f"saebench: {sentence}", file=sys.stderr)
+    return USER_MUST_CHANGE_SOMETHING
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")
+    cpu_allocator = "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return (
+        isinstance(error, MemoryError)
+        or cpu_allocator
+        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    """What ran out, in PyTorch's words up to its first full stop."""
+    text = str(error).split("\n", 1)[0].split(". ", 1)[0].strip().rstrip(".")
+    return f"out of memory ({text})" if text else "out of memory"
+
+
+def _what_to_lower(arguments: Sequence[str]) -> str:
+    """The settings of the command that decide how much memory it takes."""
+    command = arguments[0] if arguments else ""
+    return {
+        "train": "--batch-size or --d-sae",
+        "harvest": "--batch-size or --ctx",
+        "demo": "--d-sae or choose a smaller --model",
+    }.get(command, "--batch-size")

@@ -1,0 +1,190 @@
+"""The tree of commands, and how words on the command line become a call."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Group, MissingArgumentError, Parameter
+
+import saebench
+from saebench.cli import commands
+from saebench.cli.flags import CONFIG_FLAG, check_names, parameters, read_settings, value_in
+from saebench.cli.output import Result
+from saebench.config import (
+    DemoConfig,
+    EvalConfig,
+    HarvestConfig,
+    ImportConfig,
+    IndexConfig,
+    TrainConfig,
+    architecture,
+    from_flat,
+)
+
+Json = Annotated[
+    bool,
+    Parameter(name="--json", negative=(), show_default=False, help="Print JSON.", group=Group("Output")),
+]
+Store = Annotated[Path, Parameter(help="Directory of the feature store.")]
+Cache = Annotated[Path, Parameter(help="Directory of the activation cache.")]
+SettingsFile = Annotated[
+    Path | None,
+    Parameter(help="TOML file with any of these settings, flat; flags win over it.", group=Group("Output")),
+]
+
+
+Act = Callable[..., Result]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse ``argv`` and do what it says; the exit code."""
+    outcome = build(argv)(argv, exit_on_error=False, print_error=False, result_action="return_value")
+    return int(outcome or 0)
+
+
+def build(argv: Sequence[str]) -> App:
+    """The tree of commands; only the one that ``argv`` names reads files or imports its architecture."""
+    app = App(
+        name="saebench",
+        help=(
+            "Train sparse autoencoders on a language model's activations and look at their features. "
+            "The road: harvest, train, eval, index, explore; 'demo' walks it from end to end."
+        ),
+        version=saebench.__version__,
+        help_format="plaintext",
+        suppress_keyboard_interrupt=False,
+    )
+    called = argv[0] if argv else ""
+
+    def station(
+        config_class: type[Any], name: str, act: Act, positional: str | None = None
+    ) -> Callable[..., int]:
+        first, _, rest = name.partition(" ")
+        own_argv = argv if called == first and rest in ("", *argv[1:2]) else ()
+        return _station(config_class, act, own_argv, positional, name)
+
+    cache = App(name="cache", help="Look at an activation cache, check it, or make one of an array.")
+    cache.command(_simple(commands.cache_info, "cache", Cache), name="info")
+    cache.command(_simple(commands.cache_verify, "cache", Cache), name="verify")
+    cache.command(station(ImportConfig, "cache import", commands.cache_import, "source"), name="import")
+    store = App(name="store", help="Look at a feature store or check it.")
+    store.command(_simple(commands.store_info, "store", Store), name="info")
+    store.command(_simple(commands.store_check, "store", Store), name="check")
+    in_the_order_of_the_road: dict[str, Any] = {
+        "demo": station(DemoConfig, "demo", commands.demo),
+        "harvest": station(HarvestConfig, "harvest", commands.harvest),
+        "cache": cache,
+        "train": station(TrainConfig, "train", commands.train),
+        "eval": station(EvalConfig, "eval", commands.evaluate, "run"),
+        "index": station(IndexConfig, "index", commands.index, "run"),
+        "store": store,
+        "explore": commands.explore,
+        "assets": _assets,
+    }
+    for place, (name, command) in enumerate(in_the_order_of_the_road.items()):
+        if isinstance(command, App):
+            command.sort_key = place
+            app.command(command)
+        else:
+            app.command(command, name=name, sort_key=place)
+    return app
+
+
+def complaint(error: CycloptsError, argv: Sequence[str]) -> str:
+    """What is wrong with the words on the command line, in one sentence, and where the right ones are."""
+    command, here = "saebench", build(())
+    for word in argv:
+        if word.startswith("-") or word not in here:
+            break
+        command, here = f"{command} {word}", here[word]
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        missing = error.argument
+        name = missing.name if missing.index is None else missing.name.lstrip("-").upper()
+        text = f"{command.removeprefix('saebench ')} needs {name}"
+    else:
+        text = " ".join(str(error).split()).rstrip(" ,.")
+    return f"{text}{' See' if text.endswith('?') else '; see'} {command} --help"
+
+
+def _station(
+    config_class: type[Any],
+    act: Act,
+    argv: Sequence[str],
+    positional: str | None,
+    name: str,
+) -> Callable[..., int]:
+    """A command whose flags are the fields of ``config_class`` (and, for train, of the architecture)."""
+    settings_file = value_in(argv, CONFIG_FLAG)
+    given = read_settings(Path(settings_file)) if settings_file else {}
+    classes = [config_class]
+    if config_class is TrainConfig and argv:
+        sae = value_in(argv, "--sae") or str(given.get("sae", TrainConfig.sae))
+        classes.append(architecture(sae).Spec)
+    owner = {field.name: c for c in reversed(classes) for field in dataclasses.fields(c)}
+    if settings_file:
+        check_names(given, owner, Path(settings_file))
+
+    def call(*arguments: Any, **flags: Any) -> int:
+        if arguments:
+            assert positional is not None
+            flags[positional] = arguments[0]
+        as_json = flags.pop("as_json", False)
+        flags.pop("config", None)
+        values: Mapping[str, Any] = {**given, **flags}
+        source = settings_file or "the command line"
+        made = [
+            from_flat(c, {n: v for n, v in values.items() if owner[n] is c}, source=source) for c in classes
+        ]
+        return _answer(act, *made, as_json=as_json)
+
+    made = []
+    for c in classes:
+        group = Group("Settings" if c is config_class else f"Settings of --sae {c.name}", sort_key=len(made))
+        made += parameters(c, given=given, positional=positional, group=group)
+    made.append(_keyword("config", SettingsFile, None))
+    made.append(_keyword("as_json", Json, False))
+    call.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]
+    call.__doc__ = config_class.__doc__
+    call.__name__ = name
+    return call
+
+
+def _simple(act: Callable[[Path], Result], argument: str, kind: Any) -> Callable[..., int]:
+    """A command of one path."""
+
+    def call(path: Path, *, as_json: bool = False) -> int:
+        return _answer(act, path, as_json=as_json)
+
+    path = inspect.Parameter(argument, inspect.Parameter.POSITIONAL_ONLY, annotation=kind)
+    call.__signature__ = inspect.Signature([path, _keyword("as_json", Json, False)])  # type: ignore[attr-defined]
+    call.__doc__ = act.__doc__
+    return call
+
+
+def _assets(
+    name: Annotated[str | None, Parameter(help="Fetch this one; without a name, list all.")] = None,
+    /,
+    *,
+    quiet: Annotated[bool, Parameter(negative=(), show_default=False, help="No progress display.")] = False,
+    as_json: Json = False,
+) -> int:
+    """List the built-in models and texts, or fetch one that is not in the package."""
+    return _answer(commands.assets, name, quiet, as_json=as_json)
+
+
+def _answer(act: Act, *arguments: Any, as_json: bool) -> int:
+    """Do it and print what came of it. Whatever libraries print on the way goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr):
+        result = act(*arguments)
+    print(result.render(as_json=as_json))
+    return result.code
+
+
+def _keyword(name: str, annotation: Any, default: object) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

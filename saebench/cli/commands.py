@@ -1,0 +1,166 @@
+"""What each command does: call one function of one station and say what came of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+import saebench
+from saebench.cli.output import Result, pairs, table
+from saebench.config import (
+    DemoConfig,
+    EvalConfig,
+    HarvestConfig,
+    ImportConfig,
+    IndexConfig,
+    SaeSpec,
+    TrainConfig,
+)
+from saebench.errors import UserError
+
+if TYPE_CHECKING:
+    from saebench.activations.cache import ActivationCache
+
+
+def demo(config: DemoConfig) -> Result:
+    from saebench.demo import demo as walk
+
+    report = walk(config)
+    if config.explore:
+        explore(report.store, port=config.port)
+    return Result(report.to_dict(), report.text())
+
+
+def harvest(config: HarvestConfig) -> Result:
+    from saebench.activations.harvest import harvest as make
+
+    return _describe_cache(make(config))
+
+
+def cache_info(cache: Path) -> Result:
+    """Say what is in an activation cache."""
+    from saebench.activations.cache import open_cache
+
+    return _describe_cache(open_cache(cache))
+
+
+def cache_verify(cache: Path) -> Result:
+    """Compare every file of an activation cache with its checksum."""
+    from saebench.activations.cache import open_cache
+
+    opened = open_cache(cache)
+    opened.verify()
+    return Result({"path": str(cache), "ok": True}, f"{cache}: every file is as it was written")
+
+
+def cache_import(config: ImportConfig) -> Result:
+    return _describe_cache(saebench.import_activations(config))
+
+
+def train(config: TrainConfig, spec: SaeSpec) -> Result:
+    from saebench.training import train as make
+
+    run = make(config, spec)
+    lines = (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    data = {"path": str(run.path), "sae": spec.name, "d_sae": spec.d_sae, "k": spec.k, **last}
+    return Result(data, pairs(data) + f"\n\nNext: saebench eval {run.path}")
+
+
+def evaluate(config: EvalConfig) -> Result:
+    from saebench.evaluation import evaluate as measure
+
+    data = measure(config).to_dict()
+    shown = {name: value for name, value in data.items() if not isinstance(value, dict | list)}
+    return Result(data, pairs(shown))
+
+
+def index(config: IndexConfig) -> Result:
+    from saebench.store import index as make
+
+    with make(config) as store:
+        data = {"path": str(store.path), **store.info()}
+    return Result(data, _store_text(data) + f"\n\nNext: saebench explore {store.path}")
+
+
+def store_info(store: Path) -> Result:
+    """Say what is in a feature store."""
+    from saebench.store import open_store
+
+    with open_store(store) as first:
+        names = first.saes
+    saes = []
+    for name in names:
+        with open_store(store, sae=name) as opened:
+            saes.append(opened.info())
+    text = "\n\n".join(_store_text({"path": str(store), **info}) for info in saes)
+    return Result({"path": str(store), "saes": saes}, text)
+
+
+def store_check(store: Path) -> Result:
+    """Check a feature store: files, checksums, and that its tables agree with each other."""
+    from saebench.store.check import check_store
+
+    findings = check_store(store)
+    if findings:
+        raise UserError(f"the store {store} is damaged: " + "; ".join(str(finding) for finding in findings))
+    return Result({"path": str(store), "ok": True, "findings": []}, f"{store}: nothing wrong was found")
+
+
+def explore(
+    store: Annotated[Path, Parameter(help="Directory of the feature store.")],
+    *,
+    port: Annotated[int, Parameter(help="Port to listen on.")] = 8501,
+    host: Annotated[str, Parameter(help="Address to listen on.")] = "127.0.0.1",
+    browser: Annotated[bool, Parameter(help="Open a browser window.")] = True,
+) -> int:
+    """Serve the pages of a feature store on this machine."""
+    from saebench_app.launch import explore as serve
+
+    return serve(store, port=port, host=host, open_browser=browser)
+
+
+def assets(name: str | None, quiet: bool) -> Result:
+    from saebench.assets import fetch_smollm2, list_assets
+
+    listed = list_assets()
+    if name is None:
+        rows = [(asset.name, asset.kind, asset.state, asset.description) for asset in listed]
+        data = {
+            asset.name: {"kind": asset.kind, "state": asset.state, "path": str(asset.path)}
+            for asset in listed
+        }
+        return Result(data, table(("name", "kind", "state", "what it is"), rows))
+    if name not in [asset.name for asset in listed]:
+        known = ", ".join(asset.name for asset in listed)
+        raise UserError(f"{name!r} is not a built-in asset; there is {known}")
+    path = fetch_smollm2(quiet=quiet) if name == "smollm2" else next(a.path for a in listed if a.name == name)
+    return Result({"name": name, "path": str(path)}, f"{name} is ready in {path}")
+
+
+def _describe_cache(cache: ActivationCache) -> Result:
+    model = cache.model or {}
+    data = {
+        "path": str(cache.path),
+        "model": model.get("name"),
+        "hooks": {hook: cache.d_in(hook) for hook in cache.hooks},
+        "dtype": str(cache.dtype).removeprefix("torch."),
+        "n_rows": cache.n_rows,
+        "n_held_out": int(cache.held_out.sum()),
+        "n_contexts": cache.n_contexts,
+        "ctx_len": cache.ctx_len,
+        "hash": cache.hash,
+    }
+    shown = {**data, "hooks": ", ".join(f"{hook} [{d_in}]" for hook, d_in in data["hooks"].items())}
+    return Result(data, pairs(shown))
+
+
+def _store_text(info: dict[str, Any]) -> str:
+    shown = {name: value for name, value in info.items() if not isinstance(value, dict | list)}
+    lines = pairs(shown)
+    for missing, reason in (info.get("missing") or {}).items():
+        lines += f"\nwithout {missing}: {reason}"
+    return lines

@@ -1,0 +1,130 @@
+"""Flags made from the settings classes: a field is the flag, its docstring the help, its type the check."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import textwrap
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+from cyclopts import Group, Parameter
+
+from saebench.errors import UserError
+
+CONFIG_FLAG = "--config"
+
+
+def parameters(
+    config_class: type[Any], *, given: Mapping[str, object], positional: str | None, group: Group
+) -> list[inspect.Parameter]:
+    """One parameter for each field of ``config_class``, for the signature of a command.
+
+    Args:
+        given: values from a settings file; they take the place of the defaults.
+        positional: the field that may also be given without its flag.
+    """
+    types, docs = get_type_hints(config_class), field_docs(config_class)
+    made = []
+    for field in dataclasses.fields(config_class):
+        default = field.default
+        if field.name in given:
+            default = given[field.name]
+        elif default is dataclasses.MISSING:
+            default = inspect.Parameter.empty
+        how = Parameter(
+            help=docs.get(field.name, ""),
+            group=group,
+            converter=whole_number if int in (types[field.name], *get_args(types[field.name])) else None,
+            negative=None if default is True else (),
+            show_default=not any(default is absent for absent in (None, False, inspect.Parameter.empty)),
+        )
+        made.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD
+                if field.name == positional
+                else inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=Annotated[types[field.name], how],
+            )
+        )
+    return sorted(made, key=lambda parameter: parameter.kind)
+
+
+def field_docs(config_class: type[Any]) -> dict[str, str]:
+    """Field -> the string literal that follows it in the source of the class or of its bases."""
+    docs: dict[str, str] = {}
+    for base in reversed(config_class.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for statement, following in zip(body.body, body.body[1:], strict=False):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+            ):
+                docs[statement.target.id] = inspect.cleandoc(str(following.value.value))
+    return docs
+
+
+def whole_number(kind: object, tokens: Sequence[Any]) -> int:
+    """An int, also when it is written 2e6, 2.5e6 or 2_000_000.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    text = tokens[0].value
+    try:
+        number = Decimal(text)
+        if number != number.to_integral_value():
+            raise ValueError
+        return int(number)
+    except (InvalidOperation, ValueError, OverflowError):
+        raise ValueError(f'"{text}" is not a whole number') from None
+
+
+def value_in(argv: Sequence[str], flag: str) -> str | None:
+    """The last value of ``flag`` in ``argv``, before anything is parsed."""
+    found = None
+    for i, token in enumerate(argv):
+        if token == flag and i + 1 < len(argv):
+            found = argv[i + 1]
+        elif token.startswith(flag + "="):
+            found = token[len(flag) + 1 :]
+    return found
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The flat TOML file ``path``; ``d-sae`` and ``d_sae`` are the same key.
+
+    Raises:
+        UserError: no such file, not TOML, or it has tables.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"cannot read the settings file {path}: {error.strerror}; check {CONFIG_FLAG}"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"the settings file {path} is not TOML: {error}") from None
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            raise UserError(f"[{name}] in {path} is a table; settings are flat, like d_sae = 4096")
+    return {name.replace("-", "_"): value for name, value in raw.items()}
+
+
+def check_names(settings: Mapping[str, object], known: Collection[str], path: Path) -> None:
+    """Raises UserError when the file sets something that the command does not have; offers the nearest."""
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(sorted(known))}"
+            raise UserError(f"{name!r} in {path} is not a setting of this command; {hint}")

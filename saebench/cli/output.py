@@ -1,0 +1,68 @@
+"""What a command prints: a table for people or JSON for programs on stdout; everything else on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command found out."""
+
+    data: Mapping[str, Any]
+    """Plain JSON values, for --json."""
+    text: str
+    """The same for a person."""
+    code: int = 0
+    """Exit code."""
+
+    def render(self, *, as_json: bool) -> str:
+        return json.dumps(self.data, indent=1, ensure_ascii=False, default=plain) if as_json else self.text
+
+
+def plain(value: Any) -> Any:
+    """What JSON does not know: dataclasses and numbers of other libraries as they are, the rest as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def pairs(rows: Mapping[str, object] | Iterable[tuple[str, object]]) -> str:
+    """Two columns, names and values; values that are None are left out."""
+    shown = [(name, cell(value)) for name, value in dict(rows).items() if value is not None]
+    width = max((len(name) for name, _ in shown), default=0)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in shown)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Columns under ``header``; a column of numbers is aligned to the right."""
+    given = [tuple(row) for row in rows]
+    lines = [tuple(header), *(tuple(cell(value) for value in row) for row in given)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    right = [
+        bool(given) and all(isinstance(row[i], int | float) for row in given) for i in range(len(header))
+    ]
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if to_right else text.ljust(width)
+            for text, width, to_right in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def cell(value: object) -> str:
+    """A value as a person reads it: 12,345 and 0.1234, lists with commas."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4f}" if 1e-3 <= abs(value) < 1e6 or value == 0 else f"{value:.3g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return str(value)
