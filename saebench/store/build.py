@@ -1,4 +1,4 @@
-"""``saebench index``: encode a cache with an SAE, once, and write what every latent does as a feature store."""
+"""``saebench index``: encode a cache with an SAE, once, and write what every latent does as a store."""
 
 from __future__ import annotations
 
@@ -80,16 +80,15 @@ def index(config: IndexConfig) -> FeatureStore:
     )  # fmt: skip
     report = Path(config.run) / "eval.json"
     evaluation = read_json(report, what="the evaluation") if report.exists() else None
-    build_store(
-        config.out, sae, cache, options, W_U_DV=W_U_DV, no_logits=no_logits, evaluation=evaluation
-    )
+    build_store(config.out, sae, cache, options, W_U_DV=W_U_DV, no_logits=no_logits, evaluation=evaluation)
     return open_store(config.out, name)
 
 
 def choose_hook(cache: ActivationCache, hook: str | None, run: Path) -> str:
     """The hook to encode: ``hook``, else the one the SAE was trained on, else the cache's only one."""
     description = Path(run) / "sae.json"
-    trained_on = read_json(description, what="the SAE description").get("hook_name") if description.exists() else None
+    known = read_json(description, what="the SAE description") if description.exists() else {}
+    trained_on = known.get("hook_name")
     wanted = hook or trained_on
     if wanted is None and len(cache.hooks) > 1:
         raise UserError(f"the cache {cache.path} has several hooks, {', '.join(cache.hooks)}; pass --hook")
@@ -183,7 +182,13 @@ def encode(directory: Path, sae: SAE, cache: ActivationCache, options: Options) 
 
 
 def write_sae_file(
-    path: Path, sae: SAE, corpus: Corpus, runs: Runs, options: Options, W_U_DV: Tensor | None, meta: dict[str, Any]
+    path: Path,
+    sae: SAE,
+    corpus: Corpus,
+    runs: Runs,
+    options: Options,
+    W_U_DV: Tensor | None,
+    meta: dict[str, Any],
 ) -> None:
     """Write all tables of one SAE; those in ``meta["missing"]`` are left out."""
     tables = [table for name, table in schema.SAE_TABLES.items() if name not in meta["missing"]]
@@ -221,7 +226,9 @@ def write_sae_file(
                 insert(connection, schema.FEATURE_TOKEN, rows)
                 columns |= token_columns
             else:
-                columns |= dict.fromkeys(("top_token", "top_token_share", "entropy_tok"), [None] * acts.n_latents)
+                columns |= dict.fromkeys(
+                    ("top_token", "top_token_share", "entropy_tok"), [None] * acts.n_latents
+                )
             insert(connection, schema.FEATURE, columns)
             insert(connection, schema.HIST, histograms(acts))
             insert(connection, schema.EXAMPLE, examples(
@@ -237,7 +244,12 @@ def forecast(sae: SAE, corpus: Corpus, options: Options) -> int:
     examples_bytes = shown * (20 + 6 * options.window * corpus.has_text)
     text_bytes = 8 * corpus.n_contexts * corpus.ctx_len
     latents = sae.d_sae * 1500
-    return n_activations * (BYTES_PER_ENTRY + STORED_BYTES_PER_ACTIVATION) + examples_bytes + text_bytes + latents
+    return (
+        n_activations * (BYTES_PER_ENTRY + STORED_BYTES_PER_ACTIVATION)
+        + examples_bytes
+        + text_bytes
+        + latents
+    )
 
 
 def hash_of(sae: SAE) -> str:

@@ -1,6 +1,6 @@
 """The rows of a cache as numpy arrays: which token, context, position and document each one is.
 
-Shapes: N rows (tokens that the cache keeps), C contexts, T positions of a context, V tokens of the vocabulary.
+Shapes: N rows (tokens that the cache keeps), C contexts, T positions, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -47,11 +47,15 @@ class Corpus:
     def __init__(self, cache: ActivationCache) -> None:
         self.n_rows = cache.n_rows
         if not 0 < self.n_rows < MOST_ROWS:
-            raise UserError(f"the cache {cache.path} has {self.n_rows:,} rows; a store takes 1 to {MOST_ROWS - 1:,}")
+            raise UserError(
+                f"the cache {cache.path} has {self.n_rows:,} rows; a store takes 1 to {MOST_ROWS - 1:,}"
+            )
         vocab = cache.vocab()
         columns = (cache.ctx, cache.pos, cache.doc, cache.tokens, cache.context_tokens, cache.context_len)
         self.has_text = vocab is not None and all(column is not None for column in columns)
-        self.n_contexts, self.ctx_len = (cache.n_contexts, int(cache.ctx_len or 0)) if self.has_text else (0, 0)
+        self.n_contexts, self.ctx_len = (
+            (cache.n_contexts, int(cache.ctx_len or 0)) if self.has_text else (0, 0)
+        )
         if not self.has_text:
             return
         arrays = [column.numpy() for column in columns if column is not None]

@@ -48,7 +48,9 @@ def open_reader(sae_file: Path, text_file: Path | None = None) -> duckdb.DuckDBP
             try:
                 connection.execute(f"ATTACH {_quoted(path)} AS {alias} (READ_ONLY)")
             except duckdb.Error as error:
-                raise UserError(f"{path} cannot be read ({_first_line(error)}); run saebench index again") from error
+                raise UserError(
+                    f"{path} cannot be read ({first_line(error)}); run saebench index again"
+                ) from error
         connection.execute(f"SET disabled_optimizers = '{DISABLED_OPTIMIZERS}'")
         connection.execute("SET temp_directory = ''")
         connection.execute("SET enable_external_access = false")
@@ -140,5 +142,5 @@ def _quoted(path: Path) -> str:
     return "'" + str(path).replace("'", "''") + "'"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]

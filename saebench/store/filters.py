@@ -35,7 +35,9 @@ class FeatureFilter:
         for name, (low, high) in self.ranges.items():
             column = require_column(FEATURE, name)
             if _type(column) in ("VARCHAR", "BOOLEAN"):
-                raise UserError(f"{column!r} is not a number, so it has no range; filter it with text or flags")
+                raise UserError(
+                    f"{column!r} is not a number, so it has no range; filter it with text or flags"
+                )
             for bound, comparison in ((low, ">="), (high, "<=")):
                 if bound is not None:
                     conditions.append(f"{column} {comparison} ?")

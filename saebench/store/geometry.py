@@ -59,4 +59,5 @@ def neighbor_rows(other_MJ: Tensor, cosine_MJ: Tensor) -> dict[str, Any]:
 
 
 def _unit(W_MD: Tensor) -> Tensor:
-    return W_MD / W_MD.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    unit_MD: Tensor = W_MD / W_MD.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return unit_MD

@@ -83,7 +83,9 @@ def read_manifest(store: Path) -> Manifest:
     """
     path = Path(store) / MANIFEST
     if not path.exists():
-        raise UserError(f"{store} is not a feature store (it has no {MANIFEST}); make one with saebench index")
+        raise UserError(
+            f"{store} is not a feature store (it has no {MANIFEST}); make one with saebench index"
+        )
     return parse_manifest(path)
 
 
@@ -99,12 +101,15 @@ def parse_manifest(path: Path) -> Manifest:
         )
     try:
         saes = tuple(
-            StoredSae(name=sae["name"], text=sae["text"], file=StoredFile(**sae["file"])) for sae in content["saes"]
+            StoredSae(name=sae["name"], text=sae["text"], file=StoredFile(**sae["file"]))
+            for sae in content["saes"]
         )
         texts = {key: StoredFile(**file) for key, file in content["texts"].items()}
         return Manifest(generation=content["generation"], saes=saes, texts=texts)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the store manifest {path} is damaged ({error!r}); run saebench index again") from None
+        raise UserError(
+            f"the store manifest {path} is damaged ({error!r}); run saebench index again"
+        ) from None
 
 
 def begin(store: Path) -> tuple[Manifest, Path]:
@@ -118,7 +123,9 @@ def begin(store: Path) -> tuple[Manifest, Path]:
     else:
         strangers = [p.name for p in store.iterdir() if p.name not in (".lock", BUILDING) and not _number(p)]
         if strangers:
-            raise UserError(f"{store} is not a feature store and not empty ({strangers[0]}); choose another --out")
+            raise UserError(
+                f"{store} is not a feature store and not empty ({strangers[0]}); choose another --out"
+            )
         current = Manifest()
     building = store / BUILDING
     shutil.rmtree(building, ignore_errors=True)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from saebench.errors import UserError
 from saebench.store import publish
-from saebench.store.database import open_reader, read_meta, tables_of
 from saebench.store.filters import FeatureFilter, Range, order_clause
-from saebench.store.schema import FEATURE, FORMAT_VERSION, GROUPS, nearest, require_column
-from saebench.store.text import pieces
+from saebench.store.reader import StoreReader
+from saebench.store.schema import FEATURE, GROUPS, nearest, require_column
 
 if TYPE_CHECKING:
-    import duckdb
-    import numpy as np
     import pandas as pd
 
 ATTEMPTS = 5
@@ -46,60 +41,11 @@ def open_store(path: str | Path, sae: str | None = None) -> FeatureStore:
     raise AssertionError
 
 
-class FeatureStore:
+class FeatureStore(StoreReader):
     """One SAE of a store. Answers are pandas DataFrames unless said; safe to use from several threads.
 
-    Attributes:
-        path: directory of the store.
-        sae: name of the SAE that is open.
-        saes: names of all SAEs of the store.
-        generation: number of the generation that is open.
-        tables: names of the tables that exist, of the SAE and of its text.
+    Attributes: path, sae, saes, generation and tables, see StoreReader.
     """
-
-    def __init__(
-        self, path: Path, manifest: publish.Manifest, sae: str | None, lock: IO[bytes] | None = None
-    ) -> None:
-        self.path = path
-        self.saes = [stored.name for stored in manifest.saes]
-        if not self.saes:
-            raise UserError(f"the store {path} has no SAE; add one with saebench index")
-        self.sae = self.saes[0] if sae is None else sae
-        if self.sae not in self.saes:
-            raise UserError(f"{sae!r} is not an SAE of the store {path}; {nearest(self.sae, self.saes)}")
-        self.generation = manifest.generation
-        self._lock = lock
-        self._opening = threading.Lock()
-        stored = manifest.sae(self.sae)
-        text = manifest.texts[stored.text] if stored.text else None
-        self._connection = open_reader(path / stored.file.path, path / text.path if text else None)
-        try:
-            self.tables = tables_of(self._connection, "sae") | tables_of(self._connection, "txt")
-            self._meta = read_meta(self._connection)
-        except BaseException:
-            self._connection.close()
-            raise
-        version = self._meta.get("format_version")
-        if version != FORMAT_VERSION:
-            self._connection.close()
-            raise UserError(
-                f"{stored.file.path} of the store {path} has format {version} and this saebench reads "
-                f"{FORMAT_VERSION}; run saebench index again with this version"
-            )
-
-    def close(self) -> None:
-        self._connection.close()
-        if self._lock:
-            self._lock.close()
-
-    def __enter__(self) -> FeatureStore:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"FeatureStore({str(self.path)!r}, sae={self.sae!r}, generation={self.generation})"
 
     # The whole SAE
 
@@ -200,12 +146,17 @@ class FeatureStore:
         return pd.DataFrame({"lo": edges[:-1], "hi": edges[1:], "count": np.asarray(counts, dtype=np.int64)})
 
     def tokens(self, feature: int) -> pd.DataFrame:
-        """Tokens it fires on: token, text, n, p_token_given_fire, p_fire_given_token, lift; most often first."""
+        """Tokens it fires on, most often first.
+
+        Columns token, text, n, p_token_given_fire, p_fire_given_token, lift.
+        """
         self._require("feature_token")
-        return self._frame(
-            "SELECT token, text, f.n, p_token_given_fire, p_fire_given_token, lift FROM sae.feature_token f "
-            "JOIN txt.token USING (token) WHERE feature = ? ORDER BY rank",
-            [self._known(feature)],
+        return self._with_text(
+            self._frame(
+                "SELECT token, n, p_token_given_fire, p_fire_given_token, lift FROM sae.feature_token "
+                "WHERE feature = ? ORDER BY rank",
+                [self._known(feature)],
+            )
         )
 
     def examples(self, feature: int, group: str | None = None) -> pd.DataFrame:
@@ -222,18 +173,20 @@ class FeatureStore:
         if group is not None and group not in GROUPS:
             raise UserError(f"{group!r} is not a group of examples; {nearest(group, GROUPS)}")
         wanted = list(GROUPS.values()) if group is None else [GROUPS[group]]
-        label, join = ("label", "LEFT JOIN txt.document USING (doc)") if self.has("document") else ("NULL", "")
         frame = self._frame(
-            f"SELECT grp, rank, ctx, pos, value, doc, {label} AS label, start, tokens, acts FROM sae.example "
-            f"{join} WHERE feature = ? AND list_contains(?, grp) ORDER BY grp, rank",
+            "SELECT grp, rank, ctx, pos, value, doc, start, tokens, acts FROM sae.example "
+            "WHERE feature = ? AND list_contains(?, grp) ORDER BY grp, rank",
             [self._known(feature), wanted],
         )
         names = {number: name for name, number in GROUPS.items()}
         frame.insert(0, "group", [names[number] for number in frame.pop("grp")])
         frame["tokens"] = [tokens.tolist() for tokens in frame["tokens"]]
         frame["acts"] = [acts.tolist() for acts in frame["acts"]]
-        shown = self._pieces(frame["tokens"])
-        frame.insert(frame.columns.get_loc("acts"), "pieces", shown)
+        labels = self._labels(frame["doc"].dropna().unique())
+        shown = [labels.get(doc) for doc in frame["doc"]] if labels else [None] * len(frame)
+        frame.insert(frame.columns.get_loc("start"), "label", shown)
+        texts = [self._pieces(tokens) for tokens in frame["tokens"]]
+        frame.insert(frame.columns.get_loc("acts"), "pieces", texts)
         return frame
 
     def activations(self, feature: int) -> pd.DataFrame:
@@ -243,10 +196,11 @@ class FeatureStore:
     def logits(self, feature: int) -> pd.DataFrame:
         """Promoted (+1) and suppressed (-1) tokens: sign, rank, token, text, value (logits per unit)."""
         self._require("logit")
-        return self._frame(
-            "SELECT sign, rank, token, text, value FROM sae.logit JOIN txt.token USING (token) "
-            "WHERE feature = ? ORDER BY sign DESC, rank",
-            [self._known(feature)],
+        return self._with_text(
+            self._frame(
+                "SELECT sign, rank, token, value FROM sae.logit WHERE feature = ? ORDER BY sign DESC, rank",
+                [self._known(feature)],
+            )
         )
 
     def neighbors(self, feature: int) -> pd.DataFrame:
@@ -267,52 +221,10 @@ class FeatureStore:
             n_contexts = self._meta["n_contexts"]
             raise UserError(f"context {ctx} is not in the store {self.path}; it has 0 to {n_contexts - 1}")
         n_tokens, tokens, docs = rows[0]
-        found = self._rows("SELECT label FROM txt.document WHERE doc = ?", [docs[0]])
         return {
-            "ctx": int(ctx), "n_tokens": n_tokens, "tokens": tokens, "pieces": self._pieces([tokens])[0],
-            "docs": docs, "doc": docs[0], "label": found[0][0] if found else None,
+            "ctx": int(ctx), "n_tokens": n_tokens, "tokens": tokens, "pieces": self._pieces(tokens),
+            "docs": docs, "doc": docs[0], "label": self._labels(docs[:1]).get(docs[0]),
         }  # fmt: skip
-
-    # How it asks
-
-    def _cursor(self) -> duckdb.DuckDBPyConnection:
-        with self._opening:
-            return self._connection.cursor()
-
-    def _rows(self, query: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
-        with self._cursor() as cursor:
-            return cursor.execute(query, list(values)).fetchall()
-
-    def _frame(self, query: str, values: Sequence[object] = ()) -> pd.DataFrame:
-        with self._cursor() as cursor:
-            frame = cursor.execute(query, list(values)).df()
-        unsigned = [name for name, kind in frame.dtypes.items() if str(kind).lower().startswith("uint")]
-        return frame.astype({name: _signed(frame.dtypes[name]) for name in unsigned})
-
-    def _known(self, feature: int) -> int:
-        d_sae = self._meta["d_sae"]
-        if isinstance(feature, bool) or int(feature) != feature or not 0 <= feature < d_sae:
-            raise UserError(f"feature {feature} is not in {self.sae!r}; it has 0 to {d_sae - 1}")
-        return int(feature)
-
-    def _require(self, table: str) -> None:
-        if table not in self.tables:
-            why = self._meta["missing"].get(table, "it was indexed without")
-            raise UserError(f"the store {self.path} has no table {table!r} for {self.sae!r}: {why}")
-
-    def _pieces(self, windows: Sequence[Sequence[int]]) -> list[list[str]]:
-        """The text of the tokens of each window, with one query for all of them."""
-        wanted = sorted({int(token) for window in windows for token in window})
-        if not wanted:
-            return [[] for _ in windows]
-        found = self._rows("SELECT token, bytes FROM txt.token WHERE list_contains(?, token)", [wanted])
-        vocab: dict[int, bytes] = dict(found)
-        return [pieces([vocab[token] for token in window]) for window in windows]
-
-
-def _signed(kind: object) -> str:
-    """The signed type for a stored unsigned one: differences of positions must not wrap around."""
-    return "Int64" if str(kind).startswith("U") else "int64"
 
 
 def _filter(

@@ -100,7 +100,11 @@ class Runs:
         latent_S, row_S, value_S = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         order = _stable_order(latent_S, stop - first)
         return Activations(
-            first, stop - first, latent_S[order].astype(np.int64), row_S[order].astype(np.int64), value_S[order]
+            first,
+            stop - first,
+            latent_S[order].astype(np.int64),
+            row_S[order].astype(np.int64),
+            value_S[order],
         )
 
 

@@ -50,7 +50,7 @@ class Table:
         return [column.name for column in self.columns]
 
     def create(self) -> str:
-        """The CREATE TABLE statement. No primary keys: DuckDB's indexes slow loading and must fit in memory."""
+        """The CREATE TABLE statement. No keys: DuckDB's indexes slow loading and must fit in memory."""
         columns = ", ".join(f"{column.name} {column.type}" for column in self.columns)
         return f"CREATE TABLE {self.name} ({columns})"
 
@@ -103,7 +103,7 @@ HIST = _table(
 EXAMPLE = _table(
     "example", "sae", "feature grp rank",
     ("feature", "UINTEGER", "latent"),
-    ("grp", "UTINYINT", "0: the largest activation of the contexts where it fires hardest; 20: random firings"),
+    ("grp", "UTINYINT", "0: the largest of each context where it fires hardest; 20: random firings"),
     ("rank", "UINTEGER", "place in its group"),
     ("ctx", "UINTEGER", "context"),
     ("pos", "UINTEGER", "position"),

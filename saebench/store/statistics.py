@@ -1,6 +1,6 @@
 """What the activations of each latent look like: counts, moments, quantiles, histograms, tokens.
 
-Shapes: S activations of a group of M latents (runs.Activations), L of these latents alive, P pairs (latent, token).
+Shapes: S activations of a group of M latents (runs.Activations), L of them alive, P pairs (latent, token).
 """
 
 from __future__ import annotations
@@ -97,9 +97,7 @@ def token_statistics(acts: Activations, corpus: Corpus) -> tuple[Columns, Column
     return rows, columns
 
 
-def sorted_within_latent(
-    latent_S: NDArray[np.integer], value_S: NDArray[np.float32]
-) -> NDArray[np.float32]:
+def sorted_within_latent(latent_S: NDArray[np.integer], value_S: NDArray[np.float32]) -> NDArray[np.float32]:
     """Values ascending within each latent; one sort of 64-bit keys is ten times faster than lexsort."""
     keys = np.sort(latent_S.astype(np.uint64) << np.uint64(32) | ordered_bits(value_S))
     return _from_ordered_bits(keys.astype(np.uint32))
@@ -138,10 +136,10 @@ def _top(
 
 def _distinct(acts: Activations, other_S: NDArray[np.integer], n_other: int) -> NDArray[np.int64]:
     """[M]: how many different values of ``other_S`` each latent meets."""
-    key_S = acts.latent_S * n_other + other_S
+    key_S = np.sort(acts.latent_S * n_other + other_S)
     if len(key_S):
         key_S = key_S[np.concatenate([[True], key_S[1:] != key_S[:-1]])]
-    return np.bincount(np.unique(key_S) // max(n_other, 1), minlength=acts.n_latents)
+    return np.bincount(key_S // max(n_other, 1), minlength=acts.n_latents)
 
 
 def _quantile(
@@ -156,7 +154,9 @@ def _quantile(
 
 
 def _from_ordered_bits(ordered_S: NDArray[np.uint32]) -> NDArray[np.float32]:
-    return (ordered_S ^ np.where(ordered_S >> 31, np.uint32(0x80000000), np.uint32(0xFFFFFFFF))).view(np.float32)
+    return (ordered_S ^ np.where(ordered_S >> 31, np.uint32(0x80000000), np.uint32(0xFFFFFFFF))).view(
+        np.float32
+    )
 
 
 def _starts(n_M: NDArray[np.int64]) -> NDArray[np.int64]:

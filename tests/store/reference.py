@@ -93,6 +93,8 @@ def neighbors(W_dec_MD, n: int) -> list[tuple[list[int], list[float]]]:
     cosine = unit @ unit.T
     found = []
     for feature, row in enumerate(cosine):
-        others = sorted((other for other in range(len(row)) if other != feature), key=lambda o: (-row[o], o))[:n]
+        others = sorted((other for other in range(len(row)) if other != feature), key=lambda o: (-row[o], o))[
+            :n
+        ]
         found.append((others, [float(row[o]) for o in others]))
     return found

@@ -1,0 +1,143 @@
+"""One generation of one SAE, open for reading: connection, names of what is there, rows and frames."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Self
+
+from saebench.errors import UserError
+from saebench.store import publish
+from saebench.store.database import first_line, open_reader, read_meta, tables_of
+from saebench.store.schema import FORMAT_VERSION, nearest
+from saebench.store.text import pieces, token_text
+
+if TYPE_CHECKING:
+    import duckdb
+    import pandas as pd
+
+
+class StoreReader:
+    """The part of a FeatureStore that asks DuckDB; the questions are in query.py.
+
+    Attributes:
+        path: directory of the store.
+        sae: name of the SAE that is open.
+        saes: names of all SAEs of the store.
+        generation: number of the generation that is open.
+        tables: names of the tables that exist, of the SAE and of its text.
+    """
+
+    def __init__(
+        self, path: Path, manifest: publish.Manifest, sae: str | None, lock: IO[bytes] | None = None
+    ) -> None:
+        self.path = path
+        self.saes = [stored.name for stored in manifest.saes]
+        if not self.saes:
+            raise UserError(f"the store {path} has no SAE; add one with saebench index")
+        self.sae = self.saes[0] if sae is None else sae
+        if self.sae not in self.saes:
+            raise UserError(f"{sae!r} is not an SAE of the store {path}; {nearest(self.sae, self.saes)}")
+        self.generation = manifest.generation
+        self._lock = lock
+        self._opening = threading.Lock()
+        stored = manifest.sae(self.sae)
+        text = manifest.texts[stored.text] if stored.text else None
+        self._connection = open_reader(path / stored.file.path, path / text.path if text else None)
+        try:
+            self.tables = tables_of(self._connection, "sae") | tables_of(self._connection, "txt")
+            with self._reading():
+                self._meta = read_meta(self._connection)
+            version = self._meta.get("format_version")
+            if version != FORMAT_VERSION:
+                raise UserError(
+                    f"{stored.file.path} of the store {path} has format {version} and this saebench reads "
+                    f"{FORMAT_VERSION}; run saebench index again with this version"
+                )
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def close(self) -> None:
+        self._connection.close()
+        if self._lock:
+            self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"FeatureStore({str(self.path)!r}, sae={self.sae!r}, generation={self.generation})"
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn what DuckDB says of damaged blocks into one sentence."""
+        import duckdb
+
+        try:
+            yield
+        except (duckdb.IOException, duckdb.SerializationException, duckdb.InternalException) as error:
+            raise UserError(
+                f"the store {self.path} is damaged ({first_line(error)}); see saebench store check {self.path}, "
+                "then run saebench index again"
+            ) from error
+
+    def _cursor(self) -> duckdb.DuckDBPyConnection:
+        with self._opening:
+            return self._connection.cursor()
+
+    def _rows(self, query: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        with self._reading(), self._cursor() as cursor:
+            rows: list[tuple[Any, ...]] = cursor.execute(query, list(values)).fetchall()
+        return rows
+
+    def _frame(self, query: str, values: Sequence[object] = ()) -> pd.DataFrame:
+        with self._reading(), self._cursor() as cursor:
+            frame: pd.DataFrame = cursor.execute(query, list(values)).df()
+        unsigned = [name for name, kind in frame.dtypes.items() if str(kind).lower().startswith("uint")]
+        return frame.astype({name: _signed(frame.dtypes[name]) for name in unsigned})
+
+    def _known(self, feature: int) -> int:
+        d_sae = self._meta["d_sae"]
+        if isinstance(feature, bool) or int(feature) != feature or not 0 <= feature < d_sae:
+            raise UserError(f"feature {feature} is not in {self.sae!r}; it has 0 to {d_sae - 1}")
+        return int(feature)
+
+    def _require(self, table: str) -> None:
+        if table not in self.tables:
+            why = self._meta["missing"].get(table, "it was indexed without")
+            raise UserError(f"the store {self.path} has no table {table!r} for {self.sae!r}: {why}")
+
+    def _labels(self, docs: Sequence[int]) -> dict[int, str | None]:
+        wanted = [int(doc) for doc in docs]
+        if not wanted or "document" not in self.tables:
+            return {}
+        query = "SELECT doc, label FROM txt.document WHERE doc IN (SELECT unnest(?))"
+        return dict(self._rows(query, [wanted]))
+
+    def _pieces(self, tokens: Sequence[int]) -> list[str]:
+        return pieces([self._vocab[token] for token in tokens])
+
+    def _with_text(self, frame: pd.DataFrame) -> pd.DataFrame:
+        at = frame.columns.get_loc("token")
+        frame.insert(at + 1, "text", [token_text(self._vocab[token]) for token in frame["token"]])
+        return frame
+
+    @functools.cached_property
+    def _vocab(self) -> list[bytes]:
+        """All tokens: once read, naming one costs nothing, where a join costs milliseconds."""
+        if "token" not in self.tables:
+            return []
+        return [token for (token,) in self._rows("SELECT bytes FROM txt.token ORDER BY token")]
+
+
+def _signed(kind: object) -> str:
+    """The signed type for a stored unsigned one: differences of positions must not wrap around."""
+    return "Int64" if str(kind).startswith("U") else "int64"
