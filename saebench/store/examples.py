@@ -125,7 +125,9 @@ def _windows(
     key_S = acts.latent_S * places + corpus.place(acts.row_S)
     key_X = latent_E[example_X] * places + ctx_E[example_X] * corpus.ctx_len + where_X
     found_X = np.minimum(np.searchsorted(key_S, key_X), max(len(key_S) - 1, 0))
-    acts_X: Any = np.where(key_S[found_X] == key_X, acts.value_S[found_X], np.float32(0)) if len(key_S) else []
+    acts_X: Any = (
+        np.where(key_S[found_X] == key_X, acts.value_S[found_X], np.float32(0)) if len(key_S) else []
+    )
     tokens_X = corpus.context_tokens[ctx_E[example_X], where_X]
     lengths_E = inside_EW.sum(1)
     return {

@@ -1,0 +1,159 @@
+"""Prove that a store is sound: its files are those that were published, its tables agree with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saebench.errors import UserError
+from saebench.files import sha256_file
+from saebench.store import publish
+from saebench.store.database import first_line, open_reader, read_meta, tables_of
+from saebench.store.rules import SAE_RULES, TEXT_RULES, Rule
+from saebench.store.schema import HIST_BINS, SAE_TABLES, TEXT_TABLES, Table
+
+if TYPE_CHECKING:
+    import duckdb
+
+RECOUNTED = 20_000_000
+"""Activations from which tables are recounted; a larger store is recounted for a sample of its features."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with a store: where, and what."""
+
+    where: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}"
+
+
+def check_store(path: str | Path) -> list[Finding]:
+    """All that is wrong with the current generation of a store; an empty list when it is healthy.
+
+    Files are compared with the checksums of the manifest; the tables of undamaged files are compared with
+    each other and recounted from the activations (rules.py).
+
+    Raises:
+        UserError: there is no store, its manifest is damaged, or its format is newer.
+    """
+    path = Path(path)
+    manifest = publish.read_manifest(path)
+    findings = [finding for file in manifest.files() for finding in _check_file(path, file)]
+    damaged = {finding.where for finding in findings}
+    if not manifest.saes:
+        findings.append(Finding(publish.MANIFEST, "the store has no SAE"))
+    for sae in manifest.saes:
+        text = manifest.texts.get(sae.text) if sae.text else None
+        if sae.text and text is None:
+            findings.append(Finding(publish.MANIFEST, f"the text of {sae.name!r} is not listed"))
+        elif not damaged & {sae.file.path, text.path if text else ""}:
+            findings += _check_tables(path, sae, text)
+    return findings
+
+
+def store_info(path: str | Path) -> dict[str, Any]:
+    """What a store holds: path, generation, bytes, and for each SAE what FeatureStore.info says.
+
+    Raises:
+        UserError: there is no store, or a file of it cannot be read.
+    """
+    from saebench.store.query import open_store
+
+    path = Path(path)
+    manifest = publish.read_manifest(path)
+    saes = []
+    for sae in manifest.saes:
+        with open_store(path, sae.name) as store:
+            saes.append({**store.info(), "file": sae.file.path, "bytes": sae.file.bytes})
+    return {
+        "path": str(path),
+        "generation": manifest.generation,
+        "bytes": sum(file.bytes for file in manifest.files()),
+        "saes": saes,
+    }
+
+
+def _check_file(store: Path, file: publish.StoredFile) -> Iterator[Finding]:
+    path = store / file.path
+    if not path.is_file():
+        yield Finding(file.path, "the file is missing")
+        return
+    if (size := path.stat().st_size) != file.bytes:
+        yield Finding(file.path, f"the file has {size:,} bytes where the manifest says {file.bytes:,}")
+    elif sha256_file(path) != file.sha256:
+        yield Finding(file.path, "the file's bytes are not those that were published (checksum)")
+    if path.with_name(path.name + ".wal").exists():
+        yield Finding(file.path, "a write-ahead log lies beside the file, so something wrote to it")
+
+
+def _check_tables(store: Path, sae: publish.StoredSae, text: publish.StoredFile | None) -> Iterator[Finding]:
+    import duckdb
+
+    try:
+        connection = open_reader(store / sae.file.path, store / text.path if text else None)
+    except UserError as error:
+        yield Finding(sae.file.path, str(error))
+        return
+    with connection:
+        try:
+            meta = read_meta(connection)
+            yield from _check_schema(connection, sae, meta)
+            parameters = {**meta, "bins": HIST_BINS}
+            every = max(1, -(-meta["n_activations"] // RECOUNTED))
+            present = tables_of(connection, "sae")
+            if text:
+                present |= tables_of(connection, "txt")
+                kept = read_meta(connection, "txt")
+                yield from _check_rules(connection, text.path, TEXT_RULES, present, kept, every)
+            yield from _check_rules(connection, sae.file.path, SAE_RULES, present, parameters, every)
+        except (duckdb.Error, KeyError) as error:
+            yield Finding(sae.file.path, f"the tables cannot be read ({first_line(error)})")
+
+
+def _check_schema(
+    connection: duckdb.DuckDBPyConnection, sae: publish.StoredSae, meta: dict[str, Any]
+) -> Iterator[Finding]:
+    if meta["name"] != sae.name:
+        yield Finding(
+            sae.file.path, f"the file is of the SAE {meta['name']!r}, the manifest says {sae.name!r}"
+        )
+    if sae.text and (kept := read_meta(connection, "txt")["text_hash"]) != sae.text:
+        yield Finding(
+            sae.file.path, f"its text file is of the text {kept[:12]}, the manifest says {sae.text[:12]}"
+        )
+    files: list[tuple[str, dict[str, Table]]] = [("sae", SAE_TABLES)]
+    if sae.text:
+        files.append(("txt", TEXT_TABLES))
+    for alias, tables in files:
+        for name, table in tables.items():
+            found = connection.execute(
+                "SELECT column_name, data_type FROM duckdb_columns() WHERE database_name = ? AND table_name = ? "
+                "ORDER BY column_index",
+                [alias, name],
+            ).fetchall()
+            expected = [(column.name, column.type) for column in table.columns]
+            absent = name in meta["missing"]
+            if absent and found:
+                yield Finding(sae.file.path, f"table {name} exists but is recorded as missing")
+            elif not absent and found != expected:
+                yield Finding(sae.file.path, f"table {name} is missing or has other columns than its format")
+
+
+def _check_rules(
+    connection: duckdb.DuckDBPyConnection, where: str, rules: Iterable[Rule], present: set[str],
+    parameters: dict[str, Any], every: int,
+) -> Iterator[Finding]:  # fmt: skip
+    for rule in rules:
+        if not rule.tables <= present:
+            continue
+        query = rule.query.replace("{some}", f"feature % {every} = 0")
+        used = {name: value for name, value in parameters.items() if f"${name}" in query}
+        counted = f"SELECT count(*), min(bad) FROM ({query}) broken(bad)"
+        n, first = connection.execute(counted, used).fetchall()[0]
+        if n:
+            yield Finding(where, f"{rule.broken} ({n:,} times, first {first})")
