@@ -8,7 +8,12 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-ROOMS = {"saebench": "saebench", "saebench_app": "app", "saebench_data": "data", "saebench_kernels": "kernels"}
+ROOMS = {
+    "saebench": "saebench",
+    "saebench_app": "app",
+    "saebench_data": "data",
+    "saebench_kernels": "kernels",
+}
 
 here = Path(__file__).parent
 rooms = {name: folder for name, folder in ROOMS.items() if (here / folder / "__init__.py").exists()}

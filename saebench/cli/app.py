@@ -138,12 +138,12 @@ def _station(
         flags.pop("config", None)
         values: Mapping[str, Any] = {**given, **flags}
         source = settings_file or "the command line"
-        made = [
+        configs = [
             from_flat(c, {n: v for n, v in values.items() if owner[n] is c}, source=source) for c in classes
         ]
-        return _answer(act, *made, as_json=as_json)
+        return _answer(act, *configs, as_json=as_json)
 
-    made = []
+    made: list[inspect.Parameter] = []
     for c in classes:
         group = Group("Settings" if c is config_class else f"Settings of --sae {c.name}", sort_key=len(made))
         made += parameters(c, given=given, positional=positional, group=group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 import saebench
-from saebench.cli.output import Result, pairs, table
+from saebench.cli.output import Result, pairs, table, visible
 from saebench.config import (
     DemoConfig,
     EvalConfig,
@@ -20,18 +21,37 @@ from saebench.config import (
     TrainConfig,
 )
 from saebench.errors import UserError
+from saebench.files import human_bytes
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
 
+DEMO_SCORES = ("n_tokens", "explained_variance", "l0", "dead_fraction", "ce_loss_score", "kl")
+
 
 def demo(config: DemoConfig) -> Result:
     from saebench.demo import demo as walk
+    from saebench.demo import program
 
     report = walk(config)
+    scores = {name: report.evaluation[name] for name in DEMO_SCORES}
+    stages = [(name, f"{seconds:,.1f}") for name, seconds in report.seconds.items()]
+    features = [
+        (shown.feature, f"{shown.density:.3%}", " ".join(map(visible, shown.tokens)), shown.example)
+        for shown in report.features
+    ]
+    parts = [
+        pairs(scores),
+        table(("stage", "seconds"), stages),
+        f"peak memory {human_bytes(report.peak_memory_bytes)}",
+        table(("feature", "density", "fires on", "where it fires hardest"), features),
+        f"The cache is {report.cache}, the run {report.run}, the feature store {report.store}.",
+        f"Look at the features: {program()} explore {report.store}",
+    ]
     if config.explore:
+        print("\n\n".join(parts[:-1]), flush=True)
         explore(report.store, port=config.port)
-    return Result(report.to_dict(), report.text())
+    return Result(dataclasses.asdict(report), "\n\n".join(parts))
 
 
 def harvest(config: HarvestConfig) -> Result:
@@ -143,10 +163,11 @@ def assets(name: str | None, quiet: bool) -> Result:
 
 def _describe_cache(cache: ActivationCache) -> Result:
     model = cache.model or {}
+    hooks = {hook: cache.d_in(hook) for hook in cache.hooks}
     data = {
         "path": str(cache.path),
         "model": model.get("name"),
-        "hooks": {hook: cache.d_in(hook) for hook in cache.hooks},
+        "hooks": hooks,
         "dtype": str(cache.dtype).removeprefix("torch."),
         "n_rows": cache.n_rows,
         "n_held_out": int(cache.held_out.sum()),
@@ -154,7 +175,7 @@ def _describe_cache(cache: ActivationCache) -> Result:
         "ctx_len": cache.ctx_len,
         "hash": cache.hash,
     }
-    shown = {**data, "hooks": ", ".join(f"{hook} [{d_in}]" for hook, d_in in data["hooks"].items())}
+    shown = {**data, "hooks": ", ".join(f"{hook} [{d_in}]" for hook, d_in in hooks.items())}
     return Result(data, pairs(shown))
 
 

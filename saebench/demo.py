@@ -1,0 +1,227 @@
+"""``saebench demo``: the whole road, from a model and a text to features that can be looked at."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import saebench
+from saebench.config import (
+    DEMO_HOOK,
+    DemoConfig,
+    EvalConfig,
+    HarvestConfig,
+    IndexConfig,
+    TrainConfig,
+    architecture,
+    station,
+    to_flat,
+)
+from saebench.errors import UserError
+from saebench.files import directory_lock, read_json, write_json_atomic
+
+if TYPE_CHECKING:
+    from saebench.store.query import FeatureStore
+
+DIARY = "demo.json"
+HOOKS = {"demo": DEMO_HOOK, "smollm2": "blocks.8.hook_resid_post"}
+STEPS_BETWEEN_CHECKPOINTS = 200
+SHOWN_FEATURES = 5
+SHOWN_TOKENS = 6
+MIDDLING = {"density": (2e-4, 2e-2), "entropy_tok": (1.0, 6.0)}
+"""Features worth showing first: neither rare nor everywhere, and on a handful of different tokens."""
+_MAY_CHANGE = {"out", "explore", "port", "device", "quiet"}
+
+
+@dataclass(frozen=True)
+class ShownFeature:
+    """One feature as the summary shows it."""
+
+    feature: int
+    density: float
+    tokens: list[str]
+    """Tokens on which it fires most often."""
+    example: str
+    """Text around its largest activation; the token is in [brackets]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoReport:
+    """What a demo left behind, and how good it is."""
+
+    cache: Path
+    run: Path
+    store: Path
+    evaluation: dict[str, Any]
+    """The contents of eval.json."""
+    seconds: dict[str, float]
+    """Wall-clock time of each stage, in the call that finished it."""
+    peak_memory_bytes: int
+    """Largest resident memory of the process, mapped files included."""
+    features: list[ShownFeature]
+
+
+@station(DemoConfig)
+def demo(config: DemoConfig) -> DemoReport:
+    """Harvest, train a TopK SAE, evaluate it, index it; leaves out/cache, out/runs/NAME and out/store.
+
+    Stages that an earlier call of the same settings finished are not done again, and an interrupted stage
+    goes on where it stopped.
+
+    Raises:
+        UserError: ``out`` holds a demo of other settings, or anything that the stages refuse.
+    """
+    cache, store = config.out / "cache", config.out / "store"
+    run = config.out / "runs" / f"topk-{config.d_sae}-k{config.k}"
+    with directory_lock(config.out, what="the demo"):
+        diary = _Diary(config)
+        with diary.stage("harvest", leaves=cache / "manifest.json") as wanted:
+            if wanted:
+                saebench.harvest(
+                    HarvestConfig(
+                        out=cache, model=config.model, text=config.text, hook=(_hook(config),),
+                        tokens=config.harvest_tokens, ctx=config.ctx, device=config.device,
+                        quiet=config.quiet,
+                    )
+                )  # fmt: skip
+        with diary.stage("train", leaves=run / "sae.json") as wanted:
+            if wanted:
+                saebench.train(
+                    TrainConfig(
+                        cache=cache, out=run, sae="topk", tokens=config.tokens, batch_size=config.batch_size,
+                        seed=config.seed, checkpoint_every=STEPS_BETWEEN_CHECKPOINTS, resume=run.exists(),
+                        device=config.device, quiet=config.quiet,
+                    ),
+                    architecture("topk").Spec(d_sae=config.d_sae, k=config.k),
+                )  # fmt: skip
+        with diary.stage("eval", leaves=run / "eval.json") as wanted:
+            if wanted:
+                saebench.evaluate(
+                    EvalConfig(
+                        run=run, cache=cache, model="cache", tokens=config.eval_tokens, device=config.device,
+                        quiet=config.quiet,
+                    )
+                )  # fmt: skip
+        with diary.stage("index", leaves=store / "manifest.json") as wanted:
+            if wanted:
+                saebench.index(
+                    IndexConfig(run=run, cache=cache, out=store, device=config.device, quiet=config.quiet)
+                ).close()
+    with saebench.open_store(store) as opened:
+        features = middling_features(opened)
+    return DemoReport(
+        cache=cache,
+        run=run,
+        store=store,
+        evaluation=read_json(run / "eval.json", what="the evaluation"),
+        seconds=diary.seconds,
+        peak_memory_bytes=diary.peak_memory_bytes,
+        features=features,
+    )
+
+
+class _Diary:
+    """``demo.json``: the settings of the demo and what each finished stage took."""
+
+    def __init__(self, config: DemoConfig) -> None:
+        self._path = config.out / DIARY
+        self._quiet = config.quiet
+        self._settings = {n: v for n, v in to_flat(config).items() if n not in _MAY_CHANGE}
+        self.seconds: dict[str, float] = {}
+        self.peak_memory_bytes = 0
+        if self._path.exists():
+            self._take_over(read_json(self._path, what="the record of the demo"), config.out)
+        self._write()
+
+    @contextlib.contextmanager
+    def stage(self, name: str, *, leaves: Path) -> Iterator[bool]:
+        """Gives whether the stage is still to be done, and notes its time when it is."""
+        if name in self.seconds and leaves.exists():
+            if not self._quiet:
+                print(f"{name}: already done, in {leaves.parent}", file=sys.stderr, flush=True)
+            yield False
+            return
+        started = time.monotonic()
+        yield True
+        self.seconds[name] = round(time.monotonic() - started, 2)
+        self.peak_memory_bytes = max(self.peak_memory_bytes, _peak_memory_bytes())
+        self._write()
+
+    def _take_over(self, written: dict[str, Any], out: Path) -> None:
+        for name, value in self._settings.items():
+            before = written.get("settings", {}).get(name)
+            if before != value:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(
+                    f"{out} holds a demo with {flag} {before}, this call says {value}; choose another --out"
+                )
+        self.seconds = dict(written["seconds"])
+        self.peak_memory_bytes = int(written["peak_memory_bytes"])
+
+    def _write(self) -> None:
+        value = {
+            "settings": self._settings,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+        write_json_atomic(self._path, value)
+
+
+def middling_features(store: FeatureStore, n: int = SHOWN_FEATURES) -> list[ShownFeature]:
+    """The ``n`` strongest features that fire neither rarely nor everywhere, with what they fire on.
+
+    Where the store has too few of those, the strongest of all make up the number.
+    """
+    columns = ["feature", "density"]
+    best = store.features(columns, ranges=MIDDLING, order_by="max_act", descending=True, limit=n)
+    rows = dict(best.itertuples(index=False))
+    if len(rows) < n:
+        others = store.features(
+            columns, flags={"dead": False}, order_by="max_act", descending=True, limit=2 * n
+        )
+        rows.update(itertuple for itertuple in others.itertuples(index=False) if itertuple[0] not in rows)
+    return [_shown(store, int(feature), float(density)) for feature, density in list(rows.items())[:n]]
+
+
+def _shown(store: FeatureStore, feature: int, density: float) -> ShownFeature:
+    tokens = list(store.tokens(feature)["text"][:SHOWN_TOKENS]) if store.has("feature_token") else []
+    examples = store.examples(feature, "top")
+    example = ""
+    if len(examples) and examples["pieces"][0]:
+        first = examples.iloc[0]
+        example = _snippet(first["pieces"], int(first["pos"]) - int(first["start"]))
+    return ShownFeature(feature, density, tokens, example)
+
+
+def _snippet(pieces: list[str], at: int, around: int = 8) -> str:
+    """The window's text near ``at``, on one line, with that token in brackets."""
+    shown = [f"[{piece}]" if i == at else piece for i, piece in enumerate(pieces)]
+    return " ".join("".join(shown[max(0, at - around) : at + around + 1]).split())
+
+
+def _hook(config: DemoConfig) -> str:
+    if config.hook is not None:
+        return config.hook
+    if config.model in HOOKS:
+        return HOOKS[config.model]
+    from saebench.activations.models import peek_model
+
+    return f"blocks.{peek_model(config.model).n_layers // 2}.hook_resid_post"
+
+
+def _peak_memory_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def program() -> str:
+    """What to type to run this program again: 'saebench', or its path when it is not on the PATH."""
+    called = sys.argv[0]
+    return called if Path(called).name == "saebench" and not shutil.which("saebench") else "saebench"
