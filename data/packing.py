@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from saebench_data import path
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+STATE_OF_THE_UNION = "state_of_the_union"
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,10 @@ class Document:
 
     @property
     def tuning(self) -> bool:
-        """True for one training document in 20: schedules and baselines are tuned on these, never on held-out text.
+        """True for one training document in 20.
 
-        The final model and the final baselines are then made from all training documents.
+        Schedules and baselines are tuned on these, never on held-out text. The final model and the final
+        baselines are then made from all training documents.
         """
         digest = hashlib.sha256(self.text.encode()).digest()
         return not self.held_out and int.from_bytes(digest[8:16], "big") % 20 == 0
@@ -39,19 +43,33 @@ def read_documents(corpus: Path) -> list[Document]:
     """The documents that make_corpus.py wrote."""
     import pyarrow.parquet as pq
 
-    return [Document(**row) for row in pq.read_table(corpus, columns=["source", "text", "held_out"]).to_pylist()]
+    rows = pq.read_table(corpus, columns=["source", "text", "held_out"]).to_pylist()
+    return [Document(**row) for row in rows]
+
+
+def read_addresses() -> list[Document]:
+    """The shipped part of the corpus: the State of the Union."""
+    import pyarrow.parquet as pq
+
+    from saebench.activations.text import is_held_out
+
+    texts = pq.read_table(path("text/state_of_the_union.parquet"), columns=["text"])["text"].to_pylist()
+    return [Document(STATE_OF_THE_UNION, text, is_held_out(text)) for text in texts]
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """Token ids of each text, with the end-of-text token behind it."""
     end = tokenizer.token_to_id(END_OF_TEXT)
-    return [np.array([*encoding.ids, end], dtype=np.int32) for encoding in tokenizer.encode_batch(list(texts))]
+    return [
+        np.array([*encoding.ids, end], dtype=np.int32) for encoding in tokenizer.encode_batch(list(texts))
+    ]
 
 
 def pack(documents: Iterable[np.ndarray], width: int, *, step: int | None = None) -> np.ndarray:
-    """Contexts of `width` tokens, [C, width], from the documents laid end to end; a last partial one is dropped.
+    """Contexts of `width` tokens, [C, width], from the documents laid end to end.
 
-    With step = width - 1 neighbours share one token, so that every token but the very first is predicted once.
+    A last partial context is dropped. With step = width - 1 neighbours share one token, so that every token
+    but the very first is predicted once.
     """
     stream = np.concatenate(list(documents))
     windows = np.lib.stride_tricks.sliding_window_view(stream, width)

@@ -1,20 +1,20 @@
-"""Prose out of the documentation pages that the demo model also learns from: what a reader would read aloud."""
+"""Prose out of documentation pages: what a reader would read aloud."""
 
 from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
 
-BLOCKS = frozenset(
-    "p div h1 h2 h3 h4 h5 h6 li ul ol dl dt dd blockquote section article header footer hr body br center".split()
+BLOCKS = re.compile(
+    "p|div|h[1-6]|li|ul|ol|dl|dt|dd|blockquote|section|article|header|footer|hr|body|br|center"
 )
 # Programs, tables and drawings are not prose.
-SKIPPED = frozenset("head script style select form pre table svg button noscript title textarea".split())
-VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
-# Navigation, tables of contents and the like, by their class names in SQLite's and PostgreSQL's pages.
-SKIPPED_CLASSES = frozenset(
-    "nosearch navheader navfooter fancy_toc toc indexterm imgcontainer menu searchmenu codeblock programlisting "
-    "screen synopsis cmdsynopsis refsynopsisdiv".split()
+SKIPPED = re.compile("head|script|style|select|form|pre|table|svg|button|noscript|title|textarea")
+VOID = re.compile("area|base|br|col|embed|hr|img|input|link|meta|source|track|wbr")
+# Navigation, tables of contents and programs, by their class names in SQLite's and PostgreSQL's pages.
+SKIPPED_CLASSES = re.compile(
+    "nosearch|navheader|navfooter|fancy_toc|toc|indexterm|imgcontainer|menu|searchmenu|codeblock|programlisting|"
+    "screen|synopsis|cmdsynopsis|refsynopsisdiv"
 )
 
 MIN_PARAGRAPH = 25  # characters; shorter ones are headings of what was skipped, versions, single names
@@ -28,21 +28,19 @@ class _Prose(HTMLParser):
         self._skipping: list[str] = []  # open tags since the outermost skipped one
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in BLOCKS:
+        if BLOCKS.fullmatch(tag):
             self._end_paragraph()
-        if tag in VOID:
+        if VOID.fullmatch(tag):
             return
         classes = (dict(attrs).get("class") or "").split()
-        if self._skipping:
-            self._skipping.append(tag)
-        elif tag in SKIPPED or not SKIPPED_CLASSES.isdisjoint(classes):
+        if self._skipping or SKIPPED.fullmatch(tag) or any(map(SKIPPED_CLASSES.fullmatch, classes)):
             self._skipping.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
         if tag in self._skipping:  # closing an element closes those left open inside it
             while self._skipping.pop() != tag:
                 pass
-        if tag in BLOCKS:
+        if BLOCKS.fullmatch(tag):
             self._end_paragraph()
 
     def handle_data(self, data: str) -> None:

@@ -3,8 +3,9 @@
     python -m saebench_data.make_corpus ... --out corpus.parquet
     python -m saebench_data.train_demo_model corpus.parquet --out data/demo_model
 
-The defaults are the run that made demo_model/; data/README.md has its losses. Schedules were compared with --tune,
-which sets aside training documents (packing.Document.tuning), so that held-out documents are measured once, at the end.
+The defaults are the run that made demo_model/; data/README.md has its losses. Schedules were compared with
+--tune, which sets aside training documents (packing.Document.tuning), so that held-out documents are measured
+once, at the end.
 
 Shape suffixes: B contexts in a batch, T positions.
 """
@@ -16,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,26 +25,38 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from saebench_data.packing import END_OF_TEXT, Document, encode_documents, pack, read_documents
+from saebench_data.packing import (
+    END_OF_TEXT,
+    STATE_OF_THE_UNION,
+    Document,
+    encode_documents,
+    pack,
+    read_documents,
+)
 
 VOCAB = 8192
 N_CTX = 256
-STATE_OF_THE_UNION = "state_of_the_union"  # the demo's own text, seen more often than the rest
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="the Hugging Face folder to write")
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=28)
     parser.add_argument("--repeats", type=int, default=2, help="times the addresses are seen in an epoch")
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--batch", type=int, default=64, help=f"contexts of {N_CTX} tokens in a step")
+    parser.add_argument("--batch", type=int, default=128, help=f"contexts of {N_CTX} tokens in a step")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tune", action="store_true", help="leave out the tuning documents and report their loss")
-    parser.add_argument("--stop-after", type=int, default=None, help="steps to take of the schedule, to try things out")
+    parser.add_argument(
+        "--tune", action="store_true", help="leave out the tuning documents and report their loss"
+    )
+    parser.add_argument(
+        "--stop-after", type=int, default=None, help="steps to take of the schedule, to try things out"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
@@ -87,7 +100,7 @@ def learning_rate(step: int, *, steps: int, peak: float) -> float:
 def main() -> None:
     arguments = parse()
     device = arguments.device
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one of the two settings that make cuBLAS repeatable
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS repeatable
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(arguments.seed)
     torch.set_float32_matmul_precision("high")
@@ -129,7 +142,10 @@ def main() -> None:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": arguments.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        [
+            {"params": matrices, "weight_decay": arguments.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
         lr=arguments.lr,
         betas=(0.9, 0.95),
         fused=device != "cpu",
@@ -141,8 +157,11 @@ def main() -> None:
             logits = compiled(batch[:, :-1], use_cache=False).logits
             return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps:,} steps of "
-          f"{arguments.batch * N_CTX:,} tokens, {sum(map(len, token_documents)):,} tokens an epoch", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps:,} steps of "
+        f"{arguments.batch * N_CTX:,} tokens, {sum(map(len, token_documents)):,} tokens an epoch",
+        flush=True,
+    )
 
     # 4. Training.
     order = np.random.default_rng(arguments.seed)
@@ -159,7 +178,11 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % (steps_an_epoch * 2) == 0 or step == steps - 1:
-            line = {"step": step, "epoch": round(step / steps_an_epoch, 2), "train_loss": round(loss.item(), 4)}
+            line = {
+                "step": step,
+                "epoch": round(step / steps_an_epoch, 2),
+                "train_loss": round(loss.item(), 4),
+            }
             if arguments.tune:
                 model.eval()
                 line |= tuning_losses(loss_of, tokenizer, tuning, arguments.batch, device)
@@ -176,15 +199,29 @@ def main() -> None:
         model_max_length=N_CTX,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(arguments.out)
+    # transformers 5 writes a class name here that transformers 4 does not know; both know this one.
+    settings = arguments.out / "tokenizer_config.json"
+    written = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings.write_text(json.dumps(written, indent=2) + "\n")
 
 
 @torch.no_grad()
-def tuning_losses(loss_of, tokenizer: Tokenizer, tuning: list[Document], batch: int, device: str) -> dict[str, float]:
+def tuning_losses(
+    loss_of: Callable[[torch.Tensor], torch.Tensor],
+    tokenizer: Tokenizer,
+    tuning: list[Document],
+    batch: int,
+    device: str,
+) -> dict[str, float]:
     """Mean loss of the tuning documents of each source, in nats per token."""
     losses = {}
     for source in dict.fromkeys(document.source for document in tuning):
         texts = [document.text for document in tuning if document.source == source]
-        contexts = torch.from_numpy(pack(encode_documents(tokenizer, texts), N_CTX + 1, step=N_CTX)).to(device).long()
+        contexts = (
+            torch.from_numpy(pack(encode_documents(tokenizer, texts), N_CTX + 1, step=N_CTX))
+            .to(device)
+            .long()
+        )
         whole = contexts[: len(contexts) // batch * batch]
         pieces = whole.split(batch) if len(whole) else (contexts,)
         losses[source] = round(sum(loss_of(piece).item() for piece in pieces) / len(pieces), 4)

@@ -1,0 +1,136 @@
+"""Recompute the numbers of README.md: held-out loss of the demo model and of what it must beat.
+
+    python -m saebench_data.measure_demo_model corpus.parquet
+
+Every loss is a mean over the same predictions: the held-out documents of a source are laid end to end with
+the end-of-text token between them and cut into contexts of N_CTX tokens, and every token but the first of a
+context is predicted, in nats per token. The n-grams are counted on training documents; kappa is tuned on
+training documents that those counts leave out. Without a corpus only the State of the Union, which is
+shipped, can be measured.
+
+Shape suffixes: C contexts, T positions of a context.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import saebench_data
+from saebench_data.ngrams import Bigram
+from saebench_data.packing import Document, encode_documents, pack, read_addresses, read_documents
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+N_CTX = 256
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Nats per token on the held-out documents of one source."""
+
+    source: str
+    documents: int
+    predictions: int
+    untrained: float
+    unigram: float
+    bigram: float  # counted on the training documents of all sources
+    own_bigram: float  # counted on the training documents of this source
+    model: float
+
+
+def model_losses(model: Any, contexts_CT: np.ndarray, *, batch: int = 16) -> np.ndarray:
+    """Loss of every token but the first of each context under a Hugging Face model, [C, T - 1]."""
+    pieces = []
+    for tokens in torch.from_numpy(contexts_CT).long().split(batch):
+        tokens = tokens.to(model.device)
+        with torch.no_grad():
+            logits = model(tokens).logits[:, :-1]
+        pieces.append(
+            torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        )
+    return torch.cat(pieces).cpu().numpy()
+
+
+def load(folder: Path, *, device: str = "cpu") -> tuple[Any, Any, Tokenizer]:
+    """The saved model in fp32, the same model untrained, and its tokenizer."""
+    from tokenizers import Tokenizer
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    torch.manual_seed(0)
+    untrained = GPT2LMHeadModel(model.config).eval()
+    return model.to(device), untrained.to(device), Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def count_bigram(tokenizer: Tokenizer, documents: Sequence[Document]) -> Bigram:
+    """A bigram of all these training documents, its kappa tuned on those that are set aside for tuning."""
+    assert not any(document.held_out for document in documents)
+    tokens = encode_documents(tokenizer, [document.text for document in documents])
+    vocab_size = tokenizer.get_vocab_size()
+    kept = [token for token, document in zip(tokens, documents, strict=True) if not document.tuning]
+    aside = [token for token, document in zip(tokens, documents, strict=True) if document.tuning]
+    kappa = Bigram(kept, vocab_size=vocab_size).tune_kappa(pack(aside, N_CTX))
+    return Bigram(tokens, vocab_size=vocab_size, kappa=kappa)
+
+
+def measure(documents: Sequence[Document], folder: Path, *, device: str = "cpu") -> list[Losses]:
+    """One line a source, and a last one named "all" when there are several."""
+    model, untrained, tokenizer = load(folder, device=device)
+    training = [document for document in documents if not document.held_out]
+    bigram = count_bigram(tokenizer, training)
+    lines, columns = [], []
+    for source in dict.fromkeys(document.source for document in documents):
+        held_out = [
+            document.text for document in documents if document.held_out and document.source == source
+        ]
+        contexts_CT = pack(encode_documents(tokenizer, held_out), N_CTX)
+        own = count_bigram(tokenizer, [document for document in training if document.source == source])
+        losses = (
+            model_losses(untrained, contexts_CT),
+            bigram.unigram_losses(contexts_CT),
+            bigram.losses(contexts_CT),
+            own.losses(contexts_CT),
+            model_losses(model, contexts_CT),
+        )
+        means = [float(loss.mean()) for loss in losses]
+        lines.append(Losses(source, len(held_out), losses[0].size, *means))
+        columns.append(losses)
+    if len(lines) > 1:
+        means = [float(np.concatenate(column).mean()) for column in zip(*columns, strict=True)]
+        lines.append(
+            Losses(
+                "all", sum(line.documents for line in lines), sum(line.predictions for line in lines), *means
+            )
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("corpus", type=Path, nargs="?", help="what make_corpus.py wrote")
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder; the shipped one by default")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    documents = read_documents(arguments.corpus) if arguments.corpus else read_addresses()
+    folder = arguments.model or saebench_data.path("demo_model")
+
+    print("| source | held-out documents | predictions | untrained | unigram | bigram | own bigram | model |")
+    print("|---|---|---|---|---|---|---|---|")
+    for line in measure(documents, folder, device=arguments.device):
+        losses = (line.untrained, line.unigram, line.bigram, line.own_bigram, line.model)
+        numbers = " | ".join(f"{loss:.3f}" for loss in losses)
+        print(f"| {line.source} | {line.documents} | {line.predictions:,} | {numbers} |")
+
+
+if __name__ == "__main__":
+    main()
