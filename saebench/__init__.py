@@ -40,8 +40,22 @@ _HOMES = {
 }
 
 __all__ = [  # noqa: RUF022
-    "ActivationCache", "EvalReport", "FeatureStore", "SAE", "SparseCodes", "UserError", "__version__", "evaluate",
-    "harvest", "import_activations", "index", "load", "load_model", "open_cache", "open_store", "train",
+    "ActivationCache",
+    "EvalReport",
+    "FeatureStore",
+    "SAE",
+    "SparseCodes",
+    "UserError",
+    "__version__",
+    "evaluate",
+    "harvest",
+    "import_activations",
+    "index",
+    "load",
+    "load_model",
+    "open_cache",
+    "open_store",
+    "train",
 ]
 
 

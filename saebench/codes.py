@@ -48,7 +48,12 @@ class SparseCodes:
 
     @classmethod
     def from_ragged(
-        cls, values: Tensor, indices: Tensor, offsets: Tensor, *, d_sae: int,
+        cls,
+        values: Tensor,
+        indices: Tensor,
+        offsets: Tensor,
+        *,
+        d_sae: int,
         leading_shape: tuple[int, ...] | None = None,
     ) -> SparseCodes:
         """From flat ``values`` and ``indices`` [S] and int64 ``offsets`` [N + 1]."""

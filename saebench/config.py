@@ -114,7 +114,9 @@ class SaeSpec:
     def __post_init__(self) -> None:
         at_least(self, d_sae=1, k=1)
         if self.k > self.d_sae:
-            raise UserError(f"k is {self.k} but d_sae is only {self.d_sae} latents; lower --k or raise --d-sae")
+            raise UserError(
+                f"k is {self.k} but d_sae is only {self.d_sae} latents; lower --k or raise --d-sae"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +174,9 @@ class TrainConfig:
         if self.lr != "auto" and not 0 < float(self.lr) < float("inf"):
             raise UserError(f"lr is {self.lr}; it must be 'auto' or a positive number")
         if self.warmup + self.decay > 1:
-            raise UserError(f"warmup {self.warmup} and decay {self.decay} are shares of one run and exceed it")
+            raise UserError(
+                f"warmup {self.warmup} and decay {self.decay} are shares of one run and exceed it"
+            )
         if not 0.01 <= self.memory < float("inf"):
             raise UserError(f"memory is {self.memory} GiB; give at least 0.01")
 

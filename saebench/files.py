@@ -58,6 +58,17 @@ def sentence_for_os_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether ``path`` is the temporary file of a writer that was killed."""
+    return path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete the temporary files of killed writers below ``directory``, which must be ours and locked."""
+    for path in Path(directory).rglob(f".*{TEMPORARY_SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
 def sync_directory(path: Path) -> None:
     """Make renames inside ``path`` durable."""
     descriptor = os.open(path, os.O_RDONLY)

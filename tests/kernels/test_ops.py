@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from saebench_kernels import gathered_dots, group_by_latent, latent_sums, sparse_decode, topk_encode
 
-sizes = st.tuples(st.integers(1, 37), st.integers(1, 19), st.integers(1, 53), st.integers(1, 53), st.integers(0, 999))
+sizes = st.tuples(
+    st.integers(1, 37), st.integers(1, 19), st.integers(1, 53), st.integers(1, 53), st.integers(0, 999)
+)
 """N, D, M, k, seed."""
 
 
@@ -27,7 +29,9 @@ def test_topk_encode_keeps_the_k_largest_positive_pre_activations(size):
     values_NK, indices_NK = topk_encode(x_ND, W_MD, b_M, k)
     pre_NM = x_ND.double() @ W_MD.double().T + b_M.double()
     expected_NK = pre_NM.topk(k, dim=1).values.relu()
-    torch.testing.assert_close(values_NK.double().sort(1, descending=True).values, expected_NK, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        values_NK.double().sort(1, descending=True).values, expected_NK, rtol=1e-5, atol=1e-5
+    )
     picked_NK = pre_NM.gather(1, indices_NK).relu()
     torch.testing.assert_close(values_NK.double(), picked_NK, rtol=1e-5, atol=1e-5)
     assert all(len(set(row.tolist())) == k for row in indices_NK)
@@ -61,7 +65,9 @@ def test_decode_and_its_gradients_equal_the_dense_products(size):
     x_ND, W_MD, b_M, k = _problem(*size)
     values_NK, indices_NK = topk_encode(x_ND, W_MD, b_M, k)
     dense_NM = torch.zeros(len(x_ND), len(W_MD)).scatter_(1, indices_NK, values_NK)
-    torch.testing.assert_close(sparse_decode(indices_NK, values_NK, W_MD), dense_NM @ W_MD, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        sparse_decode(indices_NK, values_NK, W_MD), dense_NM @ W_MD, rtol=1e-4, atol=1e-4
+    )
     dots_NK = gathered_dots(indices_NK, x_ND, W_MD)
     torch.testing.assert_close(dots_NK, (x_ND @ W_MD.T).gather(1, indices_NK), rtol=1e-4, atol=1e-4)
     groups = group_by_latent(indices_NK, len(W_MD))

@@ -209,8 +209,13 @@ def test_damaged_folders_end_in_a_sentence(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"k": 0}, "k is 0"), ({"k": 50, "d_sae": 40}, "k is 50"), ({"aux_coefficient": -1}, "aux_coefficient"),
-     ({"k_aux": 0}, "k_aux is 0"), ({"dead_tokens": 0}, "dead_tokens is 0")],
+    [
+        ({"k": 0}, "k is 0"),
+        ({"k": 50, "d_sae": 40}, "k is 50"),
+        ({"aux_coefficient": -1}, "aux_coefficient"),
+        ({"k_aux": 0}, "k_aux is 0"),
+        ({"dead_tokens": 0}, "dead_tokens is 0"),
+    ],
 )
 def test_impossible_specs_are_refused(settings, message):
     with pytest.raises(UserError, match=message):

@@ -1,0 +1,88 @@
+"""Everything a training is at one step, in one safetensors file that appears whole or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saebench.errors import UserError
+from saebench.files import write_bytes_atomic
+from saebench.saes.base import SAE, check_tensors
+
+FOLDER = "checkpoints"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class TrainState:
+    """What changes while training. ``scale`` multiplies activations; ``step`` batches have been taken.
+
+    The order of the rows is a function of the seed and ``step``, and nothing random happens after
+    initialisation, so these tensors are the whole state.
+    """
+
+    sae: SAE
+    optimizer: torch.optim.Adam
+    scale: float
+    step: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, counters, both moments, and the two scalars, by name."""
+        out = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        for name, parameter in self.sae.named_parameters():
+            moments = self.optimizer.state[parameter]
+            zero = torch.zeros_like(parameter)
+            out |= {f"adam.{name}.{moment}": moments.get(moment, zero) for moment in _MOMENTS}
+        out["scale"] = torch.tensor(self.scale, dtype=torch.float64)
+        out["step"] = torch.tensor(self.step, dtype=torch.int64)
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in out.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of ``tensors``."""
+        self.scale, self.step = float(tensors["scale"]), int(tensors["step"])
+        self.sae.load_state_dict({name: tensors[f"sae.{name}"] for name in self.sae.state_dict()})
+        for name, parameter in self.sae.named_parameters():
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(self.step), device=parameter.device),
+                **{m: tensors[f"adam.{name}.{m}"].to(parameter.device) for m in _MOMENTS},
+            }
+
+
+def save_checkpoint(directory: Path, state: TrainState) -> None:
+    """Write the state and then delete older checkpoints."""
+    from safetensors.torch import save as serialize
+
+    folder = directory / FOLDER
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step-{state.step:09d}.safetensors"
+    write_bytes_atomic(path, serialize(state.tensors()))
+    for old in folder.glob("step-*.safetensors"):
+        if old != path:
+            old.unlink()
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint of the highest step, if there is one."""
+    return max((directory / FOLDER).glob("step-*.safetensors"), default=None)
+
+
+def load_checkpoint(path: Path, state: TrainState) -> None:
+    """Fill ``state`` from a checkpoint.
+
+    Raises:
+        UserError: the file is damaged or belongs to other shapes.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise UserError(
+            f"the checkpoint {path} is damaged ({error}); delete it to start this run again from zero"
+        ) from None
+    check_tensors(tensors, {name: tuple(t.shape) for name, t in state.tensors().items()}, path)
+    state.restore(tensors)

@@ -1,0 +1,34 @@
+"""What a training reports about a step, from that step's batch alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saebench.saes.base import SAE, LossTerms
+
+
+def step_metrics(
+    sae: SAE, terms: LossTerms, x_ND: Tensor, *, step: int, tokens: int, lr: float, grad_norm: Tensor
+) -> dict[str, float]:
+    """Numbers of one step; reading them waits for the device, so this is called every ``log_every`` steps.
+
+    ``fvu`` = sum |x - x_hat|^2 / sum |x - mean x|^2 over the batch, ``l0`` = mean active latents a row,
+    ``dead`` = latents that have not fired for ``sae.dead_after`` tokens, ``loss`` and ``aux`` as in LossTerms.
+    """
+    with torch.no_grad():
+        fvu = (x_ND - terms.x_hat).square().sum() / (x_ND - x_ND.mean(0)).square().sum()
+        l0 = (terms.codes.values != 0).sum() / terms.codes.n_rows
+        numbers = torch.stack([terms.total.detach(), terms.auxiliary, fvu, l0, grad_norm]).tolist()
+    loss, aux, fvu_value, l0_value, norm = numbers
+    return {
+        "step": step,
+        "tokens": tokens,
+        "loss": loss,
+        "aux": aux,
+        "fvu": fvu_value,
+        "l0": l0_value,
+        "dead": int(sae.dead_latents().numel()),
+        "grad_norm": norm,
+        "lr": lr,
+    }

@@ -1,0 +1,47 @@
+"""Learning rate by width and step, and one optimizer step in the one order that is right."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from saebench.config import TrainConfig
+from saebench.saes.base import SAE
+
+
+def peak_learning_rate(config: TrainConfig, d_sae: int) -> float:
+    """The configured rate, or for 'auto' 8e-4 / sqrt(d_sae / 4096): wider dictionaries want smaller steps.
+
+    The 1 / sqrt(d_sae) law is that of the public TopK trainers; the constant was chosen on this project's
+    demo cache.
+    """
+    return 8e-4 / math.sqrt(d_sae / 4096) if config.lr == "auto" else float(config.lr)
+
+
+def learning_rate(config: TrainConfig, *, peak: float, step: int, n_steps: int) -> float:
+    """Rate of the 0-based ``step``: a linear rise, a plateau, a linear fall that ends just above 0."""
+    rise, fall = config.warmup * n_steps, config.decay * n_steps
+    up = (step + 1) / rise if rise else 1.0
+    down = (n_steps - step) / fall if fall else 1.0
+    return peak * min(1.0, up, down)
+
+
+def make_optimizer(sae: SAE) -> torch.optim.Adam:
+    """Adam on the fp32 masters; epsilon as in Gao et al. 2024, since gradients of wide SAEs are tiny."""
+    return torch.optim.Adam(sae.parameters(), lr=0.0, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
+
+
+def optimizer_step(sae: SAE, optimizer: torch.optim.Adam, *, lr: float, grad_clip: float) -> Tensor:
+    """Project the decoder's gradient, clip the norm of all of it, Adam, renormalise the decoder.
+
+    Returns the norm before clipping, a scalar tensor (reading it would wait for the device).
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    sae.project_gradients()
+    norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), grad_clip or math.inf)
+    optimizer.step()
+    sae.normalize_decoder()
+    return norm

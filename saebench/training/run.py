@@ -1,0 +1,101 @@
+"""A run directory: what is in it, and whether a training may begin, go on, or is already over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saebench.config import SaeSpec, TrainConfig
+from saebench.errors import UserError
+from saebench.files import is_leftover, read_json, remove_leftovers, write_json_atomic
+from saebench.saes.base import SAE, SPEC_FILE, load
+
+FORMAT_VERSION = 1
+RUN_FILE = "run.json"
+_MAY_CHANGE = {
+    "resume",
+    "quiet",
+    "device",
+    "out",
+    "cache",
+    "memory",
+    "checkpoint_every",
+    "tensorboard",
+    "wandb",
+}
+"""Settings that a resumed run may have different: none of them changes the result."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training. It can be given wherever a run's path is asked for."""
+
+    path: Path
+    config: TrainConfig
+    spec: SaeSpec
+
+    @property
+    def sae(self) -> SAE:
+        """The trained SAE, read from the run directory."""
+        return load(self.path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def is_finished(directory: Path) -> bool:
+    """``sae.json`` is the last file a training writes."""
+    return (directory / SPEC_FILE).exists()
+
+
+def claim(directory: Path, facts: dict[str, Any], *, resume: bool) -> None:
+    """Make ``directory`` this run's own: write ``run.json``, or check that it is the same run.
+
+    Raises:
+        UserError: something is there and ``resume`` was not asked for, or it is a different run.
+    """
+    if not (directory / RUN_FILE).exists():
+        foreign = sorted(p.name for p in directory.iterdir() if p.name != ".lock" and not is_leftover(p))
+        if foreign:
+            raise UserError(
+                f"{directory} is not empty (it holds {foreign[0]}) and is no run; choose another --out"
+            )
+        write_json_atomic(directory / RUN_FILE, facts)
+        return
+    if not resume:
+        state = "a finished run" if is_finished(directory) else "an unfinished run"
+        raise UserError(f"{directory} already holds {state}; add --resume to go on, or choose another --out")
+    _check_same(read_run(directory), facts, directory)
+    remove_leftovers(directory)
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    """The facts in ``run.json``: train, sae, d_in, hook_name, model, cache_hash, n_steps."""
+    facts = read_json(directory / RUN_FILE, what="the run description")
+    version = facts.get("format_version") if isinstance(facts, dict) else None
+    if not isinstance(version, int):
+        raise UserError(f"{directory / RUN_FILE} is not the description of a run; choose another --out")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{directory / RUN_FILE} has format {version}; this saebench reads up to {FORMAT_VERSION}: "
+            "update saebench"
+        )
+    return dict(facts)
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:
+    for part in ("train", "sae"):
+        for name, value in new[part].items():
+            before = old.get(part, {}).get(name)
+            if before != value and name not in _MAY_CHANGE:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(
+                    f"{directory} was begun with {flag} {before} and this call says {value}; "
+                    "resume with the same settings or choose another --out"
+                )
+    if old.get("cache_hash") != new["cache_hash"]:
+        raise UserError(
+            f"{directory} was begun on another cache than {new['train']['cache']} (its contents differ); "
+            "resume with the same cache or choose another --out"
+        )

@@ -1,0 +1,56 @@
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These steps are so small that a second thread only waits for the first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def sparse_rows():
+    """[6000, 16] rows that really are sparse sums of 32 unit directions, plus an offset and little noise."""
+    generator = torch.Generator().manual_seed(0)
+    atoms_MD = torch.nn.functional.normalize(torch.randn(32, 16, generator=generator), dim=1)
+    fires_NM = torch.rand(6000, 32, generator=generator) < 0.1
+    codes_NM = fires_NM * (1 + torch.rand(6000, 32, generator=generator))
+    return codes_NM @ atoms_MD + 2.0 + 0.01 * torch.randn(6000, 16, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def small_cache(make_cache, sparse_rows, tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("caches") / "sparse", sparse_rows)
+
+
+@pytest.fixture
+def settings(small_cache, tmp_path):
+    """A run of 60 steps that takes about a second."""
+    return {
+        "cache": small_cache.path,
+        "out": tmp_path / "run",
+        "d_sae": 64,
+        "k": 4,
+        "tokens": 60 * 128,
+        "batch_size": 128,
+        "log_every": 7,
+        "checkpoint_every": 10,
+        "lr": 3e-3,
+        "device": "cpu",
+        "quiet": True,
+    }
+
+
+@pytest.fixture(scope="session")
+def files_of():
+    """``files_of(run)``: the bytes of every file that must repeat, by name (times and paths are elsewhere)."""
+    apart = ("sessions.jsonl", ".lock", "run.json")
+
+    def read(run):
+        files = (p for p in sorted(run.rglob("*")) if p.is_file() and p.name not in apart)
+        return {str(p.relative_to(run)): p.read_bytes() for p in files}
+
+    return read

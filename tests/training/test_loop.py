@@ -1,0 +1,183 @@
+"""The loop as a whole: it learns, it repeats itself bit for bit, it refuses what cannot work."""
+
+import csv
+import json
+
+import pytest
+import torch
+from saebench.codes import SparseCodes
+from saebench.config import TrainConfig
+from saebench.errors import UserError
+from saebench.saes.base import load
+from saebench.saes.topk import TopKSAE, TopKSpec
+from saebench.training import train
+
+
+def metrics_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_in_the_units_of_the_cache(settings, sparse_rows):
+    run = train(**settings | {"tokens": 600 * 128})
+    lines = metrics_of(run.path)
+    assert lines[-1]["fvu"] < 0.2 < lines[0]["fvu"]
+    sae, x_ND = run.sae, sparse_rows[-200:]
+    error = (x_ND - sae(x_ND)).square().sum() / (x_ND - x_ND.mean(0)).square().sum()
+    assert abs(error - lines[-1]["fvu"]) < 0.1
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
+
+
+def test_what_a_run_leaves(settings):
+    run = train(**settings)
+    assert [line["step"] for line in metrics_of(run.path)] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
+    with open(run.path / "metrics.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [{k: float(v) for k, v in row.items()} for row in table] == metrics_of(run.path)
+    assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["step-000000060.safetensors"]
+    facts = json.loads((run.path / "run.json").read_text())
+    assert facts["hook_name"] == "imported" and facts["sae"]["d_sae"] == 64 and facts["n_steps"] == 60
+    assert load(run).spec == TopKSpec(d_sae=64, k=4)
+
+
+def test_two_runs_with_one_seed_agree_bit_for_bit_and_another_seed_does_not(settings, tmp_path, files_of):
+    first, second = train(**settings), train(**settings | {"out": tmp_path / "second"})
+    other = train(**settings | {"out": tmp_path / "other", "seed": 1})
+    assert files_of(first.path) == files_of(second.path)
+    assert files_of(first.path)["sae.safetensors"] != files_of(other.path)["sae.safetensors"]
+
+
+def test_neither_logging_nor_checkpoints_change_the_result(settings, tmp_path, files_of):
+    plain = train(**settings)
+    chatty = train(
+        **settings | {"out": tmp_path / "b", "log_every": 1, "checkpoint_every": 3, "tensorboard": True}
+    )
+    assert files_of(plain.path)["sae.safetensors"] == files_of(chatty.path)["sae.safetensors"]
+    assert list((chatty.path / "tensorboard").iterdir())
+
+
+def test_the_config_objects_and_the_keywords_are_the_same_call(settings, tmp_path, files_of):
+    first = train(**settings)
+    own = {name: settings[name] for name in ("d_sae", "k")}
+    rest = {name: value for name, value in settings.items() if name not in own} | {"out": tmp_path / "b"}
+    second = train(TrainConfig(**rest), TopKSpec(**own))
+    assert files_of(first.path) == files_of(second.path)
+
+
+def test_held_out_rows_are_never_trained_on(settings, make_cache, sparse_rows, tmp_path, files_of):
+    """Poison in the held-out rows changes nothing."""
+    poisoned = sparse_rows.clone()
+    poisoned[-300:] = 1e4
+    cache = make_cache(tmp_path / "poisoned", poisoned)
+    assert cache.held_out.sum() == 300
+    clean, other = train(**settings), train(**settings | {"cache": cache.path, "out": tmp_path / "b"})
+    assert files_of(clean.path)["sae.safetensors"] == files_of(other.path)["sae.safetensors"]
+
+
+@pytest.mark.parametrize("coefficient", [1 / 32, 0.0])
+def test_aux_fires_on_dead_latents_and_revives_them(settings, monkeypatch, coefficient):
+    """Half of the encoder rows start so short that they are never picked; AuxK alone brings them back."""
+    initialize = TopKSAE.initialize
+
+    def with_short_rows(self, sample_ND, *, seed):
+        initialize(self, sample_ND, seed=seed)
+        with torch.no_grad():
+            self.W_enc_MD[32:] *= 1e-3
+
+    monkeypatch.setattr(TopKSAE, "initialize", with_short_rows)
+    train(
+        **settings | {"tokens": 700 * 128, "aux_coefficient": coefficient, "dead_tokens": 1, "log_every": 10}
+    )
+    lines = metrics_of(settings["out"])
+    most_dead = max(line["dead"] for line in lines)
+    assert most_dead >= 25
+    assert any(line["aux"] > 0 for line in lines) == (coefficient > 0)
+    if coefficient:
+        assert lines[-1]["dead"] <= most_dead // 2
+    else:
+        assert lines[-1]["dead"] >= 25
+
+
+def test_dead_window_is_the_smaller_of_the_setting_and_a_tenth_of_the_run(settings, monkeypatch, tmp_path):
+    seen = []
+    count = TopKSAE.count_firing
+
+    def spy(self, codes: SparseCodes):
+        seen.append(self.dead_after)
+        count(self, codes)
+
+    monkeypatch.setattr(TopKSAE, "count_firing", spy)
+    train(**settings)
+    assert set(seen) == {50 * 128}
+    seen.clear()
+    train(**settings | {"out": tmp_path / "b", "tokens": 600 * 128})
+    assert set(seen) == {60 * 128}
+    seen.clear()
+    train(**settings | {"out": tmp_path / "c", "tokens": 600 * 128, "dead_tokens": 55 * 128})
+    assert set(seen) == {55 * 128}
+
+
+def test_activations_that_are_not_finite_end_in_a_sentence(settings, make_cache, sparse_rows, tmp_path):
+    cache = make_cache(tmp_path / "c", sparse_rows)
+    path = next((cache.path / "hook" / "imported").iterdir())
+    data = bytearray(path.read_bytes())
+    data[-16 * 4 * 3000 : -16 * 4 * 3000 + 4] = b"\x00\x00\xc0\x7f"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="NaN or infinity"):
+        train(**settings | {"cache": cache.path})
+
+
+def test_divergence_ends_in_a_sentence_and_keeps_no_broken_checkpoint(settings):
+    with pytest.raises(UserError, match=r"diverged; lower --lr"):
+        train(**settings | {"lr": 1e30, "grad_clip": 0, "warmup": 0})
+    assert not (settings["out"] / "sae.json").exists()
+    assert not list((settings["out"] / "checkpoints").glob("*"))
+
+
+def test_constant_activations_are_refused(settings, make_cache, tmp_path):
+    cache = make_cache(tmp_path / "flat", torch.ones(500, 4))
+    with pytest.raises(UserError, match="all activations in the cache are equal"):
+        train(**settings | {"cache": cache.path})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hook": "importd"}, "did you mean imported"),
+        ({"k": 65}, "k is 65"),
+        ({"sae": "topkk"}, "topkk"),
+        ({"lr": -1.0}, "lr is -1"),
+        ({"d_saee": 3}, "did you mean"),
+        ({"cache": "nowhere"}, "nowhere"),
+        ({"device": "cuda:7"}, "--device cuda:7"),
+        ({"warmup": 0.9, "decay": 0.9}, "exceed"),
+    ],
+)
+def test_bad_settings_end_in_a_sentence_before_anything_is_written(settings, change, message):
+    with pytest.raises(UserError, match=message):
+        train(**settings | change)
+    assert not settings["out"].exists()
+
+
+def test_a_directory_is_refused_unless_it_is_this_run(settings, tmp_path, files_of):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"thesis\.tex"):
+            train(**settings | {"resume": resume})
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "run" / "thesis.tex").unlink()
+    train(**settings)
+    before = files_of(settings["out"])
+    with pytest.raises(UserError, match="already holds a finished run"):
+        train(**settings)
+    with pytest.raises(UserError, match="begun with --k 4 and this call says 5"):
+        train(**settings | {"resume": True, "k": 5})
+    train(**settings | {"resume": True})
+    assert files_of(settings["out"]) == before
+
+
+def test_resuming_on_other_activations_is_refused(settings, make_cache, sparse_rows, tmp_path):
+    train(**settings)
+    other = make_cache(tmp_path / "other", sparse_rows + 1)
+    with pytest.raises(UserError, match="begun on another cache"):
+        train(**settings | {"cache": other.path, "resume": True})

@@ -1,0 +1,56 @@
+import itertools
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from saebench.config import TrainConfig
+from saebench.saes.topk import TopKSAE, TopKSpec
+from saebench.training.optimizer import learning_rate, make_optimizer, optimizer_step, peak_learning_rate
+
+
+def config(**settings):
+    return TrainConfig(cache="c", out="o", **settings)
+
+
+@given(st.integers(1, 5000), st.floats(0, 0.5), st.floats(0, 0.5))
+def test_the_rate_rises_stays_and_falls_and_is_never_zero(n_steps, warmup, decay):
+    schedule = config(warmup=warmup, decay=decay)
+    rates = [learning_rate(schedule, peak=1.0, step=s, n_steps=n_steps) for s in range(n_steps)]
+    assert all(0 < rate <= 1 for rate in rates)
+    top = rates.index(max(rates))
+    assert all(a <= b for a, b in itertools.pairwise(rates[: top + 1]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[top:]))
+
+
+def test_auto_goes_by_width():
+    assert peak_learning_rate(config(), 4096) == 8e-4
+    assert math.isclose(peak_learning_rate(config(), 16384), 4e-4)
+    assert peak_learning_rate(config(lr=0.1), 16384) == 0.1
+
+
+def test_a_step_is_project_clip_adam_renormalise():
+    """Against torch's own Adam with every part written out."""
+    torch.manual_seed(0)
+    x_ND = torch.randn(50, 8)
+    sae, twin = (TopKSAE(TopKSpec(d_sae=20, k=3), 8) for _ in range(2))
+    for s in (sae, twin):
+        s.initialize(x_ND, seed=0)
+    optimizer = make_optimizer(sae)
+    reference = torch.optim.Adam(twin.parameters(), lr=0.01, eps=6.25e-10)
+    for _ in range(5):
+        for s, o in ((sae, optimizer), (twin, reference)):
+            o.zero_grad()
+            s.loss(x_ND).total.backward()
+        norm = optimizer_step(sae, optimizer, lr=0.01, grad_clip=0.05)
+        atoms_MD = twin.W_dec.detach()
+        twin.W_dec.grad -= (twin.W_dec.grad * atoms_MD).sum(1, keepdim=True) * atoms_MD
+        total = torch.cat([p.grad.flatten() for p in twin.parameters()]).norm()
+        torch.testing.assert_close(norm, total)
+        for p in twin.parameters():
+            p.grad *= min(1.0, 0.05 / (total + 1e-6))
+        reference.step()
+        with torch.no_grad():
+            twin.W_dec /= twin.W_dec.norm(dim=1, keepdim=True)
+        for name in sae.weight_names:
+            torch.testing.assert_close(getattr(sae, name), getattr(twin, name), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,102 @@
+"""Killed at any instant and resumed, a run ends with the bytes of one that was never disturbed."""
+
+import multiprocessing
+import signal
+
+import pytest
+from saebench.errors import UserError
+from saebench.training import train
+from saebench.training.checkpoint import latest_checkpoint
+
+VICTIM = """
+import os
+from saebench import files
+from saebench.training import loop
+
+def strike():
+    os.kill(os.getpid(), plan["signal"])
+
+def counting_steps(*args, step=loop.optimizer_step, **kwargs):
+    plan["steps"] = plan.get("steps", 0) + 1
+    if plan["where"] == "step" and plan["steps"] == plan["at"]:
+        strike()
+    return step(*args, **kwargs)
+
+def counting_renames(source, target, rename=os.replace):
+    name = os.path.basename(target)
+    plan["saves"] = plan.get("saves", 0) + name.startswith("step-")
+    if plan["where"] == "before rename" and plan["saves"] == plan["at"]:
+        strike()
+    rename(source, target)
+    if plan["where"] == name or (plan["where"] == "after rename" and plan["saves"] == plan["at"]):
+        strike()
+
+loop.torch.set_num_threads(1)
+loop.optimizer_step = counting_steps
+files.os.replace = counting_renames
+loop.train(**settings)
+"""
+
+KILL, TERM, INTERRUPT = int(signal.SIGKILL), int(signal.SIGTERM), int(signal.SIGINT)
+
+
+def run_victim(settings, **plan):
+    """Exit code of a process that trains and sends itself ``plan["signal"]`` at one exact place."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["saebench.training.loop", "safetensors.torch", "pydantic"])
+    process = context.Process(target=exec, args=(VICTIM, {"settings": settings, "plan": plan}))
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None, "the victim hangs"
+    return process.exitcode
+
+
+def test_killed_at_many_instants_it_ends_with_the_same_bytes(settings, tmp_path, files_of):
+    undisturbed = settings | {"out": tmp_path / "undisturbed"}
+    assert run_victim(undisturbed, where="nowhere", signal=KILL) == 0
+    plans = [
+        {"where": "step", "at": 3, "signal": KILL},  # no checkpoint yet: starts from zero
+        {"where": "before rename", "at": 2, "signal": KILL},  # a whole checkpoint under its temporary name
+        {"where": "step", "at": 4, "signal": TERM},
+        {"where": "after rename", "at": 1, "signal": KILL},  # two checkpoints lie there
+        {"where": "step", "at": 9, "signal": INTERRUPT},
+        {"where": "sae.safetensors", "at": 0, "signal": KILL},  # weights without their description
+    ]
+    for plan in plans:
+        code = run_victim(settings | {"resume": True}, **plan)
+        assert code == {KILL: -KILL, TERM: 143, INTERRUPT: 1}[plan["signal"]], plan
+        assert not (settings["out"] / "sae.json").exists(), plan
+    assert run_victim(settings | {"resume": True}, where="nowhere", signal=KILL) == 0
+    assert files_of(settings["out"]) == files_of(tmp_path / "undisturbed")
+
+
+def test_a_torn_line_of_metrics_is_cut_off(settings, tmp_path, files_of):
+    train(**settings)
+    again = settings | {"out": tmp_path / "again"}
+    assert run_victim(again, where="step", at=45, signal=KILL) == -KILL
+    with open(again["out"] / "metrics.jsonl", "a") as file:
+        file.write('{"step": 43, "loss": 0.')
+    with open(again["out"] / "metrics.csv", "a") as file:
+        file.write("43,12")
+    train(**again | {"resume": True})
+    assert files_of(again["out"]) == files_of(settings["out"])
+
+
+def test_a_damaged_checkpoint_ends_in_a_sentence(settings):
+    assert run_victim(settings, where="step", at=25, signal=KILL) == -KILL
+    latest = latest_checkpoint(settings["out"])
+    latest.write_bytes(latest.read_bytes()[:100])
+    with pytest.raises(UserError, match="delete it to start this run again from zero"):
+        train(**settings | {"resume": True})
+    latest.unlink()
+    train(**settings | {"resume": True})
+
+
+def test_two_writers_on_one_run_are_refused(settings):
+    from saebench.files import directory_lock
+
+    with (
+        directory_lock(settings["out"], what="the run directory"),
+        pytest.raises(UserError, match="another process"),
+    ):
+        train(**settings)
