@@ -1,0 +1,13 @@
+"""The explorer: pages over a feature store, served by Streamlit on this machine.
+
+    launch      starts the server for one store
+    main        what the server runs for every page
+    view        which features, in which order: read from the URL and written to it
+    session     the open store, the generation a person is looking at
+    numbers     how numbers are written; text: how token texts are made visible
+    page        one module a page, thin (a folder called "pages" would make Streamlit serve its files itself)
+    components  the parts that pages are made of; static/ has their scripts and style sheets
+
+Nothing here runs SQL, needs a model or leaves the machine. Text from a store (tokens, labels, names) is
+hostile until shown: it reaches the page only through the components of ``static/``, as text nodes.
+"""

@@ -1,0 +1,11 @@
+"""A sentence to the reader: what is wrong or absent, and the way out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from saebench_app.components.web import show
+
+
+def notice(text: str, *, key: str, kind: Literal["info", "error"] = "info") -> None:
+    show("notice", {"text": text, "kind": kind}, key=key)

@@ -1,0 +1,82 @@
+"""The frame of every page: the way to the others, which SAE is shown, how good it is, what it lacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import streamlit as st
+
+from saebench.errors import UserError
+from saebench_app.components.notice import notice
+from saebench_app.components.statistics import Statistic, statistics
+from saebench_app.numbers import number, share
+from saebench_app.session import Here, move_to_newest
+from saebench_app.view import View
+
+POLL_SECONDS = 10
+
+
+def sidebar(here: Here) -> None:
+    with st.sidebar:
+        for path, page in here.pages.items():
+            query = here.view.query()
+            if path == "feature" and (f := here.feature()) is not None:
+                query = here.view.query(f=f)
+            st.page_link(page, query_params=query)
+        _pick_sae(here)
+        statistics(quality(here.store.info()), key="quality", small=True)
+        _new_generation(here)
+
+
+def quality(info: dict[str, Any]) -> list[Statistic]:
+    """How good an SAE is, as its evaluation measured it on held-out rows."""
+    measured = info["eval"] or {}
+    dead = measured.get("dead_fraction", info["n_dead"] / info["d_sae"])
+    helps = {
+        "l0": ("L0", "latents that fire, a token"),
+        "explained_variance": ("Expl. variance", "share of the variance that it reconstructs"),
+        "ce_loss_score": (
+            "CE score",
+            "1: the model reads the reconstruction without loss; 0: as bad as zeros",
+        ),
+    }
+    absent = "not measured: run saebench eval with a model, then index again"
+    l0, variance, score = (
+        Statistic(
+            name,
+            number(measured.get(key)),
+            exact=measured.get(key),
+            help=help_ if measured.get(key) else absent,
+        )
+        for key, (name, help_) in helps.items()
+    )
+    return [
+        l0,
+        Statistic("Dead", share(dead), exact=dead, help="share of the latents that never fire"),
+        variance,
+        score,
+    ]
+
+
+def _pick_sae(here: Here) -> None:
+    st.session_state["sae"] = here.store.sae
+    st.selectbox(
+        "SAE", here.store.saes, key="sae", on_change=lambda: here.show(View(sae=st.session_state["sae"]))
+    )
+
+
+@st.fragment(run_every=POLL_SECONDS)
+def _new_generation(here: Here) -> None:
+    """Offer what has been indexed since the session began."""
+    try:
+        newer = here.store.newer_generation()
+    except UserError as error:
+        notice(str(error), key="gone", kind="error")
+        return
+    if newer is None:
+        st.caption(f"Generation {here.store.generation} of the store")
+    elif st.button(
+        f"Show generation {newer}", help="The store was indexed again.", width="stretch", type="primary"
+    ):
+        move_to_newest()
+        st.rerun()

@@ -1,0 +1,116 @@
+"""Start the explorer: one Streamlit server, for one store, on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+import webbrowser
+from collections.abc import Iterator
+from pathlib import Path
+
+from saebench.errors import UserError
+
+MAIN = Path(__file__).with_name("main.py")
+START_SECONDS = 60
+STOP_SECONDS = 5
+
+SETTINGS = {
+    "browser.gatherUsageStats": "false",
+    "server.headless": "true",
+    "server.fileWatcherType": "none",
+    "server.runOnSave": "false",
+    "server.showEmailPrompt": "false",
+    "client.toolbarMode": "viewer",
+    "client.showErrorLinks": "false",
+    "global.disableWidgetStateDuplicationWarning": "true",
+    "logger.level": "warning",
+    "theme.light.primaryColor": "#1f6fb2",
+    "theme.dark.primaryColor": "#5aa9e6",
+    "theme.baseFontSize": "15",
+    "theme.paddingTop": "2.2rem",
+    "theme.headingFontSizes": '["1.7rem", "1.35rem", "1.1rem", "1rem", "1rem", "1rem"]',
+}
+"""Nothing is sent anywhere, nothing outside the store is watched, and one look for all pages."""
+
+
+def explore(store: Path, *, port: int = 8501, host: str = "127.0.0.1", open_browser: bool = True) -> int:
+    """Serve the explorer for ``store`` until it is interrupted; the exit code of the server.
+
+    Raises:
+        UserError: ``store`` cannot be opened, or ``port`` is in use.
+    """
+    from saebench.store.query import open_store
+
+    store = Path(store).resolve()
+    open_store(store).close()
+    require_free_port(host, port)
+    # Stopped by our own hand only: it must not see the terminal's Ctrl-C as well.
+    server = subprocess.Popen(
+        command(store, host=host, port=port), stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    url = f"http://{host}:{port}/features"
+    try:
+        with _sigterm_interrupts():
+            if _wait_until_up(server, host, port):
+                print(f"exploring {store} at {url} (Ctrl-C ends)", flush=True)
+                if open_browser:
+                    webbrowser.open(url)
+            return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        stop(server)
+
+
+def command(store: Path, *, host: str, port: int) -> list[str]:
+    """The server's command line; the store follows ``--``, where no URL reaches."""
+    flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
+    flags += [f"--server.address={host}", f"--server.port={port}"]
+    return [sys.executable, "-m", "streamlit", "run", str(MAIN), *flags, "--", str(store)]
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raises UserError when ``port`` cannot be listened on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise UserError(
+                f"port {port} of {host} cannot be used ({error}); choose another one with --port"
+            ) from None
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """End the server, kindly first."""
+    if server.poll() is None:
+        server.terminate()
+        try:
+            server.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _wait_until_up(server: subprocess.Popen[bytes], host: str, port: int) -> bool:
+    deadline = time.monotonic() + START_SECONDS
+    while server.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let a request to end reach the server too, instead of leaving it behind."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
