@@ -76,11 +76,7 @@ def evaluate(config: EvalConfig) -> EvalReport:
 def _on_cache(config: EvalConfig, sae: SAE, origin: Origin, device: torch.device) -> EvalReport:
     cache = _open_cache(config, origin)
     hook = _hook(config, origin, cache)
-    if cache.d_in(hook) != sae.d_in:
-        raise UserError(
-            f"the SAE reads {sae.d_in} dimensions but {hook} in {cache.path} has {cache.d_in(hook)}; "
-            "name the cache or --hook that it was trained on"
-        )
+    _require_width(cache.d_in(hook), sae, hook, cache.path)
     row_N = choose_rows(cache, rows=config.rows, tokens=config.tokens)
     contexts = cache_contexts(cache, row_N) if config.model is not None else None
     model = _load_model(config, cache.model, hook, sae, device) if config.model is not None else None
@@ -128,27 +124,36 @@ def _load_model(
     config: EvalConfig, recorded: dict[str, Any] | None, hook: str, sae: SAE, device: torch.device
 ) -> Model:
     """The model to splice into; without a text it must be the one whose tokens and rows the cache holds."""
-    from saebench.activations.models import load_model
+    from saebench.activations.models import load_model, peek_model
 
     name, revision = config.model, config.revision
     if name == "cache":
         if recorded is None:
-            raise UserError("--model cache: the cache was imported and knows no model; name the model itself")
-        name, revision = recorded["name"], recorded.get("revision")
+            raise UserError(
+                "--model cache: no cache says which model it was made with; name the model itself"
+            )
+        name, revision = recorded["name"], recorded["revision"]
     assert name is not None
-    model = load_model(name, revision=revision, device=str(device))
+    info = peek_model(name, revision=revision)
     must_match = config.text is None or config.model == "cache"
-    if must_match and recorded is not None and model.hash != recorded["hash"]:
+    if must_match and recorded is not None and info.hash != recorded["hash"]:
         raise UserError(
-            f"the model {name} is not the one that made the cache (its files hash to {model.hash[:12]}..., "
-            f"the cache says {recorded['hash'][:12]}...); name that model, or name a text with --text"
+            f"the model {name} is not the one that made the cache (it hashes to {info.hash[:12]}..., the "
+            f"cache says {recorded['hash'][:12]}...); name that model, or name a text with --text"
         )
-    model.check_hook(hook)
-    if model.hook_dim(hook) != sae.d_in:
-        raise UserError(
-            f"the SAE reads {sae.d_in} dimensions but {hook} of {name} has {model.hook_dim(hook)}"
-        )
+    info.check_hook(hook)
+    _require_width(info.usual_hooks().get(hook, sae.d_in), sae, hook, name)
+    model = load_model(name, revision=revision, device=device)
+    _require_width(model.hook_dim(hook), sae, hook, name)
     return model
+
+
+def _require_width(width: int, sae: SAE, hook: str, place: object) -> None:
+    if width != sae.d_in:
+        raise UserError(
+            f"the SAE reads {sae.d_in} dimensions but {hook} of {place} has {width}; "
+            "name the hook, cache and model that it was trained on"
+        )
 
 
 def _shown(contexts: Contexts, config: EvalConfig, model: Model, sae: SAE) -> Iterator[Contexts]:

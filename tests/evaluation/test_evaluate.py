@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_refused_and_the_last_report_stays(
             evaluate(run=run, quiet=True, **settings)
         assert (run / "eval.json").read_bytes() == before
 
-    refused("reads 6 dimensions but imported in .*wide has 7", cache=tmp_path / "wide")
+    refused("reads 6 dimensions but imported of .*wide has 7", cache=tmp_path / "wide")
     refused("no hook 'importd'; did you mean imported", hook="importd")
     refused("activation cache .*nowhere", cache=tmp_path / "nowhere")
     refused("was imported without tokens", model="cache")
