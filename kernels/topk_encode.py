@@ -11,7 +11,7 @@ from torch import Tensor
 from saebench_kernels.gathered_dots import gathered_dots
 
 _CPU_CHUNK_ELEMENTS = 1 << 20
-"""Pre-activations made at once on a CPU: few enough to be still in its cache when the top k are looked for."""
+"""Pre-activations made at once on a CPU: few enough to be in its cache when the top k are looked for."""
 
 
 def topk_encode(

@@ -144,7 +144,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest norm of the whole gradient; 0 switches clipping off."""
     normalize: bool = True
-    """Scale inputs to unit variance per dimension, on average, while training; folded into the saved weights."""
+    """Train on inputs of unit mean variance per dimension; folded into the saved weights."""
     seed: int = 0
     """Seeds the initial weights and the order of the rows."""
     dtype: ComputeDtype = "auto"
@@ -352,20 +352,23 @@ ResultT = TypeVar("ResultT")
 
 
 def station(config_class: type[Any]) -> Callable[[Callable[[Any], ResultT]], Callable[..., ResultT]]:
-    """Let a function of one config also be called with the config's fields as keywords.
+    """Let a function of one config also be called with the config's fields.
 
-    ``harvest(HarvestConfig(out=...))`` and ``harvest(out=..., model="demo")`` are the same call; the
-    signature that ``help`` shows is the dataclass's.
+    ``evaluate(EvalConfig(run="runs/a"))``, ``evaluate(run="runs/a")`` and ``evaluate("runs/a")`` are the
+    same call: keywords are fields, and the first field may stand without its name.
     """
+    first_field = dataclasses.fields(config_class)[0].name
 
     def decorate(function: Callable[[Any], ResultT]) -> Callable[..., ResultT]:
         @functools.wraps(function)
-        def call(config: Any = None, /, **settings: Any) -> ResultT:
-            if config is None:
-                config = from_flat(config_class, settings, source=f"the call of {function.__name__}")
-            elif settings:
-                raise TypeError(f"{function.__name__} takes a {config_class.__name__} or keywords, not both")
-            return function(config)
+        def call(first: Any = None, /, **settings: Any) -> ResultT:
+            if isinstance(first, config_class):
+                if settings:
+                    raise TypeError(f"{function.__name__} takes a config or keywords, not both")
+                return function(first)
+            if first is not None:
+                settings = {first_field: first, **settings}
+            return function(from_flat(config_class, settings, source=f"the call of {function.__name__}"))
 
         call.__signature__ = inspect.signature(config_class)  # type: ignore[attr-defined]
         return call

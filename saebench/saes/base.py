@@ -221,7 +221,7 @@ def read_description(directory: Path) -> dict[str, Any]:
         raise UserError(
             f"{file} has format {version}; this saebench reads up to {FORMAT_VERSION}: update saebench"
         )
-    return description
+    return dict(description)
 
 
 def _load_weights(sae: SAE, file: Path) -> None:

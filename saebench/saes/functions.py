@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from saebench_kernels import gathered_dots, group_by_latent, latent_sums, sparse_decode, topk_encode
 from torch import Tensor
 
 from saebench.codes import SparseCodes
+from saebench_kernels import gathered_dots, group_by_latent, latent_sums, sparse_decode, topk_encode
 
 
 class TopKEncode(torch.autograd.Function):
-    """``values, indices = top k of relu((x - b_dec) W_enc^T + b_enc)``; gradients for weights and biases only.
+    """``values, indices = top k of relu((x - b_dec) W_enc^T + b_enc)``; gradients for weights and biases.
 
     ``x`` is data and gets no gradient. A value of zero was cut by the ReLU or is padding: it passes none.
     The gradient of ``b_dec`` is -(sum over rows of d_pre) W_enc, one matrix-vector product.
@@ -42,7 +42,7 @@ class TopKEncode(torch.autograd.Function):
 
 
 class SparseDecode(torch.autograd.Function):
-    """``x_hat[n] = sum_k values[n, k] W_dec[indices[n, k]] + b_dec``, with gradients for values and weights."""
+    """``x_hat[n] = sum_k values[n, k] W_dec[indices[n, k]] + b_dec``, gradients for values and weights."""
 
     @staticmethod
     def forward(ctx: Any, values_NK: Tensor, indices_NK: Tensor, W_dec_MD: Tensor, b_dec_D: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def decode_codes(codes: SparseCodes, W_dec_MD: Tensor, b_dec_D: Tensor) -> Tenso
     """Decode rectangular or ragged codes to [N, D]; differentiable."""
     if codes.k is not None:
         indices_NK, values_NK = codes.rectangular()
-        x_hat_ND: Tensor = SparseDecode.apply(values_NK, indices_NK.long(), W_dec_MD, b_dec_D)
+        x_hat_ND: Tensor = SparseDecode.apply(values_NK, indices_NK.long(), W_dec_MD, b_dec_D)  # type: ignore[no-untyped-call]
         return x_hat_ND
     bags_ND = torch.nn.functional.embedding_bag(
         codes.indices, W_dec_MD, codes.row_offsets[:-1].int(), per_sample_weights=codes.values, mode="sum"

@@ -48,7 +48,7 @@ class TopKSAE(SAE):
     spec: TopKSpec
 
     def encode_rows(self, x_ND: Tensor) -> SparseCodes:
-        values_NK, indices_NK = TopKEncode.apply(
+        values_NK, indices_NK = TopKEncode.apply(  # type: ignore[no-untyped-call]
             x_ND, self.W_enc_MD, self.b_enc, self.b_dec, self.k, self.compute_dtype
         )
         return SparseCodes.from_topk(values_NK, indices_NK, d_sae=self.d_sae)
@@ -63,7 +63,7 @@ class TopKSAE(SAE):
         return LossTerms(total, reconstruction.detach(), auxiliary.detach(), codes, x_hat_ND.detach())
 
     def auxiliary_loss(self, x_ND: Tensor, error_ND: Tensor) -> Tensor:
-        """AuxK: how much of the (detached) residual the dead latents could explain, as a share of its variance.
+        """AuxK: how much of the (detached) residual the dead latents leave unexplained.
 
         The k_aux largest pre-activations among dead latents are decoded without bias to e_hat, and
         AuxK = sum |e - e_hat|^2 / sum |e - mean e|^2. Its gradient reaches the dead latents' encoder and

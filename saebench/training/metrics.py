@@ -14,7 +14,7 @@ def step_metrics(
     """Numbers of one step; reading them waits for the device, so this is called every ``log_every`` steps.
 
     ``fvu`` = sum |x - x_hat|^2 / sum |x - mean x|^2 over the batch, ``l0`` = mean active latents a row,
-    ``dead`` = latents that have not fired for ``sae.dead_after`` tokens, ``loss`` and ``aux`` as in LossTerms.
+    ``dead`` = latents that have not fired for ``sae.dead_after`` tokens; ``loss``, ``aux``: see LossTerms.
     """
     with torch.no_grad():
         fvu = (x_ND - terms.x_hat).square().sum() / (x_ND - x_ND.mean(0)).square().sum()

@@ -92,15 +92,15 @@ class TensorBoard:
             raise UserError(
                 "--tensorboard needs the package; run pip install 'saebench[tensorboard]'"
             ) from None
-        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
     def write(self, metrics: Metrics) -> None:
         for name, value in metrics.items():
             if name != "step":
-                self._writer.add_scalar(name, value, int(metrics["step"]))  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(name, value, int(metrics["step"]))
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class WandB:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from saebench_kernels import gathered_dots, group_by_latent, latent_sums, sparse_decode, topk_encode
 
 sizes = st.tuples(

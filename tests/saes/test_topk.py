@@ -1,4 +1,4 @@
-"""TopK: exact properties of the code, finite differences of the loss, AuxK reaching the encoder and reviving."""
+"""TopK: exact properties of the code, gradients against finite differences, AuxK reaching the encoder."""
 
 import json
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from saebench.errors import UserError
 from saebench.saes.base import load
 from saebench.saes.functions import SparseDecode, TopKEncode
@@ -64,7 +65,7 @@ def test_permuting_latents_permutes_the_code():
 
 
 def test_gradients_equal_finite_differences_with_the_selection_fixed():
-    """Both autograd functions in float64, where every input's gradient is compared with central differences."""
+    """A dense float64 loss passes central differences; the sparse functions give its gradients."""
     x_ND = rows(7).double()
     sae = make_sae().double()
     weights = [p.detach().clone().requires_grad_() for p in (sae.W_enc_MD, sae.b_enc, sae.b_dec, sae.W_dec)]

@@ -46,7 +46,7 @@ def settings(small_cache, tmp_path):
 
 @pytest.fixture(scope="session")
 def files_of():
-    """``files_of(run)``: the bytes of every file that must repeat, by name (times and paths are elsewhere)."""
+    """``files_of(run)``: the bytes of every file that must repeat (times and paths are elsewhere)."""
     apart = ("sessions.jsonl", ".lock", "run.json")
 
     def read(run):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+
 from saebench.codes import SparseCodes
 from saebench.config import TrainConfig
 from saebench.errors import UserError

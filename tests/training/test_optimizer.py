@@ -4,6 +4,7 @@ import math
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from saebench.config import TrainConfig
 from saebench.saes.topk import TopKSAE, TopKSpec
 from saebench.training.optimizer import learning_rate, make_optimizer, optimizer_step, peak_learning_rate

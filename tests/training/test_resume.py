@@ -4,6 +4,7 @@ import multiprocessing
 import signal
 
 import pytest
+
 from saebench.errors import UserError
 from saebench.training import train
 from saebench.training.checkpoint import latest_checkpoint
