@@ -26,6 +26,7 @@ from saebench.config import (
     architecture,
     from_flat,
 )
+from saebench.errors import UserError
 
 Json = Annotated[
     bool,
@@ -158,8 +159,8 @@ def _station(
 def _simple(act: Callable[[Path], Result], argument: str, kind: Any) -> Callable[..., int]:
     """A command of one path."""
 
-    def call(path: Path, *, as_json: bool = False) -> int:
-        return _answer(act, path, as_json=as_json)
+    def call(path: Path, **flags: bool) -> int:
+        return _answer(act, path, as_json=flags.get("as_json", False))
 
     path = inspect.Parameter(argument, inspect.Parameter.POSITIONAL_ONLY, annotation=kind)
     call.__signature__ = inspect.Signature([path, _keyword("as_json", Json, False)])  # type: ignore[attr-defined]
@@ -183,7 +184,9 @@ def _answer(act: Act, *arguments: Any, as_json: bool) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         result = act(*arguments)
     print(result.render(as_json=as_json))
-    return result.code
+    if result.complaint:
+        raise UserError(result.complaint)
+    return 0
 
 
 def _keyword(name: str, annotation: Any, default: object) -> inspect.Parameter:

@@ -26,6 +26,10 @@ from saebench.files import human_bytes
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
 
+STORE_FACTS = (
+    "name", "sae", "d_in", "d_sae", "k", "hook_name", "model", "text",
+    "n_tokens", "n_contexts", "n_activations", "n_dead", "n_dense",
+)  # fmt: skip
 DEMO_SCORES = ("n_tokens", "explained_variance", "l0", "dead_fraction", "ce_loss_score", "kl")
 
 
@@ -103,31 +107,29 @@ def index(config: IndexConfig) -> Result:
 
     with make(config) as store:
         data = {"path": str(store.path), **store.info()}
-    return Result(data, _store_text(data) + f"\n\nNext: saebench explore {store.path}")
+    return Result(data, _store_text(data) + f"\n\nNext: saebench explore {config.out}")
 
 
 def store_info(store: Path) -> Result:
     """Say what is in a feature store."""
-    from saebench.store import open_store
+    from saebench.store import store_info as read
 
-    with open_store(store) as first:
-        names = first.saes
-    saes = []
-    for name in names:
-        with open_store(store, sae=name) as opened:
-            saes.append(opened.info())
-    text = "\n\n".join(_store_text({"path": str(store), **info}) for info in saes)
-    return Result({"path": str(store), "saes": saes}, text)
+    data = read(store)
+    head = {"path": data["path"], "generation": data["generation"], "size": human_bytes(data["bytes"])}
+    return Result(data, "\n\n".join([pairs(head), *map(_store_text, data["saes"])]))
 
 
 def store_check(store: Path) -> Result:
     """Check a feature store: files, checksums, and that its tables agree with each other."""
-    from saebench.store.check import check_store
+    from saebench.store import check_store
 
-    findings = check_store(store)
-    if findings:
-        raise UserError(f"the store {store} is damaged: " + "; ".join(str(finding) for finding in findings))
-    return Result({"path": str(store), "ok": True, "findings": []}, f"{store}: nothing wrong was found")
+    findings = [{"where": found.where, "problem": found.problem} for found in check_store(store)]
+    if not findings:
+        return Result({"path": str(store), "findings": []}, f"{store}: nothing wrong was found")
+    text = table(("where", "what is wrong"), [(found["where"], found["problem"]) for found in findings])
+    places = "1 place" if len(findings) == 1 else f"{len(findings)} places"
+    complaint = f"the store {store} is damaged in {places}; make it again with saebench index"
+    return Result({"path": str(store), "findings": findings}, text, complaint)
 
 
 def explore(
@@ -180,8 +182,7 @@ def _describe_cache(cache: ActivationCache) -> Result:
 
 
 def _store_text(info: dict[str, Any]) -> str:
-    shown = {name: value for name, value in info.items() if not isinstance(value, dict | list)}
-    lines = pairs(shown)
+    lines = pairs({name: info.get(name) for name in STORE_FACTS})
     for missing, reason in (info.get("missing") or {}).items():
         lines += f"\nwithout {missing}: {reason}"
     return lines

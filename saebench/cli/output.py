@@ -17,8 +17,8 @@ class Result:
     """Plain JSON values, for --json."""
     text: str
     """The same for a person."""
-    code: int = 0
-    """Exit code."""
+    complaint: str | None = None
+    """One sentence on what the user must change; makes the exit code 2."""
 
     def render(self, *, as_json: bool) -> str:
         return json.dumps(self.data, indent=1, ensure_ascii=False, default=plain) if as_json else self.text
