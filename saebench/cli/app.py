@@ -8,13 +8,13 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from cyclopts import App, CycloptsError, Group, MissingArgumentError, Parameter
 
 import saebench
 from saebench.cli import commands
-from saebench.cli.flags import CONFIG_FLAG, check_names, parameters, read_settings, value_in
+from saebench.cli.flags import CONFIG_FLAG, check_settings, parameters, read_settings, value_in
 from saebench.cli.output import Result
 from saebench.config import (
     DemoConfig,
@@ -129,7 +129,8 @@ def _station(
         classes.append(architecture(sae).Spec)
     owner = {field.name: c for c in reversed(classes) for field in dataclasses.fields(c)}
     if settings_file:
-        check_names(given, owner, Path(settings_file))
+        types = {name: kind for c in classes for name, kind in get_type_hints(c).items()}
+        given = check_settings(given, {name: types[name] for name in owner}, Path(settings_file))
 
     def call(*arguments: Any, **flags: Any) -> int:
         if arguments:

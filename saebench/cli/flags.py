@@ -8,10 +8,10 @@ import difflib
 import inspect
 import textwrap
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter
 
@@ -121,10 +121,25 @@ def read_settings(path: Path) -> dict[str, Any]:
     return {name.replace("-", "_"): value for name, value in raw.items()}
 
 
-def check_names(settings: Mapping[str, object], known: Collection[str], path: Path) -> None:
-    """Raises UserError when the file sets something that the command does not have; offers the nearest."""
-    for name in settings:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(sorted(known))}"
+def check_settings(settings: Mapping[str, Any], types: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The values of a settings file in the types of the fields that they set.
+
+    Raises:
+        UserError: the command has no such setting (the nearest is offered), or a value does not fit.
+    """
+    import pydantic
+
+    checked = {}
+    for name, value in settings.items():
+        if name not in types:
+            near = difflib.get_close_matches(name, types, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(sorted(types))}"
             raise UserError(f"{name!r} in {path} is not a setting of this command; {hint}")
+        if get_origin(types[name]) is tuple and isinstance(value, str):
+            value = (value,)
+        try:
+            checked[name] = pydantic.TypeAdapter(types[name]).validate_python(value)
+        except pydantic.ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise UserError(f"{name!r} in {path} is {value!r}: {reason[:1].lower()}{reason[1:]}") from None
+    return checked
