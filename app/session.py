@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,3 +60,6 @@ class Here:
         query = view.query(**more)
         if query != st.query_params.to_dict():
             st.query_params.from_dict(query)
+
+
+atexit.register(_open.clear)

@@ -57,7 +57,8 @@ def filters(here: Here, bounds: Bounds) -> None:
             )
         low, high = bounds.log_density
         st.slider(
-            "Density, log10", low, high, step=0.1, format="%.1f", key="log_density", on_change=apply, width=WIDTH
+            "Density, log10", low, high, step=0.1, format="%.1f", key="log_density", on_change=apply,
+            width=WIDTH,
         )  # fmt: skip
         low, high = bounds.max_act
         st.slider(

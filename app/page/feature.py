@@ -77,7 +77,7 @@ def _statistics(row: dict[str, Any], here: Here) -> list[Statistic]:
     if here.store.has("context"):
         documents = f"{count(row['n_doc_act'])} documents"
         tiles.append(Statistic("Contexts", count(row["n_ctx_act"]), documents, row["n_ctx_act"]))
-    if here.store.has("feature_token"):
+    if here.store.has("feature_token") and not row["dead"]:
         entropy, top = f"{number(row['entropy_tok'])} bits", f"top token {share(row['top_token_share'])}"
         tiles.append(
             Statistic("Token entropy", entropy, top, row["entropy_tok"], "0: it fires on one token only")
@@ -199,7 +199,7 @@ def _neighbors(here: Here, feature: int) -> None:
         return
     text = here.store.has("token")
     rows = [_neighbor(here, int(near["other"]), float(near["cosine"]), text) for near in neighbors]
-    headings = [Heading("feature"), Heading("cosine"), Heading("density")]
+    headings = [Heading("feature", align="left"), Heading("cosine"), Heading("density")]
     headings += [Heading("top token", align="left")] if text else []
     table(headings, rows, name="Nearest features", key="neighbors")
 

@@ -8,7 +8,7 @@ export default function ({ parentElement, data }) {
         "div",
         { title: [tile.help, exact].filter(Boolean).join("\n") },
         el("dt", {}, tile.name),
-        el("dd", { class: "value", "data-exact": exact }, tile.value),
+        el("dd", { class: tile.value.length > 14 ? "value long" : "value", "data-exact": exact }, tile.value),
         tile.note ? el("dd", { class: "note" }, tile.note) : null,
       ),
     )

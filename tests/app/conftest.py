@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from streamlit.testing.v1 import AppTest
+from streamlit.util import calc_hash
+
+import saebench_app.launch
+from tests.store.small_store import build_small_store
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_small_store(tmp_path_factory.mktemp("app") / "store")
+
+
+@pytest.fixture(scope="session")
+def textless_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_small_store(tmp_path_factory.mktemp("app") / "store", text=False)
+
+
+@pytest.fixture
+def visit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AppTest]:
+    """``visit(store, "feature", f=3)``: the app at /feature?f=3, as the server would run it."""
+
+    def open_page(store: Path, page: str = "store", **query: object) -> AppTest:
+        monkeypatch.setattr(sys, "argv", ["main.py", str(store)])
+        app = AppTest.from_file(saebench_app.launch.MAIN, default_timeout=30)
+        app._page_hash = calc_hash(page)  # what switch_page does for pages that are files
+        for name, value in query.items():
+            app.query_params[name] = str(value)
+        return app.run()
+
+    return open_page
+
+
+def shown(app: AppTest, key: str) -> dict[str, Any] | None:
+    """The data of the element with this key; None when it is not on the page."""
+    for element in app.get("bidi_component"):
+        if element.proto.id.endswith(f"-{key}"):
+            data: dict[str, Any] = json.loads(element.proto.json)
+            return data
+    return None
+
+
+def column(app: AppTest, label: str, key: str = "features") -> list[Any]:
+    """One column of a table on the page, as the exact values or else the texts."""
+    data = shown(app, key)
+    assert data is not None
+    at = [heading["label"] for heading in data["headings"]].index(label)
+    return [row[at].get("exact", row[at].get("text")) for row in data["rows"]]
+
+
+def url(app: AppTest) -> dict[str, str]:
+    """The query parameters, where AppTest keeps lists."""
+    return {name: value[0] if isinstance(value, list) else value for name, value in app.query_params.items()}

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from urllib.parse import parse_qsl, urlsplit
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saebench_app.view import SHOWN, WINDOWS, View
+
+COLUMNS = ("feature", "density", "max_act")
+bounds = st.none() | st.integers(-60, 60).map(lambda n: n / 10)
+ranges = st.none() | (
+    st.tuples(bounds, bounds).filter(lambda r: r != (None, None) and (None in r or r[0] <= r[1]))
+)
+views = st.builds(
+    View,
+    sae=st.text(min_size=1),
+    text=st.text(),
+    log_density=ranges,
+    max_act=ranges,
+    dead=st.sampled_from(SHOWN),
+    dense=st.sampled_from(SHOWN),
+    sort=st.sampled_from(COLUMNS),
+    descending=st.booleans(),
+    page=st.integers(1, 10**6),
+    group=st.sampled_from(["top", "random"]),
+    window=st.sampled_from(WINDOWS),
+)
+
+
+@given(views)
+def test_a_url_gives_the_view_back(view: View) -> None:
+    assert View.from_query(view.query(), sae=view.sae, columns=COLUMNS) == view
+
+
+@given(views.filter(lambda view: not any("\ud800" <= c <= "\udfff" for c in view.sae + view.text)))
+def test_a_link_holds_one_path_and_the_query(view: View) -> None:
+    parts = urlsplit(view.url("feature", f=3))
+    assert (parts.scheme, parts.netloc, parts.path, parts.fragment) == ("", "", "feature", "")
+    assert dict(parse_qsl(parts.query, keep_blank_values=True)) == view.query(f=3)
+
+
+PARAMETERS = ["q", "density", "max", "dead", "dense", "sort", "desc", "page", "window"]
+ODD = ["nan..1", "1..0", "inf..", "..", "-1", "1e999..", "²"]
+
+
+@given(st.dictionaries(st.sampled_from(PARAMETERS), st.text() | st.sampled_from(ODD)))
+def test_any_query_is_a_view(params: dict[str, str]) -> None:
+    view = View.from_query(params, sae="s", columns=COLUMNS)
+    assert view.sort in COLUMNS
+    assert view.page >= 1
+    assert view.window in WINDOWS
+    View.from_query(view.query(), sae="s", columns=COLUMNS)
+
+
+def test_defaults_stay_out_of_the_url() -> None:
+    assert View(sae="s").query() == {"sae": "s"}
+
+
+def test_filters_speak_the_words_of_the_store() -> None:
+    view = View(sae="s", text="a", log_density=(-3.0, None), max_act=(None, 2.0), dead="hide", dense="only")
+    assert view.filters() == {
+        "ranges": {"density": (pytest.approx(1e-3), None), "max_act": (None, 2.0)},
+        "flags": {"dead": False, "dense": True},
+        "text": "a",
+    }
+    assert View(sae="s").lists_all()
+    assert not view.lists_all()
+
+
+def test_a_heading_sorts_downwards_first_then_turns() -> None:
+    once = View(sae="s", page=4).sorted_by("density")
+    assert (once.sort, once.descending, once.page) == ("density", True, 1)
+    assert not once.sorted_by("density").descending
+    assert not once.sorted_by("feature").descending
