@@ -123,8 +123,8 @@ def build_store(
     missing = _missing(corpus, W_U_DV, no_logits)
     with directory_lock(out, what="the feature store"):
         current, building = publish.begin(out)
-        require_disk(out, forecast(sae, corpus, options), what="indexing (runs and store together)")
         try:
+            require_disk(out, forecast(sae, corpus, options), what="indexing (runs and store together)")
             with sentence_for_duckdb_errors(building):
                 text = None
                 if corpus.has_text and corpus.hash not in current.texts:

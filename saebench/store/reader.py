@@ -47,6 +47,8 @@ class StoreReader:
         self._opening = threading.Lock()
         stored = manifest.sae(self.sae)
         text = manifest.texts[stored.text] if stored.text else None
+        for file in [stored.file, *([text] if text else [])]:
+            _check_size(path, file)
         self._connection = open_reader(path / stored.file.path, path / text.path if text else None)
         try:
             self.tables = tables_of(self._connection, "sae") | tables_of(self._connection, "txt")
@@ -136,6 +138,15 @@ class StoreReader:
         if "token" not in self.tables:
             return []
         return [token for (token,) in self._rows("SELECT bytes FROM txt.token ORDER BY token")]
+
+
+def _check_size(store: Path, file: publish.StoredFile) -> None:
+    """The cheap check; saebench store check computes the checksums too."""
+    path = store / file.path
+    if path.is_file() and (size := path.stat().st_size) != file.bytes:
+        raise UserError(
+            f"{path} has {size:,} bytes where its manifest says {file.bytes:,}; run saebench index again"
+        )
 
 
 def _signed(kind: object) -> str:

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saebench.config import IndexConfig
+from saebench.errors import UserError
+from saebench.files import directory_lock
+from saebench.store import build as build_module
+from saebench.store import index, open_store, publish, schema
+from saebench.store.build import build_store, check_fit, forecast
+from saebench.store.check import check_store
+from saebench.store.corpus import Corpus
+from tests.store import reference
+from tests.store.small_store import (
+    D_SAE,
+    HOOK,
+    VOCAB,
+    SmallCache,
+    build_small_store,
+    small_options,
+    small_sae,
+    small_unembedding,
+)
+
+
+@given(
+    seed=st.integers(0, 99), contexts=st.integers(1, 8), d_sae=st.integers(1, 20), k=st.integers(1, 5),
+    batch=st.integers(1, 200), group=st.integers(1, 400), text=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=12, deadline=None)
+def test_a_store_equals_brute_force(seed, contexts, d_sae, k, batch, group, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("store")
+    cache = SmallCache(seed, n_contexts=contexts, text=text)
+    sae = small_sae(seed, d_sae=d_sae, k=min(k, d_sae))
+    options = small_options(batch_size=batch, examples=3, window=7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_module, "GROUP_SIZE", group)
+        build_store(out, sae, cache, options, W_U_DV=small_unembedding() if text else None)
+    with open_store(out) as store:
+        compare(store, sae, cache)
+    assert check_store(out) == []
+    shutil.rmtree(out)
+
+
+def compare(store, sae, cache):
+    """Every answer of ``store`` against the dense codes that it was read into."""
+    codes_NM = np.zeros((cache.n_rows, sae.d_sae), dtype=np.float32)
+    for feature in range(sae.d_sae):
+        fired = store.activations(feature)
+        rows = fired["ctx"].to_numpy()
+        if cache.ctx is not None:
+            place = cache.ctx.numpy().astype(np.int64) * 1000 + cache.pos.numpy()
+            rows = np.searchsorted(place, fired["ctx"].to_numpy() * 1000 + fired["pos"].to_numpy())
+        codes_NM[rows, feature] = fired["value"]
+        assert (np.diff(rows) > 0).all()
+    with torch.no_grad():
+        expected = sae.encode(cache.activations()).to_dense().numpy()
+    np.testing.assert_allclose(codes_NM, expected, rtol=1e-4, atol=1e-5)
+    features = store.features()
+    assert features["feature"].tolist() == list(range(sae.d_sae))
+    near = reference.neighbors(sae.W_dec.detach().numpy(), schema.NEIGHBORS_PER_FEATURE)
+    for row in reference.feature_rows(codes_NM, cache):
+        feature = row["feature"]
+        column, found = codes_NM[:, feature], store.feature(feature)
+        for name, value in row.items():
+            assert found[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), (
+                name
+            )
+        histogram = store.histogram(feature)
+        if row["n_act"]:
+            lo, hi, counts = reference.histogram(column)
+            assert histogram["count"].tolist() == counts
+            assert (histogram["lo"].iloc[0], histogram["hi"].iloc[-1]) == pytest.approx((lo, hi))
+        else:
+            assert histogram.empty
+        top = store.examples(feature, "top")
+        assert top["value"].tolist() == column[reference.top_rows(column, cache, 3)].tolist()
+        assert len(store.examples(feature, "random")) == min(3, row["n_act"])
+        neighbors = store.neighbors(feature)
+        np.testing.assert_allclose(neighbors["cosine"], near[feature][1], atol=1e-5)
+        if not store.has("token"):
+            assert top["tokens"].tolist() == [[]] * len(top)
+            continue
+        for _, example in top.iterrows():
+            place = (cache.ctx.numpy() == example["ctx"]) & (cache.pos.numpy() == example["pos"])
+            wanted = reference.window(feature, int(np.flatnonzero(place)[0]), codes_NM, cache, 7)
+            assert {name: example[name] for name in wanted} == wanted
+            joined = b"".join(VOCAB[token] for token in wanted["tokens"])
+            assert "".join(example["pieces"]) == joined.decode("utf-8", "replace")
+            assert example["label"] == cache.doc_labels()[wanted["doc"]]
+        tokens = store.tokens(feature)
+        assert tokens["n"].tolist() == [one["n"] for one in reference.token_rows(column, cache)]
+        for name in ("token", "p_token_given_fire", "p_fire_given_token", "lift"):
+            assert tokens[name].tolist() == pytest.approx(
+                [o[name] for o in reference.token_rows(column, cache)]
+            )
+        logits = (sae.W_dec[feature] @ small_unembedding()).detach().numpy()
+        assert store.logits(feature)["value"].tolist()[:10] == pytest.approx(
+            sorted(-logits)[:10] * np.array(-1.0), rel=1e-4
+        )
+
+
+def test_a_second_sae_joins_and_the_text_is_kept_once(tmp_path):
+    store = build_small_store(tmp_path / "store")
+    build_small_store(store, name="other", seed=1)
+    with open_store(store) as first, open_store(store, "other") as second:
+        assert first.sae == "small"
+        assert first.saes == ["small", "other"]
+        assert first.feature(1) != second.feature(1)
+    assert len(list(store.rglob("text-*.duckdb"))) == 1
+
+
+def test_indexing_again_replaces_only_that_sae(tmp_path):
+    store = build_small_store(tmp_path / "store")
+    build_small_store(store, name="other", seed=1)
+    with open_store(store, "other") as before:
+        kept, reading = before.features(), open_store(store)
+        old = reading.features()
+        build_small_store(store, name="small", seed=2)
+        assert reading.newer_generation() == 3
+        assert reading.features().equals(old)
+        reading.close()
+    with open_store(store, "other") as after, open_store(store) as new:
+        assert after.saes == ["small", "other"]
+        assert after.features().equals(kept)
+        assert not new.features()["max_act"].equals(old["max_act"])
+        assert new.newer_generation() is None
+
+
+def test_what_is_missing_is_said(textless_store):
+    with open_store(textless_store) as store:
+        missing = store.info()["missing"]
+        assert set(missing) == {"context", "token", "document", "feature_token", "logit"}
+        assert not any(store.has(table) for table in missing)
+        assert store.examples(0)["pieces"].map(len).sum() == 0
+        assert store.info()["n_contexts"] == 0
+        for ask in (store.tokens, store.logits, store.context):
+            with pytest.raises(UserError, match=r"has no table .* cache"):
+                ask(0)
+
+
+def test_text_without_logits_says_why(tmp_path):
+    build_store(tmp_path / "s", small_sae(), SmallCache(), small_options(), no_logits="it was left out")
+    with open_store(tmp_path / "s") as store:
+        assert store.info()["missing"] == {"logit": "it was left out"}
+        assert store.features()["logit_top"].isna().all()
+        with pytest.raises(UserError, match="left out"):
+            store.logits(0)
+    assert check_store(tmp_path / "s") == []
+
+
+def test_values_that_are_not_finite_are_refused_and_the_store_stays(tmp_path):
+    store = build_small_store(tmp_path / "store")
+    before = (store / "manifest.json").read_bytes()
+    cache = SmallCache()
+    cache.activations()[40, 3] = float("nan")
+    with pytest.raises(UserError, match=r"row 40 of .* not finite"):
+        build_store(store, small_sae(), cache, small_options(name="bad"))
+    assert (store / "manifest.json").read_bytes() == before
+    assert not (store / publish.BUILDING).exists()
+    assert check_store(store) == []
+
+
+def test_a_cache_of_another_width_is_refused():
+    with pytest.raises(UserError, match=r"d_in 7 .* d_in 12"):
+        check_fit(small_sae(d_in=7), SmallCache(), HOOK)
+
+
+def test_rows_out_of_order_and_unknown_tokens_are_refused(tmp_path):
+    cache = SmallCache()
+    cache.pos[5] = cache.pos[4]
+    with pytest.raises(UserError, match="order of their contexts"):
+        Corpus(cache)
+    cache = SmallCache()
+    cache.tokens[7] = len(VOCAB)
+    with pytest.raises(UserError, match="outside its vocabulary"):
+        Corpus(cache)
+
+
+def test_a_directory_of_other_things_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"not a feature store .*thesis"):
+        build_small_store(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_second_writer_is_refused(tmp_path):
+    with (
+        directory_lock(tmp_path, what="the feature store"),
+        pytest.raises(UserError, match="another process"),
+    ):
+        build_small_store(tmp_path)
+
+
+def test_too_little_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_module, "forecast", lambda *args: 1 << 60)
+    with pytest.raises(UserError, match=r"indexing .* needs"):
+        build_small_store(tmp_path / "store")
+    assert [path.name for path in (tmp_path / "store").iterdir()] == [".lock"]
+
+
+def test_the_forecast_covers_what_is_written(small_store):
+    written = sum(path.stat().st_size for path in small_store.rglob("*.duckdb"))
+    empty_files = 4 << 20  # DuckDB's blocks of 256 KiB, one or two for every column
+    assert written < forecast(small_sae(), Corpus(SmallCache()), small_options()) + empty_files
+
+
+def test_index_of_a_real_run_and_an_imported_cache(tmp_path):
+    from saebench.activations.importing import import_activations
+
+    x = SmallCache().activations().numpy()
+    np.save(tmp_path / "x.npy", x)
+    import_activations(source=tmp_path / "x.npy", out=tmp_path / "cache", hook=HOOK, quiet=True)
+    run = tmp_path / "run"
+    small_sae().save(run, hook_name=HOOK)
+    (run / "eval.json").write_text('{"explained_variance": 0.5}')
+    config = IndexConfig(run=run, cache=tmp_path / "cache", out=tmp_path / "store", quiet=True, device="cpu")
+    with index(config) as store:
+        assert store.sae == "run"
+        info = store.info()
+        assert (info["d_sae"], info["n_tokens"], info["hook_name"]) == (D_SAE, len(x), HOOK)
+        assert info["eval"] == {"explained_variance": 0.5}
+        assert "context" in info["missing"]
+        codes = small_sae().encode(torch.from_numpy(x)).to_dense().detach().numpy()
+        assert store.features()["n_act"].tolist() == (codes != 0).sum(0).tolist()
+    small_sae().save(run, hook_name="blocks.9.hook_resid_post")
+    with pytest.raises(UserError, match=r"blocks\.9.*pass --hook"):
+        index(config)

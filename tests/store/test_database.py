@@ -1,0 +1,124 @@
+"""What DuckDB may do for a reader, and the traps that the settings avoid."""
+
+from __future__ import annotations
+
+import json
+
+import duckdb
+import numpy as np
+import pytest
+
+from saebench.errors import UserError
+from saebench.store import open_store, publish, schema
+from saebench.store.database import insert, new_database, open_reader
+from tests.store.small_store import build_small_store
+
+
+@pytest.fixture
+def reader(small_store):
+    manifest = publish.read_manifest(small_store)
+    connection = open_reader(*(small_store / file.path for file in manifest.files()))
+    yield connection
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT * FROM read_csv('/etc/passwd')",
+        "COPY sae.feature TO 'stolen.csv'",
+        "ATTACH 'other.duckdb'",
+        "INSERT INTO sae.feature SELECT * FROM sae.feature",
+        "DROP TABLE sae.act",
+        "SET enable_external_access = true",
+        "SET threads = 64",
+        "INSTALL httpfs",
+        "LOAD httpfs",
+    ],
+)
+def test_a_reader_reaches_nothing_else_and_changes_nothing(reader, query, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(duckdb.Error):
+        reader.execute(query)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_late_materialization_is_off_because_it_is_a_trap(tmp_path):
+    """Plain DuckDB joins the table with itself for a top n, and fails on one of these queries.
+
+    If the two assertions about plain DuckDB stop holding, the setting may go.
+    """
+    file = tmp_path / "trap.duckdb"
+    n = 300_000
+    columns = {"feature": np.zeros(n, int), "ctx": np.arange(n), "pos": np.zeros(n, int), "value": np.ones(n)}
+    with new_database(file, [schema.ACT]) as connection:
+        insert(connection, schema.ACT, columns)
+    top = "SELECT * FROM {}.act WHERE feature = 0 ORDER BY value DESC LIMIT 3"
+    some = "SELECT * FROM {}.act WHERE rowid BETWEEN 5 AND 9 ORDER BY value DESC LIMIT 3"
+    with duckdb.connect(str(file), read_only=True) as plain:
+        assert "join" in plain.execute("EXPLAIN " + top.format("trap")).fetchall()[0][1].lower()
+        with pytest.raises(duckdb.InternalException):
+            plain.execute(some.format("trap"))
+    with open_reader(file) as reader:
+        assert "join" not in reader.execute("EXPLAIN " + top.format("sae")).fetchall()[0][1].lower()
+        assert len(reader.execute(some.format("sae")).fetchall()) == 3
+
+
+def test_a_full_disk_ends_in_a_sentence_and_not_in_a_store(tmp_path, monkeypatch):
+    store = build_small_store(tmp_path / "store")
+    before = (store / "manifest.json").read_bytes()
+
+    def full(*args, **kwargs):
+        raise duckdb.IOException('Could not write file "x": No space left on device')
+
+    monkeypatch.setattr("saebench.store.build.insert", full)
+    with pytest.raises(UserError, match="no space left while writing"):
+        build_small_store(store, name="second")
+    assert (store / "manifest.json").read_bytes() == before
+    assert not (store / publish.BUILDING).exists()
+
+
+def test_a_newer_format_is_refused_with_a_sentence(tmp_path):
+    store = build_small_store(tmp_path / "store")
+    content = json.loads((store / "manifest.json").read_text())
+    (store / "manifest.json").write_text(json.dumps(content | {"format_version": 2}))
+    for use in (open_store, build_small_store):
+        with pytest.raises(UserError, match=r"has format 2 and this saebench reads up to 1; install"):
+            use(store)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format_version": 1}', "null", '"x"', "\\xff"])
+def test_a_damaged_manifest_is_refused_with_a_sentence(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest\.json is"):
+        open_store(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["generation", "saes", "texts"])
+def test_a_manifest_without_a_part_is_refused(tmp_path, key):
+    store = build_small_store(tmp_path / "store")
+    content = json.loads((store / "manifest.json").read_text())
+    del content[key]
+    (store / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="damaged"):
+        open_store(store)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 5000, 0.5, 0.99])
+def test_a_file_cut_short_is_refused_with_a_sentence(tmp_path, kept):
+    store = build_small_store(tmp_path / "store")
+    file = next(store.rglob("sae-*.duckdb"))
+    data = file.read_bytes()
+    file.write_bytes(data[: kept if isinstance(kept, int) else int(len(data) * kept)])
+    with pytest.raises(UserError, match=r"bytes where its manifest says"), open_store(store) as opened:
+        for feature in range(24):
+            opened.examples(feature)
+            opened.activations(feature)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    store = build_small_store(tmp_path / "store")
+    file = next(store.rglob("text-*.duckdb"))
+    file.unlink()
+    with pytest.raises(UserError, match=rf"{file.name} is missing"):
+        open_store(store)

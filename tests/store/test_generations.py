@@ -1,0 +1,173 @@
+"""A store survives its writers: killed at any instant, it is the old generation or the new one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from saebench.store import check_store, open_store, publish
+from saebench.store.publish import BUILDING, collect, generations, hold, read_manifest
+from tests.store.small_store import build_small_store
+
+WRITER = """
+import sys
+import duckdb, pandas, pyarrow
+from tests.store.small_store import build_small_store
+print("ready", flush=True)
+sys.stdin.readline()
+build_small_store(sys.argv[1], seed=int(sys.argv[2]))
+"""
+
+
+def folders(store):
+    return [folder.name for folder in generations(store)]
+
+
+def test_old_generations_go_when_nothing_uses_them(tmp_path):
+    store = build_small_store(tmp_path / "store")
+    text = next(store.rglob("text-*.duckdb"))
+    for seed in range(1, 5):
+        build_small_store(store, seed=seed)
+    assert read_manifest(store).generation == 5
+    assert folders(store) == ["gen-000001", "gen-000004", "gen-000005"]
+    assert list((store / "gen-000001").iterdir()) == [text]
+    assert check_store(store) == []
+
+
+def test_a_generation_that_is_read_is_kept(tmp_path):
+    store = build_small_store(tmp_path / "store")
+    reader = open_store(store)
+    before = reader.features()
+    for seed in range(1, 5):
+        build_small_store(store, seed=seed)
+    assert len(list((store / "gen-000001").glob("sae-*"))) == 1
+    assert reader.features().equals(before)
+    assert reader.newer_generation() == 5
+    reader.close()
+    build_small_store(store, seed=5)
+    assert len(list((store / "gen-000001").glob("sae-*"))) == 0
+
+
+def test_the_generation_before_can_be_read_whole(tmp_path):
+    store = build_small_store(tmp_path / "store")
+    build_small_store(store, seed=1)
+    old = publish.parse_manifest(store / "gen-000001" / "manifest.json")
+    for file in old.files():
+        assert publish.sha256_file(store / file.path) == file.sha256
+
+
+def test_a_folder_that_was_never_published_is_removed(tmp_path):
+    store = build_small_store(tmp_path / "store")
+    (store / "gen-000002").mkdir()
+    (store / "gen-000002" / "sae-x.duckdb").write_bytes(b"left by a build killed before it was published")
+    (store / BUILDING).mkdir()
+    (store / BUILDING / "runs").mkdir()
+    assert check_store(store) == []
+    build_small_store(store, seed=1)
+    assert folders(store) == ["gen-000001", "gen-000002"]
+    assert not (store / BUILDING).exists()
+    assert check_store(store) == []
+
+
+def test_publishing_stops_anywhere(tmp_path, monkeypatch):
+    """The steps of publish one by one: whatever the last one done, the store opens and a new build works."""
+    for step in ("write_json_atomic", "rename", "sync_directory", "second_manifest", "collect"):
+        store = build_small_store(tmp_path / step)
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(KeyboardInterrupt):
+                build_small_store(store, seed=1)
+        expected = 2 if step == "collect" else 1
+        with open_store(store) as opened:
+            assert opened.generation == expected
+        assert check_store(store) == []
+        build_small_store(store, seed=2)
+        assert read_manifest(store).generation == expected + 1
+        assert check_store(store) == []
+
+
+def stop_at(patch, step: str) -> None:
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    if step == "second_manifest":
+        real = publish.write_json_atomic
+        patch.setattr(publish, "write_json_atomic", lambda p, v: real(p, v) if BUILDING in str(p) else stop())
+    elif step == "rename":
+        patch.setattr(publish.os, "rename", stop)
+    else:
+        patch.setattr(publish, step, stop)
+
+
+def test_killed_at_random_instants(tmp_path):
+    store = build_small_store(tmp_path / "store")
+    started = time.perf_counter()
+    build_small_store(store, seed=1)
+    duration = time.perf_counter() - started
+    generator = random.Random(0)
+    for attempt in range(8):
+        generation = read_manifest(store).generation
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(store), str(attempt % 3)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert writer.stdin and writer.stdout
+        writer.stdout.readline()
+        writer.stdin.write(b"go\n")
+        writer.stdin.flush()
+        time.sleep(generator.uniform(0, 1.5 * duration))
+        writer.send_signal(signal.SIGKILL)
+        writer.communicate()
+        after = read_manifest(store).generation
+        assert after in (generation, generation + 1)
+        assert check_store(store) == []
+        with open_store(store) as opened:
+            assert opened.generation == after
+            assert opened.count_features() == 24
+    build_small_store(store, seed=7)
+    assert not (store / BUILDING).exists()
+    assert check_store(store) == []
+    known = {file.path for file in read_manifest(store).files()}
+    known |= {f.path for f in publish.parse_manifest(generations(store)[-2] / "manifest.json").files()}
+    assert {str(f.relative_to(store)) for f in store.rglob("*.duckdb")} == known
+
+
+def test_a_reader_that_loses_the_race_tries_again(tmp_path, monkeypatch):
+    store = build_small_store(tmp_path / "store")
+    stale = read_manifest(store)
+    for seed in (1, 2, 3):
+        build_small_store(store, seed=seed)
+    real, answers = publish.read_manifest, iter([stale])
+    monkeypatch.setattr(publish, "read_manifest", lambda path: next(answers, None) or real(path))
+    with open_store(store) as opened:
+        assert opened.generation == 4
+
+
+def test_holding_needs_no_lock_support(tmp_path, monkeypatch):
+    store = build_small_store(tmp_path / "store")
+
+    def refuse(*args):
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(publish.fcntl, "flock", refuse)
+    assert hold(store, read_manifest(store)) is None
+    with open_store(store) as opened:
+        assert opened.count_features() == 24
+    collect(store, read_manifest(store))
+    assert check_store(store) == []
+
+
+def test_the_manifest_lists_each_file_with_its_checksum(small_store):
+    content = json.loads((small_store / "manifest.json").read_text())
+    assert content["format_version"] == 1
+    assert content["saes"][0]["file"]["path"].startswith("gen-000001/sae-")
+    assert read_manifest(small_store).to_json() == json.loads(json.dumps(content)) | {
+        "saes": tuple(content["saes"])
+    }

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from saebench.errors import UserError
+from saebench.store import open_store
+from saebench.store.schema import FEATURE
+from tests.store.small_store import D_SAE, LABELS, N_CONTEXTS, VOCAB, SmallCache
+
+
+@pytest.fixture(scope="module")
+def store(small_store):
+    with open_store(small_store) as opened:
+        yield opened
+
+
+def test_info(store):
+    info = store.info()
+    assert info["name"] == store.sae == "small"
+    assert info["n_dead"] == store.count_features(flags={"dead": True}) >= 2
+    assert info["n_dense"] == store.count_features(flags={"dense": True}) >= 1
+    assert info["n_activations"] == sum(len(store.activations(i)) for i in range(D_SAE))
+    assert info["model"] == info["text"] == "small"
+    json.dumps(info)
+
+
+def test_columns_in_the_order_asked_for(store):
+    assert store.features().columns.tolist() == FEATURE.names
+    assert store.features(["density", "feature"]).columns.tolist() == ["density", "feature"]
+
+
+@pytest.mark.parametrize("order_by", ["density", "max_act", "top_token", "entropy_tok", "dead", "feature"])
+@pytest.mark.parametrize("descending", [False, True])
+def test_filter_sort_and_pages_agree_with_pandas(store, order_by, descending):
+    ranges = {"density": (0.01, None), "max_act": (None, 12.0)}
+    every = store.features()
+    wanted = every[(every["density"] >= 0.01) & (every["max_act"] <= 12) & ~every["dead"]]
+    wanted = wanted.sort_values("feature").sort_values(
+        order_by, ascending=not descending, kind="stable", na_position="last"
+    )
+    settings = {"ranges": ranges, "flags": {"dead": False}}
+    found = store.features(order_by=order_by, descending=descending, **settings)
+    assert found["feature"].tolist() == wanted["feature"].tolist()
+    assert store.count_features(**settings) == len(wanted)
+    pages = [
+        store.features(["feature"], order_by=order_by, descending=descending, limit=4, offset=at, **settings)
+        for at in range(0, len(wanted), 4)
+    ]
+    assert [f for page in pages for f in page["feature"]] == wanted["feature"].tolist()
+    order = found["feature"].tolist()
+    for at, feature in enumerate(order):
+        before, after = store.neighbours_in_order(
+            feature, order_by=order_by, descending=descending, **settings
+        )
+        assert before == (order[at - 1] if at else None)
+        assert after == (order[at + 1] if at + 1 < len(order) else None)
+    outside = next(i for i in range(D_SAE) if i not in order)
+    assert store.neighbours_in_order(outside, **settings) == (None, None)
+
+
+def test_text_is_searched_literally_and_in_any_case(store):
+    tokens = store.features(["feature", "top_token"]).dropna()
+    for text in tokens["top_token"].unique():
+        hits = store.features(["top_token"], text=text.upper())["top_token"]
+        assert text in hits.tolist()
+        assert all(text.lower() in hit.lower() for hit in hits)
+    for hostile in ("'; DROP TABLE feature; --", "%", "_____", "\\", "x' OR 1=1"):
+        expected = tokens["top_token"].str.lower().str.contains(hostile.lower(), regex=False).sum()
+        assert store.count_features(text=hostile) == expected
+    assert store.count_features() == D_SAE
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda s: s.features(["densty"]), "did you mean density"),
+        (lambda s: s.features(["feature; DROP TABLE x"]), "not a column"),
+        (lambda s: s.features(order_by="max"), "not a column"),
+        (lambda s: s.features(ranges={"nact": (0, 1)}), "did you mean n_act"),
+        (lambda s: s.features(ranges={"top_token": (0, 1)}), "not a number"),
+        (lambda s: s.features(flags={"density": True}), "flags are dead, dense"),
+        (lambda s: s.feature(D_SAE), f"0 to {D_SAE - 1}"),
+        (lambda s: s.feature(-1), "feature -1"),
+        (lambda s: s.tokens(99), "feature 99"),
+        (lambda s: s.examples(0, "topp"), "did you mean top"),
+        (lambda s: s.context(N_CONTEXTS), f"0 to {N_CONTEXTS - 1}"),
+        (lambda s: s.context(-1), "context -1"),
+        (lambda s: open_store(s.path, "smal"), "did you mean small"),
+        (lambda s: open_store(s.path / "nowhere"), "not a feature store"),
+    ],
+)
+def test_wrong_questions_end_in_a_sentence(store, call, sentence):
+    with pytest.raises(UserError, match=sentence):
+        call(store)
+
+
+def test_hostile_tokens_come_back_as_they_were(store):
+    found = set()
+    for ctx in range(N_CONTEXTS):
+        context = store.context(ctx)
+        assert "".join(context["pieces"]) == b"".join(VOCAB[t] for t in context["tokens"]).decode(
+            errors="replace"
+        )
+        assert context["label"] == LABELS[context["doc"]]
+        assert len(context["docs"]) == context["n_tokens"] == len(context["tokens"])
+        found |= set(context["pieces"])
+    assert {"</script>", "<img src=x onerror=alert(1)>", "\N{GRINNING FACE}", "\n", "\u202eevil"} <= found
+    assert store.context(0)["pieces"][1:3] == ["\N{GRINNING FACE}", ""]
+
+
+def test_documents_of_a_context_follow_its_rows(store):
+    cache = SmallCache()
+    for doc, ctx, pos in zip(cache.doc.tolist(), cache.ctx.tolist(), cache.pos.tolist(), strict=True):
+        assert store.context(ctx)["docs"][pos] == doc
+
+
+def test_differences_of_positions_do_not_wrap_around(store):
+    frame = store.activations(0)
+    assert (frame["pos"] - 1000 < 0).all()
+    assert frame["value"].dtype == np.float32
+
+
+def test_many_threads_ask_at_once(store):
+    expected = {i: store.examples(i)["value"].tolist() for i in range(D_SAE)}
+    wrong: list[int] = []
+
+    def ask(seed: int) -> None:
+        for i in np.random.default_rng(seed).permutation(D_SAE):
+            if store.examples(int(i))["value"].tolist() != expected[int(i)]:
+                wrong.append(int(i))
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
