@@ -32,6 +32,9 @@ class Bigram:
         first = self._keys // vocab_size
         self._followed_V = np.bincount(first, weights=self._pair_counts, minlength=vocab_size)
         self._types_V = np.bincount(first, minlength=vocab_size)
+        # A last key that no pair has: every search ends at an entry.
+        self._keys = np.append(self._keys, vocab_size**2)
+        self._pair_counts = np.append(self._pair_counts, 0)
 
     def _key(self, previous: np.ndarray, token: np.ndarray) -> np.ndarray:
         return previous.astype(np.int64) * self.vocab_size + token
@@ -44,7 +47,7 @@ class Bigram:
         """Loss of every token but the first of each context given the one before it, [C, T - 1]."""
         previous, token = contexts_CT[:, :-1], contexts_CT[:, 1:]
         key = self._key(previous, token)
-        at = np.minimum(np.searchsorted(self._keys, key), len(self._keys) - 1)
+        at = np.searchsorted(self._keys, key)
         pair_count = np.where(self._keys[at] == key, self._pair_counts[at], 0)
         followed = self._followed_V[previous]
         # a(v) c(v, w) / c(v) = c(v, w) / (c(v) + kappa t(v)); a token never followed by another has a(v) = 0.
