@@ -1,0 +1,62 @@
+"""The README is true: its commands exist, its example runs, what it points to is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from saebench.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALLER = {"tokens=200_000": "tokens=20_000", "tokens=1_000_000": "tokens=100_000", "d_sae=1024": "d_sae=256"}
+
+
+def commands() -> set[str]:
+    """Every command of the program, such as 'train' and 'cache info'."""
+    tree, found = app.build(()), set()
+    for name in tree:
+        if not name.startswith("-"):
+            inner = [n for n in tree[name] if not n.startswith("-")]
+            found |= {f"{name} {n}" for n in inner} or {name}
+    return found
+
+
+def test_the_table_has_every_command_and_no_other() -> None:
+    assert set(re.findall(r"^\| `saebench ([a-z ]+)` \|", README, re.MULTILINE)) == commands()
+
+
+@pytest.mark.parametrize("line", re.findall(r"^ {4}saebench (.+)$", README, re.MULTILINE))
+def test_command_lines_parse(line: str) -> None:
+    words = shlex.split(line)
+    app.build(words).parse_args(words, exit_on_error=False, print_error=False)
+
+
+def test_targets_of_make_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    documented = set(re.findall(r"make ([a-z][a-z-]+)\b", README.split("## ")[0]))
+    assert {"demo", "test"} <= documented <= targets
+    assert {"check", "format", "test-slow"} <= targets
+
+
+def test_links_lead_to_files() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    for number, smaller in SMALLER.items():
+        assert number in code
+        code = code.replace(number, smaller)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"explained variance 0\.\d{3}, CE loss score -?\d+\.\d{3}", done.stdout)
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "runs", "store"}
