@@ -1,4 +1,4 @@
-"""What an installed saebench is: built as a wheel, installed where the checkout cannot be seen, and used there."""
+"""saebench as a wheel, installed where the checkout cannot be seen, and used there."""
 
 from __future__ import annotations
 
