@@ -5,7 +5,7 @@ Shapes: N rows, D = d_in, C contexts, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,11 @@ from saebench.saes.base import read_description
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
+    from saebench.activations.models import Model
+    from saebench.config import EvalConfig
 
+DEFAULT_CTX = 128
+"""Length of contexts when no cache says how long its own are."""
 MEAN_ROWS = 2**20
 """Training rows that the mean activation is taken over: more would not change it."""
 
@@ -84,6 +88,58 @@ def cache_contexts(cache: ActivationCache, row_N: Tensor) -> Contexts:
     keep_CT = torch.zeros(tokens_CT.shape, dtype=torch.bool)
     keep_CT[which_N, cache.pos[row_N].long()] = True
     return Contexts(tokens_CT, cache.context_len[ctx_C], keep_CT)
+
+
+def text_contexts(config: EvalConfig, model: Model, cache: ActivationCache | None) -> Contexts:
+    """The first contexts of the held-out documents of ``config.text``; ``config.tokens`` positions are kept.
+
+    They are packed as those of ``cache`` were: the same length, BOS and position 0. Without a cache made by
+    a model, contexts have 128 tokens, BOS as the tokenizer adds it, and position 0 is left alone.
+
+    Raises:
+        UserError: no document of the text is held out.
+    """
+    from saebench.activations.packing import batches, pack
+    from saebench.activations.text import is_held_out, read_documents
+
+    assert config.text is not None
+    made = cache.manifest["made_from"]["settings"] if cache is not None and cache.model is not None else {}
+    ctx = min(made.get("ctx", DEFAULT_CTX), model.info.n_ctx or made.get("ctx", DEFAULT_CTX))
+    documents = read_documents(config.text, column=config.column, split=config.split)
+    chosen = (d for d in documents if config.rows == "all" or is_held_out(d.text))
+    packed = pack(
+        chosen,
+        model.tokens.encode,
+        ctx=ctx,
+        separator=model.tokens.separator,
+        bos=model.tokens.bos if made.get("bos", model.tokens.adds_bos()) else None,
+    )
+    keep_first = made.get("keep_first", False)
+    # One context more than is needed, so that the last one is read whole like those of a cache.
+    max_rows = config.tokens + ctx
+    found = list(batches(packed, ctx=ctx, batch_size=1024, keep_first=keep_first, max_rows=max_rows))
+    if not found:
+        raise UserError(
+            f"no document of --text {config.text} is held out from training (one in 20 is); give a text of "
+            "more documents, or add --rows all to read those that the SAE may have seen"
+        )
+    tokens_CT = torch.cat([torch.from_numpy(batch.tokens_BT) for batch in found])
+    length_C = torch.tensor([len(context) for batch in found for context in batch.contexts])
+    keep_CT = torch.cat([torch.from_numpy(batch.keep_BT) for batch in found])
+    row_N, position_N = keep_CT.nonzero(as_tuple=True)
+    keep_CT[row_N[config.tokens :], position_N[config.tokens :]] = False
+    used = int(row_N[: config.tokens][-1]) + 1
+    return Contexts(tokens_CT[:used], length_C[:used], keep_CT[:used])
+
+
+def mean_over_contexts(model: Model, hook: str, batches: Iterable[Contexts]) -> Tensor:
+    """[d_in] float32, the mean activation at the kept positions."""
+    total_D, n_rows = torch.zeros(model.hook_dim(hook), dtype=torch.float64), 0
+    for batch in batches:
+        x_BTD = model.run_to(batch.tokens_BT, [hook])[hook].cpu()
+        total_D += x_BTD[batch.keep_BT].double().sum(0)
+        n_rows += int(batch.keep_BT.sum())
+    return (total_D / n_rows).float()
 
 
 def mean_training_activation(cache: ActivationCache, hook: str, *, size: int = 8192) -> Tensor | None:

@@ -1,0 +1,222 @@
+"""``evaluate``: one run, measured on held-out rows of a cache or on held-out documents of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saebench.config import EvalConfig, station
+from saebench.device import pick_device
+from saebench.errors import UserError
+from saebench.evaluation.faithfulness import Contexts, FaithfulnessMetrics, faithfulness_metrics
+from saebench.evaluation.reconstruction import ReconstructionMeter, ReconstructionMetrics
+from saebench.evaluation.report import EvalReport
+from saebench.evaluation.sources import (
+    Origin,
+    cache_contexts,
+    choose_rows,
+    mean_over_contexts,
+    mean_training_activation,
+    read_origin,
+    row_batches,
+    text_contexts,
+)
+from saebench.files import require_writable, write_json_atomic
+from saebench.progress import progress
+from saebench.saes.base import load
+
+if TYPE_CHECKING:
+    import torch
+
+    from saebench.activations.cache import ActivationCache
+    from saebench.activations.models import Model
+    from saebench.saes.base import SAE
+
+REPORT_FILE = "eval.json"
+MOST_ROWS = 8192
+WORKING_BYTES = 2**28
+"""Memory for one fp32 matrix of rows over latents, or over the vocabulary."""
+
+
+@station(EvalConfig)
+def evaluate(config: EvalConfig) -> EvalReport:
+    """Measure the SAE of ``config.run`` and write ``eval.json`` beside it.
+
+    Rows are the first ``config.tokens`` held-out rows of the cache; with a model, it reads the contexts of
+    exactly these rows, and exactly their positions are replaced. With a text, the rows are what the model
+    computes on the text's held-out documents, packed into contexts as the cache's were.
+
+    ce_mean puts in the mean of the cache's training rows; the mean of the rows measured when there is no
+    cache of this model with such rows.
+
+    Raises:
+        UserError: no finished SAE, a cache or model that does not fit it, nothing held out to measure on,
+            or activations that are not finite.
+    """
+    run = Path(config.run)
+    device = pick_device(config.device)
+    sae = load(run, device=device)
+    origin = read_origin(run)
+    require_writable(run, what="the run directory")
+    measure = _on_cache if config.text is None else _on_text
+    report = measure(config, sae, origin, device)
+    write_json_atomic(run / REPORT_FILE, report.to_dict())
+    return report
+
+
+def _on_cache(config: EvalConfig, sae: SAE, origin: Origin, device: torch.device) -> EvalReport:
+    cache = _open_cache(config, origin)
+    if cache is None:
+        raise UserError(f"{config.run} does not say which cache its SAE was trained on; name it with --cache")
+    hook = config.hook or origin.hook_name
+    if hook is None and len(cache.hooks) > 1:
+        raise UserError(f"{config.run} does not say its hook; pass --hook, one of {', '.join(cache.hooks)}")
+    hook = cache.resolve_hook(hook)
+    _require_width(cache.d_in(hook), sae, hook, cache.path)
+    row_N = choose_rows(cache, rows=config.rows, tokens=config.tokens)
+    contexts = cache_contexts(cache, row_N) if config.model is not None else None
+    model = _load_model(config, cache.model, hook, sae, device) if config.model is not None else None
+
+    size = max(1, min(MOST_ROWS, WORKING_BYTES // (4 * sae.d_sae)))
+    meter = ReconstructionMeter(sae)
+    with progress("eval", total=len(row_N), unit="tok", quiet=config.quiet) as bar:
+        for x_ND in row_batches(cache, hook, row_N, size=size):
+            meter.update(x_ND)
+            bar.update(len(x_ND))
+    reconstruction = meter.result()
+    if model is None or contexts is None:
+        return _report(config, sae, hook, reconstruction, cache_hash=cache.hash)
+
+    mean_D = mean_training_activation(cache, hook)
+    faithfulness = faithfulness_metrics(
+        sae,
+        model,
+        hook,
+        _shown(contexts, config, model, sae),
+        mean_activation=meter.mean() if mean_D is None else mean_D,
+    )
+    return _report(config, sae, hook, reconstruction, faithfulness, model=model.name, cache_hash=cache.hash)
+
+
+def _on_text(config: EvalConfig, sae: SAE, origin: Origin, device: torch.device) -> EvalReport:
+    """Reconstruction and faithfulness from the same forward passes."""
+    hook = config.hook or origin.hook_name
+    if hook is None:
+        raise UserError(f"{config.run} does not say at which hook its SAE was trained; pass --hook")
+    cache = _open_cache(config, origin)
+    recorded = origin.model if cache is None else cache.model
+    model = _load_model(config, recorded, hook, sae, device)
+    contexts = text_contexts(config, model, cache)
+
+    mean_D = None
+    if cache is not None and recorded is not None and recorded["hash"] == model.hash and hook in cache.hooks:
+        mean_D = mean_training_activation(cache, hook)
+    if mean_D is None:
+        size = _contexts_at_once(contexts, config, model, sae)
+        mean_D = mean_over_contexts(model, hook, contexts.batches(size))
+    meter = ReconstructionMeter(sae)
+    faithfulness = faithfulness_metrics(
+        sae,
+        model,
+        hook,
+        _shown(contexts, config, model, sae),
+        mean_activation=mean_D,
+        reconstruct=meter.update,
+    )
+    return _report(config, sae, hook, meter.result(), faithfulness, model=model.name)
+
+
+def _open_cache(config: EvalConfig, origin: Origin) -> ActivationCache | None:
+    """The cache that was named, or the run's own; with a text to read, that one may have been deleted."""
+    from saebench.activations.cache import open_cache
+
+    if config.cache is not None:
+        return open_cache(config.cache)
+    if origin.cache is None or (config.text is not None and not origin.cache.exists()):
+        return None
+    return open_cache(origin.cache)
+
+
+def _load_model(
+    config: EvalConfig, recorded: dict[str, Any] | None, hook: str, sae: SAE, device: torch.device
+) -> Model:
+    """The model to splice into; without a text it must be the one whose tokens and rows the cache holds."""
+    from saebench.activations.models import load_model, peek_model
+
+    name, revision = config.model, config.revision
+    if name == "cache":
+        if recorded is None:
+            raise UserError("--model cache: no cache says which model made it; name the model itself")
+        name, revision = recorded["name"], recorded["revision"]
+    assert name is not None
+    info = peek_model(name, revision=revision)
+    must_match = config.text is None or config.model == "cache"
+    if must_match and recorded is not None and info.hash != recorded["hash"]:
+        raise UserError(
+            f"the model {name} is not the one that made the cache (it hashes to {info.hash[:12]}..., the "
+            f"cache says {recorded['hash'][:12]}...); name that model, or name a text with --text"
+        )
+    info.check_hook(hook)
+    _require_width(info.usual_hooks().get(hook, sae.d_in), sae, hook, name)
+    model = load_model(name, revision=revision, device=device)
+    _require_width(model.hook_dim(hook), sae, hook, name)
+    return model
+
+
+def _require_width(width: int, sae: SAE, hook: str, place: object) -> None:
+    if width != sae.d_in:
+        raise UserError(
+            f"the SAE reads {sae.d_in} dimensions but {hook} of {place} has {width}; "
+            "name the hook, cache and model that it was trained on"
+        )
+
+
+def _contexts_at_once(contexts: Contexts, config: EvalConfig, model: Model, sae: SAE) -> int:
+    """``config.batch_size``, or as few as it takes for one batch's logits and codes to fit in memory."""
+    widest = max(model.vocab_size, sae.d_sae)
+    return max(1, min(config.batch_size, WORKING_BYTES // (4 * contexts.tokens_BT.shape[1] * widest)))
+
+
+def _shown(contexts: Contexts, config: EvalConfig, model: Model, sae: SAE) -> Iterator[Contexts]:
+    """Batches of contexts under a progress display."""
+    total = int(contexts.keep_BT.sum())
+    with progress("eval with the model", total=total, unit="tok", quiet=config.quiet) as bar:
+        for batch in contexts.batches(_contexts_at_once(contexts, config, model, sae)):
+            yield batch
+            bar.update(int(batch.keep_BT.sum()))
+
+
+def _report(
+    config: EvalConfig,
+    sae: SAE,
+    hook: str,
+    reconstruction: ReconstructionMetrics,
+    faithfulness: FaithfulnessMetrics | None = None,
+    *,
+    model: str | None = None,
+    cache_hash: str | None = None,
+) -> EvalReport:
+    behaviour = {}
+    if faithfulness is not None:
+        names = ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "ce_delta", "ce_loss_score", "kl")
+        behaviour = {name: getattr(faithfulness, name) for name in names}
+        behaviour["n_tokens_model"] = faithfulness.n_tokens
+    return EvalReport(
+        sae=sae.spec.name,
+        d_sae=sae.d_sae,
+        k=sae.k,
+        hook_name=hook,
+        n_tokens=reconstruction.n_tokens,
+        rows=config.rows,
+        cache_hash=cache_hash,
+        text=config.text,
+        fvu=reconstruction.fvu,
+        explained_variance=reconstruction.explained_variance,
+        l0=reconstruction.l0,
+        dead_fraction=reconstruction.dead_fraction,
+        cosine_similarity=reconstruction.cosine_similarity,
+        density_histogram=reconstruction.density_histogram(),
+        model=model,
+        **behaviour,
+    )
