@@ -127,7 +127,7 @@ def build_store(
             require_disk(out, forecast(sae, corpus, options), what="indexing (runs and store together)")
             with sentence_for_duckdb_errors(building):
                 text = None
-                if corpus.has_text and corpus.hash not in current.texts:
+                if corpus.has_text and not has_text_file(out, current, corpus):
                     path = building / f"text-{corpus.hash[:12]}.duckdb"
                     write_text_file(path, corpus, name=text_name(cache))
                     text = publish.describe(path)
@@ -235,6 +235,12 @@ def write_sae_file(
                 acts, corpus, n=options.examples, window=options.window, seed=options.seed))  # fmt: skip
             bar.update(len(acts.row_S))
         insert_meta(connection, schema.SAE_META, meta)
+
+
+def has_text_file(store: Path, current: publish.Manifest, corpus: Corpus) -> bool:
+    """Whether the store has the file of this text, undamaged."""
+    file = current.texts.get(corpus.hash)
+    return file is not None and publish.is_intact(store, file)
 
 
 def forecast(sae: SAE, corpus: Corpus, options: Options) -> int:

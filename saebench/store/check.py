@@ -131,11 +131,11 @@ def _check_schema(
         files.append(("txt", TEXT_TABLES))
     for alias, tables in files:
         for name, table in tables.items():
-            found = connection.execute(
-                "SELECT column_name, data_type FROM duckdb_columns() WHERE database_name = ? AND table_name = ? "
-                "ORDER BY column_index",
-                [alias, name],
-            ).fetchall()
+            query = (
+                "SELECT column_name, data_type FROM duckdb_columns() "
+                "WHERE database_name = ? AND table_name = ? ORDER BY column_index"
+            )
+            found = connection.execute(query, [alias, name]).fetchall()
             expected = [(column.name, column.type) for column in table.columns]
             absent = name in meta["missing"]
             if absent and found:

@@ -85,7 +85,8 @@ def _largest(
     count_M = np.bincount(latent_G, minlength=n_latents)
     stop_M = np.cumsum(count_M)
     threshold_M = sorted_G[np.minimum(np.maximum(stop_M - n, stop_M - count_M), len(sorted_G) - 1)]
-    return key_G >= threshold_M[latent_G]
+    largest_G: NDArray[np.bool_] = key_G >= threshold_M[latent_G]
+    return largest_G
 
 
 def _first_of_each(acts: Activations, at: NDArray[np.int64], by: NDArray[Any], n: int) -> NDArray[np.int64]:

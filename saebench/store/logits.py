@@ -84,8 +84,8 @@ def _unembedding(
     expected = (cache.model or {}).get("hash")
     if expected and model.hash != expected:
         raise UserError(
-            f"the model {name} is not the one that made the cache {cache.path}: its hash is {model.hash[:12]}, "
-            f"the cache's is {expected[:12]}; pass that model, or --model none to leave logits out"
+            f"the model {name} is not the one that made the cache {cache.path}: its hash is "
+            f"{model.hash[:12]}, the cache's {expected[:12]}; pass that model, or --model none"
         )
     if not model.residual_hook(hook):
         return None, f"the hook {hook} is not in the residual stream, which is all that the unembedding reads"

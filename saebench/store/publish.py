@@ -25,6 +25,7 @@ from saebench.errors import UserError
 from saebench.files import read_json, sha256_file, sync_directory, write_json_atomic
 from saebench.store.schema import FORMAT_VERSION
 
+FORMAT = "saebench store"
 MANIFEST = "manifest.json"
 BUILDING = ".building"
 
@@ -60,7 +61,7 @@ class Manifest:
         return [sae.file for sae in self.saes] + list(self.texts.values())
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": "saebench store", "format_version": FORMAT_VERSION, **asdict(self)}
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
 
     def next(self, sae: StoredSae, text: StoredFile | None) -> Manifest:
         """The generation after this one: ``sae`` added, or put in the place of the one with its name."""
@@ -90,8 +91,11 @@ def read_manifest(store: Path) -> Manifest:
 
 
 def parse_manifest(path: Path) -> Manifest:
-    content = read_json(path, what="the store manifest")
-    if not isinstance(content, dict) or content.get("format") != "saebench store":
+    try:
+        content = read_json(path, what="the store manifest")
+    except UserError as error:
+        raise _damaged(path, "it is not JSON") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of a feature store; check the path")
     version = content.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
@@ -105,11 +109,17 @@ def parse_manifest(path: Path) -> Manifest:
             for sae in content["saes"]
         )
         texts = {key: StoredFile(**file) for key, file in content["texts"].items()}
-        return Manifest(generation=content["generation"], saes=saes, texts=texts)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the store manifest {path} is damaged ({error!r}); run saebench index again"
-        ) from None
+        return Manifest(generation=int(content["generation"]), saes=saes, texts=texts)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, f"{type(error).__name__} {error}") from None
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    copies = [folder / MANIFEST for folder in generations(path.parent) if (folder / MANIFEST).is_file()]
+    way_out = f"copy {copies[-1]} over it, or run " if copies else "run "
+    return UserError(
+        f"the store manifest {path} is damaged ({reason}); {way_out}saebench index into another directory"
+    )
 
 
 def begin(store: Path) -> tuple[Manifest, Path]:
@@ -139,8 +149,8 @@ def begin(store: Path) -> tuple[Manifest, Path]:
 def publish(store: Path, current: Manifest, sae: StoredSae, text: StoredFile | None) -> Manifest:
     """Make the build directory the next generation, in which ``sae`` is added or replaced.
 
-    ``text`` is the text file that was built with it; None when the store has that text already. Paths of
-    the new files are relative to the build directory.
+    ``text`` is the text file that was built with it; None when the store has it already. Paths of the
+    new files are relative to the build directory.
     """
     folder = f"gen-{current.generation + 1:06d}"
     sae = replace(sae, file=replace(sae.file, path=f"{folder}/{sae.file.path}"))
@@ -157,6 +167,12 @@ def publish(store: Path, current: Manifest, sae: StoredSae, text: StoredFile | N
 def describe(path: Path) -> StoredFile:
     """Size and checksum of a finished file of the build directory."""
     return StoredFile(path=path.name, bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+def is_intact(store: Path, file: StoredFile) -> bool:
+    """Whether a published file is still what it was."""
+    path = store / file.path
+    return path.is_file() and path.stat().st_size == file.bytes and sha256_file(path) == file.sha256
 
 
 def collect(store: Path, current: Manifest) -> None:

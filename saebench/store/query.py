@@ -107,20 +107,27 @@ class FeatureStore(StoreReader):
         return int(self._rows(f"SELECT count(*) FROM sae.feature WHERE {where}", values)[0][0])
 
     def neighbours_in_order(
-        self, feature: int, *, ranges: Mapping[str, Range] | None = None, flags: Mapping[str, bool] | None = None,
-        text: str | None = None, order_by: str = "feature", descending: bool = False,
-    ) -> tuple[int | None, int | None]:  # fmt: skip
+        self,
+        feature: int,
+        *,
+        ranges: Mapping[str, Range] | None = None,
+        flags: Mapping[str, bool] | None = None,
+        text: str | None = None,
+        order_by: str = "feature",
+        descending: bool = False,
+    ) -> tuple[int | None, int | None]:
         """The features before and after ``feature`` in the filtered, sorted list; None at its ends.
 
         (None, None) when ``feature`` does not pass the filter itself.
         """
         where, values = _filter(ranges, flags, text).where()
-        rows = self._rows(
-            f"SELECT before, after FROM (SELECT feature, lag(feature) OVER w AS before, lead(feature) OVER w AS "
-            f"after FROM sae.feature WHERE {where} WINDOW w AS (ORDER BY {order_clause(order_by, descending)})) "
-            "WHERE feature = ?",
-            [*values, self._known(feature)],
+        order = order_clause(order_by, descending)
+        listed = (
+            "SELECT feature, lag(feature) OVER w AS before, lead(feature) OVER w AS after "
+            f"FROM sae.feature WHERE {where} WINDOW w AS (ORDER BY {order})"
         )
+        values.append(self._known(feature))
+        rows = self._rows(f"SELECT before, after FROM ({listed}) WHERE feature = ?", values)
         return rows[0] if rows else (None, None)
 
     # One feature
@@ -131,8 +138,8 @@ class FeatureStore(StoreReader):
         Raises:
             UserError: no such feature.
         """
-        rows = self._rows(f"SELECT {', '.join(FEATURE.names)} FROM sae.feature WHERE feature = ?",
-                          [self._known(feature)])  # fmt: skip
+        query = f"SELECT {', '.join(FEATURE.names)} FROM sae.feature WHERE feature = ?"
+        rows = self._rows(query, [self._known(feature)])
         return dict(zip(FEATURE.names, rows[0], strict=True))
 
     def histogram(self, feature: int) -> pd.DataFrame:

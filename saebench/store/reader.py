@@ -87,8 +87,8 @@ class StoreReader:
             yield
         except (duckdb.IOException, duckdb.SerializationException, duckdb.InternalException) as error:
             raise UserError(
-                f"the store {self.path} is damaged ({first_line(error)}); see saebench store check {self.path}, "
-                "then run saebench index again"
+                f"the store {self.path} is damaged ({first_line(error)}); "
+                f"see saebench store check {self.path}, then run saebench index again"
             ) from error
 
     def _cursor(self) -> duckdb.DuckDBPyConnection:

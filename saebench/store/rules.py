@@ -35,93 +35,101 @@ _BEFORE = "lag(feature) OVER () AS feature_0, lag(ctx) OVER () AS ctx_0, lag(pos
 
 SAE_RULES = (
     _rule("feature", "the feature table has not exactly one row for each latent, in order",
-          "SELECT rowid FROM sae.feature WHERE feature <> rowid UNION ALL "
-          "SELECT count(*) FROM sae.feature HAVING count(*) <> $d_sae"),
+          "SELECT rowid FROM sae.feature WHERE feature <> rowid UNION ALL SELECT count(*) FROM "
+          "sae.feature HAVING count(*) <> $d_sae"),
     _rule("act", "the number of activations is not the one recorded",
           "SELECT count(*) FROM sae.act HAVING count(*) <> $n_activations"),
     _rule("act", "activations are not sorted by feature, context and position, each once",
-          f"SELECT feature FROM (SELECT feature, ctx, pos, {_BEFORE} FROM sae.act) WHERE feature_0 IS NOT NULL "
-          "AND (feature, ctx, pos) <= (feature_0, ctx_0, pos_0)"),
+          f"SELECT feature FROM (SELECT feature, ctx, pos, {_BEFORE} FROM sae.act) WHERE feature_0 IS NOT "
+          "NULL AND (feature, ctx, pos) <= (feature_0, ctx_0, pos_0)"),
     _rule("act", "activations are zero or not finite",
           "SELECT feature FROM sae.act WHERE value = 0 OR NOT isfinite(value)"),
     _rule("act feature", "n_act is not the number of activations",
-          "SELECT feature FROM sae.feature FULL JOIN (SELECT feature, count(*) AS n FROM sae.act GROUP BY feature) "
-          "USING (feature) WHERE coalesce(n_act, -1) <> coalesce(n, 0)"),
+          "SELECT feature FROM sae.feature FULL JOIN (SELECT feature, count(*) AS n FROM sae.act GROUP "
+          "BY feature) USING (feature) WHERE coalesce(n_act, -1) <> coalesce(n, 0)"),
     _rule("feature", "density, dead or dense does not follow from n_act",
-          f"SELECT feature FROM sae.feature WHERE abs(density - n_act / $n_tokens) > 1e-12 OR dead <> (n_act = 0) "
-          f"OR dense <> (density > {DENSE_ABOVE})"),
+          "SELECT feature FROM sae.feature WHERE abs(density - n_act / $n_tokens) > 1e-12 OR dead <> "
+          f"(n_act = 0) OR dense <> (density > {DENSE_ABOVE})"),
     _rule("act feature", "max_act, mean_act or std_act does not follow from the activations",
-          "SELECT feature FROM sae.feature LEFT JOIN (SELECT feature, max(value) AS high, avg(value::DOUBLE) AS mean,"
-          " stddev_pop(value::DOUBLE) AS std FROM sae.act GROUP BY feature) USING (feature) WHERE "
-          f"{_differs('max_act', 'coalesce(high, 0)')} OR {_differs('mean_act', 'coalesce(mean, 0)')} "
-          f"OR abs(std_act - coalesce(std, 0)) > 1e-4 * (abs(mean_act) + std_act + 1e-5)"),
+          "SELECT feature FROM sae.feature LEFT JOIN (SELECT feature, max(value) AS high, "
+          "avg(value::DOUBLE) AS mean, stddev_pop(value::DOUBLE) AS std FROM sae.act GROUP BY feature) "
+          f"USING (feature) WHERE {_differs('max_act', 'coalesce(high, 0)')} OR "
+          f"{_differs('mean_act', 'coalesce(mean, 0)')} OR abs(std_act - coalesce(std, 0)) > 1e-4 * "
+          "(abs(mean_act) + std_act + 1e-5)"),
     _rule("act feature", "p50, p90 or p99 does not follow from the activations",
-          "SELECT feature FROM sae.feature JOIN (SELECT feature, quantile_cont(value::DOUBLE, [0.5, 0.9, 0.99]) AS q "
-          "FROM sae.act WHERE {some} GROUP BY feature) USING (feature) WHERE "
+          "SELECT feature FROM sae.feature JOIN (SELECT feature, quantile_cont(value::DOUBLE, [0.5, 0.9, "
+          "0.99]) AS q FROM sae.act WHERE {some} GROUP BY feature) USING (feature) WHERE "
           f"{_differs('p50', 'q[1]')} OR {_differs('p90', 'q[2]')} OR {_differs('p99', 'q[3]')}"),
     _rule("hist feature", "histograms do not add up to n_act",
-          "SELECT feature FROM sae.feature LEFT JOIN sae.hist USING (feature) "
-          "WHERE coalesce(list_sum(counts), 0) <> n_act OR (n_act > 0 AND len(counts) <> $bins)"),
+          "SELECT feature FROM sae.feature LEFT JOIN sae.hist USING (feature) WHERE "
+          "coalesce(list_sum(counts), 0) <> n_act OR (n_act > 0 AND len(counts) <> $bins)"),
     _rule("act hist", "a histogram's bins are not those of the activations",
-          "SELECT DISTINCT feature FROM (SELECT feature, least(floor((value::DOUBLE - lo) / (hi::DOUBLE - lo) * "
-          f"{HIST_BINS}), {HIST_BINS - 1})::INTEGER AS bin, count(*) AS n, any_value(counts) AS counts FROM sae.act "
-          "JOIN sae.hist USING (feature) WHERE {some} GROUP BY feature, bin) WHERE n <> coalesce(counts[bin + 1], 0)"),
+          "SELECT DISTINCT feature FROM (SELECT feature, least(floor((value::DOUBLE - lo) / (hi::DOUBLE "
+          f"- lo) * {HIST_BINS}), {HIST_BINS - 1})::INTEGER AS bin, count(*) AS n, any_value(counts) AS "
+          "counts FROM sae.act JOIN sae.hist USING (feature) WHERE {some} GROUP BY feature, bin) WHERE "
+          "n <> coalesce(counts[bin + 1], 0)"),
     _rule("act example", "an example is not among the activations, or has another value there",
-          "SELECT e.feature FROM sae.example e LEFT JOIN sae.act a USING (feature, ctx, pos) "
-          "WHERE a.value IS DISTINCT FROM e.value"),
+          "SELECT e.feature FROM sae.example e LEFT JOIN sae.act a USING (feature, ctx, pos) WHERE "
+          "a.value IS DISTINCT FROM e.value"),
     _rule("act example", "the top examples are not the largest activations of the contexts that fire hardest",
-          "SELECT feature FROM (SELECT feature, max(high, $examples) AS best FROM (SELECT feature, ctx, max(value) AS "
-          "high FROM sae.act WHERE {some} GROUP BY feature, ctx) GROUP BY feature) LEFT JOIN (SELECT feature, "
-          f"list(value ORDER BY rank) AS shown FROM sae.example WHERE grp = {GROUP_TOP} GROUP BY feature) "
-          "USING (feature) WHERE shown IS DISTINCT FROM best"),
+          "SELECT feature FROM (SELECT feature, max(high, $examples) AS best FROM (SELECT feature, ctx, "
+          "max(value) AS high FROM sae.act WHERE {some} GROUP BY feature, ctx) GROUP BY feature) LEFT "
+          "JOIN (SELECT feature, list(value ORDER BY rank) AS shown FROM sae.example WHERE grp = "
+          f"{GROUP_TOP} GROUP BY feature) USING (feature) WHERE shown IS DISTINCT FROM best"),
     _rule("feature example", "there are too few or too many random examples",
-          "SELECT feature FROM sae.feature LEFT JOIN (SELECT feature, count(*) AS n, count(DISTINCT (ctx, pos)) AS m "
-          f"FROM sae.example WHERE grp = {GROUP_RANDOM} GROUP BY feature) USING (feature) "
-          "WHERE coalesce(n, 0) <> least(n_act, $examples) OR n <> m"),
+          "SELECT feature FROM sae.feature LEFT JOIN (SELECT feature, count(*) AS n, count(DISTINCT "
+          f"(ctx, pos)) AS m FROM sae.example WHERE grp = {GROUP_RANDOM} GROUP BY feature) USING "
+          "(feature) WHERE coalesce(n, 0) <> least(n_act, $examples) OR n <> m"),
     _rule("example context", "the window of an example is not that of its context",
-          "SELECT feature FROM sae.example LEFT JOIN txt.context c USING (ctx) WHERE coalesce(example.tokens <> "
-          "c.tokens[start + 1 : start + len(example.tokens)] OR len(example.tokens) <> least($window, n_tokens) "
-          "OR len(acts) <> len(example.tokens) OR acts[pos - start + 1] <> value OR doc <> docs[pos + 1], true)"),
+          "SELECT feature FROM sae.example LEFT JOIN txt.context c USING (ctx) WHERE "
+          "coalesce(example.tokens <> c.tokens[start + 1 : start + len(example.tokens)] OR "
+          "len(example.tokens) <> least($window, n_tokens) OR len(acts) <> len(example.tokens) OR "
+          "acts[pos - start + 1] <> value OR doc <> docs[pos + 1], true)"),
     _rule("act example context", "an activation in the window of an example is not the stored one",
-          "SELECT w.feature FROM (SELECT feature, ctx, unnest(range(start, start + len(acts))) AS pos, unnest(acts) "
-          "AS shown FROM sae.example) w LEFT JOIN sae.act a USING (feature, ctx, pos) "
-          "WHERE w.shown <> coalesce(a.value, 0)"),
+          "SELECT w.feature FROM (SELECT feature, ctx, unnest(range(start, start + len(acts))) AS pos, "
+          "unnest(acts) AS shown FROM sae.example) w LEFT JOIN sae.act a USING (feature, ctx, pos) WHERE "
+          "w.shown <> coalesce(a.value, 0)"),
     _rule("act context", "an activation lies outside the contexts",
-          "SELECT feature FROM sae.act LEFT JOIN txt.context USING (ctx) WHERE pos >= coalesce(n_tokens, 0)"),
+          "SELECT feature FROM sae.act LEFT JOIN txt.context USING (ctx) WHERE pos >= coalesce(n_tokens, "
+          "0)"),
     _rule("act feature context", "n_ctx_act is not the number of contexts in which the feature fires",
           "SELECT feature FROM sae.feature JOIN (SELECT feature, count(DISTINCT ctx) AS n FROM sae.act "
           "WHERE {some} GROUP BY feature) USING (feature) WHERE n_ctx_act <> n"),
     _rule("act feature context", "n_doc_act is not the number of documents in which the feature fires",
-          "SELECT feature FROM sae.feature JOIN (SELECT feature, count(DISTINCT docs[pos + 1]) AS n FROM sae.act "
-          "JOIN txt.context USING (ctx) WHERE {some} GROUP BY feature) USING (feature) WHERE n_doc_act <> n"),
+          "SELECT feature FROM sae.feature JOIN (SELECT feature, count(DISTINCT docs[pos + 1]) AS n FROM "
+          "sae.act JOIN txt.context USING (ctx) WHERE {some} GROUP BY feature) USING (feature) WHERE "
+          "n_doc_act <> n"),
     _rule("act feature_token context", "the tokens of a feature are not those on which it fires",
-          "WITH counted AS (SELECT feature, tokens[pos + 1] AS token, count(*) AS n FROM sae.act JOIN txt.context "
-          "USING (ctx) WHERE {some} GROUP BY ALL), ranked AS (SELECT *, row_number() OVER (PARTITION BY feature "
-          "ORDER BY n DESC, token) - 1 AS rank FROM counted) SELECT DISTINCT feature FROM (SELECT * FROM ranked WHERE "
-          f"rank < {TOKENS_PER_FEATURE}) r FULL JOIN (SELECT feature, rank, token, n FROM sae.feature_token WHERE "
-          "{some}) t USING (feature, rank) WHERE r.token IS DISTINCT FROM t.token OR r.n IS DISTINCT FROM t.n"),
+          "WITH counted AS (SELECT feature, tokens[pos + 1] AS token, count(*) AS n FROM sae.act JOIN "
+          "txt.context USING (ctx) WHERE {some} GROUP BY ALL), ranked AS (SELECT *, row_number() OVER "
+          "(PARTITION BY feature ORDER BY n DESC, token) - 1 AS rank FROM counted) SELECT DISTINCT "
+          f"feature FROM (SELECT * FROM ranked WHERE rank < {TOKENS_PER_FEATURE}) r FULL JOIN (SELECT "
+          "feature, rank, token, n FROM sae.feature_token WHERE {some}) t USING (feature, rank) WHERE "
+          "r.token IS DISTINCT FROM t.token OR r.n IS DISTINCT FROM t.n"),
     _rule("feature feature_token token", "shares of tokens do not follow from their counts",
-          "SELECT feature FROM sae.feature_token f JOIN sae.feature USING (feature) JOIN txt.token t USING (token) "
-          f"WHERE {_differs('p_token_given_fire', '(f.n / n_act)')} OR {_differs('p_fire_given_token', '(f.n / t.n)')}"
-          f" OR {_differs('lift', '((f.n / n_act) / (t.n / $n_tokens))')}"),
+          "SELECT feature FROM sae.feature_token f JOIN sae.feature USING (feature) JOIN txt.token t "
+          f"USING (token) WHERE {_differs('p_token_given_fire', '(f.n / n_act)')} OR "
+          f"{_differs('p_fire_given_token', '(f.n / t.n)')} OR "
+          f"{_differs('lift', '((f.n / n_act) / (t.n / $n_tokens))')}"),
     _rule("feature feature_token token", "top_token is not the first of the feature's tokens",
-          "SELECT feature FROM sae.feature LEFT JOIN (SELECT * FROM sae.feature_token JOIN txt.token USING (token) "
-          "WHERE rank = 0) USING (feature) WHERE top_token IS DISTINCT FROM text OR "
+          "SELECT feature FROM sae.feature LEFT JOIN (SELECT * FROM sae.feature_token JOIN txt.token "
+          "USING (token) WHERE rank = 0) USING (feature) WHERE top_token IS DISTINCT FROM text OR "
           f"{_differs('top_token_share', 'p_token_given_fire')}"),
     _rule("feature logit token", "logits are not finite, not ordered, or name no token",
-          "SELECT feature FROM (SELECT l.*, t.text, lag(l.value) OVER (PARTITION BY feature, sign ORDER BY rank) AS "
-          "before FROM sae.logit l LEFT JOIN txt.token t USING (token)) WHERE NOT isfinite(value) OR text IS NULL "
-          "OR sign * value > sign * before"),
+          "SELECT feature FROM (SELECT l.*, t.text, lag(l.value) OVER (PARTITION BY feature, sign ORDER "
+          "BY rank) AS before FROM sae.logit l LEFT JOIN txt.token t USING (token)) WHERE NOT "
+          "isfinite(value) OR text IS NULL OR sign * value > sign * before"),
     _rule("feature logit token", "logit_top is not the most promoted token",
-          "SELECT feature FROM sae.feature LEFT JOIN (SELECT feature, text FROM sae.logit JOIN txt.token USING (token)"
-          " WHERE sign = 1 AND rank = 0) USING (feature) WHERE logit_top IS DISTINCT FROM text"),
+          "SELECT feature FROM sae.feature LEFT JOIN (SELECT feature, text FROM sae.logit JOIN txt.token "
+          "USING (token) WHERE sign = 1 AND rank = 0) USING (feature) WHERE logit_top IS DISTINCT FROM "
+          "text"),
     _rule("feature neighbor", "neighbours are not ordered, or not other latents of this SAE",
-          "SELECT feature FROM (SELECT *, lag(cosine) OVER (PARTITION BY feature ORDER BY rank) AS before "
-          "FROM sae.neighbor) WHERE feature = other OR other >= $d_sae OR NOT cosine BETWEEN -1 AND 1 "
-          "OR cosine > before"),
+          "SELECT feature FROM (SELECT *, lag(cosine) OVER (PARTITION BY feature ORDER BY rank) AS "
+          "before FROM sae.neighbor) WHERE feature = other OR other >= $d_sae OR NOT cosine BETWEEN -1 "
+          "AND 1 OR cosine > before"),
     _rule("feature neighbor", "dec_nn or dec_max_cos is not the first neighbour",
-          "SELECT feature FROM sae.feature LEFT JOIN (SELECT * FROM sae.neighbor WHERE rank = 0) USING (feature) "
-          "WHERE dec_nn IS DISTINCT FROM other OR dec_max_cos IS DISTINCT FROM cosine"),
+          "SELECT feature FROM sae.feature LEFT JOIN (SELECT * FROM sae.neighbor WHERE rank = 0) USING "
+          "(feature) WHERE dec_nn IS DISTINCT FROM other OR dec_max_cos IS DISTINCT FROM cosine"),
 )  # fmt: skip
 
 TEXT_RULES = (
@@ -130,8 +138,8 @@ TEXT_RULES = (
     _rule("token", "occurrences of tokens do not add up to the rows of the cache",
           "SELECT sum(n) FROM txt.token HAVING sum(n) <> $n_tokens"),
     _rule("context", "contexts are not numbered 0, 1, 2, ... up to the number recorded",
-          "SELECT rowid FROM txt.context WHERE ctx <> rowid UNION ALL "
-          "SELECT count(*) FROM txt.context HAVING count(*) <> $n_contexts"),
+          "SELECT rowid FROM txt.context WHERE ctx <> rowid UNION ALL SELECT count(*) FROM txt.context "
+          "HAVING count(*) <> $n_contexts"),
     _rule("context", "contexts have another length than recorded",
           "SELECT ctx FROM txt.context WHERE len(tokens) <> n_tokens OR len(docs) <> n_tokens"),
     _rule("context token", "contexts have tokens outside the vocabulary",

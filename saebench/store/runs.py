@@ -58,7 +58,7 @@ class Runs:
     def add(
         self, latent_S: NDArray[np.integer], row_S: NDArray[np.integer], value_S: NDArray[np.floating]
     ) -> None:
-        """Append the codes of some rows that follow those of earlier calls; all codes of a row in one call."""
+        """Append the codes of rows that follow those of earlier calls; all codes of a row in one call."""
         batch = latent_S.astype(np.uint32), row_S.astype(np.uint32), value_S.astype(np.float32)
         self._waiting.append(batch)
         self._n_waiting += len(value_S)

@@ -131,7 +131,7 @@ LOGIT = _table(
     ("sign", "TINYINT", "+1 promoted, -1 suppressed"),
     ("rank", "UINTEGER", "place, strongest first"),
     ("token", "UINTEGER", "token id"),
-    ("value", "FLOAT", "change of the token's logit for one unit of the latent's activation"),
+    ("value", "FLOAT", "its logit's change for one unit of activation, before the final norm's scale"),
 )  # fmt: skip
 
 NEIGHBOR = _table(

@@ -150,7 +150,8 @@ def _quantile(
     below_L = np.floor(at_L).astype(np.int64)
     above_L = np.minimum(below_L + 1, n_L - 1)
     low, high = ascending_S[starts_L + below_L], ascending_S[starts_L + above_L]
-    return low + (high - low) * (at_L - below_L)
+    quantile_L: NDArray[np.float64] = low + (high - low) * (at_L - below_L)
+    return quantile_L
 
 
 def _from_ordered_bits(ordered_S: NDArray[np.uint32]) -> NDArray[np.float32]:

@@ -53,11 +53,13 @@ def _contexts(corpus: Corpus, contexts: slice) -> dict[str, Any]:
 
 def _documents(corpus: Corpus, ctx_X: NDArray[np.int64], pos_X: NDArray[np.int64]) -> NDArray[np.int64]:
     """The document of each token; one that the cache keeps no row of goes with the row that follows it."""
-    low, high = np.searchsorted(corpus.ctx, [ctx_X[0], ctx_X[-1] + 1])
+    ends = np.array([ctx_X[0], ctx_X[-1] + 1], dtype=corpus.ctx.dtype)  # another type would copy all of ctx
+    low, high = np.searchsorted(corpus.ctx, ends)
     if low == high:
         return np.zeros(len(ctx_X), dtype=np.int64)
     place_N = corpus.place(np.arange(low, high))
     following_X = np.minimum(np.searchsorted(place_N, ctx_X * corpus.ctx_len + pos_X), high - low - 1) + low
     before_X = np.maximum(following_X - 1, 0)
     elsewhere_X = corpus.ctx[following_X] != ctx_X
-    return corpus.doc[np.where(elsewhere_X, before_X, following_X)].astype(np.int64)
+    doc_X: NDArray[np.int64] = corpus.doc[np.where(elsewhere_X, before_X, following_X)].astype(np.int64)
+    return doc_X

@@ -24,8 +24,8 @@ def feature_rows(codes_NM, cache) -> list[dict]:
             **{f"p{q}": np.quantile(values, q / 100) if len(at) else 0.0 for q in (50, 90, 99)},
             "dead": len(at) == 0,
             "dense": len(at) / len(column) > schema.DENSE_ABOVE,
-            "n_ctx_act": None, "n_doc_act": None, "top_token": None, "top_token_share": None, "entropy_tok": None,
-        }  # fmt: skip
+            **dict.fromkeys(("n_ctx_act", "n_doc_act", "top_token", "top_token_share", "entropy_tok")),
+        }
         if cache.tokens is not None:
             row["n_ctx_act"] = len(set(cache.ctx.numpy()[at]))
             row["n_doc_act"] = len(set(cache.doc.numpy()[at]))

@@ -18,10 +18,13 @@ D_IN, D_SAE, K, CTX_LEN, N_CONTEXTS = 12, 24, 4, 24, 10
 HOOK = "blocks.0.hook_resid_post"
 
 VOCAB: list[bytes] = [
-    b"<|endoftext|>", b" the", b" of", b"\n", b"\t", b"  ", b"", b"</script>", b"<img src=x onerror=alert(1)>",
+    b"<|endoftext|>", b" the", b" of", b"\n", b"\t", b"  ", b"", b"</script>",
+    b"<img src=x onerror=alert(1)>",
     b"&lt;", b"&amp;", b'"', b"'", b"\\", b"${x}", b"{{", "\N{GRINNING FACE}".encode()[:2],
-    "\N{GRINNING FACE}".encode()[2:], b"\xe2\x80", b"\x8d", "\u202eevil".encode(), "שלום".encode(), "é".encode(),
-    b"\xff", b"\x00", "\u200b".encode(), b" Senate", b" nation", b"*bold*", b"_under_", b"[link](javascript:x)",
+    "\N{GRINNING FACE}".encode()[2:], b"\xe2\x80", b"\x8d", "\u202eevil".encode(), "שלום".encode(),
+    "é".encode(),
+    b"\xff", b"\x00", "\u200b".encode(), b" Senate", b" nation", b"*bold*", b"_under_",
+    b"[link](javascript:x)",
     b"$math$",
 ]  # fmt: skip
 LABELS = ["1790 Washington", "1862 <b>Lincoln</b>", "1934 Roosevelt & co", "1980 Carter"]

@@ -33,7 +33,7 @@ from tests.store.small_store import (
     seed=st.integers(0, 99), contexts=st.integers(1, 8), d_sae=st.integers(1, 20), k=st.integers(1, 5),
     batch=st.integers(1, 200), group=st.integers(1, 400), text=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_a_store_equals_brute_force(seed, contexts, d_sae, k, batch, group, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("store")
     cache = SmallCache(seed, n_contexts=contexts, text=text)

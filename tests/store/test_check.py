@@ -71,8 +71,8 @@ PLANTED = {
         "DROP TABLE copy"),
     "an activation lies beyond its context": ("sae-", "UPDATE act SET pos = 99 WHERE rowid = 7"),
     "a histogram lost a count": (
-        "sae-", "UPDATE hist SET counts = list_transform(counts, lambda n, i: CASE WHEN i = 1 THEN n + 1 ELSE n END) "
-        "WHERE feature = 0"),
+        "sae-", "UPDATE hist SET counts = list_transform(counts, lambda n, i: CASE WHEN i = 1 THEN n + 1 "
+        "ELSE n END) WHERE feature = 0"),
     "a histogram is reversed": ("sae-", "UPDATE hist SET counts = list_reverse(counts) WHERE feature = 0"),
     "a histogram is missing": ("sae-", "DELETE FROM hist WHERE feature = 0"),
     "an example has another value": ("sae-", f"UPDATE example SET value = value + 1 WHERE {TOP}"),
@@ -85,14 +85,16 @@ PLANTED = {
     "an example's document is wrong": ("sae-", f"UPDATE example SET doc = (doc + 1) % 4 WHERE {TOP}"),
     "a top example was left out": ("sae-", f"DELETE FROM example WHERE {TOP}"),
     "top examples are in another order": ("sae-", "UPDATE example SET rank = 9 - rank WHERE grp = 0"),
-    "a random example is missing": ("sae-", "DELETE FROM example WHERE grp = 20 AND rank = 0 AND feature = 0"),
+    "a random example is missing": (
+        "sae-", "DELETE FROM example WHERE grp = 20 AND rank = 0 AND feature = 0"),
     "a random example is there twice": (
-        "sae-", "UPDATE example SET ctx = o.ctx, pos = o.pos, value = o.value, doc = o.doc, start = o.start, tokens = "
-        "o.tokens, acts = o.acts FROM example o WHERE example.feature = 0 AND o.feature = 0 AND example.grp = 20 AND "
-        "o.grp = 20 AND example.rank = 1 AND o.rank = 0"),
+        "sae-", "UPDATE example SET ctx = o.ctx, pos = o.pos, value = o.value, doc = o.doc, start = o.start, "
+        "tokens = o.tokens, acts = o.acts FROM example o WHERE example.feature = 0 AND o.feature = 0 "
+        "AND example.grp = 20 AND o.grp = 20 AND example.rank = 1 AND o.rank = 0"),
     "a token count is wrong": ("sae-", "UPDATE feature_token SET n = n + 1 WHERE rank = 0 AND feature = 0"),
     "a token is missing": ("sae-", "DELETE FROM feature_token WHERE rank = 1 AND feature = 0"),
-    "a share of a token is wrong": ("sae-", "UPDATE feature_token SET p_token_given_fire = 0.5 WHERE rank = 1"),
+    "a share of a token is wrong": (
+        "sae-", "UPDATE feature_token SET p_token_given_fire = 0.5 WHERE rank = 1"),
     "a lift is wrong": ("sae-", "UPDATE feature_token SET lift = lift * 2 WHERE rank = 0 AND feature = 0"),
     "a logit is not a number": ("sae-", "UPDATE logit SET value = 'nan' WHERE rank = 3 AND feature = 2"),
     "logits are out of order": ("sae-", "UPDATE logit SET value = value + 9 WHERE rank = 3 AND sign = 1"),

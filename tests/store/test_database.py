@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import duckdb
 import numpy as np
 import pytest
 
 from saebench.errors import UserError
-from saebench.store import open_store, publish, schema
+from saebench.store import check_store, open_store, publish, schema
 from saebench.store.database import insert, new_database, open_reader
 from tests.store.small_store import build_small_store
 
@@ -78,6 +80,30 @@ def test_a_full_disk_ends_in_a_sentence_and_not_in_a_store(tmp_path, monkeypatch
     assert not (store / publish.BUILDING).exists()
 
 
+LIMITED = """
+import resource, sys
+from saebench.errors import UserError
+from tests.store.small_store import build_small_store
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try:
+    build_small_store(sys.argv[1], name="second", seed=1)
+except UserError as error:
+    sys.exit("sentence: " + str(error))
+"""
+
+
+@pytest.mark.parametrize("limit", [2_000, 300_000, 1_000_000])
+def test_a_real_limit_of_the_disk(tmp_path, limit):
+    store = build_small_store(tmp_path / "store")
+    before = (store / "manifest.json").read_bytes()
+    command = [sys.executable, "-c", LIMITED, str(store), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr.startswith("sentence: no space left while writing"), done.stderr
+    assert (store / "manifest.json").read_bytes() == before
+    assert check_store(store) == []
+    assert not (store / publish.BUILDING).exists()
+
+
 def test_a_newer_format_is_refused_with_a_sentence(tmp_path):
     store = build_small_store(tmp_path / "store")
     content = json.loads((store / "manifest.json").read_text())
@@ -90,7 +116,7 @@ def test_a_newer_format_is_refused_with_a_sentence(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format_version": 1}', "null", '"x"', "\\xff"])
 def test_a_damaged_manifest_is_refused_with_a_sentence(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(UserError, match=r"manifest\.json is"):
+    with pytest.raises(UserError, match=r"manifest\.json is (not|damaged)"):
         open_store(tmp_path)
 
 
@@ -100,8 +126,11 @@ def test_a_manifest_without_a_part_is_refused(tmp_path, key):
     content = json.loads((store / "manifest.json").read_text())
     del content[key]
     (store / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="damaged"):
+    copy = store / "gen-000001" / "manifest.json"
+    with pytest.raises(UserError, match=rf"damaged .*copy {copy} over it"):
         open_store(store)
+    (store / "manifest.json").write_bytes(copy.read_bytes())
+    open_store(store).close()
 
 
 @pytest.mark.parametrize("kept", [0, 100, 5000, 0.5, 0.99])
@@ -110,7 +139,24 @@ def test_a_file_cut_short_is_refused_with_a_sentence(tmp_path, kept):
     file = next(store.rglob("sae-*.duckdb"))
     data = file.read_bytes()
     file.write_bytes(data[: kept if isinstance(kept, int) else int(len(data) * kept)])
-    with pytest.raises(UserError, match=r"bytes where its manifest says"), open_store(store) as opened:
+    with pytest.raises(UserError, match="bytes where its manifest says"):
+        open_store(store)
+
+
+def test_damaged_blocks_end_in_a_sentence(tmp_path):
+    """Bytes overwritten all over the file: each question is answered or refused with a sentence."""
+    store = build_small_store(tmp_path / "store")
+    file = next(store.rglob("sae-*.duckdb"))
+    data = bytearray(file.read_bytes())
+    for at in range(12_288, len(data), 4096):
+        data[at] ^= 0xFF
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"cannot be read|damaged"):
+        ask_everything(store)
+
+
+def ask_everything(store):
+    with open_store(store) as opened:
         for feature in range(24):
             opened.examples(feature)
             opened.activations(feature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -17,12 +18,16 @@ from saebench.store.publish import BUILDING, collect, generations, hold, read_ma
 from tests.store.small_store import build_small_store
 
 WRITER = """
-import sys
-import duckdb, pandas, pyarrow
+import os, sys
+import duckdb, pandas, pyarrow, saebench.store.examples, saebench.store.query
 from tests.store.small_store import build_small_store
-print("ready", flush=True)
-sys.stdin.readline()
-build_small_store(sys.argv[1], seed=int(sys.argv[2]))
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        build_small_store(sys.argv[1], seed=int(line))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -53,6 +58,17 @@ def test_a_generation_that_is_read_is_kept(tmp_path):
     reader.close()
     build_small_store(store, seed=5)
     assert len(list((store / "gen-000001").glob("sae-*"))) == 0
+
+
+def test_indexing_again_mends_damaged_files(tmp_path):
+    store = build_small_store(tmp_path / "store")
+    for file in store.rglob("*.duckdb"):
+        data = bytearray(file.read_bytes())
+        data[5000] ^= 1
+        file.write_bytes(data)
+    assert len(check_store(store)) == 2
+    build_small_store(store)
+    assert check_store(store) == []
 
 
 def test_the_generation_before_can_be_read_whole(tmp_path):
@@ -112,31 +128,33 @@ def test_killed_at_random_instants(tmp_path):
     build_small_store(store, seed=1)
     duration = time.perf_counter() - started
     generator = random.Random(0)
-    for attempt in range(8):
-        generation = read_manifest(store).generation
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(store), str(attempt % 3)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert writer.stdin and writer.stdout
-        writer.stdout.readline()
-        writer.stdin.write(b"go\n")
-        writer.stdin.flush()
-        time.sleep(generator.uniform(0, 1.5 * duration))
-        writer.send_signal(signal.SIGKILL)
-        writer.communicate()
-        after = read_manifest(store).generation
-        assert after in (generation, generation + 1)
-        assert check_store(store) == []
-        with open_store(store) as opened:
-            assert opened.generation == after
-            assert opened.count_features() == 24
+    command = [sys.executable, "-c", WRITER, str(store)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as writer:
+        assert writer.stdin
+        assert writer.stdout
+        for attempt in range(15):
+            generation = read_manifest(store).generation
+            writer.stdin.write(b"%d\n" % (attempt % 3))
+            writer.stdin.flush()
+            child = int(writer.stdout.readline())
+            time.sleep(generator.uniform(0, 1.2 * duration))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            assert int(writer.stdout.readline()) in (0, -signal.SIGKILL)
+            after = read_manifest(store).generation
+            assert after in (generation, generation + 1)
+            assert check_store(store) == []
+            with open_store(store) as opened:
+                assert opened.generation == after
+                assert opened.count_features() == 24
+        writer.stdin.close()
     build_small_store(store, seed=7)
     assert not (store / BUILDING).exists()
     assert check_store(store) == []
     known = {file.path for file in read_manifest(store).files()}
-    known |= {f.path for f in publish.parse_manifest(generations(store)[-2] / "manifest.json").files()}
-    assert {str(f.relative_to(store)) for f in store.rglob("*.duckdb")} == known
+    known |= {file.path for file in publish.parse_manifest(generations(store)[-2] / "manifest.json").files()}
+    assert {str(file.relative_to(store)) for file in store.rglob("*.duckdb")} == known
 
 
 def test_a_reader_that_loses_the_race_tries_again(tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ def write_runs(directory: Path, codes_NM: np.ndarray, batch: int) -> Runs:
     st.integers(1, 6),
     st.integers(1, 30),
 )
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_tables_equal_brute_force(world, batch, run_size, group_size, n, size):
     cache, codes_NM = world
     corpus = Corpus(cache)

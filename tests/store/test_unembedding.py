@@ -1,0 +1,101 @@
+"""Where the logits of a store come from, and why there are none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saebench.activations import models
+from saebench.errors import UserError
+from saebench.store.logits import find_unembedding
+from tests.store.small_store import D_IN, HOOK, VOCAB, SmallCache, small_unembedding
+
+HASH = "ab" * 32
+
+
+class Model:
+    def __init__(self, hash: str = HASH, W_U: torch.Tensor | None = None) -> None:
+        self.hash = hash
+        self._W_U = small_unembedding() if W_U is None else W_U
+
+    def residual_hook(self, hook: str) -> bool:
+        return "resid" in hook
+
+    def unembedding(self) -> torch.Tensor:
+        return self._W_U
+
+
+@pytest.fixture
+def cache():
+    cache = SmallCache()
+    cache.model = {"name": "small", "hash": HASH, "revision": "r1"}
+    return cache
+
+
+def answer(monkeypatch, model):
+    asked = []
+
+    def load(name, *, revision=None, **_):
+        asked.append((name, revision))
+        if isinstance(model, Exception):
+            raise model
+        return model
+
+    monkeypatch.setattr(models, "load_model", load)
+    return asked
+
+
+def test_the_model_of_the_cache(monkeypatch, cache):
+    asked = answer(monkeypatch, Model())
+    W_U, why = find_unembedding("cache", cache, HOOK, VOCAB)
+    assert torch.equal(W_U, small_unembedding())
+    assert why == ""
+    assert asked == [("small", "r1")]
+
+
+def test_an_embedding_padded_beyond_the_vocabulary_is_cut(monkeypatch, cache):
+    answer(monkeypatch, Model(W_U=torch.randn(D_IN, len(VOCAB) + 5)))
+    W_U, _ = find_unembedding("cache", cache, HOOK, VOCAB)
+    assert W_U.shape == (D_IN, len(VOCAB))
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [UserError("it is not there"), OSError("gone"), ImportError("no transformers"), Model(hash="cd" * 32)],
+)
+def test_a_model_of_the_cache_that_fails_leaves_logits_out_with_one_line(monkeypatch, cache, capsys, trouble):
+    answer(monkeypatch, trouble)
+    W_U, why = find_unembedding("cache", cache, HOOK, VOCAB)
+    assert W_U is None
+    assert "small" in why
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("trouble", "sentence"),
+    [
+        (UserError("no model is called x"), "no model is called x"),
+        (Model(hash="cd" * 32), "not the one that made the cache"),
+        (Model(W_U=torch.randn(D_IN + 1, len(VOCAB))), r"shape \(13, 32\)"),
+    ],
+)
+def test_a_wrong_model_that_was_asked_for_is_an_error(monkeypatch, cache, trouble, sentence):
+    answer(monkeypatch, trouble)
+    with pytest.raises(UserError, match=sentence):
+        find_unembedding("x", cache, HOOK, VOCAB)
+
+
+def test_reasons_without_a_model(monkeypatch, cache):
+    asked = answer(monkeypatch, AssertionError("no model may be loaded"))
+    assert "--model none" in find_unembedding("none", cache, HOOK, VOCAB)[1]
+    assert "no tokens" in find_unembedding("cache", SmallCache(text=False), HOOK, None)[1]
+    cache.model = None
+    assert "does not say" in find_unembedding("cache", cache, HOOK, VOCAB)[1]
+    assert asked == []
+
+
+def test_only_the_residual_stream_has_direct_logits(monkeypatch, cache):
+    answer(monkeypatch, Model())
+    W_U, why = find_unembedding("cache", cache, "blocks.0.mlp.hook_post", VOCAB)
+    assert W_U is None
+    assert "residual stream" in why
