@@ -45,7 +45,7 @@ def test_the_url_filters_and_the_controls_show_it(visit: Visit, small_store: Pat
     with open_store(small_store) as store:
         expected = store.features(
             ranges={"density": (10**-1.5, None), "max_act": (None, 9)},
-            flags={"dead": False, "dense": True},
+            flags={"dead": False, "dense": False},
             text="a",
         )
     assert column(app, "feature") == expected["feature"].tolist() != []
