@@ -93,3 +93,23 @@ def save_tiny_tokenizer(folder: Path, text: Path) -> None:
     tokenizer.train_from_iterator([text.read_text("utf-8")], trainer)
     end = "<|endoftext|>"
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, tiny_text: Path
+) -> ActivationCache:
+    """The whole tiny text seen by the tiny model at two hooks: fp32, contexts of 32 tokens."""
+    from saebench.activations.harvest import harvest
+
+    return harvest(
+        model=str(tiny_model_folder),
+        text=str(tiny_text),
+        hook=TINY_HOOKS,
+        tokens=1_000_000,
+        ctx=32,
+        dtype="fp32",
+        shard_rows=32_768,
+        out=tmp_path_factory.mktemp("caches") / "tiny",
+        quiet=True,
+    )

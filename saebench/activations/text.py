@@ -42,7 +42,7 @@ def read_documents(name: str, *, column: str = "text", split: str = "train") -> 
 
     ``name`` is one of
 
-    - 'sotu': State-of-the-Union addresses, in an order mixed by hash, so that the first few are a sample;
+    - 'sotu': State-of-the-Union addresses, shuffled by hash, so that the first few are a sample;
     - a local .jsonl, .json, .parquet or .csv file: a document a row, in ``column``;
     - any other local file: plain UTF-8 text, cut at blank lines into documents of 4,000 characters or more
       (one document would be held out, or not, as a whole);
@@ -155,7 +155,17 @@ def _labelled_addresses(rows: Iterator[Mapping[str, Any]]) -> Iterator[Document]
 
 
 def _mixed(documents: Iterable[Document]) -> list[Document]:
-    return sorted(documents, key=lambda document: hashlib.sha256(document.text.encode()).digest()[8:])
+    """Shuffled by hash, held-out documents spread evenly, so that the first few documents have some."""
+    shuffled = sorted(documents, key=lambda document: hashlib.sha256(document.text.encode()).digest()[8:])
+    groups: dict[bool, list[Document]] = {True: [], False: []}
+    for document in shuffled:
+        groups[is_held_out(document.text)].append(document)
+    placed = [
+        ((i + (0.2 if held_out else 0.5)) / len(group), document)
+        for held_out, group in groups.items()
+        for i, document in enumerate(group)
+    ]
+    return [document for _, document in sorted(placed, key=lambda pair: pair[0])]
 
 
 def _sections(path: Path) -> Iterator[Document]:

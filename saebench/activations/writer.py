@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -97,14 +98,22 @@ class CacheWriter:
             ColumnGroup(self, group, {name: columns[name] for name in names}, shard_rows, done[group])
             for group, names in groups.items()
         )
-        self._shard_rows = shard_rows
+        self._types, self._shard_rows = columns, shard_rows
         self._flushing: Future[None] | None = None
 
     def __enter__(self) -> CacheWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._executor.shutdown(wait=True)
+        if kind is not None and not self.rows.shards and not self.contexts.shards:
+            self._clear()
+
+    def _clear(self) -> None:
+        """Nothing to go on from: leave the place free for another try with other settings."""
+        for name in self._types:
+            shutil.rmtree(self.path / name.split("/")[0], ignore_errors=True)
+        (self.path / JOURNAL_NAME).unlink(missing_ok=True)
 
     def finish(self, files: Mapping[str, bytes]) -> None:
         """Write what is left, the other ``files``, and the manifest that makes the cache complete."""

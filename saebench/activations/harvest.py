@@ -1,0 +1,280 @@
+"""Harvest: run a model over text once and keep its activations at one or more hooks.
+
+Shapes: B contexts, T = ctx positions, N rows kept, D width of a hook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saebench.activations.background import work_ahead
+from saebench.activations.cache import ActivationCache, open_cache, vocab_bytes
+from saebench.activations.manifest import HOOK_PREFIX, LABELS_FILE, VOCAB_FILE, ColumnType
+from saebench.activations.models import Model, ModelInfo, load_model, peek_model
+from saebench.activations.packing import Batch, batches, pack
+from saebench.activations.shards import TORCH_DTYPES, row_bytes
+from saebench.activations.text import Document, read_documents, text_fingerprint
+from saebench.activations.tokens import Tokens
+from saebench.activations.writer import CacheWriter, inspect_target
+from saebench.config import HarvestConfig, station
+from saebench.device import pick_device
+from saebench.errors import UserError
+from saebench.files import directory_lock, human_bytes, require_disk
+from saebench.progress import progress
+
+_BATCHES_AHEAD = 4
+_FLOPS_PER_SECOND = {"cpu": 4e10, "cuda": 2e13}  # for the forecast; a core, a GPU
+
+
+@station(HarvestConfig)
+def harvest(config: HarvestConfig) -> ActivationCache:
+    """Run ``config.model`` over ``config.text`` and write an activation cache to ``config.out``.
+
+    Documents are joined by the end-of-text token and packed into contexts of ``ctx`` tokens, held-out
+    documents apart from the others; position 0 of each context is dropped unless ``keep_first``. Harvesting
+    ends after ``tokens`` rows (held-out rows included) or with the text. Everything that can be is checked
+    before the model is loaded.
+
+    A killed harvest goes on where it stopped when the same call is made again, and ends with the same bytes
+    as one left in peace; a finished one is opened as it is. The model computes in float32 on a CPU and in
+    the stored type on a GPU.
+
+    Raises:
+        UserError: an unknown model, text, hook or device, a context longer than the model's, a hook with NaN
+            or infinite activations, a full disk or GPU, or an ``out`` that holds something else.
+    """
+    info = peek_model(config.model, revision=config.revision)
+    for hook in config.hook:
+        info.check_hook(hook)
+    device = pick_device(config.device)
+    compute = "fp32" if device.type == "cpu" else config.dtype
+    tokens = Tokens(info)
+    bos = _bos(config, info, tokens)
+    if info.n_ctx is not None and config.ctx > info.n_ctx:
+        raise UserError(
+            f"--ctx is {config.ctx} but {info.name} reads at most {info.n_ctx} tokens; lower --ctx"
+        )
+    identity = {
+        "model": {**info.to_json(), "dtype": compute, "device": device.type},
+        "text": text_fingerprint(config.text, column=config.column, split=config.split),
+        "settings": {
+            "hook": list(config.hook),
+            "tokens": config.tokens,
+            "ctx": config.ctx,
+            "dtype": config.dtype,
+            "batch_size": config.batch_size,
+            "keep_first": config.keep_first,
+            "bos": bos is not None,
+            "shard_rows": config.shard_rows,
+        },
+    }
+    if inspect_target(config.out, identity) == "complete":
+        _say(config, f"{config.out} is complete already; nothing to do")
+        return open_cache(config.out)
+    _forecast(config, info, device)
+    with directory_lock(config.out, what="the activation cache"):
+        state = inspect_target(config.out, identity)
+        if state == "complete":  # another process finished it just now
+            return open_cache(config.out)
+        model = load_model(config.model, revision=config.revision, device=device, dtype=compute)
+        columns = _columns(config, model)
+        with CacheWriter(
+            config.out,
+            kind="harvest",
+            hooks=config.hook,
+            columns=columns,
+            shard_rows=config.shard_rows,
+            identity=identity,
+        ) as writer:
+            if state == "unfinished":
+                _say(config, f"resuming {config.out} at row {writer.rows.keeps:,}")
+            labels = _write_rows(config, model, tokens, bos, writer)
+            files = {VOCAB_FILE: vocab_bytes(tokens.bytes())}
+            if any(labels):
+                files[LABELS_FILE] = (json.dumps(labels, ensure_ascii=False) + "\n").encode()
+            writer.finish(files)
+    cache = open_cache(config.out)
+    _warn_of_shortage(config, cache)
+    return cache
+
+
+def _write_rows(
+    config: HarvestConfig, model: Model, tokens: Tokens, bos: int | None, writer: CacheWriter
+) -> list[str]:
+    """Feed the text through the model into the writer; returns the labels of the documents used.
+
+    Batches whose rows are on disk already are counted without running the model. One batch computes on a
+    GPU while the one before is stored.
+    """
+    labels: list[str] = []
+    last_document = -1
+    kept = writer.rows.keeps
+    with (
+        contextlib.closing(work_ahead(_batches(config, tokens, bos, labels), _BATCHES_AHEAD)) as made,
+        progress("harvest", total=config.tokens, unit="tok", initial=kept, quiet=config.quiet) as bar,
+    ):
+        pending: tuple[Batch, dict[str, Tensor]] | None = None
+        for batch in made:
+            last_document = max(last_document, *(int(context.docs.max()) for context in batch.contexts))
+            first_context = writer.contexts.position
+            writer.contexts.append(_context_columns(batch))
+            if writer.rows.position + batch.n_rows <= kept:
+                writer.rows.skip(batch.n_rows)
+                continue
+            computed = _activations(config, model, batch)
+            if pending is not None:
+                _store(config, writer, *pending)
+                bar.update(pending[0].n_rows)
+            pending = batch, {**computed, **_row_columns(batch, first_context)}
+        if pending is not None:
+            _store(config, writer, *pending)
+            bar.update(pending[0].n_rows)
+    if writer.rows.position == 0:
+        raise UserError(f"--text {config.text} is too short: it has no token after the first; give more text")
+    return labels[: last_document + 1]
+
+
+def _batches(config: HarvestConfig, tokens: Tokens, bos: int | None, labels: list[str]) -> Iterator[Batch]:
+    def labelled() -> Iterator[Document]:
+        for document in read_documents(config.text, column=config.column, split=config.split):
+            labels.append(document.label)
+            yield document
+
+    contexts = pack(labelled(), tokens.encode, ctx=config.ctx, separator=tokens.separator, bos=bos)
+    return batches(
+        contexts,
+        ctx=config.ctx,
+        batch_size=config.batch_size,
+        keep_first=config.keep_first,
+        max_rows=config.tokens,
+    )
+
+
+def _activations(config: HarvestConfig, model: Model, batch: Batch) -> dict[str, Tensor]:
+    """Rows [N, D] of every hook in the type they are stored in, still on the model's device."""
+    tokens_BT = torch.from_numpy(batch.tokens_BT)
+    found = model.run_to(tokens_BT, config.hook)
+    index_N = torch.from_numpy(np.flatnonzero(batch.keep_BT)).to(model.device)
+    dtype = TORCH_DTYPES[config.dtype]
+    return {HOOK_PREFIX + hook: found[hook].flatten(0, 1)[index_N].to(dtype) for hook in config.hook}
+
+
+def _store(config: HarvestConfig, writer: CacheWriter, batch: Batch, rows: Mapping[str, Tensor]) -> None:
+    here = {name: column.cpu() for name, column in rows.items()}
+    for hook in config.hook:
+        _require_finite(config, hook, here[HOOK_PREFIX + hook], here["ctx"], here["pos"])
+    writer.rows.append(here)
+
+
+def _require_finite(config: HarvestConfig, hook: str, rows_ND: Tensor, ctx_N: Tensor, pos_N: Tensor) -> None:
+    bad_N = ~torch.isfinite(rows_ND).all(dim=1)
+    if bad_N.any():
+        row = int(bad_N.nonzero()[0])
+        way_out = "try --dtype fp32" if config.dtype != "fp32" else "the model itself computes them"
+        raise UserError(
+            f"activations at {hook} hold NaN or infinity (context {int(ctx_N[row])}, "
+            f"position {int(pos_N[row])}); {way_out}"
+        )
+
+
+def _row_columns(batch: Batch, first_context: int) -> dict[str, Tensor]:
+    """The columns beside the activations, [N] each."""
+    docs_BT = np.zeros_like(batch.tokens_BT)
+    for row, context in zip(docs_BT, batch.contexts, strict=True):
+        row[: len(context)] = context.docs
+    b, t = np.nonzero(batch.keep_BT)
+    held_out_B = np.array([context.held_out for context in batch.contexts])
+    columns = {
+        "token": batch.tokens_BT[b, t],
+        "doc": docs_BT[b, t],
+        "ctx": (b + first_context).astype(np.int32),
+        "pos": t.astype(np.int32),
+        "held_out": held_out_B[b],
+    }
+    return {name: torch.from_numpy(column) for name, column in columns.items()}
+
+
+def _context_columns(batch: Batch) -> dict[str, Tensor]:
+    lengths = [len(context) for context in batch.contexts]
+    return {
+        "context_tokens": torch.from_numpy(batch.tokens_BT),
+        "context_len": torch.tensor(lengths, dtype=torch.int32),
+    }
+
+
+def _columns(config: HarvestConfig, model: Model) -> dict[str, ColumnType]:
+    hooks = {HOOK_PREFIX + h: ColumnType(config.dtype, (model.hook_dim(h),)) for h in config.hook}
+    int32 = ColumnType("int32")
+    return {
+        **hooks,
+        "token": int32,
+        "doc": int32,
+        "ctx": int32,
+        "pos": int32,
+        "held_out": ColumnType("bool"),
+        "context_tokens": ColumnType("int32", (config.ctx,)),
+        "context_len": int32,
+    }
+
+
+def _bos(config: HarvestConfig, info: ModelInfo, tokens: Tokens) -> int | None:
+    """The token with which every context begins, or None."""
+    if config.bos == "never" or (config.bos == "auto" and not tokens.adds_bos()):
+        return None
+    if tokens.bos is None:
+        raise UserError(f"--bos always: the tokenizer of {info.name} has no BOS token; use --bos never")
+    return tokens.bos
+
+
+def _forecast(config: HarvestConfig, info: ModelInfo, device: torch.device) -> None:
+    """Say what the harvest will cost, and refuse one that does not fit on the disk."""
+    usual = info.usual_hooks()
+    widths = [usual.get(hook, info.d_model) for hook in config.hook]
+    row = sum(row_bytes(config.dtype, (width,)) for width in widths) + 17
+    contexts = -(-config.tokens // (config.ctx - 1))
+    disk = config.tokens * row + contexts * (config.ctx + 1) * 4
+    layers = max(
+        (int(m[1]) + 1 if (m := re.match(r"blocks\.(\d+)", h)) else info.n_layers) for h in config.hook
+    )
+    weights = layers * info.d_model * (4 * info.d_model + 3 * info.d_mlp)
+    memory = (
+        4 * (weights + 2 * info.vocab_size * info.d_model) + 2 * min(config.shard_rows, config.tokens) * row
+    )
+    speed = _FLOPS_PER_SECOND[device.type] * (torch.get_num_threads() if device.type == "cpu" else 1)
+    minutes = 2 * weights * config.tokens / speed / 60
+    time = f"{minutes:.0f} min" if minutes >= 1 else "a minute"
+    _say(
+        config,
+        f"harvest: up to {config.tokens:,} rows of {' + '.join(map(str, widths))} values from {info.name}; "
+        f"disk {human_bytes(disk)}, memory about {human_bytes(memory + 5e8)}, time about {time} on {device}",
+    )
+    require_disk(config.out, disk, what=f"the activation cache of {config.tokens:,} tokens")
+
+
+def _warn_of_shortage(config: HarvestConfig, cache: ActivationCache) -> None:
+    if cache.n_rows < config.tokens:
+        print(
+            f"warning: the text ended after {cache.n_rows:,} rows of the {config.tokens:,} asked for",
+            file=sys.stderr,
+        )
+    held_out = int(cache.held_out.sum())
+    if held_out in (0, cache.n_rows):
+        some = "none" if held_out == 0 else "all"
+        print(
+            f"warning: {some} of the {cache.n_rows:,} rows are held out (1 document in 20 is); "
+            "harvest more documents before training or evaluating on this cache",
+            file=sys.stderr,
+        )
+
+
+def _say(config: HarvestConfig, text: str) -> None:
+    if not config.quiet:
+        print(text, file=sys.stderr)

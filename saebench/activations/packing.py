@@ -1,0 +1,129 @@
+"""Documents into contexts: laid end to end, cut into equal pieces, held-out text apart from the rest.
+
+Shapes: B contexts, T = ctx positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from saebench.activations.text import Document, is_held_out
+
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the model reads at once: ``tokens`` and ``docs`` [length], the document of each token."""
+
+    tokens: Int32
+    docs: Int32
+    held_out: bool
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def cut(self, length: int) -> Context:
+        return Context(self.tokens[:length], self.docs[:length], self.held_out)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Contexts for one forward pass, and which of their positions become rows.
+
+    ``tokens_BT`` int32, 0 beyond each context's length; ``keep_BT`` bool.
+    """
+
+    contexts: Sequence[Context]
+    tokens_BT: Int32
+    keep_BT: npt.NDArray[np.bool_]
+
+    @property
+    def n_rows(self) -> int:
+        return int(self.keep_BT.sum())
+
+
+def pack(
+    documents: Iterable[Document],
+    encode: Callable[[str], Sequence[int]],
+    *,
+    ctx: int,
+    separator: int,
+    bos: int | None = None,
+) -> Iterator[Context]:
+    """Contexts of ``ctx`` tokens, in the order in which they fill up.
+
+    Each document is followed by ``separator``, which counts as a part of it. Held-out documents and the
+    others run in two separate streams, so no context mixes them; what is left of each at the end is a
+    shorter context. With ``bos`` every context begins with that token, which belongs to the document of the
+    token after it. Documents are numbered from 0 as they are read.
+    """
+    width = ctx - (bos is not None)
+    streams = {False: _Stream(width, bos), True: _Stream(width, bos)}
+    for number, document in enumerate(documents):
+        held_out = is_held_out(document.text)
+        ids = np.array([*encode(document.text), separator], dtype=np.int32)
+        for tokens, docs in streams[held_out].push(ids, number):
+            yield Context(tokens, docs, held_out)
+    for held_out, stream in streams.items():
+        for tokens, docs in stream.rest():
+            yield Context(tokens, docs, held_out)
+
+
+class _Stream:
+    def __init__(self, width: int, bos: int | None) -> None:
+        self._width, self._bos = width, bos
+        self._tokens = np.empty(0, np.int32)
+        self._docs = np.empty(0, np.int32)
+
+    def push(self, ids: Int32, document: int) -> Iterator[tuple[Int32, Int32]]:
+        tokens = np.concatenate([self._tokens, ids])
+        docs = np.concatenate([self._docs, np.full(len(ids), document, np.int32)])
+        whole = len(tokens) // self._width * self._width
+        self._tokens, self._docs = tokens[whole:].copy(), docs[whole:].copy()
+        for start in range(0, whole, self._width):
+            yield self._context(tokens[start : start + self._width], docs[start : start + self._width])
+
+    def rest(self) -> Iterator[tuple[Int32, Int32]]:
+        if len(self._tokens):
+            yield self._context(self._tokens, self._docs)
+
+    def _context(self, tokens: Int32, docs: Int32) -> tuple[Int32, Int32]:
+        if self._bos is None:
+            return tokens, docs
+        return np.insert(tokens, 0, self._bos), np.insert(docs, 0, docs[0])
+
+
+def batches(
+    contexts: Iterable[Context], *, ctx: int, batch_size: int, keep_first: bool, max_rows: int
+) -> Iterator[Batch]:
+    """Group contexts into batches, until exactly ``max_rows`` rows are kept (the last context is cut)."""
+    dropped = 0 if keep_first else 1
+    n_rows, gathered = 0, []
+    for context in contexts:
+        context = context.cut(max_rows - n_rows + dropped)
+        if len(context) <= dropped:
+            continue
+        gathered.append(context)
+        n_rows += len(context) - dropped
+        if len(gathered) == batch_size or n_rows == max_rows:
+            yield _batch(gathered, ctx, dropped)
+            gathered = []
+        if n_rows == max_rows:
+            return
+    if gathered:
+        yield _batch(gathered, ctx, dropped)
+
+
+def _batch(contexts: list[Context], ctx: int, dropped: int) -> Batch:
+    tokens_BT = np.zeros((len(contexts), ctx), np.int32)
+    for row, context in zip(tokens_BT, contexts, strict=True):
+        row[: len(context)] = context.tokens
+    lengths = np.array([len(context) for context in contexts])
+    positions = np.arange(ctx)
+    keep_BT = (positions >= dropped) & (positions < lengths[:, None])
+    return Batch(contexts, tokens_BT, keep_BT)

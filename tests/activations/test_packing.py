@@ -1,0 +1,64 @@
+"""Packing loses no token, mixes no streams, and stops at exactly as many rows as were asked for."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saebench.activations.packing import batches, pack
+from saebench.activations.text import Document, is_held_out
+
+SEPARATOR, BOS = 1000, 1001
+
+
+def encode(text: str) -> list[int]:
+    return [ord(char) for char in text]
+
+
+texts = st.lists(st.text(st.characters(codec="ascii"), max_size=30), max_size=40)
+
+
+@given(texts, st.integers(2, 12), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_contexts_spell_the_documents(texts, ctx, with_bos):
+    documents = [Document(text) for text in texts]
+    bos = BOS if with_bos else None
+    contexts = list(pack(documents, encode, ctx=ctx, separator=SEPARATOR, bos=bos))
+    for held_out in (False, True):
+        stream = [context for context in contexts if context.held_out == held_out]
+        numbers = [i for i, text in enumerate(texts) if is_held_out(text) == held_out]
+        assert all(len(context) == ctx for context in stream[:-1])
+        bodies = [context.tokens[with_bos:].tolist() for context in stream]
+        expected = [[*encode(texts[i]), SEPARATOR] for i in numbers]
+        assert list(itertools.chain(*bodies)) == list(itertools.chain(*expected))
+        docs = itertools.chain(*(context.docs[with_bos:].tolist() for context in stream))
+        assert list(docs) == [i for i, ids in zip(numbers, expected, strict=True) for _ in ids]
+        assert all(context.docs[0] == context.docs[int(with_bos)] for context in stream)
+        assert all((context.tokens[0] == BOS) == with_bos for context in stream)
+
+
+@given(texts, st.integers(2, 12), st.integers(1, 5), st.booleans(), st.integers(1, 300))
+@settings(max_examples=200, deadline=None)
+def test_batches_keep_the_rows_asked_for(texts, ctx, batch_size, keep_first, max_rows):
+    def contexts():
+        return pack((Document(text) for text in texts), encode, ctx=ctx, separator=SEPARATOR)
+
+    def rows(limit):
+        made = batches(contexts(), ctx=ctx, batch_size=batch_size, keep_first=keep_first, max_rows=limit)
+        found, shapes = [], []
+        for batch in made:
+            shapes.append(batch.tokens_BT.shape)
+            found += batch.tokens_BT[batch.keep_BT].tolist()
+            lengths = np.array([len(context) for context in batch.contexts])
+            assert (batch.tokens_BT[np.arange(ctx) >= lengths[:, None]] == 0).all()
+            assert (lengths > (not keep_first)).all()
+        assert all(shape == (batch_size, ctx) for shape in shapes[:-1])
+        return found
+
+    everything = rows(10**9)
+    kept = [context.tokens[0 if keep_first else 1 :].tolist() for context in contexts()]
+    assert everything == list(itertools.chain(*kept))
+    assert rows(max_rows) == everything[:max_rows]
