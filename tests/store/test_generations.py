@@ -133,7 +133,7 @@ def test_killed_at_random_instants(tmp_path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as writer:
         assert writer.stdin
         assert writer.stdout
-        for attempt in range(15):
+        for attempt in range(10):
             generation = read_manifest(store).generation
             writer.stdin.write(b"%d\n" % (attempt % 3))
             writer.stdin.flush()
