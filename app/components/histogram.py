@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 HOT = "#e8770c"
 """The colour of activation, as in ``static/base.css``."""
+
+LOWEST = -0.2
+"""log10 of where the counts' axis begins: a bin with one token is still seen."""
 
 
 def histogram(bins: pd.DataFrame, *, key: str) -> None:
@@ -33,6 +37,7 @@ def histogram(bins: pd.DataFrame, *, key: str) -> None:
         "yaxis": {
             "type": "log",
             "dtick": 1,
+            "range": [LOWEST, max(math.log10(max(bins["count"].max(), 1)) + 0.1, 0.5)],
             "title": {"text": "tokens (log)"},
             "automargin": True,
             "fixedrange": True,

@@ -24,7 +24,10 @@ def sidebar(here: Here) -> None:
                 query = here.view.query(f=f)
             st.page_link(page, query_params=query)
         _pick_sae(here)
-        statistics(quality(here.store.info()), key="quality", small=True)
+        info = here.store.info()
+        statistics(quality(info), key="quality", small=True)
+        for at, sentence in enumerate(absences(info["missing"])):
+            notice(sentence, key=f"missing{at}")
         _new_generation(here)
 
 
@@ -56,6 +59,14 @@ def quality(info: dict[str, Any]) -> list[Statistic]:
         variance,
         score,
     ]
+
+
+def absences(missing: dict[str, str]) -> list[str]:
+    """A sentence for each reason for which tables are absent."""
+    reasons: dict[str, list[str]] = {}
+    for table, why in missing.items():
+        reasons.setdefault(why.rstrip("."), []).append(table.replace("_", " "))
+    return [f"Without {', '.join(tables)}: {why}." for why, tables in reasons.items()]
 
 
 def _pick_sae(here: Here) -> None:

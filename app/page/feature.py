@@ -47,18 +47,19 @@ def _header(here: Here, row: dict[str, Any]) -> None:
     view, feature = here.view, row["feature"]
     before, after = here.store.neighbours_in_order(feature, **view.filters(), **view.order())
     st.session_state["goto"] = feature
-    with st.container(horizontal=True, vertical_alignment="center", key="header"):
-        st.title(f"Feature {feature}", width="content")
-        for flag in ("dead", "dense"):
-            if row[flag]:
-                st.badge(flag, color="gray")
-        st.space("stretch")
-        _step(here, "Previous", before, "Left")
-        _step(here, "Next", after, "Right")
-        st.number_input(
-            "Go to feature", 0, here.store.info()["d_sae"] - 1, key="goto", width=120,
-            label_visibility="collapsed", on_change=lambda: here.show(view, f=st.session_state["goto"]),
-        )  # fmt: skip
+    with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
+        with st.container(horizontal=True, vertical_alignment="center", width="content"):
+            st.title(f"Feature {feature}", width="content")
+            for flag in ("dead", "dense"):
+                if row[flag]:
+                    st.badge(flag, color="gray")
+        with st.container(horizontal=True, vertical_alignment="center", width="content"):
+            _step(here, "Previous", before, "Left")
+            _step(here, "Next", after, "Right")
+            st.number_input(
+                "Go to feature", 0, here.store.info()["d_sae"] - 1, key="goto", width=120,
+                label_visibility="collapsed", on_change=lambda: here.show(view, f=st.session_state["goto"]),
+            )  # fmt: skip
 
 
 def _step(here: Here, label: str, to: int | None, shortcut: str) -> None:
@@ -90,7 +91,8 @@ def _statistics(row: dict[str, Any], here: Here) -> list[Statistic]:
 def _examples(here: Here, row: dict[str, Any]) -> None:
     view, feature = here.view, row["feature"]
     if not here.store.has("context"):
-        notice("No examples: " + _why(here, "context"), key="no-examples")
+        st.subheader("Examples")
+        notice(_why(here, "context"), key="no-examples")
         return
     group = view.group if view.group in GROUPS else "top"
     st.session_state.update({"group": group, "window": view.window})

@@ -1,4 +1,4 @@
-"""Store: which SAEs it holds, how good they are, over which text, and what is absent and why."""
+"""Store: which SAEs it holds, how good they are, over which text, and how to add one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import streamlit as st
 
-from saebench_app.components.notice import notice
 from saebench_app.components.sidebar import quality
 from saebench_app.components.statistics import Statistic, statistics
 from saebench_app.components.table import Cell, Heading, table
@@ -24,8 +23,6 @@ def show(here: Here) -> None:
     statistics(_extent(info), key="extent")
     st.subheader("SAEs")
     table(HEADINGS, [_row(name) for name in here.store.saes], name="SAEs of this store", key="saes")
-    for number, (name, why) in enumerate(info["missing"].items()):
-        notice(f"No {name.replace('_', ' ')} table for {here.store.sae}: {why}.", key=f"missing{number}")
     st.subheader("Add an SAE")
     st.code(f"saebench index RUN --cache CACHE --out {here.store.path}", language="text", wrap_lines=True)
 

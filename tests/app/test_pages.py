@@ -155,7 +155,7 @@ def test_a_store_without_text_says_what_it_lacks(visit: Visit, textless_store: P
         assert data is not None
         assert "top token" not in [heading["label"] for heading in data["headings"]]
     else:
-        notice = shown(app, "missing0" if page == "store" else "no-tokens")
+        notice = shown(app, "no-tokens" if page == "feature" else "missing0")
         assert notice is not None
         assert "imported without tokens" in notice["text"]
 

@@ -14,7 +14,7 @@ from tests.end_to_end.serving import CHROMIUM, browser, served, settle
 from tests.store.small_store import build_small_store
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, ConsoleMessage, Page
+    from playwright.sync_api import BrowserContext, ConsoleMessage, Page
 
 if CHROMIUM is None:
     if os.environ.get("CI") == "true":
@@ -39,9 +39,10 @@ def address(small_store: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def chromium() -> Iterator[Browser]:
+def context() -> Iterator[BrowserContext]:
+    """One for all tests: its pages share what the browser has loaded already."""
     with browser() as chromium:
-        yield chromium
+        yield chromium.new_context(viewport={"width": 1366, "height": 900})
 
 
 @dataclass
@@ -79,13 +80,12 @@ class Visitor:
 
 
 @pytest.fixture
-def visitor(chromium: Browser, address: str) -> Iterator[Visitor]:
+def visitor(context: BrowserContext, address: str) -> Iterator[Visitor]:
     """A fresh visitor; afterwards it must have seen no error, dialog or request to another machine."""
-    context = chromium.new_context(viewport={"width": 1366, "height": 900})
     visitor = Visitor(context.new_page(), address)
     visitor.watch()
     try:
         yield visitor
     finally:
-        context.close()
+        visitor.page.close()
     assert (visitor.foreign, visitor.errors, visitor.dialogs) == ([], [], [])

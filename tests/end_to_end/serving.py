@@ -25,12 +25,21 @@ FLAGS = (
     "--no-first-run",
     "--disable-gpu",
 )
-IDLE = '[data-testid="stApp"][data-test-script-state="notRunning"]'
-DRAWN = """() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(
-    !document.querySelector('[data-testid="stSkeleton"]') &&
-    [...document.querySelectorAll('[data-testid="stBidiComponentIsolated"]')]
-        .every(host => host.shadowRoot?.querySelector('.root'))
-))))"""
+QUIET = """() => new Promise((done, fail) => {
+    const drawn = () =>
+        document.querySelector('[data-testid="stApp"][data-test-script-state="notRunning"]') &&
+        !document.querySelector('[data-testid="stSkeleton"]') &&
+        [...document.querySelectorAll('[data-testid="stBidiComponentIsolated"]')]
+            .every(host => host.shadowRoot?.querySelector('.root'))
+    let timer
+    const wait = () => { clearTimeout(timer); timer = setTimeout(look, 150) }
+    const look = () => drawn() ? (observer.disconnect(), done()) : wait()
+    const observer = new MutationObserver(wait)
+    observer.observe(document, { subtree: true, childList: true, attributes: true })
+    setTimeout(() => fail(new Error("the page does not settle")), 30000)
+    wait()
+})"""
+"""Resolves once the server has said all of the page, all elements are drawn and nothing moves any more."""
 
 
 @contextlib.contextmanager
@@ -65,6 +74,5 @@ def browser() -> Iterator[Browser]:
 
 
 def settle(page: Page) -> None:
-    """Wait until the server has said all of the page and the browser has drawn it."""
-    page.wait_for_selector(IDLE)
-    page.wait_for_function(DRAWN)
+    """Wait until the page shows all that the server has to say."""
+    page.evaluate(QUIET)
