@@ -14,7 +14,7 @@ from saebench.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SMALLER = {"tokens=200_000": "tokens=20_000", "tokens=1_000_000": "tokens=100_000", "d_sae=1024": "d_sae=256"}
+SMALLER = {"tokens=200_000": "tokens=40_000", "tokens=1_000_000": "tokens=100_000", "d_sae=1024": "d_sae=256"}
 
 
 def commands() -> set[str]:

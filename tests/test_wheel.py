@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,10 @@ def pip(*words: str) -> None:
 
 
 def capture(program: Path, *words: str, cwd: Path | None = None) -> str:
-    done = subprocess.run([program, *words], capture_output=True, text=True, cwd=cwd, check=False)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [program, *words], capture_output=True, text=True, cwd=cwd, env=one_thread, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -1,0 +1,114 @@
+"""The demo on a tiny model: what it leaves, what it does when it is called again."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import saebench as sb
+from saebench.cli import main
+from saebench.demo import _snippet
+
+HOOK = "blocks.0.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def words(tiny_model_folder: Path, tiny_text: Path) -> list[str]:
+    settings = (
+        "--ctx 32 --harvest-tokens 1e5 --d-sae 32 --k 4 --batch-size 128 --eval-tokens 100 --device cpu"
+    )
+    return [
+        "demo",
+        "--model",
+        str(tiny_model_folder),
+        "--text",
+        str(tiny_text),
+        "--hook",
+        HOOK,
+        *settings.split(),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    assert main([*words, "--tokens", "5e3", "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+def test_it_leaves_a_cache_a_run_and_a_store(finished: Path) -> None:
+    assert sb.open_cache(finished / "cache").hooks == [HOOK]
+    [run] = (finished / "runs").iterdir()
+    report = json.loads((run / "eval.json").read_text())
+    assert report["ce_spliced"] > 0
+    with sb.open_store(finished / "store") as store:
+        assert store.info()["eval"] == report
+        assert store.has("logit")
+
+
+def test_called_again_it_does_nothing_and_shows_the_same(
+    finished: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.suffix != ".lock"}
+    call = [*words, "--tokens", "5e3", "--out", str(finished)]
+    assert main([*call, "--json"]) == 0
+    output = capsys.readouterr()
+    assert output.err.count("already done") == 4
+    report = json.loads(output.out)
+    assert set(report["seconds"]) == {"harvest", "train", "eval", "index"}
+    assert report["peak_memory_bytes"] > 2**20
+    assert all(len(shown["tokens"]) > 0 and "[" in shown["example"] for shown in report["features"])
+    assert main(call) == 0
+    shown = capsys.readouterr().out
+    assert f"saebench explore {finished / 'store'}" in shown
+    assert "explained_variance" in shown
+    unchanged = {
+        path: path.stat().st_mtime_ns for path in before if path.is_file() and path.name != "demo.json"
+    }
+    assert unchanged.items() <= before.items()
+
+
+def test_a_lost_stage_is_made_again(
+    finished: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (finished / "store" / "manifest.json").unlink()
+    assert main([*words, "--tokens", "5e3", "--out", str(finished)]) == 0
+    assert capsys.readouterr().err.count("already done") == 3
+
+
+def test_other_settings_need_another_directory(
+    finished: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "--tokens", "6e3", "--out", str(finished)]) == 2
+    assert "--tokens 5000, this call says 6000" in capsys.readouterr().err
+
+
+def test_killed_in_training_it_goes_on_and_ends_the_same(
+    finished: Path, words: list[str], tmp_path: Path
+) -> None:
+    call = [*words, "--tokens", "5e3", "--quiet", "--out", str(tmp_path / "out")]
+    killed = subprocess.Popen([sys.executable, "-m", "saebench.cli", *call])
+    try:
+        run = tmp_path / "out" / "runs" / "topk-32-k4"
+        while killed.poll() is None and not (run / "run.json").exists():
+            time.sleep(0.01)
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out" / "store").exists()
+    assert main(call) == 0
+    weights = "runs/topk-32-k4/sae.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (finished / weights).read_bytes()
+
+
+def test_the_snippet_marks_its_token() -> None:
+    pieces = [f" {i}" for i in range(30)]
+    assert _snippet(pieces, 10, around=2) == "8 9[ 10] 11 12"
+    assert _snippet(["a\n\n", "b"], 1) == "a [b]"
