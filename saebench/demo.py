@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from saebench.store.query import FeatureStore
 
 DIARY = "demo.json"
+STAGES = ("harvest", "train", "eval", "index")
 HOOKS = {"demo": DEMO_HOOK, "smollm2": "blocks.8.hook_resid_post"}
 STEPS_BETWEEN_CHECKPOINTS = 200
 SHOWN_FEATURES = 5
 SHOWN_TOKENS = 6
-MIDDLING = {"density": (2e-4, 2e-2), "entropy_tok": (1.0, 6.0)}
+MIDDLING: dict[str, tuple[float | None, float | None]] = {"density": (2e-4, 5e-3), "entropy_tok": (3.0, 5.0)}
 """Features worth showing first: neither rare nor everywhere, and on a handful of different tokens."""
 _MAY_CHANGE = {"out", "explore", "port", "device", "quiet"}
 
@@ -162,7 +163,7 @@ class _Diary:
                 raise UserError(
                     f"{out} holds a demo with {flag} {before}, this call says {value}; choose another --out"
                 )
-        self.seconds = dict(written["seconds"])
+        self.seconds = {stage: written["seconds"][stage] for stage in STAGES if stage in written["seconds"]}
         self.peak_memory_bytes = int(written["peak_memory_bytes"])
 
     def _write(self) -> None:
@@ -175,19 +176,24 @@ class _Diary:
 
 
 def middling_features(store: FeatureStore, n: int = SHOWN_FEATURES) -> list[ShownFeature]:
-    """The ``n`` strongest features that fire neither rarely nor everywhere, with what they fire on.
+    """The most frequent ``n`` of the features that are neither rare nor everywhere, with what they fire on.
 
-    Where the store has too few of those, the strongest of all make up the number.
+    Where the store has too few of those, the most frequent of all make up the number.
     """
-    columns = ["feature", "density"]
-    best = store.features(columns, ranges=MIDDLING, order_by="max_act", descending=True, limit=n)
-    rows = dict(best.itertuples(index=False))
-    if len(rows) < n:
-        others = store.features(
-            columns, flags={"dead": False}, order_by="max_act", descending=True, limit=2 * n
+    chosen: dict[int, float] = {}
+    for ranges in (MIDDLING, {}):
+        found = store.features(
+            ["feature", "density"],
+            ranges=ranges,
+            flags={"dead": False},
+            order_by="density",
+            descending=True,
+            limit=n,
         )
-        rows.update(itertuple for itertuple in others.itertuples(index=False) if itertuple[0] not in rows)
-    return [_shown(store, int(feature), float(density)) for feature, density in list(rows.items())[:n]]
+        for feature, density in found.itertuples(index=False):
+            if len(chosen) < n:
+                chosen.setdefault(int(feature), float(density))
+    return [_shown(store, feature, density) for feature, density in chosen.items()]
 
 
 def _shown(store: FeatureStore, feature: int, density: float) -> ShownFeature:

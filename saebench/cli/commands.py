@@ -41,7 +41,7 @@ def demo(config: DemoConfig) -> Result:
     scores = {name: report.evaluation[name] for name in DEMO_SCORES}
     stages = [(name, f"{seconds:,.1f}") for name, seconds in report.seconds.items()]
     features = [
-        (shown.feature, f"{shown.density:.3%}", " ".join(map(visible, shown.tokens)), shown.example)
+        (str(shown.feature), f"{shown.density:.3%}", " ".join(map(visible, shown.tokens)), shown.example)
         for shown in report.features
     ]
     parts = [
