@@ -21,6 +21,8 @@ ROOMS = {
     "data": "saebench_data",
     "kernels": "saebench_kernels",
 }
+NEEDED_BY_OTHERS = {"einops", "plotly"}
+"""Declared, not imported by name: transformer_lens takes the one, and Streamlit draws charts with the other."""
 
 
 def modules_after(code: str) -> set[str]:
@@ -86,7 +88,7 @@ def test_every_import_is_declared_and_every_dependency_is_imported() -> None:
                 names = distributions.get(top, [top])
                 used.add(names[0].lower().replace("_", "-"))
     assert used - required <= optional, "imported but not declared"
-    assert required <= used, "declared but not imported"
+    assert required - used <= NEEDED_BY_OTHERS, "declared but not imported"
 
 
 def test_rooms_know_only_whom_they_may_know() -> None:
