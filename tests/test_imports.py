@@ -22,7 +22,7 @@ ROOMS = {
     "kernels": "saebench_kernels",
 }
 NEEDED_BY_OTHERS = {"einops", "plotly"}
-"""Declared, not imported by name: transformer_lens takes the one, and Streamlit draws charts with the other."""
+"""Declared, not imported by us: transformer_lens takes the one, Streamlit draws charts with the other."""
 
 
 def modules_after(code: str) -> set[str]:
