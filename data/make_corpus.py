@@ -20,6 +20,7 @@ import collections
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from saebench.activations.text import is_held_out
 from saebench_data.packing import STATE_OF_THE_UNION, read_addresses
@@ -100,7 +101,7 @@ def main() -> None:
         *pages("postgresql", arguments.postgresql, POSTGRESQL_SKIPPED),
         *glosses(arguments.wordnet),
     ]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"source": source, "text": text, "held_out": is_held_out(text)}
         for source, text in documents
         if len(text) >= MIN_DOCUMENT

@@ -36,7 +36,7 @@ def read_addresses(npm_package: Path) -> list[dict[str, Any]]:
             {
                 "text": CONTROL_CHARACTERS.sub("", address["text"]).strip(),
                 "year": int(address["year"]),
-                "president": address["name"],
+                "president": address["name"].replace("Mc Kinley", "McKinley"),
                 "party": address["party"],
             }
         )

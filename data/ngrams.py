@@ -37,11 +37,13 @@ class Bigram:
         self._pair_counts = np.append(self._pair_counts, 0)
 
     def _key(self, previous: np.ndarray, token: np.ndarray) -> np.ndarray:
-        return previous.astype(np.int64) * self.vocab_size + token
+        key: np.ndarray = previous.astype(np.int64) * self.vocab_size + token
+        return key
 
     def unigram_losses(self, contexts_CT: np.ndarray) -> np.ndarray:
         """Loss of every token but the first of each context, [C, T - 1]."""
-        return -np.log(self._unigram_V[contexts_CT[:, 1:]])
+        losses_CT: np.ndarray = -np.log(self._unigram_V[contexts_CT[:, 1:]])
+        return losses_CT
 
     def losses(self, contexts_CT: np.ndarray) -> np.ndarray:
         """Loss of every token but the first of each context given the one before it, [C, T - 1]."""
@@ -53,7 +55,8 @@ class Bigram:
         # a(v) c(v, w) / c(v) = c(v, w) / (c(v) + kappa t(v)); a token never followed by another has a(v) = 0.
         mass = np.maximum(followed + self.kappa * self._types_V[previous], 1)
         weight = followed / mass
-        return -np.log(pair_count / mass + (1 - weight) * self._unigram_V[token])
+        losses_CT: np.ndarray = -np.log(pair_count / mass + (1 - weight) * self._unigram_V[token])
+        return losses_CT
 
     def tune_kappa(self, contexts_CT: np.ndarray) -> float:
         """Set kappa to the value of KAPPAS with the lowest mean loss on these contexts, and return it."""

@@ -82,8 +82,8 @@ def batches(
     """Batches [B, T + 1] of contexts; each epoch packs the documents anew, in another order."""
     for _ in range(epochs):
         shuffled = [documents[i] for i in order.permutation(len(documents))]
-        contexts = pack(shuffled, N_CTX + 1, step=N_CTX)
-        contexts = torch.from_numpy(contexts[order.permutation(len(contexts))]).to(device)
+        packed = pack(shuffled, N_CTX + 1, step=N_CTX)
+        contexts = torch.from_numpy(packed[order.permutation(len(packed))]).to(device)
         for start in range(0, len(contexts) - batch + 1, batch):
             yield contexts[start : start + batch].long()
 

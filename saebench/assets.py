@@ -76,7 +76,7 @@ def resolve_model(name: str | Path) -> Path | str:
             )
         return folder
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if str(name) and folder.is_dir():  # Path('') is the working directory
         if not (folder / "config.json").is_file():
             raise UserError(f"model folder {folder} has no config.json; give a Hugging Face folder")
         return folder.absolute()
@@ -91,7 +91,7 @@ def resolve_text(name: str | Path) -> Path | str:
     if name == "sotu":
         return _embedded("text/state_of_the_union.parquet")
     path = Path(name).expanduser()
-    if path.exists():
+    if str(name) and path.exists():
         return path.absolute()
     return _hub_name(name, what="text", builtin=TEXTS)
 

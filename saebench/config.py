@@ -263,7 +263,7 @@ class DemoConfig:
     """'sotu', a local .txt, .jsonl or .parquet file, or the hub name of a data set."""
     hook: str | None = None
     """Where to read activations; by default the residual stream in the middle of the model."""
-    harvest_tokens: int = 1_000_000
+    harvest_tokens: int = 800_000
     """Rows to harvest; fewer when the text ends first."""
     ctx: int = 128
     """Tokens in a context."""
@@ -271,11 +271,11 @@ class DemoConfig:
     """Number of latents."""
     k: int = 32
     """Active latents a token."""
-    tokens: int = 4_000_000
+    tokens: int = 3_200_000
     """Rows to train on."""
     batch_size: int = 4096
     """Rows in a training step."""
-    eval_tokens: int = 50_000
+    eval_tokens: int = 30_000
     """Held-out rows to measure on, at most."""
     seed: int = 0
     """Seeds the initial weights and the order of the rows."""

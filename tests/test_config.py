@@ -139,6 +139,7 @@ def test_a_station_takes_its_config_or_the_same_keywords() -> None:
     expected = EvalConfig(run=Path("r"), tokens=7)
     assert measure(expected) is expected
     assert measure(run="r", tokens=7) == expected
+    assert measure("r", tokens=7) == expected
     assert next(iter(inspect.signature(measure).parameters)) == "run"
     with pytest.raises(TypeError, match="or keywords, not both"):
         measure(expected, tokens=7)

@@ -21,8 +21,8 @@ ROOMS = {
     "data": "saebench_data",
     "kernels": "saebench_kernels",
 }
-NEEDED_BY_OTHERS = {"einops", "plotly"}
-"""Declared, not imported by us: transformer_lens takes the one, Streamlit draws charts with the other."""
+NEEDED_BY_OTHERS = {"plotly"}
+"""Declared, not imported by us: Streamlit draws the charts with it."""
 
 
 def modules_after(code: str) -> set[str]:

@@ -156,7 +156,7 @@ class ActivationCache:
         return read_vocab(self.path / VOCAB_FILE)
 
     def doc_labels(self) -> list[str] | None:
-        """A name for each document ("1862 Lincoln (Republican)"), '' where it has none; None without any."""
+        """A name for each document ("1862 Abraham Lincoln (Republican)"), '' where none; None without any."""
         if LABELS_FILE not in self._manifest.files:
             return None
         return [str(label) for label in read_json(self.path / LABELS_FILE, what="the document labels")]

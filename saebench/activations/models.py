@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from saebench.activations.model_source import ModelInfo, fetch_weights, peek_model, unknown_hook
@@ -124,7 +125,7 @@ class Model:
                     f"--hook {hook} has shape {list(value.shape)} for {list(n_positions)} tokens; "
                     "choose a hook with a vector for each token"
                 )
-            found[hook] = value.flatten(2)
+            found[hook] = rearrange(value, "b t ... -> b t (...)")
         return {hook: found[hook] for hook in hooks}
 
     def logits(self, tokens_BT: Tensor, *, edit: Mapping[str, Edit] | None = None) -> Tensor:
@@ -132,7 +133,8 @@ class Model:
 
         def replace(function: Edit) -> Callable[..., Tensor]:
             def hook(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
-                return function(value.flatten(2)).to(value.dtype).view_as(value)
+                flat_BTD = rearrange(value, "b t ... -> b t (...)")
+                return function(flat_BTD).to(value.dtype).view_as(value)
 
             return hook
 

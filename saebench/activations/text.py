@@ -20,7 +20,7 @@ _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 
 @dataclass(frozen=True)
 class Document:
-    """One document. ``label`` names it for a reader ("1862 Lincoln (Republican)"), '' if nothing does."""
+    """One document. ``label`` names it for a reader ("1862 Abraham Lincoln (Republican)"), or is ''."""
 
     text: str
     label: str = ""
@@ -150,8 +150,7 @@ def _documents(rows: Iterator[Mapping[str, Any]], name: str, column: str) -> Ite
 
 def _labelled_addresses(rows: Iterator[Mapping[str, Any]]) -> Iterator[Document]:
     for row in rows:
-        surname = row["president"].split()[-1]
-        yield Document(row["text"], f"{row['year']} {surname} ({row['party']})")
+        yield Document(row["text"], f"{row['year']} {row['president']} ({row['party']})")
 
 
 def _mixed(documents: Iterable[Document]) -> list[Document]:

@@ -88,7 +88,7 @@ def test_plain_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
 def test_the_addresses_are_labelled_and_mixed():
     documents = list(read_documents("sotu"))
     assert len(documents) == 192
-    assert "1862 Lincoln (Republican)" in {d.label for d in documents}
+    assert "1862 Abraham Lincoln (Republican)" in {d.label for d in documents}
     centuries = {d.label[:2] for d in documents[:12]}
     assert centuries == {"17", "18", "19"} or centuries == {"18", "19"}
     assert documents == list(read_documents("sotu"))
