@@ -67,7 +67,8 @@ class TopKSAE(SAE):
 
         The k_aux largest pre-activations among dead latents are decoded without bias to e_hat, and
         AuxK = sum |e - e_hat|^2 / sum |e - mean e|^2. Its gradient reaches the dead latents' encoder and
-        decoder rows and nothing else: the row mean x - b_dec is detached. Without dead latents it is 0.
+        decoder rows and nothing else: x - b_dec is detached. It is 0 without dead latents, and when the
+        residual does not vary (a single row, a perfect reconstruction).
         """
         if self.spec.aux_coefficient == 0:
             return x_ND.new_zeros(())
@@ -82,4 +83,6 @@ class TopKSAE(SAE):
             pre_NA = torch.zeros_like(pre_NA).scatter(1, slots_NK, values_NK)
         e_hat_ND = pre_NA @ self.W_dec[dead_A]
         variance = (error_ND - error_ND.mean(0)).square().sum()
-        return torch.nan_to_num((error_ND - e_hat_ND).square().sum() / variance, nan=0.0, posinf=0.0)
+        # Infinity, not a quotient mended afterwards: its gradient would be 0 / 0.
+        variance = torch.where(variance > torch.finfo(torch.float32).tiny, variance, torch.inf)
+        return (error_ND - e_hat_ND).square().sum() / variance

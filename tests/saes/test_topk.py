@@ -131,10 +131,14 @@ def test_a_step_on_aux_alone_brings_the_dead_latents_closer_to_the_residual():
     assert sae.auxiliary_loss(x_ND, error_ND) < before
 
 
-def test_aux_of_a_perfect_reconstruction_is_finite():
-    sae, x_ND = make_sae(), rows(5)
-    sae.tokens_since_fired.fill_(sae.dead_after)
-    assert sae.auxiliary_loss(x_ND, torch.zeros_like(x_ND)).isfinite()
+def test_aux_of_a_residual_that_does_not_vary_is_zero_and_so_is_its_gradient():
+    for n, error_ND in ((5, torch.zeros(5, 12)), (1, rows(1))):
+        sae = make_sae()
+        sae.tokens_since_fired.fill_(sae.dead_after)
+        aux = sae.auxiliary_loss(rows(n), error_ND)
+        assert aux == 0
+        aux.backward()
+        assert (sae.W_enc_MD.grad == 0).all() and (sae.W_dec.grad == 0).all()
 
 
 def test_firing_counters_and_the_dead_set():
