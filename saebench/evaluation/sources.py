@@ -27,6 +27,8 @@ DEFAULT_CTX = 128
 """Length of contexts when no cache says how long its own are."""
 MEAN_ROWS = 2**20
 """Training rows that the mean activation is taken over: more would not change it."""
+SCANNED_ROWS = 2**22
+"""Rows of a cache whose place is looked at together."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,28 @@ def choose_rows(cache: ActivationCache, *, rows: str, tokens: int) -> Tensor:
     """
     if rows == "all":
         return torch.arange(min(cache.n_rows, tokens))
-    held_out_N = cache.held_out.nonzero()[:, 0]
-    if len(held_out_N) == 0:
+    row_N = first_rows(cache.held_out, True, limit=tokens)
+    if len(row_N) == 0:
         raise UserError(
             f"none of the {cache.n_rows:,} rows of {cache.path} is held out from training; evaluate on a "
             "cache with more documents, or add --rows all to measure on rows that the SAE may have seen"
         )
-    return held_out_N[:tokens]
+    return row_N
+
+
+def first_rows(held_out_N: Tensor, wanted: bool, *, limit: int, piece: int = SCANNED_ROWS) -> Tensor:
+    """The first ``limit`` row numbers, int64, at which ``held_out_N`` bool [N] is ``wanted``.
+
+    Looked for piece by piece and no further than needed: the numbers of all rows of a large cache would be
+    gigabytes.
+    """
+    found, n_found = [torch.empty(0, dtype=torch.int64)], 0
+    for start in range(0, len(held_out_N), piece):
+        found.append((held_out_N[start : start + piece] == wanted).nonzero()[:, 0] + start)
+        n_found += len(found[-1])
+        if n_found >= limit:
+            break
+    return torch.cat(found)[:limit]
 
 
 def row_batches(cache: ActivationCache, hook: str, row_N: Tensor, *, size: int) -> Iterator[Tensor]:
@@ -148,7 +165,7 @@ def mean_training_activation(cache: ActivationCache, hook: str, *, size: int = 8
     Raises:
         UserError: one of them is NaN or infinite.
     """
-    row_N = (~cache.held_out).nonzero()[:MEAN_ROWS, 0]
+    row_N = first_rows(cache.held_out, False, limit=MEAN_ROWS)
     if len(row_N) == 0:
         return None
     total_D = torch.zeros(cache.d_in(hook), dtype=torch.float64)

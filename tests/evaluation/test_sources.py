@@ -14,6 +14,7 @@ from saebench.evaluation import sources
 from saebench.evaluation.sources import (
     cache_contexts,
     choose_rows,
+    first_rows,
     mean_training_activation,
     row_batches,
 )
@@ -78,6 +79,15 @@ def test_contexts_keep_exactly_the_positions_of_the_first_rows(
     batches = list(row_batches(cache, "h", row_N, size=size))
     assert torch.equal(torch.cat(batches), cache.rows[row_N])
     assert max(len(batch) for batch in batches) <= size
+
+
+@given(st.lists(st.booleans(), max_size=40), st.booleans(), st.integers(1, 50), st.integers(1, 9))
+def test_the_first_rows_are_found_piece_by_piece(
+    mask: list[bool], wanted: bool, limit: int, piece: int
+) -> None:
+    held_out_N = torch.tensor(mask, dtype=torch.bool)
+    expected = [n for n, held_out in enumerate(mask) if held_out == wanted][:limit]
+    assert first_rows(held_out_N, wanted, limit=limit, piece=piece).tolist() == expected
 
 
 def test_the_mean_is_over_training_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
