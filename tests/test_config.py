@@ -140,7 +140,9 @@ def test_a_station_takes_its_config_or_the_same_keywords() -> None:
     assert measure(expected) is expected
     assert measure(run="r", tokens=7) == expected
     assert measure("r", tokens=7) == expected
-    assert next(iter(inspect.signature(measure).parameters)) == "run"
+    signature = inspect.signature(measure)
+    assert next(iter(signature.parameters)) == "run"
+    assert signature.return_annotation == inspect.signature(measure.__wrapped__).return_annotation
     with pytest.raises(TypeError, match="or keywords, not both"):
         measure(expected, tokens=7)
     with pytest.raises(UserError, match="the call of measure"):

