@@ -28,6 +28,8 @@ from saebench.store.schema import FORMAT_VERSION
 FORMAT = "saebench store"
 MANIFEST = "manifest.json"
 BUILDING = ".building"
+_INSIDE = re.compile(r"gen-\d{6,}/\w[\w.-]*\.duckdb")
+"""Paths that a manifest may name: a store that came from elsewhere must not open files outside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,11 @@ def parse_manifest(path: Path) -> Manifest:
             for sae in content["saes"]
         )
         texts = {key: StoredFile(**file) for key, file in content["texts"].items()}
-        return Manifest(generation=int(content["generation"]), saes=saes, texts=texts)
+        manifest = Manifest(generation=int(content["generation"]), saes=saes, texts=texts)
+        for file in manifest.files():
+            if not _INSIDE.fullmatch(file.path):
+                raise ValueError(f"{file.path!r} is no file of a generation")
+        return manifest
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, f"{type(error).__name__} {error}") from None
 
@@ -137,6 +143,7 @@ def begin(store: Path) -> tuple[Manifest, Path]:
                 f"{store} is not a feature store and not empty ({strangers[0]}); choose another --out"
             )
         current = Manifest()
+        _require_first_build(store)
     building = store / BUILDING
     shutil.rmtree(building, ignore_errors=True)
     for directory in generations(store):
@@ -144,6 +151,19 @@ def begin(store: Path) -> tuple[Manifest, Path]:
             shutil.rmtree(directory)
     building.mkdir()
     return current, building
+
+
+def _require_first_build(store: Path) -> None:
+    """Without a manifest there may be one generation, of a first build killed just before it was published.
+
+    A later one means that the manifest was lost, and what is there must not be cleared away.
+    """
+    found = generations(store)
+    if any(_number(folder) > 1 for folder in found):
+        raise UserError(
+            f"the store {store} has lost its {MANIFEST}; copy {found[-1] / MANIFEST} to {store / MANIFEST}, "
+            "or choose another --out"
+        )
 
 
 def publish(store: Path, current: Manifest, sae: StoredSae, text: StoredFile | None) -> Manifest:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 
 import pytest
 
+from saebench.errors import UserError
 from saebench.store import check_store, open_store, publish
 from saebench.store.publish import BUILDING, collect, generations, hold, read_manifest
 from tests.store.small_store import build_small_store
@@ -90,6 +92,30 @@ def test_a_folder_that_was_never_published_is_removed(tmp_path):
     assert folders(store) == ["gen-000001", "gen-000002"]
     assert not (store / BUILDING).exists()
     assert check_store(store) == []
+
+
+def test_a_store_that_lost_its_manifest_is_not_cleared_away(tmp_path):
+    store = build_small_store(tmp_path / "store")
+    build_small_store(store, seed=1)
+    before = {path: path.read_bytes() for path in store.rglob("gen-*/*")}
+    (store / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"lost its manifest\.json; copy .*gen-000002/manifest\.json to"):
+        build_small_store(store, seed=2)
+    assert {path: path.read_bytes() for path in store.rglob("gen-*/*")} == before
+    shutil.copy(store / "gen-000002" / "manifest.json", store / "manifest.json")
+    assert check_store(store) == []
+
+
+@pytest.mark.parametrize(
+    "path", ["../other/gen-000001/sae-x.duckdb", "/etc/passwd", "gen-000001/../x.duckdb"]
+)
+def test_a_manifest_names_no_file_outside_its_store(tmp_path, path):
+    store = build_small_store(tmp_path / "store")
+    content = json.loads((store / "manifest.json").read_text())
+    content["saes"][0]["file"]["path"] = path
+    (store / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is no file of a generation"):
+        open_store(store)
 
 
 def test_publishing_stops_anywhere(tmp_path, monkeypatch):
