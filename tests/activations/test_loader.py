@@ -93,16 +93,19 @@ def cache(make_cache, tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("loader") / "cache", array, dtype="bf16")
 
 
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
 @pytest.mark.parametrize("batch_size", [1, 64, 333, 2_000])
-def test_iterating_equals_asking_for_batches(cache, prefetch, batch_size):
-    loader = Loader(cache, batch_size=batch_size, seed=3, prefetch=prefetch, block_rows=16, window_blocks=5)
-    plain = Loader(cache, batch_size=batch_size, seed=3, block_rows=16, window_blocks=5, memory_bytes=1 << 20)
+def test_iterating_equals_asking_for_batches(cache, prefetch, batch_size, device):
+    sizes = {"batch_size": batch_size, "block_rows": 16, "window_blocks": 5}
+    loader = Loader(cache, seed=3, prefetch=prefetch, device=device, **sizes)
+    plain = Loader(cache, seed=3, memory_bytes=1 << 20, **sizes)
     for i, batch in enumerate(loader.iterate(2, 9), start=2):
         assert batch.dtype == torch.bfloat16
         assert batch.shape == (batch_size, 6)
-        assert torch.equal(batch, plain.batch(i))
-        assert torch.equal(batch, cache.activations()[plain.rows(i)])
+        assert batch.device.type == device
+        assert torch.equal(batch.cpu(), plain.batch(i))
+        assert torch.equal(batch.cpu(), cache.activations()[plain.rows(i)])
     assert i == 8
 
 

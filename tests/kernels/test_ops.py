@@ -1,4 +1,4 @@
-"""Each op against a dense float64 reference, over odd shapes."""
+"""Each op against a dense reference, over odd shapes, on the CPU and on a GPU where there is one."""
 
 import sys
 
@@ -15,18 +15,21 @@ sizes = st.tuples(
 """N, D, M, k, seed."""
 
 
-def _problem(n, d, m, k, seed):
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+on_every_device = pytest.mark.parametrize("device", DEVICES)
+
+
+def _problem(n, d, m, k, seed, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    x_ND = torch.randn(n, d, generator=generator)
-    W_MD = torch.randn(m, d, generator=generator)
-    b_M = torch.randn(m, generator=generator)
+    x_ND, W_MD, b_M = (torch.randn(shape, generator=generator).to(device) for shape in ((n, d), (m, d), (m,)))
     return x_ND, W_MD, b_M, min(k, m)
 
 
+@on_every_device
 @settings(max_examples=60, deadline=None)
-@given(sizes)
-def test_topk_encode_keeps_the_k_largest_positive_pre_activations(size):
-    x_ND, W_MD, b_M, k = _problem(*size)
+@given(size=sizes)
+def test_topk_encode_keeps_the_k_largest_positive_pre_activations(device, size):
+    x_ND, W_MD, b_M, k = _problem(*size, device)
     values_NK, indices_NK = topk_encode(x_ND, W_MD, b_M, k)
     pre_NM = x_ND.double() @ W_MD.double().T + b_M.double()
     expected_NK = pre_NM.topk(k, dim=1).values.relu()
@@ -45,8 +48,9 @@ def test_topk_encode_is_the_same_over_chunks_of_rows(monkeypatch):
     torch.testing.assert_close(topk_encode(x_ND, W_MD, b_M, k)[0].sort(1).values, whole)
 
 
-def test_a_low_precision_scan_only_proposes():
-    x_ND, W_MD, b_M, k = _problem(64, 32, 200, 8, 1)
+@on_every_device
+def test_a_low_precision_scan_only_proposes(device):
+    x_ND, W_MD, b_M, k = _problem(64, 32, 200, 8, 1, device)
     values_NK, indices_NK = topk_encode(x_ND, W_MD, b_M, k, scan_dtype=torch.bfloat16)
     pre_NM = x_ND @ W_MD.T + b_M
     torch.testing.assert_close(values_NK, pre_NM.gather(1, indices_NK).relu(), rtol=1e-5, atol=1e-5)
@@ -60,12 +64,13 @@ def test_rows_without_positive_pre_activations_are_all_padding():
     assert (values_NK == 0).all()
 
 
+@on_every_device
 @settings(max_examples=60, deadline=None)
-@given(sizes)
-def test_decode_and_its_gradients_equal_the_dense_products(size):
-    x_ND, W_MD, b_M, k = _problem(*size)
+@given(size=sizes)
+def test_decode_and_its_gradients_equal_the_dense_products(device, size):
+    x_ND, W_MD, b_M, k = _problem(*size, device)
     values_NK, indices_NK = topk_encode(x_ND, W_MD, b_M, k)
-    dense_NM = torch.zeros(len(x_ND), len(W_MD)).scatter_(1, indices_NK, values_NK)
+    dense_NM = x_ND.new_zeros(len(x_ND), len(W_MD)).scatter_(1, indices_NK, values_NK)
     torch.testing.assert_close(
         sparse_decode(indices_NK, values_NK, W_MD), dense_NM @ W_MD, rtol=1e-4, atol=1e-4
     )
@@ -75,14 +80,26 @@ def test_decode_and_its_gradients_equal_the_dense_products(size):
     torch.testing.assert_close(latent_sums(groups, values_NK, x_ND), dense_NM.T @ x_ND, rtol=1e-4, atol=1e-4)
 
 
+@on_every_device
 @pytest.mark.parametrize("threads", [1, 2])
-def test_weight_gradients_repeat_bit_for_bit(threads):
-    x_ND, W_MD, b_M, k = _problem(500, 64, 300, 16, 3)
-    values_NK, indices_NK = topk_encode(x_ND, W_MD, b_M, k)
+def test_everything_repeats_bit_for_bit(device, threads):
+    x_ND, W_MD, b_M, k = _problem(500, 64, 300, 16, 3, device)
+
+    def all_ops():
+        values_NK, indices_NK = topk_encode(x_ND, W_MD, b_M, k)
+        groups = group_by_latent(indices_NK, 300)
+        return (
+            values_NK,
+            sparse_decode(indices_NK, values_NK, W_MD),
+            gathered_dots(indices_NK, x_ND, W_MD),
+            latent_sums(groups, values_NK, x_ND),
+        )
+
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        sums = [latent_sums(group_by_latent(indices_NK, 300), values_NK, x_ND) for _ in range(3)]
+        first, *others = [all_ops() for _ in range(3)]
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

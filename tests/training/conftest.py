@@ -26,8 +26,8 @@ def small_cache(make_cache, sparse_rows, tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("caches") / "sparse", sparse_rows)
 
 
-@pytest.fixture
-def settings(small_cache, tmp_path):
+@pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def settings(request, small_cache, tmp_path):
     """A run of 60 steps that takes about a second."""
     return {
         "cache": small_cache.path,
@@ -39,7 +39,7 @@ def settings(small_cache, tmp_path):
         "log_every": 7,
         "checkpoint_every": 10,
         "lr": 3e-3,
-        "device": "cpu",
+        "device": request.param,
         "quiet": True,
     }
 
