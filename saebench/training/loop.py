@@ -22,6 +22,7 @@ from saebench.activations.loader import Loader
 from saebench.config import SaeSpec, TrainConfig, architecture, from_flat, to_flat
 from saebench.device import pick_device
 from saebench.errors import UserError
+from saebench.fields import show_settings
 from saebench.files import directory_lock, human_bytes, require_disk
 from saebench.progress import progress
 from saebench.saes.base import MIN_DEAD_STEPS, SAE
@@ -34,13 +35,16 @@ from saebench.training.run import Run
 from saebench.training.sinks import open_sinks
 
 SAMPLE_ROWS = 65_536
+STEP_PER_FORWARD = 1.5
+"""A whole step costs about this many forward passes, since everything but the encoder's scan is sparse."""
 
 
 def train(config: TrainConfig | None = None, spec: SaeSpec | None = None, /, **settings: Any) -> Run:
     """Train an SAE on an activation cache and leave it in a run directory.
 
     Either ``train(TrainConfig(...), TopKSpec(...))`` or flat keywords, as on the command line:
-    ``train(cache="cache", out="runs/a", sae="topk", d_sae=4096, k=32, tokens=5e6)``.
+    ``train(cache="cache", out="runs/a", sae="topk", d_sae=4096, k=32, tokens=5e6)``. Further keywords are
+    the architecture's own (``saebench train --help --sae topk``).
 
     Killed at any instant and called again with ``resume=True``, it ends with the same bytes as a run that
     was never disturbed. Ctrl-C and SIGTERM save a checkpoint first.
@@ -54,6 +58,9 @@ def train(config: TrainConfig | None = None, spec: SaeSpec | None = None, /, **s
     elif settings:
         raise TypeError("train takes a TrainConfig and a spec, or keywords, not both")
     return _train(config, spec if spec is not None else architecture(config.sae).Spec())
+
+
+show_settings(train, train, TrainConfig, SaeSpec)
 
 
 def _train(config: TrainConfig, spec: SaeSpec) -> Run:
@@ -162,9 +169,10 @@ def _begin(
     sample_ND = sample_ND.to(device) * scale
     sae.initialize(sample_ND, seed=config.seed)
 
+    sae(sample_ND[: config.batch_size])
     started = time.monotonic()
     sae(sample_ND[: config.batch_size]).sum().item()
-    seconds = 3 * (time.monotonic() - started) * n_steps
+    seconds = STEP_PER_FORWARD * (time.monotonic() - started) * n_steps
     working = 4 * weight_bytes + config.batch_size * (2 * spec.d_sae + 8 * d_in) * 4
     _say(
         f"{n_steps:,} steps of {config.batch_size:,} rows on {device} ({wanted}), "
