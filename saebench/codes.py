@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class SparseCodes:
     """Codes of N rows over ``d_sae`` latents, flat and ragged.
 
@@ -36,6 +36,11 @@ class SparseCodes:
         assert self.indices.shape == self.values.shape and self.values.ndim == 1
         if self.k is not None:
             assert self.values.numel() == self.n_rows * self.k, (self.values.shape, self.leading_shape)
+
+    def __repr__(self) -> str:
+        slots = "ragged" if self.k is None else f"k={self.k}"
+        shape, device = list(self.leading_shape), self.values.device
+        return f"SparseCodes({shape} of {self.d_sae} latents, {slots}, {device})"
 
     @classmethod
     def from_topk(

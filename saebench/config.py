@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import functools
 import importlib
-import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from saebench.errors import UserError
+from saebench.fields import show_settings
 
 ARCHITECTURES = {
     "topk": "saebench.saes.topk:TopKSAE",
@@ -370,9 +370,7 @@ def station(config_class: type[Any]) -> Callable[[Callable[[Any], ResultT]], Cal
                 settings = {first_field: first, **settings}
             return function(from_flat(config_class, settings, source=f"the call of {function.__name__}"))
 
-        returned = inspect.signature(function).return_annotation
-        signature = inspect.signature(config_class).replace(return_annotation=returned)
-        call.__signature__ = signature  # type: ignore[attr-defined]
+        show_settings(call, function, config_class)
         return call
 
     return decorate

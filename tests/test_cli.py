@@ -16,7 +16,7 @@ import pytest
 
 import saebench
 from saebench.cli import app, commands, main
-from saebench.cli.flags import field_docs, whole_number
+from saebench.cli.flags import whole_number
 from saebench.cli.output import cell, pairs, table
 from saebench.config import (
     DemoConfig,
@@ -27,6 +27,7 @@ from saebench.config import (
     TrainConfig,
     architecture,
 )
+from saebench.fields import field_docs
 
 COMMAND = [sys.executable, "-m", "saebench.cli"]
 SMALL = "--d-sae 16 --k 3 --tokens 2e3 --batch-size 256 --device cpu --quiet".split()

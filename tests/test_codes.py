@@ -93,3 +93,8 @@ def test_codes_that_do_not_fit_their_shape_are_a_programmers_error() -> None:
         SparseCodes.from_topk(torch.ones(4, 2), torch.zeros(4, 2), d_sae=3, leading_shape=(3,))
     with pytest.raises(AssertionError):
         SparseCodes(torch.zeros(2, dtype=torch.int32), torch.ones(2), 3, (1,))
+
+
+def test_codes_show_their_shape_and_not_their_contents() -> None:
+    codes = SparseCodes.from_topk(torch.ones(6, 3), torch.zeros(6, 3), d_sae=D_SAE, leading_shape=(2, 3))
+    assert repr(codes) == "SparseCodes([2, 3] of 7 latents, k=3, cpu)"

@@ -143,6 +143,7 @@ def test_a_station_takes_its_config_or_the_same_keywords() -> None:
     signature = inspect.signature(measure)
     assert next(iter(signature.parameters)) == "run"
     assert signature.return_annotation == inspect.signature(measure.__wrapped__).return_annotation
+    assert "Settings:\n    run: A run directory" in measure.__doc__
     with pytest.raises(TypeError, match="or keywords, not both"):
         measure(expected, tokens=7)
     with pytest.raises(UserError, match="the call of measure"):

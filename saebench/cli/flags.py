@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import inspect
-import textwrap
 import tomllib
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
@@ -16,6 +14,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from cyclopts import Group, Parameter
 
 from saebench.errors import UserError
+from saebench.fields import field_docs
 
 CONFIG_FLAG = "--config"
 
@@ -62,23 +61,6 @@ def parameters(
 def _written(default: object) -> str:
     """A default as one would type it."""
     return " ".join(map(str, default)) if isinstance(default, tuple | list) else str(default)
-
-
-def field_docs(config_class: type[Any]) -> dict[str, str]:
-    """Field -> the string literal that follows it in the source of the class or of its bases."""
-    docs: dict[str, str] = {}
-    for base in reversed(config_class.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for statement, following in zip(body.body, body.body[1:], strict=False):
-            if (
-                isinstance(statement, ast.AnnAssign)
-                and isinstance(statement.target, ast.Name)
-                and isinstance(following, ast.Expr)
-                and isinstance(following.value, ast.Constant)
-            ):
-                docs[statement.target.id] = inspect.cleandoc(str(following.value.value))
-    return docs
 
 
 def whole_number(kind: object, tokens: Sequence[Any]) -> int:

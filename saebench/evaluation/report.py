@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from saebench.evaluation.reconstruction import DensityHistogram
@@ -34,7 +34,7 @@ class EvalReport:
     l0: float
     dead_fraction: float
     cosine_similarity: float
-    density_histogram: DensityHistogram
+    density_histogram: DensityHistogram = field(repr=False)
     model: str | None = None
     """The model that the SAE was spliced into; without one all that follows is None."""
     n_tokens_model: int | None = None

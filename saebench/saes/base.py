@@ -79,6 +79,9 @@ class SAE(nn.Module):
         """[d_in, d_sae], a transposed view of the latent-major weights."""
         return self.W_enc_MD.T
 
+    def extra_repr(self) -> str:
+        return f"d_in={self.d_in}, d_sae={self.d_sae}, k={self.k}"
+
     # What an architecture decides -----------------------------------------------------------------
 
     def encode_rows(self, x_ND: Tensor) -> SparseCodes:

@@ -24,10 +24,11 @@ _MAY_CHANGE = {
     "tensorboard",
     "wandb",
 }
-"""Settings that a resumed run may have different: none of them changes the result."""
+"""Settings that a resumed run may have different: what is learned does not depend on them (but another
+device rounds differently)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished training. It can be given wherever a run's path is asked for."""
 
@@ -39,6 +40,9 @@ class Run:
     def sae(self) -> SAE:
         """The trained SAE, read from the run directory."""
         return load(self.path)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}: {self.spec.name}, d_sae={self.spec.d_sae}, k={self.spec.k})"
 
     def __fspath__(self) -> str:
         return str(self.path)

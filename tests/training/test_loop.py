@@ -1,6 +1,7 @@
 """The loop as a whole: it learns, it repeats itself bit for bit, it refuses what cannot work."""
 
 import csv
+import inspect
 import json
 
 import pytest
@@ -38,6 +39,8 @@ def test_what_a_run_leaves(settings):
     facts = json.loads((run.path / "run.json").read_text())
     assert facts["hook_name"] == "imported" and facts["sae"]["d_sae"] == 64 and facts["n_steps"] == 60
     assert load(run).spec == TopKSpec(d_sae=64, k=4)
+    assert repr(run.sae) == "TopKSAE(d_in=16, d_sae=64, k=4)"
+    assert repr(run) == f"Run({str(run.path)!r}: topk, d_sae=64, k=4)"
 
 
 def test_two_runs_with_one_seed_agree_bit_for_bit_and_another_seed_does_not(settings, tmp_path, files_of):
@@ -182,3 +185,9 @@ def test_resuming_on_other_activations_is_refused(settings, make_cache, sparse_r
     other = make_cache(tmp_path / "other", sparse_rows + 1)
     with pytest.raises(UserError, match="begun on another cache"):
         train(**settings | {"cache": other.path, "resume": True})
+
+
+def test_help_in_a_notebook_names_every_setting():
+    names = list(inspect.signature(train).parameters)
+    assert names[:2] == ["cache", "out"] and {"lr", "d_sae", "k"} <= set(names)
+    assert all(f"    {name}: " in train.__doc__ for name in names if name != "settings")
