@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saebench.codes import SparseCodes
 from saebench.errors import UserError
 from saebench.saes.base import load
 from saebench.saes.functions import SparseDecode, TopKEncode
@@ -150,6 +151,13 @@ def test_firing_counters_and_the_dead_set():
     assert (sae.tokens_since_fired[fired] == 0).all() and (sae.tokens_since_fired[~fired] == 60).all()
     sae.count_firing(codes)
     assert torch.equal(sae.dead_latents(), (~fired).nonzero()[:, 0])
+
+
+def test_padding_does_not_count_as_firing():
+    sae = make_sae()
+    values_NK, indices_NK = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3, 5], [5, 7]])
+    sae.count_firing(SparseCodes.from_topk(values_NK, indices_NK, d_sae=40))
+    assert sae.tokens_since_fired[[3, 5, 7]].tolist() == [0, 2, 0]
 
 
 def test_decoder_gradient_is_orthogonal_after_projection_and_rows_are_unit():
