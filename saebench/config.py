@@ -136,7 +136,7 @@ class TrainConfig:
     batch_size: int = 4096
     """Rows in a step."""
     lr: float | Literal["auto"] = "auto"
-    """Peak learning rate; 'auto' goes by width: 8e-4 / sqrt(d_sae / 4096)."""
+    """Peak learning rate; 'auto' goes by width: 1.6e-3 / sqrt(d_sae / 4096)."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises from 0."""
     decay: float = 0.3

@@ -25,8 +25,8 @@ def test_the_rate_rises_stays_and_falls_and_is_never_zero(n_steps, warmup, decay
 
 
 def test_auto_goes_by_width():
-    assert peak_learning_rate(config(), 4096) == 8e-4
-    assert math.isclose(peak_learning_rate(config(), 16384), 4e-4)
+    assert peak_learning_rate(config(), 4096) == 1.6e-3
+    assert math.isclose(peak_learning_rate(config(), 16384), 8e-4)
     assert peak_learning_rate(config(lr=0.1), 16384) == 0.1
 
 
