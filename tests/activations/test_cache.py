@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 from pathlib import Path
@@ -17,6 +18,7 @@ import saebench as sb
 from saebench.activations import mapping
 from saebench.activations.cache import read_vocab, vocab_bytes
 from saebench.activations.shards import DATA_START, check_shard, shard_path, write_shard
+from saebench.activations.writer import CacheWriter
 from saebench.errors import UserError
 
 
@@ -208,6 +210,22 @@ def test_importing_again_is_idle_and_another_array_is_refused(tmp_path):
     assert again.hash == first.hash
     with pytest.raises(UserError, match=r"different cache \(its source.name is a.npy, not b.npy\)"):
         sb.import_activations(source=tmp_path / "b.npy", out=tmp_path / "cache", quiet=True)
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+def test_a_shard_damaged_between_two_attempts_is_written_again(tmp_path, monkeypatch, array, shard):
+    np.save(tmp_path / "a.npy", array.numpy())
+    make = functools.partial(sb.import_activations, tmp_path / "a.npy", shard_rows=32_768, quiet=True)
+    whole = make(out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "finish", lambda self, files: self._wait() or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(out=tmp_path / "cache")
+    path = tmp_path / "cache" / "hook" / "imported" / f"{shard:05d}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    mended = make(out=tmp_path / "cache")
+    mended.verify()
+    assert mended.hash == whole.hash
 
 
 def test_a_directory_with_other_files_is_left_alone(tmp_path):
