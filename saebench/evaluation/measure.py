@@ -133,8 +133,15 @@ def _open_cache(config: EvalConfig, origin: Origin) -> ActivationCache | None:
 
     if config.cache is not None:
         return open_cache(config.cache)
-    if origin.cache is None or (config.text is not None and not origin.cache.exists()):
+    if origin.cache is None:
         return None
+    if not origin.cache.exists():
+        if config.text is not None:
+            return None
+        raise UserError(
+            f"{config.run} was trained on the cache {origin.cache}, which is not there "
+            f"(seen from {Path.cwd()}); name it with --cache"
+        )
     return open_cache(origin.cache)
 
 

@@ -81,6 +81,19 @@ def test_an_sae_alone_is_measured_on_the_cache_that_is_named(
     assert report.n_tokens == 50
 
 
+def test_a_cache_that_is_not_where_it_was_is_asked_for(
+    tmp_path: Path, make_cache: MakeCache, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache(tmp_path / "cache", x)
+    save_run(tmp_path / "run", cache=Path("cache"))
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(run="run", quiet=True, device="cpu").cache_hash == cache.hash
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"run was trained on the cache cache, .* name it with --cache"):
+        evaluate(run="../run", quiet=True, device="cpu")
+
+
 def test_what_does_not_fit_is_refused_and_the_last_report_stays(
     tmp_path: Path, make_cache: MakeCache, x: torch.Tensor
 ) -> None:
