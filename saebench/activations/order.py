@@ -3,8 +3,8 @@
 Rows that are not held out are numbered 0..n-1 ("train index"). The order is an endless sequence, epoch after
 epoch; position p of it belongs to epoch p // n. Within an epoch the shuffle has two levels:
 
-1. Consecutive train indices form blocks (about 256 KiB of activations). All blocks of the cache are
-   permuted by (seed, epoch).
+1. Consecutive train indices form blocks (about 256 KiB of activations; more when a cache of more than
+   2 TiB would have over 2^23 of them). All blocks of the cache are permuted by (seed, epoch).
 2. Consecutive permuted blocks form windows (up to 2^20 rows or 1 GiB). The rows of a window are permuted by
    (seed, epoch, window).
 
@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK_BYTES = 256 << 10
+MOST_BLOCKS = 1 << 23  # their tables are 400 MB: memory is bounded at any size of the cache
 WINDOW_BYTES = 1 << 30
 WINDOW_ROWS = 1 << 20
 
@@ -80,7 +81,7 @@ class RowOrder:
         self.seed = seed
         self._run_starts, self._run_ends = _runs(held_out)
         self.n_rows = int(self._run_ends[-1]) if len(self._run_ends) else 0
-        self.block_rows = block_rows or max(1, BLOCK_BYTES // row_bytes)
+        self.block_rows = block_rows or max(1, BLOCK_BYTES // row_bytes, -(-self.n_rows // MOST_BLOCKS))
         window_rows = min(WINDOW_ROWS, WINDOW_BYTES // row_bytes)
         self.window_blocks = window_blocks or max(1, window_rows // self.block_rows)
         self.n_blocks = -(-self.n_rows // self.block_rows)

@@ -65,6 +65,14 @@ def test_a_window_reads_no_more_than_its_blocks(case, position):
     assert span.stop - span.start <= order.block_rows * order.window_blocks
 
 
+def test_tables_stay_small_however_large_the_cache_is(monkeypatch):
+    monkeypatch.setattr("saebench.activations.order.MOST_BLOCKS", 10)
+    for n in (1, 9, 10, 11, 995):
+        order = RowOrder(np.zeros(n, bool), seed=0, row_bytes=1 << 20)
+        assert order.n_blocks <= 10
+        assert (np.sort(order.rows(0, n)) == np.arange(n)).all()
+
+
 @pytest.mark.parametrize("scan_rows", [1, 2, 3, 7, 1000])
 def test_runs_do_not_depend_on_how_the_mask_is_scanned(monkeypatch, scan_rows):
     held_out = np.random.default_rng(0).random(500) < 0.3
