@@ -101,9 +101,11 @@ def compare(store, sae, cache):
                 [o[name] for o in reference.token_rows(column, cache)]
             )
         logits = (sae.W_dec[feature] @ small_unembedding()).detach().numpy()
-        assert store.logits(feature)["value"].tolist()[:10] == pytest.approx(
-            sorted(-logits)[:10] * np.array(-1.0), rel=1e-4
-        )
+        shown = store.logits(feature)
+        for sign in (1, -1):
+            side = shown[shown["sign"] == sign]
+            np.testing.assert_allclose(side["value"], sign * np.sort(sign * logits)[::-1][:10], rtol=1e-4)
+            np.testing.assert_allclose(side["value"], logits[side["token"]], rtol=1e-4)
 
 
 def test_a_second_sae_joins_and_the_text_is_kept_once(tmp_path):

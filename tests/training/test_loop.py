@@ -12,7 +12,7 @@ from saebench.config import TrainConfig
 from saebench.errors import UserError
 from saebench.saes.base import load
 from saebench.saes.topk import TopKSAE, TopKSpec
-from saebench.training import train
+from saebench.training import loop, train
 
 
 def metrics_of(run):
@@ -120,7 +120,12 @@ def test_dead_window_is_the_smaller_of_the_setting_and_a_tenth_of_the_run(settin
     assert set(seen) == {55 * 128}
 
 
-def test_activations_that_are_not_finite_end_in_a_sentence(settings, make_cache, sparse_rows, tmp_path):
+@pytest.mark.parametrize("sampled", [65_536, 128])
+def test_activations_that_are_not_finite_end_in_a_sentence(
+    settings, make_cache, sparse_rows, tmp_path, monkeypatch, sampled
+):
+    """Also where the sample that begins the run did not meet them."""
+    monkeypatch.setattr(loop, "SAMPLE_ROWS", sampled)
     cache = make_cache(tmp_path / "c", sparse_rows)
     path = next((cache.path / "hook" / "imported").iterdir())
     data = bytearray(path.read_bytes())
