@@ -115,7 +115,9 @@ def peek_model(name: str, *, revision: str | None = None) -> ModelInfo:
     if not any((folder / file).exists() for file in _TOKENIZER_FILES):
         raise UserError(f"model {name} has no tokenizer in {folder}; put its tokenizer.json there")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+        # Said aloud: left unsaid, the library asks on the terminal whether to run a folder's own code.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = config.get_text_config()
         d_model, heads = int(config.hidden_size), int(config.num_attention_heads)
         d_head = int(getattr(config, "head_dim", None) or d_model // heads)
         groups = int(getattr(config, "num_key_value_heads", None) or heads)

@@ -19,7 +19,9 @@ class Tokens:
         from transformers import AutoTokenizer
 
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(info.folder, local_files_only=True)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                info.folder, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"the tokenizer of model {info.name} cannot be read ({reason})") from None

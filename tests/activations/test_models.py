@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -192,6 +193,26 @@ def test_a_tokenizer_that_does_not_fit_is_refused(copy):
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=1)).save_pretrained(copy)
     with pytest.raises(UserError, match=r"does not fit it: it has token 399 .* ends at 299"):
         load_model(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "code.Own"}}),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}},
+        ),
+    ],
+)
+def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(copy, monkeypatch, file, change):
+    (copy / "code.py").write_text(f"open({str(copy / 'ran')!r}, 'w')\nclass Own: pass\n")
+    (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | change))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    with contextlib.suppress(UserError):  # a tokenizer.json is enough without its class
+        load_model(str(copy))
+    assert not asked and not (copy / "ran").exists()
 
 
 def test_hub_names_fail_in_one_sentence():
