@@ -150,16 +150,24 @@ class ActivationCache:
         return self._optional("context_len")
 
     def vocab(self) -> list[bytes] | None:
-        """The bytes that each token id stands for; None for an import."""
+        """The bytes that each token id stands for; None for an import.
+
+        Raises:
+            UserError: the file is not as it was written.
+        """
         if VOCAB_FILE not in self._manifest.files:
             return None
-        return read_vocab(self.path / VOCAB_FILE)
+        return read_vocab(self._intact(VOCAB_FILE))
 
     def doc_labels(self) -> list[str] | None:
-        """A name for each document ("1862 Abraham Lincoln (Republican)"), '' where none; None without any."""
+        """A name for each document ("1862 Abraham Lincoln (Republican)"), '' where none; None without any.
+
+        Raises:
+            UserError: the file is not as it was written.
+        """
         if LABELS_FILE not in self._manifest.files:
             return None
-        return [str(label) for label in read_json(self.path / LABELS_FILE, what="the document labels")]
+        return [str(label) for label in read_json(self._intact(LABELS_FILE), what="the document labels")]
 
     def verify(self) -> None:
         """Compute every checksum anew; reads the whole cache.
@@ -171,8 +179,8 @@ class ActivationCache:
         for name, column in self._manifest.columns.items():
             for i, shard in enumerate(column.shards):
                 _check_sha256(shard_path(self.path / name, i), shard.sha256)
-        for name, (_, sha256) in self._manifest.files.items():
-            _check_sha256(self.path / name, sha256)
+        for name in self._manifest.files:
+            self._intact(name)
 
     def _check_files(self) -> None:
         """The cheap checks: every file is there, of its size, and every shard has the right header."""
@@ -189,6 +197,12 @@ class ActivationCache:
                     f"{path} has {seen:,} bytes but its manifest says {n_bytes:,}; "
                     "restore it or make the cache again"
                 )
+
+    def _intact(self, name: str) -> Path:
+        """Where a file beside the columns is, its checksum computed first: these files are small."""
+        path = self.path / name
+        _check_sha256(path, self._manifest.files[name][1])
+        return path
 
     def _type(self, hook: str | None) -> ColumnType:
         return self._manifest.columns[HOOK_PREFIX + self.resolve_hook(hook)].type

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,18 @@ def test_a_vocabulary_keeps_its_bytes(tmp_path_factory, vocab):
     path = tmp_path_factory.mktemp("vocab") / "vocab.safetensors"
     path.write_bytes(vocab_bytes(vocab))
     assert read_vocab(path) == vocab
+
+
+@pytest.mark.parametrize(
+    ("name", "read"), [("vocab.safetensors", "vocab"), ("doc_labels.json", "doc_labels")]
+)
+@pytest.mark.parametrize("position", [3, 12, -1])
+def test_a_damaged_vocabulary_or_label_is_refused(tmp_path, tiny_cache, name, read, position):
+    cache = sb.open_cache(shutil.copytree(tiny_cache.path, tmp_path / "cache"))
+    path = cache.path / name
+    flip(path, position % path.stat().st_size)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        getattr(cache, read)()
 
 
 def flip(path: Path, position: int) -> None:
