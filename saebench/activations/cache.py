@@ -52,6 +52,10 @@ class ActivationCache:
         hooks = ", ".join(f"{hook} [{self.n_rows:,}, {self.d_in(hook)}]" for hook in self.hooks)
         return f"ActivationCache({str(self.path)!r}: {hooks})"
 
+    def __fspath__(self) -> str:
+        """A cache can be given wherever the path of one is asked for."""
+        return str(self.path)
+
     @property
     def manifest(self) -> dict[str, Any]:
         """The manifest as it stands in manifest.json; manifest.py says what is in it."""

@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,15 @@ STEP_PER_FORWARD = 1.5
 """A whole step costs about this many forward passes, since everything but the encoder's scan is sparse."""
 
 
-def train(config: TrainConfig | None = None, spec: SaeSpec | None = None, /, **settings: Any) -> Run:
+def train(
+    config: TrainConfig | PathLike[str] | str | None = None, spec: SaeSpec | None = None, /, **settings: Any
+) -> Run:
     """Train an SAE on an activation cache and leave it in a run directory.
 
     Either ``train(TrainConfig(...), TopKSpec(...))`` or flat keywords, as on the command line:
     ``train(cache="cache", out="runs/a", sae="topk", d_sae=4096, k=32, tokens=5e6)``. Further keywords are
-    the architecture's own (``saebench train --help --sae topk``).
+    the architecture's own (``saebench train --help --sae topk``), and the cache may stand first without its
+    name.
 
     Killed at any instant and called again with ``resume=True``, it ends with the same bytes as a run that
     was never disturbed. Ctrl-C and SIGTERM save a checkpoint first.
@@ -53,8 +57,10 @@ def train(config: TrainConfig | None = None, spec: SaeSpec | None = None, /, **s
         UserError: bad settings, a cache that does not fit, a directory in use, activations that are not
             finite, or a loss that diverged.
     """
-    if config is None:
-        config, spec = _from_keywords(settings)
+    if not isinstance(config, TrainConfig):
+        if spec is not None:
+            raise TypeError("a spec goes with a TrainConfig; give keywords alone")
+        config, spec = _from_keywords(settings if config is None else {"cache": config, **settings})
     elif settings:
         raise TypeError("train takes a TrainConfig and a spec, or keywords, not both")
     return _train(config, spec if spec is not None else architecture(config.sae).Spec())

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from saebench.activations.cache import open_cache
 from saebench.codes import SparseCodes
 from saebench.config import TrainConfig
 from saebench.errors import UserError
@@ -65,6 +66,15 @@ def test_the_config_objects_and_the_keywords_are_the_same_call(settings, tmp_pat
     rest = {name: value for name, value in settings.items() if name not in own} | {"out": tmp_path / "b"}
     second = train(TrainConfig(**rest), TopKSpec(**own))
     assert files_of(first.path) == files_of(second.path)
+    cache = open_cache(rest.pop("cache"))
+    third = train(cache, **rest | own | {"out": tmp_path / "c"})
+    assert files_of(first.path) == files_of(third.path)
+    for arguments, keywords in (
+        ((cache, TopKSpec(**own)), rest),
+        ((TrainConfig(cache=cache.path, **rest),), own),
+    ):
+        with pytest.raises(TypeError, match="keywords"):
+            train(*arguments, **keywords)
 
 
 def test_held_out_rows_are_never_trained_on(settings, make_cache, sparse_rows, tmp_path, files_of):
