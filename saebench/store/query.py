@@ -88,8 +88,11 @@ class FeatureStore(StoreReader):
             order_by: a column; ties go by feature, unknown values come last.
 
         Raises:
-            UserError: a column that does not exist.
+            UserError: a column that does not exist, or a negative ``limit`` or ``offset``.
         """
+        for name, value in (("limit", limit), ("offset", offset)):
+            if value is not None and value < 0:
+                raise UserError(f"{name} is {value}; it must be at least 0")
         names = ", ".join(require_column(FEATURE, name) for name in (columns or FEATURE.names))
         where, values = _filter(ranges, flags, text).where()
         query = f"SELECT {names} FROM sae.feature WHERE {where} ORDER BY {order_clause(order_by, descending)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import numbers
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -108,8 +109,9 @@ class StoreReader:
 
     def _known(self, feature: int) -> int:
         d_sae = self._meta["d_sae"]
-        if isinstance(feature, bool) or int(feature) != feature or not 0 <= feature < d_sae:
-            raise UserError(f"feature {feature} is not in {self.sae!r}; it has 0 to {d_sae - 1}")
+        number = isinstance(feature, numbers.Real) and not isinstance(feature, bool)
+        if not (number and 0 <= feature < d_sae and int(feature) == feature):
+            raise UserError(f"feature {feature!r} is not in {self.sae!r}; it has 0 to {d_sae - 1}")
         return int(feature)
 
     def _require(self, table: str) -> None:
