@@ -263,7 +263,7 @@ class DemoConfig:
     """'sotu', a local .txt, .jsonl or .parquet file, or the hub name of a data set."""
     hook: str | None = None
     """Where to read activations; by default the residual stream in the middle of the model."""
-    harvest_tokens: int = 800_000
+    harvest_tokens: int = 600_000
     """Rows to harvest; fewer when the text ends first."""
     ctx: int = 128
     """Tokens in a context."""
@@ -377,8 +377,15 @@ def station(config_class: type[Any]) -> Callable[[Callable[[Any], ResultT]], Cal
 
 
 def at_least(config: Any, **smallest: float) -> None:
-    """Raise a UserError for the first named field of ``config`` that is below its bound or NaN."""
+    """Raise a UserError for the first named field of ``config`` that is below its bound, infinite or NaN.
+
+    Seeds must also fit the 64 bits that random generators take.
+    """
     for name, bound in smallest.items():
         value = getattr(config, name)
         if not value >= bound:
             raise UserError(f"{name} is {value}; it must be at least {bound}")
+        if value == float("inf"):
+            raise UserError(f"{name} is infinite; give a finite number")
+        if name == "seed" and value >= 2**63:
+            raise UserError(f"seed is {value}; it must be below 2**63")
