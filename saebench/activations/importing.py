@@ -102,9 +102,8 @@ def _require_finite(source: _Source, dtype: torch.dtype, path: Path) -> None:
         value = float(rows_ND[row, column])
         if math.isfinite(value):
             name = str(dtype).removeprefix("torch.")
-            raise UserError(
-                f"{path}: row {first + row} holds {value:.6g}, too large for {name}; pass --dtype fp32"
-            )
+            way_out = "scale the array down first" if dtype is torch.float32 else "pass --dtype fp32"
+            raise UserError(f"{path}: row {first + row} holds {value:.6g}, too large for {name}; {way_out}")
         raise UserError(
             f"{path}: row {first + row}, column {column} is {value}; remove such rows before importing"
         )
@@ -117,7 +116,8 @@ def _own_dtype(dtype: torch.dtype) -> str:
 
 def _open(path: Path) -> _Source:
     if not path.is_file():
-        raise UserError(f"{path} does not exist; give a .npy or .safetensors file")
+        what = "is no file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {what}; give a .npy or .safetensors file")
     if path.suffix == ".npy":
         source = _open_npy(path)
     elif path.suffix == ".safetensors":
@@ -136,6 +136,8 @@ def _open_npy(path: Path) -> _Source:
         raise UserError(
             f"{path} is not an array that can be read ({error}); save it with numpy.save"
         ) from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} is an archive of arrays; save the one array with numpy.save")
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
         raise UserError(f"{path} holds values of type {array.dtype}; convert them to float32 first")
     _require_rows(path, array.shape)
