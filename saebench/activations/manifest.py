@@ -164,6 +164,10 @@ def _contradiction(manifest: Manifest) -> str | None:
             return f"column {name} has {column.n_rows} rows where {rows} belong"
         if any(shard.rows != manifest.shard_rows for shard in column.shards[:-1]):
             return f"column {name} has shards of unequal size"
+    facts = {"settings", "model"} if manifest.kind == "harvest" else {"settings"}
+    made_from = manifest.raw["made_from"]
+    if not all(isinstance(made_from[fact], dict) for fact in facts):
+        return "made_from does not say what the cache is made from"
     return None
 
 

@@ -141,6 +141,8 @@ def test_a_missing_shard_is_named(cache):
         ({"kind": "harvest"}, "lacks"),
         ({"shard_rows": 65_536}, "unequal"),
         ({"columns": {}}, "lacks"),
+        ({"made_from": {}}, "damaged"),
+        ({"made_from": {"settings": 5}}, "does not say what the cache is made from"),
         ({"files": {"../outside": {"bytes": 0, "sha256": ""}}}, "not a name"),
     ],
 )
@@ -269,13 +271,22 @@ def test_arrays_that_are_no_activations_are_refused(tmp_path, array, message):
 
 
 def test_values_too_large_for_the_type_are_refused(tmp_path, make_cache):
-    with pytest.raises(UserError, match=r"row 2 holds 70000, too large for float16"):
+    with pytest.raises(UserError, match=r"row 2 holds 70000, too large for float16; pass --dtype fp32"):
         make_cache(tmp_path / "cache", torch.tensor([[1.0], [2], [7e4]]), dtype="fp16")
+    np.save(tmp_path / "a.npy", np.full((2, 2), 1e300))
+    with pytest.raises(UserError, match=r"too large for float32; scale the array down"):
+        sb.import_activations(source=tmp_path / "a.npy", out=tmp_path / "cache", quiet=True)
 
 
 def test_a_file_of_two_tensors_or_none_is_refused(tmp_path):
     save_file({"a": torch.ones(2, 2), "b": torch.ones(2, 2)}, tmp_path / "x.safetensors")
-    for name, message in [("x.safetensors", "holds 2 tensors"), ("none.npy", "does not exist")]:
+    np.savez(tmp_path / "x", a=np.ones((2, 2)))
+    (tmp_path / "x.npz").rename(tmp_path / "x.npy")
+    for name, message in [
+        ("x.safetensors", "holds 2 tensors"),
+        ("x.npy", "an archive of arrays"),
+        ("none.npy", "does not exist"),
+    ]:
         with pytest.raises(UserError, match=message):
             sb.import_activations(source=tmp_path / name, out=tmp_path / "cache", quiet=True)
     (tmp_path / "x.csv").write_text("1,2")
