@@ -98,6 +98,8 @@ def test_every_field_says_what_it_is(config_class: type) -> None:
         (EvalConfig, {"text": "a.txt"}, "--text a.txt needs a model to read it; add --model"),
         (EvalConfig, {"rows": "some"}, "'rows' in the file is 'some': input should be 'held-out' or 'all'"),
         (IndexConfig, {"seed": -1}, "seed is -1; it must be at least 0"),
+        (IndexConfig, {"seed": 2**63}, "seed is 9223372036854775808; it must be below 2**63"),
+        (TrainConfig, {"grad_clip": float("inf")}, "grad_clip is infinite; give a finite number"),
     ],
 )
 def test_bad_values_are_named_in_one_sentence(config_class: type, bad: dict[str, Any], message: str) -> None:
