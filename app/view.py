@@ -18,7 +18,7 @@ Range: TypeAlias = tuple[float | None, float | None]
 """Lowest and highest, both included; None leaves that side open."""
 
 SHOWN: tuple[Shown, ...] = ("any", "hide", "only")
-WINDOWS = (8, 16, 32, 0)
+WINDOWS = (4, 8, 16, 0)
 """Tokens shown on each side of the strongest one; 0 shows all that the store keeps."""
 
 NAMES = {"text": "q", "log_density": "density", "max_act": "max", "descending": "desc"}

@@ -60,6 +60,10 @@ def cache_dir() -> Path:
     return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "saebench"
 
 
+_FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".safetensors")
+"""Endings of local files: no name on a hub has one."""
+
+
 def resolve_model(name: str | Path) -> Path | str:
     """What to load for `--model NAME`: a local Hugging Face folder (Path), or a name on a hub (str).
 
@@ -265,7 +269,8 @@ def _embedded(name: str) -> Path:
 def _hub_name(name: str | Path, *, what: str, builtin: tuple[str, ...]) -> str:
     """`name` if it can be a hub's (`gpt2`, `owner/name`); a UserError if it is a path with nothing there."""
     text = str(name)
-    if isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or not text:
+    is_path = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.endswith(_FILE_SUFFIXES)
+    if is_path or text.count("/") > 1 or not text:
         raise UserError(
             f"{what} {text!r} does not exist; "
             f"give a local path that does, a hub name, or {' or '.join(builtin)}"

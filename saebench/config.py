@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ StoredDtype = Literal["bf16", "fp16", "fp32"]
 ComputeDtype = Literal["auto", "bf16", "fp32"]
 
 DEMO_HOOK = "blocks.2.hook_resid_post"
+MAX_SHARDS = 8192
+"""Shards of a column; a reader maps each, and Linux gives a process 65,530 mappings for all columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,12 @@ class HarvestConfig:
             raise UserError(f"--hook names the same hook twice: {', '.join(self.hook)}")
         if self.shard_rows % 32_768:
             raise UserError(f"shard_rows is {self.shard_rows}; it must be a multiple of 32,768")
+        if self.tokens > MAX_SHARDS * self.shard_rows:
+            enough = 32_768 * math.ceil(self.tokens / MAX_SHARDS / 32_768)
+            raise UserError(
+                f"{self.tokens:,} tokens in shards of {self.shard_rows:,} rows are more files than one "
+                f"process can map; pass --shard-rows {enough}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ NAMES = st.text("abc/_.-", min_size=1).filter(lambda name: name.strip("/."))
 SHARDS = st.integers(1, 8).map(lambda n: n * 32_768)
 CONFIGS = {
     HarvestConfig: {
-        "out": NAMES, "hook": st.lists(NAMES, min_size=1, max_size=3, unique=True), "tokens": st.integers(1),
+        "out": NAMES, "hook": st.lists(NAMES, min_size=1, max_size=3, unique=True), "tokens": st.integers(1, 10**8),
         "dtype": st.sampled_from(["bf16", "fp16", "fp32"]), "keep_first": st.booleans(), "shard_rows": SHARDS,
         "revision": st.none() | NAMES,
     },
@@ -168,3 +168,10 @@ def test_settings_load_without_torch_or_pydantic() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )
     assert found.stdout == "[]\n"
+
+
+def test_more_shards_than_a_process_can_map_are_refused_and_the_way_out_is_taken() -> None:
+    with pytest.raises(UserError, match=r"pass --shard-rows (\d+)") as refused:
+        HarvestConfig(out=Path("c"), tokens=2_000_000_000)
+    enough = int(str(refused.value).rsplit(" ", 1)[1])
+    assert HarvestConfig(out=Path("c"), tokens=2_000_000_000, shard_rows=enough).shard_rows == enough

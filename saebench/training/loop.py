@@ -36,6 +36,7 @@ from saebench.training.run import Run
 from saebench.training.sinks import open_sinks
 
 SAMPLE_ROWS = 65_536
+SAMPLE_BYTES = 1 << 28
 STEP_PER_FORWARD = 1.5
 """A whole step costs about this many forward passes, since everything but the encoder's scan is sparse."""
 
@@ -191,9 +192,11 @@ def _begin(
 
 
 def _sample(loader: Loader) -> Tensor:
-    """The first rows of the training order, at most ``SAMPLE_ROWS``, in float32 on the CPU."""
-    n_batches = max(1, min(SAMPLE_ROWS, loader.n_rows) // loader.batch_size)
-    sample_ND = torch.cat([loader.batch(i).float().cpu() for i in range(n_batches)])[:SAMPLE_ROWS]
+    """The first rows of the training order in float32 on the CPU: 65,536, or fewer when they are wide."""
+    first_ND = loader.batch(0).float().cpu()
+    n_rows = min(SAMPLE_ROWS, loader.n_rows, SAMPLE_BYTES // (4 * first_ND.shape[1]))
+    others = [loader.batch(i).float().cpu() for i in range(1, n_rows // loader.batch_size)]
+    sample_ND = torch.cat([first_ND, *others])[:SAMPLE_ROWS]
     if not sample_ND.isfinite().all():
         raise UserError(
             f"activations at {loader.hook} hold NaN or infinity; harvest them again in another --dtype"
