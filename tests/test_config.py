@@ -33,8 +33,8 @@ NAMES = st.text("abc/_.-", min_size=1).filter(lambda name: name.strip("/."))
 SHARDS = st.integers(1, 8).map(lambda n: n * 32_768)
 CONFIGS = {
     HarvestConfig: {
-        "out": NAMES, "hook": st.lists(NAMES, min_size=1, max_size=3, unique=True), "tokens": st.integers(1, 10**8),
-        "dtype": st.sampled_from(["bf16", "fp16", "fp32"]), "keep_first": st.booleans(), "shard_rows": SHARDS,
+        "out": NAMES, "hook": st.lists(NAMES, min_size=1, max_size=3, unique=True),
+        "tokens": st.integers(1, 10**8), "dtype": st.sampled_from(["bf16", "fp16", "fp32"]), "keep_first": st.booleans(), "shard_rows": SHARDS,
         "revision": st.none() | NAMES,
     },
     ImportConfig: {"source": NAMES, "out": NAMES, "dtype": st.none() | st.sampled_from(["bf16", "fp32"])},
