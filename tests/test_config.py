@@ -34,8 +34,8 @@ SHARDS = st.integers(1, 8).map(lambda n: n * 32_768)
 CONFIGS = {
     HarvestConfig: {
         "out": NAMES, "hook": st.lists(NAMES, min_size=1, max_size=3, unique=True),
-        "tokens": st.integers(1, 10**8), "dtype": st.sampled_from(["bf16", "fp16", "fp32"]), "keep_first": st.booleans(), "shard_rows": SHARDS,
-        "revision": st.none() | NAMES,
+        "tokens": st.integers(1, 10**8), "dtype": st.sampled_from(["bf16", "fp16", "fp32"]),
+        "keep_first": st.booleans(), "shard_rows": SHARDS, "revision": st.none() | NAMES,
     },
     ImportConfig: {"source": NAMES, "out": NAMES, "dtype": st.none() | st.sampled_from(["bf16", "fp32"])},
     TrainConfig: {
