@@ -209,7 +209,11 @@ def _boot(folder: str, name: str, device: torch.device, dtype: torch.dtype) -> A
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        bridge = TransformerBridge.boot_transformers(folder, device=device, dtype=dtype)
+        bridge = TransformerBridge.boot_transformers(
+            folder, device=device, dtype=dtype, model_class=_Complete(folder, name)
+        )
+    except UserError:
+        raise
     except torch.cuda.OutOfMemoryError:
         raise UserError(f"model {name} does not fit into the GPU's memory; use --device cpu") from None
     except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
@@ -221,6 +225,28 @@ def _boot(folder: str, name: str, device: torch.device, dtype: torch.dtype) -> A
         raise
     bridge.eval()
     return bridge.requires_grad_(False)
+
+
+class _Complete:
+    """A model's transformers class that refuses gaps in the weights, which are else filled at random."""
+
+    def __init__(self, folder: str, name: str) -> None:
+        self._folder, self._name = folder, name
+
+    def from_pretrained(self, folder: str, **options: Any) -> Any:
+        from transformer_lens.model_bridge.sources import transformers as source
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
+        architecture = source.determine_architecture_from_hf_config(config)  # type: ignore[no-untyped-call]
+        real: Any = source.get_hf_model_class_for_architecture(architecture)
+        model, report = real.from_pretrained(folder, output_loading_info=True, **options)
+        if missing := sorted(report["missing_keys"]):
+            raise UserError(
+                f"the weights of model {self._name} lack {len(missing)} tensors that its config.json "
+                f"asks for ({missing[0]}); get both from one place"
+            )
+        return model
 
 
 def _layers_needed(hook: str) -> int | None:

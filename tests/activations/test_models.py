@@ -187,6 +187,15 @@ def test_damaged_files_are_refused(copy):
         load_model(str(copy))
 
 
+def test_a_model_with_gaps_in_its_weights_is_refused(copy):
+    """transformers would fill a missing layer with random numbers and say so only in its log."""
+    config = json.loads((copy / "config.json").read_text())
+    layers = "n_layer" if "n_layer" in config else "num_hidden_layers"
+    (copy / "config.json").write_text(json.dumps({**config, layers: config[layers] + 1}))
+    with pytest.raises(UserError, match=r"lack \d+ tensors .*h\.2\."):
+        load_model(str(copy))
+
+
 def test_a_tokenizer_that_does_not_fit_is_refused(copy):
     from transformers import GPT2Config, GPT2LMHeadModel
 
