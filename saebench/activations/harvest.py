@@ -6,6 +6,7 @@ Shapes: B contexts, T = ctx positions, N rows kept, D width of a hook.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import sys
@@ -80,6 +81,7 @@ def harvest(config: HarvestConfig) -> ActivationCache:
         _say(config, f"{config.out} is complete already; nothing to do")
         return open_cache(config.out)
     _forecast(config, info, device)
+    documents = _documents(config)
     with directory_lock(config.out, what="the activation cache"):
         state = inspect_target(config.out, identity)
         if state == "complete":  # another process finished it just now
@@ -96,7 +98,7 @@ def harvest(config: HarvestConfig) -> ActivationCache:
         ) as writer:
             if state == "unfinished":
                 _say(config, f"resuming {config.out} at row {writer.rows.keeps:,}")
-            labels = _write_rows(config, model, tokens, bos, writer)
+            labels = _write_rows(config, model, tokens, bos, documents, writer)
             files = {VOCAB_FILE: vocab_bytes(tokens.bytes())}
             if any(labels):
                 files[LABELS_FILE] = (json.dumps(labels, ensure_ascii=False) + "\n").encode()
@@ -107,7 +109,12 @@ def harvest(config: HarvestConfig) -> ActivationCache:
 
 
 def _write_rows(
-    config: HarvestConfig, model: Model, tokens: Tokens, bos: int | None, writer: CacheWriter
+    config: HarvestConfig,
+    model: Model,
+    tokens: Tokens,
+    bos: int | None,
+    documents: Iterator[Document],
+    writer: CacheWriter,
 ) -> list[str]:
     """Feed the text through the model into the writer; returns the labels of the documents used.
 
@@ -117,8 +124,9 @@ def _write_rows(
     labels: list[str] = []
     last_document = -1
     kept = writer.rows.keeps
+    batches_ahead = work_ahead(_batches(config, tokens, bos, documents, labels), _BATCHES_AHEAD)
     with (
-        contextlib.closing(work_ahead(_batches(config, tokens, bos, labels), _BATCHES_AHEAD)) as made,
+        contextlib.closing(batches_ahead) as made,
         progress("harvest", total=config.tokens, unit="tok", initial=kept, quiet=config.quiet) as bar,
     ):
         pending: tuple[Batch, dict[str, Tensor]] | None = None
@@ -142,9 +150,17 @@ def _write_rows(
     return labels[: last_document + 1]
 
 
-def _batches(config: HarvestConfig, tokens: Tokens, bos: int | None, labels: list[str]) -> Iterator[Batch]:
+def _documents(config: HarvestConfig) -> Iterator[Document]:
+    """The documents of the text, the first one read at once: no model is loaded for a text without any."""
+    documents = read_documents(config.text, column=config.column, split=config.split)
+    return itertools.chain([next(documents)], documents)
+
+
+def _batches(
+    config: HarvestConfig, tokens: Tokens, bos: int | None, documents: Iterator[Document], labels: list[str]
+) -> Iterator[Batch]:
     def labelled() -> Iterator[Document]:
-        for document in read_documents(config.text, column=config.column, split=config.split):
+        for document in documents:
             labels.append(document.label)
             yield document
 

@@ -126,7 +126,7 @@ def test_a_directory_with_other_files_is_refused(settings):
         ({"hook": ("blocks.0.hook_resid_pos",)}, "did you mean blocks.0.hook_resid_post"),
         ({"hook": ("blocks.2.hook_resid_post",)}, "beyond the 2 layers"),
         ({"ctx": 65}, "reads at most 64"),
-        ({"tokens": 10**15}, "free some space"),
+        ({"tokens": 10**15, "shard_rows": 2**40}, "free some space"),
         ({"device": "tpu"}, "not a device"),
         ({"text": "./missing.txt"}, "does not exist"),
         ({"column": "body"}, "no column 'body'"),
@@ -137,6 +137,19 @@ def test_mistakes_are_found_and_leave_no_cache(settings, change, message):
         sb.harvest(**{**settings, **change})
     assert not set(contents(settings["out"])) - {".lock"}
     assert sb.harvest(**settings).n_rows == 500
+
+
+def test_no_model_is_loaded_for_a_text_that_cannot_be_read(settings, tmp_path, monkeypatch):
+    def load_model(*_: object, **__: object) -> None:
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr("saebench.activations.harvest.load_model", load_model)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "numbers.jsonl").write_text('{"text": 5}\n')
+    for name, message in (("empty.txt", "is empty"), ("numbers.jsonl", "is int, not text")):
+        with pytest.raises(UserError, match=message):
+            sb.harvest(**{**settings, "text": str(tmp_path / name)})
+    assert not settings["out"].exists()
 
 
 def test_activations_that_are_not_finite_are_refused(settings, tmp_path):
