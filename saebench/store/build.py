@@ -15,7 +15,7 @@ from torch import Tensor
 from saebench.config import IndexConfig, station
 from saebench.device import pick_device
 from saebench.errors import UserError
-from saebench.files import directory_lock, read_json, require_disk
+from saebench.files import directory_lock, read_json, require_disk, require_writable
 from saebench.progress import progress
 from saebench.store import publish, schema
 from saebench.store.corpus import Corpus
@@ -72,6 +72,8 @@ def index(config: IndexConfig) -> FeatureStore:
     cache = open_cache(config.cache)
     hook = choose_hook(cache, config.hook, config.run)
     check_fit(sae, cache, hook)
+    require_writable(config.out, what="the feature store")
+    publish.before_next(config.out)
     W_U_DV, no_logits = find_unembedding(config.model, cache, hook, cache.vocab())
     name = config.name or Path(config.run).resolve().name
     options = Options(

@@ -128,22 +128,30 @@ def _damaged(path: Path, reason: str) -> UserError:
     )
 
 
+def before_next(store: Path) -> Manifest:
+    """The generation that a build into the directory ``store`` would follow; changes nothing.
+
+    Raises:
+        UserError: the directory has content but is not a store, or its manifest cannot be read.
+    """
+    if (store / MANIFEST).exists():
+        return read_manifest(store)
+    strangers = [p.name for p in store.iterdir() if p.name not in (".lock", BUILDING) and not _number(p)]
+    if strangers:
+        raise UserError(
+            f"{store} is not a feature store and not empty ({strangers[0]}); choose another --out"
+        )
+    _require_first_build(store)
+    return Manifest()
+
+
 def begin(store: Path) -> tuple[Manifest, Path]:
     """Clear what killed builds left and make an empty build directory; the caller holds the store's lock.
 
     Raises:
-        UserError: the directory has content but is not a store.
+        UserError: see `before_next`.
     """
-    if (store / MANIFEST).exists():
-        current = read_manifest(store)
-    else:
-        strangers = [p.name for p in store.iterdir() if p.name not in (".lock", BUILDING) and not _number(p)]
-        if strangers:
-            raise UserError(
-                f"{store} is not a feature store and not empty ({strangers[0]}); choose another --out"
-            )
-        current = Manifest()
-        _require_first_build(store)
+    current = before_next(store)
     building = store / BUILDING
     shutil.rmtree(building, ignore_errors=True)
     for directory in generations(store):

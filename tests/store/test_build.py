@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -213,7 +214,7 @@ def test_the_forecast_covers_what_is_written(small_store):
     assert written < forecast(small_sae(), Corpus(SmallCache()), small_options()) + empty_files
 
 
-def test_index_of_a_real_run_and_an_imported_cache(tmp_path):
+def test_index_of_a_real_run_and_an_imported_cache(tmp_path, monkeypatch):
     from saebench.activations.importing import import_activations
 
     x = SmallCache().activations().numpy()
@@ -231,6 +232,9 @@ def test_index_of_a_real_run_and_an_imported_cache(tmp_path):
         assert "context" in info["missing"]
         codes = small_sae().encode(torch.from_numpy(x)).to_dense().detach().numpy()
         assert store.features()["n_act"].tolist() == (codes != 0).sum(0).tolist()
+    monkeypatch.setattr("saebench.store.build.find_unembedding", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match="not the manifest of a feature store"):
+        index(replace(config, out=tmp_path / "cache"))
     small_sae().save(run, hook_name="blocks.9.hook_resid_post")
     with pytest.raises(UserError, match=r"blocks\.9.*pass --hook"):
         index(config)
