@@ -74,7 +74,9 @@ def command(store: Path, *, host: str, port: int) -> list[str]:
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Raises UserError when ``port`` cannot be listened on."""
+    """Raises UserError when ``port`` cannot be listened on; 0 would be a port that nobody is told."""
+    if port == 0:
+        raise UserError("port 0 is no port that a browser can open; choose another one with --port")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

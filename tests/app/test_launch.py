@@ -30,6 +30,12 @@ def test_a_busy_port_is_a_sentence(small_store: Path) -> None:
             explore(small_store, port=port, open_browser=False)
 
 
+@pytest.mark.parametrize("port", [0, -1, 99_999])
+def test_a_port_that_cannot_be_is_a_sentence(small_store: Path, port: int) -> None:
+    with pytest.raises(UserError, match=rf"port {port} .*--port"):
+        explore(small_store, port=port, open_browser=False)
+
+
 def test_no_store_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a feature store"):
         explore(tmp_path, port=free_port(), open_browser=False)
