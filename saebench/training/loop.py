@@ -103,7 +103,7 @@ def _train(config: TrainConfig, spec: SaeSpec) -> Run:
             checkpoint.load_checkpoint(latest, state)
         if config.resume:
             _say(f"resuming {out} at step {state.step:,} of {n_steps:,}", config)
-        sinks = open_sinks(out, config, facts, step=state.step, stack=stack)
+        sinks = open_sinks(out, config, run.read_run(out), step=state.step, stack=stack)
         sae, peak = state.sae, peak_learning_rate(config, spec.d_sae)
         first_step, started = state.step, time.monotonic()
         bad_rows = torch.zeros((), dtype=torch.bool, device=device)

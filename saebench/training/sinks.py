@@ -29,7 +29,8 @@ def open_sinks(
 ) -> list[Sink]:
     """All sinks of a run that continues after ``step`` (0 at the start), closed with ``stack``.
 
-    Lines of later steps, left by a killed process, are cut off first.
+    ``facts`` are those of ``run.json``: the same in every call of the run. Lines of later steps, left by a
+    killed process, are cut off first.
     """
     sinks: list[Sink] = [Jsonl(directory / "metrics.jsonl", step), Csv(directory / "metrics.csv", step)]
     if config.tensorboard:
@@ -111,14 +112,20 @@ class WandB:
             import wandb
         except ImportError:
             raise UserError("--wandb needs the package; run pip install 'saebench[wandb]'") from None
-        self._run = wandb.init(
-            project=project,
-            dir=str(directory),
-            name=directory.name,
-            id=sha256_json(facts)[:16],
-            resume="allow",
-            config=facts,
-        )
+        try:
+            self._run = wandb.init(
+                project=project,
+                dir=str(directory),
+                name=directory.name,
+                id=sha256_json(facts)[:16],
+                resume="allow",
+                config=facts,
+            )
+        except wandb.Error as error:
+            reason = str(error).rstrip(". ")
+            raise UserError(
+                f"--wandb {project}: {reason}; log in, set WANDB_MODE=offline, or leave --wandb out"
+            ) from None
 
     def write(self, metrics: Metrics) -> None:
         self._run.log(metrics, step=int(metrics["step"]))
