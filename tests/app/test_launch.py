@@ -51,8 +51,9 @@ def test_the_store_follows_the_dashes_and_nothing_phones_home() -> None:
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_serves_until_it_is_interrupted(small_store: Path, ending: signal.Signals) -> None:
     port = free_port()
-    code = (
-        "import sys; from saebench_app.launch import explore\n"
+    code = (  # a shell that runs the tests in the background makes its children deaf to SIGINT
+        "import signal, sys; from saebench_app.launch import explore\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "sys.exit(explore(sys.argv[1], port=int(sys.argv[2]), open_browser=False))"
     )
     line = [sys.executable, "-c", code, str(small_store), str(port)]
@@ -65,7 +66,8 @@ def test_serves_until_it_is_interrupted(small_store: Path, ending: signal.Signal
         os.kill(process.pid, ending)
         assert process.wait(20) == 0
     finally:
-        process.kill()
+        process.terminate()  # killed, it would leave its server behind
+        process.wait(20)
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port), timeout=1)
 
