@@ -180,6 +180,11 @@ class TrainConfig:
             raise UserError(f"--sae {self.sae} is not an architecture; there is {', '.join(ARCHITECTURES)}")
         at_least(self, tokens=1, batch_size=1, checkpoint_every=1, log_every=1)
         at_least(self, seed=0, grad_clip=0, warmup=0, decay=0)
+        if self.tokens < self.batch_size:
+            raise UserError(
+                f"tokens is {self.tokens:,} but one step takes batch_size = {self.batch_size:,}; "
+                "lower --batch-size or raise --tokens"
+            )
         if self.lr != "auto" and not 0 < float(self.lr) < float("inf"):
             raise UserError(f"lr is {self.lr}; it must be 'auto' or a positive number")
         if self.warmup + self.decay > 1:

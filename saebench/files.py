@@ -50,7 +50,8 @@ def sentence_for_os_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
                 f"no space left while writing {path} ({os.strerror(error.errno)}); "
-                "free some space or choose another place, then run the same command again"
+                "free some space and run the same command again (a training with --resume), "
+                "or choose another place"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             reason = os.strerror(error.errno)

@@ -166,7 +166,7 @@ def _sections(path: Path) -> Iterator[Document]:
     """Plain text, cut at the first blank line after every ``SECTION_CHARACTERS``."""
     numbers = itertools.count(1)
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             lines: list[str] = []
             size = 0
             for line in file:

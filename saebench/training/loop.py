@@ -75,7 +75,7 @@ def _train(config: TrainConfig, spec: SaeSpec) -> Run:
     cache = open_cache(config.cache)
     hook = config.hook or cache.hooks[0]
     device = pick_device(config.device)
-    n_steps = max(1, config.tokens // config.batch_size)
+    n_steps = config.tokens // config.batch_size
     facts = _facts(config, spec, cache, hook, n_steps)
     loader = Loader(
         cache,
@@ -93,17 +93,18 @@ def _train(config: TrainConfig, spec: SaeSpec) -> Run:
         StopRequest() as stop,
         contextlib.ExitStack() as stack,
     ):
-        run.claim(out, facts, resume=config.resume)
+        run.check(out, facts, resume=config.resume)
         if run.is_finished(out):
             _say(f"{out} is finished: {n_steps:,} steps, nothing left to do", config)
             return Run(out, config, spec)
 
         state = _begin(config, spec, loader, device, n_steps, weight_bytes)
+        facts = run.begin(out, facts)
         if latest := checkpoint.latest_checkpoint(out):
             checkpoint.load_checkpoint(latest, state)
         if config.resume:
             _say(f"resuming {out} at step {state.step:,} of {n_steps:,}", config)
-        sinks = open_sinks(out, config, run.read_run(out), step=state.step, stack=stack)
+        sinks = open_sinks(out, config, facts, step=state.step, stack=stack)
         sae, peak = state.sae, peak_learning_rate(config, spec.d_sae)
         first_step, started = state.step, time.monotonic()
         bad_rows = torch.zeros((), dtype=torch.bool, device=device)

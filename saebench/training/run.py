@@ -53,8 +53,8 @@ def is_finished(directory: Path) -> bool:
     return (directory / SPEC_FILE).exists()
 
 
-def claim(directory: Path, facts: dict[str, Any], *, resume: bool) -> None:
-    """Make ``directory`` this run's own: write ``run.json``, or check that it is the same run.
+def check(directory: Path, facts: dict[str, Any], *, resume: bool) -> None:
+    """Check that ``directory`` is free for the run of these facts, or holds the same run to be resumed.
 
     Raises:
         UserError: something is there and ``resume`` was not asked for, or it is a different run.
@@ -65,13 +65,19 @@ def claim(directory: Path, facts: dict[str, Any], *, resume: bool) -> None:
             raise UserError(
                 f"{directory} is not empty (it holds {foreign[0]}) and is no run; choose another --out"
             )
-        write_json_atomic(directory / RUN_FILE, facts)
         return
     if not resume:
         state = "a finished run" if is_finished(directory) else "an unfinished run"
         raise UserError(f"{directory} already holds {state}; add --resume to go on, or choose another --out")
     _check_same(read_run(directory), facts, directory)
+
+
+def begin(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Make a checked ``directory`` this run's own; returns the facts it was first begun with."""
     remove_leftovers(directory)
+    if not (directory / RUN_FILE).exists():
+        write_json_atomic(directory / RUN_FILE, facts)
+    return read_run(directory)
 
 
 def read_run(directory: Path) -> dict[str, Any]:

@@ -156,6 +156,7 @@ def test_constant_activations_are_refused(settings, make_cache, tmp_path):
     cache = make_cache(tmp_path / "flat", torch.ones(500, 4))
     with pytest.raises(UserError, match="all activations in the cache are equal"):
         train(**settings | {"cache": cache.path})
+    train(**settings)  # the refusal left the directory free
 
 
 @pytest.mark.parametrize(
@@ -169,6 +170,7 @@ def test_constant_activations_are_refused(settings, make_cache, tmp_path):
         ({"cache": "nowhere"}, "nowhere"),
         ({"device": "cuda:7"}, "--device cuda:7"),
         ({"warmup": 0.9, "decay": 0.9}, "exceed"),
+        ({"tokens": 100}, "one step takes batch_size = 128"),
     ],
 )
 def test_bad_settings_end_in_a_sentence_before_anything_is_written(settings, change, message):
