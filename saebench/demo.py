@@ -21,10 +21,9 @@ from saebench.config import (
     IndexConfig,
     TrainConfig,
     architecture,
-    station,
-    to_flat,
 )
 from saebench.errors import UserError
+from saebench.fields import station, to_flat
 from saebench.files import directory_lock, read_json, write_json_atomic
 
 if TYPE_CHECKING:

@@ -22,11 +22,9 @@ from saebench.config import (
     IndexConfig,
     TrainConfig,
     architecture,
-    from_flat,
-    station,
-    to_flat,
 )
 from saebench.errors import UserError
+from saebench.fields import from_flat, station, to_flat
 
 ROOT = Path(__file__).parents[1]
 NAMES = st.text("abc/_.-", min_size=1).filter(lambda name: name.strip("/."))

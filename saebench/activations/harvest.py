@@ -25,9 +25,10 @@ from saebench.activations.shards import TORCH_DTYPES, row_bytes
 from saebench.activations.text import Document, read_documents, text_fingerprint
 from saebench.activations.tokens import Tokens
 from saebench.activations.writer import CacheWriter, inspect_target
-from saebench.config import HarvestConfig, station
+from saebench.config import HarvestConfig
 from saebench.device import pick_device
 from saebench.errors import UserError
+from saebench.fields import station
 from saebench.files import directory_lock, human_bytes, require_disk
 from saebench.progress import progress
 

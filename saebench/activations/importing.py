@@ -14,8 +14,9 @@ from saebench.activations.cache import ActivationCache, open_cache
 from saebench.activations.manifest import HOOK_PREFIX, ColumnType, is_plain_name
 from saebench.activations.shards import DATA_START, TORCH_DTYPES, row_bytes
 from saebench.activations.writer import CacheWriter, inspect_target
-from saebench.config import ImportConfig, station
+from saebench.config import ImportConfig
 from saebench.errors import UserError
+from saebench.fields import station
 from saebench.files import directory_lock, require_disk, sha256_file
 from saebench.progress import progress
 

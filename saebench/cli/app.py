@@ -24,9 +24,9 @@ from saebench.config import (
     IndexConfig,
     TrainConfig,
     architecture,
-    from_flat,
 )
 from saebench.errors import UserError
+from saebench.fields import from_flat
 
 Json = Annotated[
     bool,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saebench.config import EvalConfig, station
+from saebench.config import EvalConfig
 from saebench.device import pick_device
 from saebench.errors import UserError
 from saebench.evaluation.faithfulness import Contexts, FaithfulnessMetrics, faithfulness_metrics
@@ -22,6 +22,7 @@ from saebench.evaluation.sources import (
     row_batches,
     text_contexts,
 )
+from saebench.fields import station
 from saebench.files import require_writable, write_json_atomic
 from saebench.progress import progress
 from saebench.saes.base import load

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from saebench.codes import SparseCodes
-from saebench.config import SaeSpec, architecture, from_flat, to_flat
+from saebench.config import SaeSpec, architecture
 from saebench.errors import UserError
+from saebench.fields import from_flat, to_flat
 from saebench.files import read_json, write_bytes_atomic, write_json_atomic
 
 SPEC_FILE = "sae.json"

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from saebench.codes import SparseCodes
-from saebench.config import SaeSpec, at_least
+from saebench.config import SaeSpec
+from saebench.fields import at_least
 from saebench.saes.base import SAE, LossTerms
 from saebench.saes.functions import TopKEncode, decode_codes
 

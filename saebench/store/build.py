@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saebench.config import IndexConfig, station
+from saebench.config import IndexConfig
 from saebench.device import pick_device
 from saebench.errors import UserError
+from saebench.fields import station
 from saebench.files import directory_lock, read_json, require_disk, require_writable
 from saebench.progress import progress
 from saebench.store import publish, schema

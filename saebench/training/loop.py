@@ -20,10 +20,10 @@ from torch import Tensor
 
 from saebench.activations.cache import ActivationCache, open_cache
 from saebench.activations.loader import Loader
-from saebench.config import SaeSpec, TrainConfig, architecture, from_flat, to_flat
+from saebench.config import SaeSpec, TrainConfig, architecture
 from saebench.device import pick_device
 from saebench.errors import UserError
-from saebench.fields import show_settings
+from saebench.fields import from_flat, show_settings, to_flat
 from saebench.files import directory_lock, human_bytes, require_disk
 from saebench.progress import progress
 from saebench.saes.base import MIN_DEAD_STEPS, SAE
