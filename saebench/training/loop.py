@@ -220,7 +220,7 @@ def _facts(
 ) -> dict[str, Any]:
     return {
         "format_version": run.FORMAT_VERSION,
-        "train": to_flat(config),
+        "train": {name: v for name, v in to_flat(config).items() if name not in run.OF_THE_CALL},
         "sae": {"name": spec.name, **to_flat(spec)},
         "d_in": cache.d_in(hook),
         "hook_name": hook,

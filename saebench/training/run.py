@@ -13,11 +13,10 @@ from saebench.saes.base import SAE, SPEC_FILE, load
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
+OF_THE_CALL = {"resume", "quiet", "out"}
+"""Settings of one call of ``train``; they are not written into ``run.json``."""
 _MAY_CHANGE = {
-    "resume",
-    "quiet",
     "device",
-    "out",
     "cache",
     "memory",
     "checkpoint_every",

@@ -105,7 +105,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run whose id follows from the run's facts, so that a resumed run goes on there."""
+    """A Weights & Biases run whose id follows from the run and its directory: a resumed run goes on there."""
 
     def __init__(self, project: str, directory: Path, facts: dict[str, Any]) -> None:
         try:
@@ -117,7 +117,7 @@ class WandB:
                 project=project,
                 dir=str(directory),
                 name=directory.name,
-                id=sha256_json(facts)[:16],
+                id=sha256_json([facts, str(directory)])[:16],
                 resume="allow",
                 config=facts,
             )

@@ -46,8 +46,8 @@ def settings(request, small_cache, tmp_path):
 
 @pytest.fixture(scope="session")
 def files_of():
-    """``files_of(run)``: the bytes of every file that must repeat (times and paths are elsewhere)."""
-    apart = ("sessions.jsonl", ".lock", "run.json")
+    """``files_of(run)``: the bytes of every file but the one with times."""
+    apart = ("sessions.jsonl", ".lock")
 
     def read(run):
         files = (p for p in sorted(run.rglob("*")) if p.is_file() and p.name not in apart)
