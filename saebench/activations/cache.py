@@ -3,13 +3,15 @@
 A cache is a directory: manifest.json, and a folder per column with fixed-size shards (shards.py).
 
     hook/<hook_name>   [n, d_in]  activations, bf16, fp16 or fp32
+    gradient/<hook>    [n, d_in]  if asked for: gradient of the model's loss there, bf16 or fp32 (models.py)
     held_out           [n]        bool: True for rows that SAEs are never trained on
     token doc ctx pos  [n]        int32: token id, document, context, 0-based position within the context
     context_tokens     [n_ctx, ctx_len]  int32: the tokens that the model read
     context_len        [n_ctx]    int32: how many of them are no padding
 
-An import (of an array that came without tokens) has only the first two. One context never mixes held-out
-documents with others. Position 0 is usually dropped from the rows, but not from the contexts.
+An import (of an array that came without tokens) has only the first three. One context never mixes held-out
+documents with others. Position 0 is usually dropped from the rows, but not from the contexts; so is the last
+position of each context from a cache with gradients, since it predicts nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from saebench.activations.manifest import (
+    GRADIENT_PREFIX,
     HOOK_PREFIX,
     LABELS_FILE,
     VOCAB_FILE,
@@ -107,6 +110,27 @@ class ActivationCache:
             UserError: the cache has no such hook; the nearest is offered.
         """
         return self._column(HOOK_PREFIX + self.resolve_hook(hook))
+
+    def has_gradients(self, hook: str | None = None) -> bool:
+        """True when the gradients at ``hook`` (the first hook by default) are stored beside its rows."""
+        return GRADIENT_PREFIX + self.resolve_hook(hook) in self._manifest.columns
+
+    def gradients(self, hook: str | None = None) -> Tensor:
+        """The gradient of the model's loss at each row of ``hook``, [n, d_in], mapped from disk.
+
+        In nats per unit of activation: the derivative of the summed next-token cross entropy of the row's
+        whole context (`Model.gradients`).
+
+        Raises:
+            UserError: the cache has no such hook, or no gradients there.
+        """
+        hook = self.resolve_hook(hook)
+        if not self.has_gradients(hook):
+            way_out = "cache import --gradients" if self.n_contexts == 0 else "harvest --gradients"
+            raise UserError(
+                f"the cache {self.path} has no gradients at {hook}; make one that has with {way_out}"
+            )
+        return self._column(GRADIENT_PREFIX + hook)
 
     def resolve_hook(self, hook: str | None) -> str:
         """``hook`` if the cache has it, the first hook for None."""

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,19 +28,28 @@ from saebench.files import human_bytes
 _BATCHES_HELD_BACK = 4  # glibc keeps freed blocks of twice the largest one, in every thread that allocates
 
 
+class Rows(NamedTuple):
+    """One batch: ``activations`` [N, D], and ``gradients`` [N, D] of the same rows if they were asked for."""
+
+    activations: Tensor
+    gradients: Tensor | None
+
+
 class Loader:
     """An endless sequence of batches of one hook's rows, epoch after epoch; held-out rows never appear.
 
     Batch i holds positions [i * batch_size, (i + 1) * batch_size) of the order that `RowOrder` defines from
     ``seed`` alone; the last rows of an epoch share a batch with the first of the next. So the state of a
     training run is one integer, the number of the next batch, and batches do not depend on ``prefetch``,
-    ``memory_bytes``, threads or ``device``. Batches are in the cache's dtype, on ``device``.
+    ``memory_bytes``, threads or ``device``. Batches are in the cache's dtype, on ``device``. With
+    ``gradients`` each carries those of its rows too; the order is the same with and without.
 
     ``memory_bytes`` bounds the anonymous memory of everything here: tables of the order, and ``prefetch`` + 3
     batches, and 4 more that the allocator may hold back. Activations themselves stay file-backed.
 
     Raises:
-        UserError: the cache has no such hook, no row to train on, or the memory is too small.
+        UserError: the cache has no such hook, no gradients although they were asked for, no row to train on,
+            or the memory is too small.
     """
 
     def __init__(
@@ -49,6 +59,7 @@ class Loader:
         *,
         batch_size: int,
         seed: int,
+        gradients: bool = False,
         device: torch.device | str = "cpu",
         memory_bytes: int = 1 << 30,
         prefetch: int = 2,
@@ -59,11 +70,12 @@ class Loader:
         self.batch_size = batch_size
         self.device = torch.device(device)
         self._prefetch = prefetch
-        self._rows_ND = cache.activations(self.hook)
+        activations_ND = cache.activations(self.hook)
+        self._columns = [activations_ND, cache.gradients(self.hook)] if gradients else [activations_ND]
         self._order = RowOrder(
             cache.held_out.numpy(),
             seed=seed,
-            row_bytes=self._rows_ND[0].nbytes,
+            row_bytes=activations_ND[0].nbytes,
             block_rows=block_rows,
             window_blocks=window_blocks,
         )
@@ -73,7 +85,8 @@ class Loader:
                 "harvest more documents"
             )
         batches = prefetch + 3 + _BATCHES_HELD_BACK
-        needed = self._order.memory_bytes + batches * batch_size * self._rows_ND[0].nbytes
+        row_bytes = sum(column_ND[0].nbytes for column_ND in self._columns)
+        needed = self._order.memory_bytes + batches * batch_size * row_bytes
         if needed > memory_bytes:
             raise UserError(
                 f"reading {cache.path} in batches of {batch_size:,} rows needs {human_bytes(needed)} but "
@@ -93,51 +106,63 @@ class Loader:
         """Row numbers of batch i, [batch_size] int64."""
         return torch.from_numpy(self._order.rows(i * self.batch_size, (i + 1) * self.batch_size))
 
-    def batch(self, i: int) -> Tensor:
-        """Batch i, [batch_size, d_in], on ``device``."""
-        return self._gather(i).to(self.device)
+    def batch(self, i: int) -> Rows:
+        """Batch i, ``batch_size`` rows, on ``device``."""
+        return _rows([column_ND.to(self.device) for column_ND in self._gather(i)])
 
-    def iterate(self, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+    def iterate(self, start: int = 0, stop: int | None = None) -> Iterator[Rows]:
         """Batches start, start + 1, ... (up to ``stop``, or endless), made ahead in a thread.
 
         On a GPU they pass through pinned memory and are copied on a stream of their own. Exceptions in the
         thread are raised here; closing the iterator ends the thread.
         """
         with contextlib.closing(work_ahead(self._produce(start, stop), self._prefetch)) as made:
-            for batch_ND, copied in made:
+            for columns, copied in made:
                 if copied is not None:
                     stream = torch.cuda.current_stream(self.device)
                     stream.wait_event(copied)
-                    batch_ND.record_stream(stream)
-                yield batch_ND
+                    for column_ND in columns:
+                        column_ND.record_stream(stream)
+                yield _rows(columns)
 
-    def _produce(self, start: int, stop: int | None) -> Iterator[tuple[Tensor, torch.cuda.Event | None]]:
-        """Batches on ``device``, each with the event that ends its copy to a GPU."""
+    def _produce(
+        self, start: int, stop: int | None
+    ) -> Iterator[tuple[list[Tensor], torch.cuda.Event | None]]:
+        """The columns of each batch on ``device``, with the event that ends their copy to a GPU."""
         copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         indices = itertools.count(start) if stop is None else range(start, stop)
-        with contextlib.closing(_Readahead(self._order, self._rows_ND)) as readahead:
+        with contextlib.closing(_Readahead(self._order, self._columns)) as readahead:
             for i in indices:
                 readahead.enter(i * self.batch_size, (i + 1) * self.batch_size)
-                batch_ND = self._gather(i)
+                columns = self._gather(i)
                 if copies is None:
-                    yield batch_ND, None
+                    yield columns, None
                     continue
                 with torch.cuda.stream(copies):
-                    batch_ND = batch_ND.to(self.device, non_blocking=True)
-                yield batch_ND, copies.record_event()
+                    columns = [column_ND.to(self.device, non_blocking=True) for column_ND in columns]
+                yield columns, copies.record_event()
 
-    def _gather(self, i: int) -> Tensor:
-        """Batch i in memory of the host, pinned when it is to go to a GPU."""
-        shape = (self.batch_size, self._rows_ND.shape[1])
-        batch_ND = torch.empty(shape, dtype=self._rows_ND.dtype, pin_memory=self.device.type == "cuda")
-        return torch.index_select(self._rows_ND, 0, self.rows(i), out=batch_ND)
+    def _gather(self, i: int) -> list[Tensor]:
+        """The columns of batch i in memory of the host, pinned when they are to go to a GPU."""
+        rows_N = self.rows(i)
+        pinned = self.device.type == "cuda"
+        gathered = []
+        for column_ND in self._columns:
+            shape = (self.batch_size, column_ND.shape[1])
+            batch_ND = torch.empty(shape, dtype=column_ND.dtype, pin_memory=pinned)
+            gathered.append(torch.index_select(column_ND, 0, rows_N, out=batch_ND))
+        return gathered
+
+
+def _rows(columns: Sequence[Tensor]) -> Rows:
+    return Rows(columns[0], columns[1] if len(columns) == 2 else None)
 
 
 class _Readahead:
     """Brings windows of the order into the page cache before they are needed, one ahead."""
 
-    def __init__(self, order: RowOrder, rows_ND: Tensor) -> None:
-        self._order, self._rows_ND = order, rows_ND
+    def __init__(self, order: RowOrder, columns: Sequence[Tensor]) -> None:
+        self._order, self._columns = order, columns
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="readahead")
         self._ready: dict[int, Future[None]] = {}
         self._end = -1
@@ -165,6 +190,7 @@ class _Readahead:
         ranges = self._order.prepare(span)
         if self._order.n_windows == 1 and self._populated:
             return
-        for first, end in ranges:
-            populate(self._rows_ND[first:end])
+        for column_ND in self._columns:
+            for first, end in ranges:
+                populate(column_ND[first:end])
         self._populated = True

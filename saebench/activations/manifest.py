@@ -30,6 +30,7 @@ FORMAT = "saebench activation cache"
 FORMAT_VERSION = 1
 
 HOOK_PREFIX = "hook/"
+GRADIENT_PREFIX = "gradient/"
 TOKEN_COLUMNS = ("token", "doc", "ctx", "pos")
 CONTEXT_COLUMNS = ("context_tokens", "context_len")
 VOCAB_FILE = "vocab.safetensors"
@@ -154,7 +155,7 @@ def _contradiction(manifest: Manifest) -> str | None:
         if name not in manifest.columns:
             return f"it lacks the column {name}"
     for name in [*manifest.columns, *manifest.files]:
-        if not is_plain_name(name.removeprefix(HOOK_PREFIX)):
+        if not is_plain_name(name.removeprefix(HOOK_PREFIX).removeprefix(GRADIENT_PREFIX)):
             return f"{name!r} is not a name"
     for name, column in manifest.columns.items():
         if column.type.dtype not in TORCH_DTYPES:
@@ -164,6 +165,10 @@ def _contradiction(manifest: Manifest) -> str | None:
             return f"column {name} has {column.n_rows} rows where {rows} belong"
         if any(shard.rows != manifest.shard_rows for shard in column.shards[:-1]):
             return f"column {name} has shards of unequal size"
+        if name.startswith(GRADIENT_PREFIX):
+            hook = manifest.columns.get(HOOK_PREFIX + name.removeprefix(GRADIENT_PREFIX))
+            if hook is None or hook.type.row_shape != column.type.row_shape:
+                return f"column {name} fits no hook"
     facts = {"settings", "model"} if manifest.kind == "harvest" else {"settings"}
     made_from = manifest.raw["made_from"]
     if not all(isinstance(made_from[fact], dict) for fact in facts):

@@ -118,8 +118,8 @@ def _train(config: TrainConfig, spec: SaeSpec) -> Run:
             )
         )
 
-        for rows_ND in loader.iterate(start=state.step, stop=n_steps):
-            x_ND = rows_ND.float() * state.scale
+        for rows in loader.iterate(start=state.step, stop=n_steps):
+            x_ND = rows.activations.float() * state.scale
             bad_rows |= ~x_ND.isfinite().all()
             terms = sae.loss(x_ND)
             state.optimizer.zero_grad()
@@ -194,9 +194,9 @@ def _begin(
 
 def _sample(loader: Loader) -> Tensor:
     """The first rows of the training order in float32 on the CPU: 65,536, or fewer when they are wide."""
-    first_ND = loader.batch(0).float().cpu()
+    first_ND = loader.batch(0).activations.float().cpu()
     n_rows = min(SAMPLE_ROWS, loader.n_rows, SAMPLE_BYTES // (4 * first_ND.shape[1]))
-    others = [loader.batch(i).float().cpu() for i in range(1, n_rows // loader.batch_size)]
+    others = [loader.batch(i).activations.float().cpu() for i in range(1, n_rows // loader.batch_size)]
     sample_ND = torch.cat([first_ND, *others])[:SAMPLE_ROWS]
     if not sample_ND.isfinite().all():
         raise UserError(

@@ -109,11 +109,13 @@ def test_iterating_equals_asking_for_batches(cache, prefetch, batch_size, device
     loader = Loader(cache, seed=3, prefetch=prefetch, device=device, **sizes)
     plain = Loader(cache, seed=3, memory_bytes=1 << 20, **sizes)
     for i, batch in enumerate(loader.iterate(2, 9), start=2):
-        assert batch.dtype == torch.bfloat16
-        assert batch.shape == (batch_size, 6)
-        assert batch.device.type == device
-        assert torch.equal(batch.cpu(), plain.batch(i))
-        assert torch.equal(batch.cpu(), cache.activations()[plain.rows(i)])
+        rows_ND = batch.activations
+        assert batch.gradients is None
+        assert rows_ND.dtype == torch.bfloat16
+        assert rows_ND.shape == (batch_size, 6)
+        assert rows_ND.device.type == device
+        assert torch.equal(rows_ND.cpu(), plain.batch(i).activations)
+        assert torch.equal(rows_ND.cpu(), cache.activations()[plain.rows(i)])
     assert i == 8
 
 
