@@ -1,8 +1,15 @@
 """Tensor operations that an SAE's step is made of; they know tensors and nothing of saebench."""
 
 from saebench_kernels.gathered_dots import gathered_dots
-from saebench_kernels.latent_sums import group_by_latent, latent_sums
+from saebench_kernels.latent_sums import LatentGroups, group_by_latent, latent_sums
 from saebench_kernels.sparse_decode import sparse_decode
 from saebench_kernels.topk_encode import topk_encode
 
-__all__ = ["gathered_dots", "group_by_latent", "latent_sums", "sparse_decode", "topk_encode"]
+__all__ = [
+    "LatentGroups",
+    "gathered_dots",
+    "group_by_latent",
+    "latent_sums",
+    "sparse_decode",
+    "topk_encode",
+]

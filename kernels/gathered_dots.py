@@ -1,6 +1,6 @@
 """Dot products of each row with the few table rows that it names.
 
-Shapes: N rows, K slots a row, D columns, M table rows.
+Shapes: N rows, S entries of all rows end to end, D columns, M table rows.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def gathered_dots(indices_NK: Tensor, x_ND: Tensor, table_MD: Tensor) -> Tensor:
-    """``out[n, k] = x[n] . table[indices[n, k]]``, without forming the gathered [N, K, D] tensor.
+def gathered_dots(indices_S: Tensor, starts_N: Tensor, x_ND: Tensor, table_MD: Tensor) -> Tensor:
+    """``out[s] = x[n] . table[indices[s]]`` for the entries s of row n, without an [S, D] tensor.
 
-    This is the gradient of ``sparse_decode`` with respect to its values, and torch's own fused kernel for
-    that gradient computes it (the weights at which it is taken do not matter: the decode is linear).
+    Row n's entries begin at ``starts[n]``; indices and starts are of one integer type. This is the gradient
+    of ``sparse_decode`` with respect to its values, and torch's own fused kernel for that gradient computes
+    it (the weights at which it is taken do not matter: the decode is linear).
     """
     with torch.enable_grad():
-        at_NK = torch.zeros(indices_NK.shape, dtype=x_ND.dtype, device=x_ND.device, requires_grad=True)
-        decoded_ND = F.embedding_bag(indices_NK, table_MD.detach(), per_sample_weights=at_NK, mode="sum")
-        (dots_NK,) = torch.autograd.grad(decoded_ND, at_NK, x_ND.detach())
-    return dots_NK
+        at_S = torch.zeros(indices_S.shape, dtype=x_ND.dtype, device=x_ND.device, requires_grad=True)
+        decoded_ND = F.embedding_bag(
+            indices_S, table_MD.detach(), starts_N, per_sample_weights=at_S, mode="sum"
+        )
+        (dots_S,) = torch.autograd.grad(decoded_ND, at_S, x_ND.detach())
+    return dots_S

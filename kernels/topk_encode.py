@@ -39,5 +39,7 @@ def topk_encode(
         torch.addmm(scan_b_M, scan_x_ND[rows], scan_W_DM, out=out_nM)
         torch.topk(out_nM, k, dim=1, sorted=False, out=(values_NK[rows], indices_NK[rows]))
     if scan_dtype != torch.float32:
-        values_NK = gathered_dots(indices_NK, x_ND, W_enc_MD) + b_enc_M[indices_NK]
+        starts_N = torch.arange(n_rows, device=x_ND.device) * k
+        dots_S = gathered_dots(indices_NK.view(-1), starts_N, x_ND, W_enc_MD)
+        values_NK = dots_S.view(n_rows, k) + b_enc_M[indices_NK]
     return values_NK.relu_(), indices_NK

@@ -5,10 +5,13 @@ Shapes: N rows (tokens), K slots a row when rectangular, S = stored entries, M =
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from saebench_kernels import LatentGroups, group_by_latent
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -29,6 +32,8 @@ class SparseCodes:
     leading_shape: tuple[int, ...]
     k: int | None = None
     offsets: Tensor | None = None
+    _sorted: list[LatentGroups] = field(default_factory=list)
+    """At most one item: the groups, once they were asked for."""
 
     def __post_init__(self) -> None:
         assert (self.k is None) != (self.offsets is None), "exactly one of k and offsets"
@@ -90,6 +95,17 @@ class SparseCodes:
         if self.k is not None:
             return torch.arange(self.n_rows, device=self.values.device).repeat_interleave(self.k)
         return torch.repeat_interleave(self.row_offsets.diff(), output_size=self.values.numel())
+
+    @property
+    def groups(self) -> LatentGroups:
+        """The entries sorted by latent, for weight gradients; sorted once."""
+        if not self._sorted:
+            self._sorted.append(group_by_latent(self.indices, self.rows(), self.d_sae))
+        return self._sorted[0]
+
+    def with_values(self, values: Tensor) -> SparseCodes:
+        """The same entries with other ``values`` [S]; the two share their groups."""
+        return dataclasses.replace(self, values=values)
 
     def coo(self) -> tuple[Tensor, Tensor, Tensor]:
         """``(row int64, index int32, value)`` of the entries that are not padding, in stored order."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +28,23 @@ PROBE_ROWS = 4096
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Rows of one training step, and how far the training is."""
+
+    x_ND: Tensor
+    """[N, D] activations, scaled as the run scales them."""
+    gradient_ND: Tensor | None = None
+    """[N, D] gradient of the model's loss at the same rows, as it was harvested."""
+    progress: float = 0.0
+    """Share of the run's steps done before this one. Schedules are functions of it: a resumed run repeats."""
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """Some of the rows, at the same progress."""
+        gradient_ND = None if self.gradient_ND is None else self.gradient_ND[rows]
+        return Batch(self.x_ND[rows], gradient_ND, self.progress)
+
+
+@dataclass(frozen=True)
 class LossTerms:
     """What one batch costs. ``total`` is what is minimised; the rest is for looking at."""
 
@@ -41,17 +58,22 @@ class LossTerms:
     """The codes of the batch."""
     x_hat: Tensor
     """[N, D] reconstruction."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """Further scalars for the metrics, by name."""
 
 
 class SAE(nn.Module):
     """Base of all architectures. A subclass sets ``Spec`` and writes ``encode_rows`` and ``loss``.
 
     Master weights are float32: ``W_enc_MD`` and ``W_dec`` [d_sae, d_in], ``b_enc`` [d_sae], ``b_dec``
-    [d_in]. ``compute_dtype`` is the type of the large matrix product alone. ``tokens_since_fired`` [d_sae]
-    and ``dead_after`` belong to training: they are in checkpoints and not in the saved SAE.
+    [d_in]. ``compute_dtype`` is the type of the large matrix product alone. All that changes while training
+    is a parameter or a buffer, so that a checkpoint has it; ``weight_names`` are those of the saved SAE
+    (``tokens_since_fired`` [d_sae], for one, is not).
     """
 
     Spec: ClassVar[type[SaeSpec]]
+    uses_gradients: ClassVar[bool] = False
+    """Whether training needs ``Batch.gradient_ND``."""
     weight_names: ClassVar[tuple[str, ...]] = ("W_enc_MD", "W_dec", "b_enc", "b_dec")
     tokens_since_fired: Tensor
 
@@ -86,24 +108,36 @@ class SAE(nn.Module):
     # What an architecture decides -----------------------------------------------------------------
 
     def encode_rows(self, x_ND: Tensor) -> SparseCodes:
-        """Codes of rows [N, D], each chosen from its own row alone (inference)."""
+        """Codes of rows [N, D], each chosen from its own row alone (inference).
+
+        An architecture that can be read in several ways takes keywords here; ``encode`` passes them on.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not say how it encodes")
 
-    def loss(self, x_ND: Tensor) -> LossTerms:
-        """Loss of one training batch [N, D] of normalised activations."""
+    def loss(self, batch: Batch) -> LossTerms:
+        """Loss of one training batch; changes no state."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it minimises")
+
+    def after_step(self, batch: Batch, terms: LossTerms) -> None:
+        """Take note of a step that has been applied: which latents fired, running statistics."""
+        self.count_firing(terms.codes)
+
+    def calibrate(self, x_ND: Tensor) -> None:
+        """Set what inference needs, from rows [N, D] that training did not see; called once, at the end."""
 
     # What all share -------------------------------------------------------------------------------
 
-    def encode(self, x: Tensor) -> SparseCodes:
+    def encode(self, x: Tensor, **how: Any) -> SparseCodes:
         """Codes of ``x`` of shape [d_in], [N, d_in] or [B, T, d_in], any float type.
+
+        Keywords are the architecture's own: ``k``, ``tolerance``, ``inference``; see its ``encode_rows``.
 
         Raises:
             ValueError: the last axis is not d_in.
         """
         if x.ndim == 0 or x.shape[-1] != self.d_in:
             raise ValueError(f"x has shape {tuple(x.shape)}; the last axis must be d_in = {self.d_in}")
-        codes = self.encode_rows(x.reshape(-1, self.d_in).float())
+        codes = self.encode_rows(x.reshape(-1, self.d_in).float(), **how)
         leading = tuple(x.shape[:-1])
         return SparseCodes(codes.indices, codes.values, codes.d_sae, leading, codes.k, codes.offsets)
 
@@ -118,8 +152,8 @@ class SAE(nn.Module):
         return self.decode(self.encode(x))
 
     @torch.no_grad()
-    def initialize(self, sample_ND: Tensor, *, seed: int) -> None:
-        """Set the weights for training on activations like ``sample_ND`` (Gao et al. 2024, section A.1).
+    def initialize(self, sample: Batch, *, seed: int) -> None:
+        """Set the weights for training on activations like ``sample`` (Gao et al. 2024, section A.1).
 
         Random unit decoder rows, encoder tied to them, b_dec the mean of the sample, b_enc zero. The
         encoder is then scaled by the one factor that makes the first reconstruction best in the least
@@ -131,10 +165,10 @@ class SAE(nn.Module):
         self.normalize_decoder()
         self.W_enc_MD.copy_(self.W_dec)
         self.b_enc.zero_()
-        self.b_dec.copy_(sample_ND.double().mean(0))
-        probe_ND = sample_ND[:PROBE_ROWS].float()
-        error_ND = (probe_ND - self.b_dec).double()
-        offset_ND = (self(probe_ND) - self.b_dec).double()
+        self.b_dec.copy_(sample.x_ND.double().mean(0))
+        probe = sample[:PROBE_ROWS]
+        error_ND = (probe.x_ND - self.b_dec).double()
+        offset_ND = (self.loss(probe).x_hat - self.b_dec).double()
         energy = offset_ND.square().sum()
         if energy > 0:
             self.W_enc_MD.mul_(float((error_ND * offset_ND).sum() / energy))

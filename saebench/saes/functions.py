@@ -1,6 +1,9 @@
 """Sparse encode and decode as differentiable functions: forward and backward never form an [N, M] code.
 
-Shapes: N rows, D = d_in, M = d_sae latents, K kept a row.
+A selection rule has chosen the entries (which latents of which rows, and their values) without gradients;
+the functions here attach the gradients, so all rules share them.
+
+Shapes: N rows, S entries of all rows end to end, D = d_in, M = d_sae latents.
 """
 
 from __future__ import annotations
@@ -11,61 +14,83 @@ import torch
 from torch import Tensor
 
 from saebench.codes import SparseCodes
-from saebench_kernels import gathered_dots, group_by_latent, latent_sums, sparse_decode, topk_encode
+from saebench_kernels import gathered_dots, latent_sums, sparse_decode
 
 
-class TopKEncode(torch.autograd.Function):
-    """``values, indices = top k of relu((x - b_dec) W_enc^T + b_enc)``; gradients for weights and biases.
+def encode_chosen(
+    x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, b_dec_D: Tensor, chosen: SparseCodes
+) -> SparseCodes:
+    """``chosen`` with the gradients of ``relu((x - b_dec) W_enc^T + b_enc)`` at its entries.
 
-    ``x`` is data and gets no gradient. A value of zero was cut by the ReLU or is padding: it passes none.
-    The gradient of ``b_dec`` is -(sum over rows of d_pre) W_enc, one matrix-vector product.
+    ``x`` is data and gets no gradient, and neither does the choice itself. A value of zero was cut by the
+    ReLU or is padding: it passes none.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, b_dec_D: Tensor, k: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        centred_ND = x_ND - b_dec_D
-        values_NK, indices_NK = topk_encode(centred_ND, W_enc_MD, b_enc_M, k, scan_dtype=dtype)
-        ctx.save_for_backward(centred_ND, W_enc_MD, values_NK, indices_NK)
-        ctx.mark_non_differentiable(indices_NK)
-        return values_NK, indices_NK
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        centred_ND, W_enc_MD, values_NK, indices_NK = ctx.saved_tensors
-        d_pre_NK = grads[0] * (values_NK > 0)
-        groups = group_by_latent(indices_NK, W_enc_MD.shape[0])
-        d_W_enc_MD = latent_sums(groups, d_pre_NK, centred_ND)
-        d_b_enc_M = latent_sums(groups, d_pre_NK, torch.ones_like(centred_ND[:, :1]))[:, 0]
-        return None, d_W_enc_MD, d_b_enc_M, -(d_b_enc_M @ W_enc_MD), None, None
-
-
-class SparseDecode(torch.autograd.Function):
-    """``x_hat[n] = sum_k values[n, k] W_dec[indices[n, k]] + b_dec``, gradients for values and weights."""
-
-    @staticmethod
-    def forward(ctx: Any, values_NK: Tensor, indices_NK: Tensor, W_dec_MD: Tensor, b_dec_D: Tensor) -> Tensor:
-        ctx.save_for_backward(values_NK, indices_NK, W_dec_MD)
-        return sparse_decode(indices_NK, values_NK, W_dec_MD) + b_dec_D
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (d_x_hat_ND,) = grads
-        values_NK, indices_NK, W_dec_MD = ctx.saved_tensors
-        d_values_NK = gathered_dots(indices_NK, d_x_hat_ND, W_dec_MD)
-        groups = group_by_latent(indices_NK, W_dec_MD.shape[0])
-        d_W_dec_MD = latent_sums(groups, values_NK, d_x_hat_ND.contiguous())
-        return d_values_NK, None, d_W_dec_MD, d_x_hat_ND.sum(0)
+    if not torch.is_grad_enabled():
+        return chosen
+    values_S: Tensor = _Encode.apply(  # type: ignore[no-untyped-call]
+        chosen.values, chosen, x_ND, W_enc_MD, b_enc_M, b_dec_D
+    )
+    return chosen.with_values(values_S)
 
 
 def decode_codes(codes: SparseCodes, W_dec_MD: Tensor, b_dec_D: Tensor) -> Tensor:
-    """Decode rectangular or ragged codes to [N, D]; differentiable."""
-    if codes.k is not None:
-        indices_NK, values_NK = codes.rectangular()
-        x_hat_ND: Tensor = SparseDecode.apply(values_NK, indices_NK.long(), W_dec_MD, b_dec_D)  # type: ignore[no-untyped-call]
-        return x_hat_ND
-    bags_ND = torch.nn.functional.embedding_bag(
-        codes.indices, W_dec_MD, codes.row_offsets[:-1].int(), per_sample_weights=codes.values, mode="sum"
+    """``x_hat[n] = sum of values[s] W_dec[indices[s]] over the entries of row n, + b_dec``, shape [N, D].
+
+    Differentiable in the values, ``W_dec`` and ``b_dec``.
+    """
+    starts_N = codes.row_offsets[:-1].int()
+    if not torch.is_grad_enabled():
+        return sparse_decode(codes.indices, starts_N, codes.values, W_dec_MD) + b_dec_D
+    x_hat_ND: Tensor = _Decode.apply(  # type: ignore[no-untyped-call]
+        codes.values, codes, starts_N, W_dec_MD, b_dec_D
     )
-    return bags_ND + b_dec_D
+    return x_hat_ND
+
+
+class _Encode(torch.autograd.Function):
+    """Gradients of the entries' pre-activations; that of b_dec is one matrix-vector product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values_S: Tensor,
+        chosen: SparseCodes,
+        x_ND: Tensor,
+        W_enc_MD: Tensor,
+        b_enc_M: Tensor,
+        b_dec_D: Tensor,
+    ) -> Tensor:
+        ctx.chosen = chosen
+        ctx.save_for_backward(values_S, x_ND, W_enc_MD, b_dec_D)
+        return values_S.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        values_S, x_ND, W_enc_MD, b_dec_D = ctx.saved_tensors
+        d_pre_S = grads[0] * (values_S > 0)
+        d_W_enc_MD = latent_sums(ctx.chosen.groups, d_pre_S, x_ND - b_dec_D)
+        d_b_enc_M = latent_sums(ctx.chosen.groups, d_pre_S, torch.ones_like(x_ND[:, :1]))[:, 0]
+        return None, None, None, d_W_enc_MD, d_b_enc_M, -(d_b_enc_M @ W_enc_MD)
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values_S: Tensor,
+        codes: SparseCodes,
+        starts_N: Tensor,
+        W_dec_MD: Tensor,
+        b_dec_D: Tensor,
+    ) -> Tensor:
+        ctx.codes = codes
+        ctx.save_for_backward(values_S, starts_N, W_dec_MD)
+        return sparse_decode(codes.indices, starts_N, values_S, W_dec_MD) + b_dec_D
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        values_S, starts_N, W_dec_MD = ctx.saved_tensors
+        d_x_hat_ND = grads[0].contiguous()
+        d_values_S = gathered_dots(ctx.codes.indices, starts_N, d_x_hat_ND, W_dec_MD)
+        d_W_dec_MD = latent_sums(ctx.codes.groups, values_S, d_x_hat_ND)
+        return d_values_S, None, None, d_W_dec_MD, d_x_hat_ND.sum(0)

@@ -1,6 +1,6 @@
-"""TopK SAE with AuxK (Gao et al. 2024, arXiv 2406.04093).
+"""TopK SAE with AuxK, Multi-TopK and a schedule of k (Gao et al. 2024, arXiv 2406.04093).
 
-Shapes: N rows, D = d_in, M = d_sae latents, K kept a row, A dead latents.
+Shapes: N rows, D = d_in, K kept a row.
 """
 
 from __future__ import annotations
@@ -12,78 +12,96 @@ import torch
 from torch import Tensor
 
 from saebench.codes import SparseCodes
-from saebench.config import SaeSpec
+from saebench.errors import UserError
 from saebench.fields import at_least
-from saebench.saes.base import SAE, LossTerms
-from saebench.saes.functions import TopKEncode, decode_codes
+from saebench.saes.auxiliary import AuxSpec
+from saebench.saes.base import Batch, LossTerms
+from saebench.saes.choice import ChoiceSAE
+from saebench.saes.functions import decode_codes
+from saebench_kernels import topk_encode
+
+MULTI_FACTOR = 4
+MULTI_COEFFICIENT = 1 / 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopKSpec(SaeSpec):
+class TopKSpec(AuxSpec):
     """Settings of a TopK SAE."""
 
     name: ClassVar[str] = "topk"
 
-    k_aux: int | None = None
-    """Dead latents that AuxK picks for each token; d_in / 2 by default."""
-    aux_coefficient: float = 1 / 32
-    """Weight of the AuxK loss; 0 switches it off."""
-    dead_tokens: int = 10_000_000
-    """A latent is dead when it has not fired for this many tokens, or for 10% of the run if that is less."""
+    multi_topk: bool = False
+    """Also reconstruct from the 4 k largest, with weight 1/8, so that the SAE can be read with other k."""
+    k_start: int | None = None
+    """Begin training with this k and lower it linearly to k; by default k from the start."""
+    k_anneal: float = 0.2
+    """Share of the run over which k falls from k_start to k."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, aux_coefficient=0, dead_tokens=1)
-        if self.k_aux is not None:
-            at_least(self, k_aux=1)
+        at_least(self, k_anneal=0)
+        if self.k_anneal > 1:
+            raise UserError(f"k_anneal is {self.k_anneal}; it is a share of the run, at most 1")
+        if self.k_start is not None and not self.k <= self.k_start <= self.d_sae:
+            raise UserError(
+                f"k_start is {self.k_start}; k falls from it, so it must lie between k = {self.k} and "
+                f"d_sae = {self.d_sae}"
+            )
 
 
-class TopKSAE(SAE):
+class TopKSAE(ChoiceSAE):
     """Keeps the k largest pre-activations of each token, after a ReLU.
 
     z = top_k(relu(W_enc (x - b_dec) + b_enc)),  x_hat = W_dec^T z + b_dec,
-    loss = |x - x_hat|^2 / d_in  +  aux_coefficient * AuxK.
+    loss = |x - x_hat|^2 / d_in  [ + |x - x_hat(4k)|^2 / (8 d_in) ]  +  aux_coefficient * AuxK.
     """
 
     Spec = TopKSpec
     spec: TopKSpec
 
-    def encode_rows(self, x_ND: Tensor) -> SparseCodes:
-        values_NK, indices_NK = TopKEncode.apply(  # type: ignore[no-untyped-call]
-            x_ND, self.W_enc_MD, self.b_enc, self.b_dec, self.k, self.compute_dtype
+    def encode_rows(self, x_ND: Tensor, *, k: int | None = None) -> SparseCodes:
+        """Codes of rows [N, D]; ``k`` other than the one trained for keeps more latents, or fewer."""
+        chosen = self.top(x_ND, self.k if k is None else k)
+        return self.attach_gradients(x_ND, chosen)
+
+    def choose(self, batch: Batch) -> SparseCodes:
+        return self.top(batch.x_ND, self.k_at(batch.progress))
+
+    def loss(self, batch: Batch) -> LossTerms:
+        if not self.spec.multi_topk:
+            return super().loss(batch)
+        k = self.k_at(batch.progress)
+        with torch.no_grad():
+            chosen = self.top(batch.x_ND, min(MULTI_FACTOR * k, self.d_sae))
+        many = self.attach_gradients(batch.x_ND, chosen)
+        indices_NK, values_NK = many.rectangular()
+        slots_NK = values_NK.detach().topk(k, dim=1, sorted=False).indices
+        codes = SparseCodes.from_topk(
+            values_NK.gather(1, slots_NK), indices_NK.gather(1, slots_NK), d_sae=self.d_sae
         )
-        return SparseCodes.from_topk(values_NK, indices_NK, d_sae=self.d_sae)
-
-    def loss(self, x_ND: Tensor) -> LossTerms:
-        codes = self.encode_rows(x_ND)
         x_hat_ND = decode_codes(codes, self.W_dec, self.b_dec)
-        error_ND = x_ND - x_hat_ND
-        reconstruction = error_ND.square().mean()
-        auxiliary = self.auxiliary_loss(x_ND, error_ND.detach())
-        total = reconstruction + self.spec.aux_coefficient * auxiliary
-        return LossTerms(total, reconstruction.detach(), auxiliary.detach(), codes, x_hat_ND.detach())
+        of_many_ND = decode_codes(many, self.W_dec, self.b_dec)
+        objective = (batch.x_ND - x_hat_ND).square().mean()
+        objective = objective + MULTI_COEFFICIENT * (batch.x_ND - of_many_ND).square().mean()
+        return self.terms(batch, codes, x_hat_ND, objective)
 
-    def auxiliary_loss(self, x_ND: Tensor, error_ND: Tensor) -> Tensor:
-        """AuxK: how much of the (detached) residual the dead latents leave unexplained.
+    def k_at(self, progress: float) -> int:
+        """k when this share of the run is done."""
+        if self.spec.k_start is None or progress >= self.spec.k_anneal:
+            return self.k
+        done = progress / self.spec.k_anneal
+        return round(self.spec.k_start + (self.k - self.spec.k_start) * done)
 
-        The k_aux largest pre-activations among dead latents are decoded without bias to e_hat, and
-        AuxK = sum |e - e_hat|^2 / sum |e - mean e|^2. Its gradient reaches the dead latents' encoder and
-        decoder rows and nothing else: x - b_dec is detached. It is 0 without dead latents, and when the
-        residual does not vary (a single row, a perfect reconstruction).
+    def top(self, x_ND: Tensor, k: int) -> SparseCodes:
+        """The k largest entries of each row, without gradients.
+
+        Raises:
+            ValueError: k is not between 1 and d_sae.
         """
-        if self.spec.aux_coefficient == 0:
-            return x_ND.new_zeros(())
-        dead_A = self.dead_latents()
-        if dead_A.numel() == 0:
-            return x_ND.new_zeros(())
-        centred_ND = (x_ND - self.b_dec).detach()
-        pre_NA = torch.relu(torch.addmm(self.b_enc[dead_A], centred_ND, self.W_enc_MD[dead_A].T))
-        k_aux = self.spec.k_aux or max(1, self.d_in // 2)
-        if k_aux < dead_A.numel():
-            values_NK, slots_NK = pre_NA.topk(k_aux, dim=1, sorted=False)
-            pre_NA = torch.zeros_like(pre_NA).scatter(1, slots_NK, values_NK)
-        e_hat_ND = pre_NA @ self.W_dec[dead_A]
-        variance = (error_ND - error_ND.mean(0)).square().sum()
-        # Infinity, not a quotient mended afterwards: its gradient would be 0 / 0.
-        variance = torch.where(variance > torch.finfo(torch.float32).tiny, variance, torch.inf)
-        return (error_ND - e_hat_ND).square().sum() / variance
+        if not 1 <= k <= self.d_sae:
+            raise ValueError(f"k is {k}; it must lie between 1 and d_sae = {self.d_sae}")
+        with torch.no_grad():
+            values_NK, indices_NK = topk_encode(
+                x_ND - self.b_dec, self.W_enc_MD, self.b_enc, k, scan_dtype=self.compute_dtype
+            )
+        return SparseCodes.from_topk(values_NK, indices_NK, d_sae=self.d_sae)

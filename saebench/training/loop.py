@@ -26,7 +26,7 @@ from saebench.errors import UserError
 from saebench.fields import from_flat, show_settings, to_flat
 from saebench.files import directory_lock, human_bytes, require_disk
 from saebench.progress import progress
-from saebench.saes.base import MIN_DEAD_STEPS, SAE
+from saebench.saes.base import MIN_DEAD_STEPS, SAE, Batch
 from saebench.training import checkpoint, run
 from saebench.training.checkpoint import TrainState
 from saebench.training.interrupts import StopRequest
@@ -121,12 +121,13 @@ def _train(config: TrainConfig, spec: SaeSpec) -> Run:
         for rows in loader.iterate(start=state.step, stop=n_steps):
             x_ND = rows.activations.float() * state.scale
             bad_rows |= ~x_ND.isfinite().all()
-            terms = sae.loss(x_ND)
+            batch = Batch(x_ND, progress=state.step / n_steps)
+            terms = sae.loss(batch)
             state.optimizer.zero_grad()
             terms.total.backward()  # type: ignore[no-untyped-call]
             lr = learning_rate(config, peak=peak, step=state.step, n_steps=n_steps)
             grad_norm = optimizer_step(sae, state.optimizer, lr=lr, grad_clip=config.grad_clip)
-            sae.count_firing(terms.codes)
+            sae.after_step(batch, terms)
             state.step += 1
 
             last = state.step == n_steps
@@ -175,7 +176,7 @@ def _begin(
     window = min(getattr(spec, "dead_tokens", sae.dead_after), config.tokens // 10)
     sae.dead_after = max(window, MIN_DEAD_STEPS * config.batch_size)
     sample_ND = sample_ND.to(device) * scale
-    sae.initialize(sample_ND, seed=config.seed)
+    sae.initialize(Batch(sample_ND), seed=config.seed)
 
     sae(sample_ND[: config.batch_size])
     started = time.monotonic()

@@ -15,7 +15,7 @@ from saebench.activations.cache import ActivationCache
 from saebench.config import EvalConfig
 from saebench.errors import UserError
 from saebench.evaluation import evaluate, reconstruction_metrics
-from saebench.saes.base import SAE
+from saebench.saes.base import SAE, Batch
 from saebench.saes.topk import TopKSAE, TopKSpec
 
 MakeCache = Callable[..., ActivationCache]
@@ -25,7 +25,7 @@ D_IN, HOOK = 6, "imported"
 def save_run(path: Path, *, cache: Path | None = None, hook: str | None = HOOK, d_in: int = D_IN) -> SAE:
     """A run directory with an SAE of random weights."""
     sae = TopKSAE(TopKSpec(d_sae=24, k=3), d_in)
-    sae.initialize(torch.randn(100, d_in, generator=torch.Generator().manual_seed(1)), seed=0)
+    sae.initialize(Batch(torch.randn(100, d_in, generator=torch.Generator().manual_seed(1))), seed=0)
     sae.save(path, **({} if hook is None else {"hook_name": hook}))
     if cache is not None:
         run = {"format_version": 1, "train": {"cache": str(cache)}, "hook_name": hook}

@@ -70,14 +70,19 @@ def test_rows_without_positive_pre_activations_are_all_padding():
 def test_decode_and_its_gradients_equal_the_dense_products(device, size):
     x_ND, W_MD, b_M, k = _problem(*size, device)
     values_NK, indices_NK = topk_encode(x_ND, W_MD, b_M, k)
-    dense_NM = x_ND.new_zeros(len(x_ND), len(W_MD)).scatter_(1, indices_NK, values_NK)
-    torch.testing.assert_close(
-        sparse_decode(indices_NK, values_NK, W_MD), dense_NM @ W_MD, rtol=1e-4, atol=1e-4
-    )
-    dots_NK = gathered_dots(indices_NK, x_ND, W_MD)
-    torch.testing.assert_close(dots_NK, (x_ND @ W_MD.T).gather(1, indices_NK), rtol=1e-4, atol=1e-4)
-    groups = group_by_latent(indices_NK, len(W_MD))
-    torch.testing.assert_close(latent_sums(groups, values_NK, x_ND), dense_NM.T @ x_ND, rtol=1e-4, atol=1e-4)
+    lengths_N = torch.randint(0, k + 1, (len(x_ND),), generator=torch.Generator().manual_seed(size[-1]))
+    kept_NK = torch.arange(k) < lengths_N[:, None]
+    kept_NK = kept_NK.to(device)
+    indices_S, values_S, rows_S = indices_NK[kept_NK], values_NK[kept_NK], kept_NK.nonzero()[:, 0]
+    starts_N = (lengths_N.cumsum(0) - lengths_N).to(device)
+    dense_NM = x_ND.new_zeros(len(x_ND), len(W_MD))
+    dense_NM[rows_S, indices_S] = values_S
+    decoded_ND = sparse_decode(indices_S, starts_N, values_S, W_MD)
+    torch.testing.assert_close(decoded_ND, dense_NM @ W_MD, rtol=1e-4, atol=1e-4)
+    dots_S = gathered_dots(indices_S, starts_N, x_ND, W_MD)
+    torch.testing.assert_close(dots_S, (x_ND @ W_MD.T)[rows_S, indices_S], rtol=1e-4, atol=1e-4)
+    groups = group_by_latent(indices_S, rows_S, len(W_MD))
+    torch.testing.assert_close(latent_sums(groups, values_S, x_ND), dense_NM.T @ x_ND, rtol=1e-4, atol=1e-4)
 
 
 @on_every_device
@@ -87,12 +92,14 @@ def test_everything_repeats_bit_for_bit(device, threads):
 
     def all_ops():
         values_NK, indices_NK = topk_encode(x_ND, W_MD, b_M, k)
-        groups = group_by_latent(indices_NK, 300)
+        starts_N = torch.arange(500, device=device) * 16
+        indices_S, values_S, rows_S = indices_NK.flatten(), values_NK.flatten(), starts_N.div(16).long()
+        groups = group_by_latent(indices_S, rows_S.repeat_interleave(16), 300)
         return (
-            values_NK,
-            sparse_decode(indices_NK, values_NK, W_MD),
-            gathered_dots(indices_NK, x_ND, W_MD),
-            latent_sums(groups, values_NK, x_ND),
+            values_S,
+            sparse_decode(indices_S, starts_N, values_S, W_MD),
+            gathered_dots(indices_S, starts_N, x_ND, W_MD),
+            latent_sums(groups, values_S, x_ND),
         )
 
     before = torch.get_num_threads()

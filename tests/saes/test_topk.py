@@ -9,15 +9,14 @@ from hypothesis import strategies as st
 
 from saebench.codes import SparseCodes
 from saebench.errors import UserError
-from saebench.saes.base import load
-from saebench.saes.functions import SparseDecode, TopKEncode
+from saebench.saes.base import Batch, load
 from saebench.saes.topk import TopKSAE, TopKSpec
 
 
 def make_sae(d_in=12, d_sae=40, k=5, seed=0, **options):
     sae = TopKSAE(TopKSpec(d_sae=d_sae, k=k, **options), d_in)
     generator = torch.Generator().manual_seed(seed)
-    sae.initialize(torch.randn(200, d_in, generator=generator), seed=seed)
+    sae.initialize(Batch(torch.randn(200, d_in, generator=generator)), seed=seed)
     with torch.no_grad():
         sae.b_enc.copy_(0.1 * torch.randn(d_sae, generator=generator))
     return sae
@@ -65,31 +64,64 @@ def test_permuting_latents_permutes_the_code():
     torch.testing.assert_close(other(x_ND), sae(x_ND))
 
 
-def test_gradients_equal_finite_differences_with_the_selection_fixed():
+@pytest.mark.parametrize("multi_topk", [False, True])
+def test_gradients_equal_finite_differences_with_the_selection_fixed(multi_topk):
     """A dense float64 loss passes central differences; the sparse functions give its gradients."""
-    x_ND = rows(7).double()
-    sae = make_sae().double()
-    weights = [p.detach().clone().requires_grad_() for p in (sae.W_enc_MD, sae.b_enc, sae.b_dec, sae.W_dec)]
-    with torch.no_grad():
-        _, indices_NK = TopKEncode.apply(x_ND, *weights[:3], 5, torch.float64)
+    x_ND, sae = rows(7).double(), make_sae(multi_topk=multi_topk)
+    names = ("W_enc_MD", "b_enc", "b_dec", "W_dec")
+    weights = [getattr(sae, name).detach().double().requires_grad_() for name in names]
+    pre_NM = (x_ND - sae.b_dec) @ sae.W_enc.double() + sae.b_enc
+    kept = [pre_NM.detach().topk(k, dim=1).indices for k in (5, 20)]
 
     def dense_loss(W_enc_MD, b_enc_M, b_dec_D, W_dec_MD):
-        pre_NK = ((x_ND - b_dec_D) @ W_enc_MD.T + b_enc_M).gather(1, indices_NK).relu()
-        x_hat_ND = torch.einsum("nk,nkd->nd", pre_NK, W_dec_MD[indices_NK]) + b_dec_D
-        return (x_ND - x_hat_ND).square().mean()
+        def reconstruction(indices_NK):
+            pre_NK = ((x_ND - b_dec_D) @ W_enc_MD.T + b_enc_M).gather(1, indices_NK).relu()
+            x_hat_ND = torch.einsum("nk,nkd->nd", pre_NK, W_dec_MD[indices_NK]) + b_dec_D
+            return (x_ND - x_hat_ND).square().mean()
+
+        return reconstruction(kept[0]) + multi_topk * reconstruction(kept[1]) / 8
 
     assert torch.autograd.gradcheck(dense_loss, weights, eps=1e-6, atol=1e-7)
     expected = torch.autograd.grad(dense_loss(*weights), weights)
-    values_NK, picked_NK = TopKEncode.apply(x_ND.float(), *[w.float() for w in weights[:3]], 5, torch.float32)
-    x_hat_ND = SparseDecode.apply(values_NK, picked_NK, weights[3].float(), weights[2].float())
-    got = torch.autograd.grad((x_ND.float() - x_hat_ND).square().mean(), weights)
+    terms = sae.loss(Batch(x_ND.float()))
+    got = torch.autograd.grad(terms.total, [getattr(sae, name) for name in names])
     for mine, reference in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine, reference.float(), rtol=1e-4, atol=1e-5)
+    plain = make_sae().loss(Batch(x_ND.float()))
+    torch.testing.assert_close(terms.codes.to_dense(), plain.codes.to_dense())
+    torch.testing.assert_close(terms.reconstruction, plain.reconstruction)
+
+
+def test_k_falls_from_k_start_and_stays():
+    sae, x_ND = make_sae(k=3, k_start=11, k_anneal=0.5), rows(20)
+    seen = [sae.k_at(progress) for progress in (0.0, 0.125, 0.25, 0.375, 0.499, 0.5, 0.9)]
+    assert seen == [11, 9, 7, 5, 3, 3, 3]
+    assert sae.loss(Batch(x_ND, progress=0.25)).codes.k == 7
+    assert sae.encode(x_ND).k == 3
+    for bad in ({"k_start": 2}, {"k_start": 41}, {"k_start": 11, "k_anneal": 1.5}, {"k_anneal": -1}):
+        with pytest.raises(UserError, match=r"k_start|k_anneal"):
+            TopKSpec(d_sae=40, k=3, **bad)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 99))
+def test_another_k_at_inference_keeps_the_k_largest(k, seed):
+    sae, x_ND = make_sae(seed=seed), rows(9, seed=seed)
+    dense_NM, all_NM = sae.encode(x_ND, k=k).to_dense(), sae.encode(x_ND, k=40).to_dense()
+    kept = dense_NM > 0
+    torch.testing.assert_close(dense_NM[kept], all_NM[kept])
+    assert torch.equal(kept.sum(1), (all_NM > 0).sum(1).clamp_max(k))
+    assert ((dense_NM.min(1).values == 0) | (k == 40) | (all_NM > 0).all(1)).all()
+    for n, few in enumerate(dense_NM):
+        if kept[n].any() and (~kept[n]).any():
+            assert all_NM[n][~kept[n]].max() <= few[kept[n]].min()
+    with pytest.raises(ValueError, match="between 1 and d_sae = 40"):
+        sae.encode(x_ND, k=41)
 
 
 def test_a_latent_cut_by_the_relu_gets_no_gradient():
     sae = make_sae(k=40)
-    terms = sae.loss(rows(1))
+    terms = sae.loss(Batch(rows(1)))
     terms.total.backward()
     silent = terms.codes.to_dense()[0] == 0
     assert silent.any()
@@ -98,19 +130,19 @@ def test_a_latent_cut_by_the_relu_gets_no_gradient():
 
 def test_aux_is_zero_without_dead_latents_and_uses_all_when_all_are_dead():
     sae, x_ND = make_sae(k_aux=40), rows(30)
-    assert sae.loss(x_ND).auxiliary == 0
+    assert sae.loss(Batch(x_ND)).auxiliary == 0
     sae.tokens_since_fired.fill_(sae.dead_after)
     error_ND = (x_ND - sae(x_ND)).detach()
     pre_NM = ((x_ND - sae.b_dec) @ sae.W_enc + sae.b_enc).relu()
     left = (error_ND - pre_NM @ sae.W_dec).square().sum() / (error_ND - error_ND.mean(0)).square().sum()
-    torch.testing.assert_close(sae.loss(x_ND).auxiliary, left)
+    torch.testing.assert_close(sae.loss(Batch(x_ND)).auxiliary, left)
 
 
 def test_aux_gradient_reaches_dead_encoder_and_decoder_rows_only():
     sae, x_ND = make_sae(k_aux=3), rows(30)
     dead = torch.tensor([1, 7, 11, 30])
     sae.tokens_since_fired[dead] = sae.dead_after
-    sae.auxiliary_loss(x_ND, (x_ND - sae(x_ND)).detach()).backward()
+    sae.auxiliary_loss(Batch(x_ND), (x_ND - sae(x_ND)).detach()).backward()
     touched = torch.zeros(40, dtype=torch.bool)
     touched[dead] = True
     assert (sae.W_enc_MD.grad[touched].norm(dim=1) > 0).any()
@@ -124,19 +156,19 @@ def test_a_step_on_aux_alone_brings_the_dead_latents_closer_to_the_residual():
     sae, x_ND = make_sae(k_aux=10), rows(200)
     sae.tokens_since_fired[10:30] = sae.dead_after
     error_ND = (x_ND - sae(x_ND)).detach()
-    before = sae.auxiliary_loss(x_ND, error_ND)
+    before = sae.auxiliary_loss(Batch(x_ND), error_ND)
     before.backward()
     with torch.no_grad():
         for parameter in (sae.W_enc_MD, sae.W_dec, sae.b_enc):
             parameter -= 0.05 * parameter.grad
-    assert sae.auxiliary_loss(x_ND, error_ND) < before
+    assert sae.auxiliary_loss(Batch(x_ND), error_ND) < before
 
 
 def test_aux_of_a_residual_that_does_not_vary_is_zero_and_so_is_its_gradient():
     for n, error_ND in ((5, torch.zeros(5, 12)), (1, rows(1))):
         sae = make_sae()
         sae.tokens_since_fired.fill_(sae.dead_after)
-        aux = sae.auxiliary_loss(rows(n), error_ND)
+        aux = sae.auxiliary_loss(Batch(rows(n)), error_ND)
         assert aux == 0
         aux.backward()
         assert (sae.W_enc_MD.grad == 0).all() and (sae.W_dec.grad == 0).all()
@@ -163,7 +195,7 @@ def test_padding_does_not_count_as_firing():
 def test_decoder_gradient_is_orthogonal_after_projection_and_rows_are_unit():
     sae = make_sae()
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40))
-    sae.loss(rows(50)).total.backward()
+    sae.loss(Batch(rows(50))).total.backward()
     sae.project_gradients()
     along_M = (sae.W_dec.grad * sae.W_dec).sum(1)
     assert along_M.abs().max() < 1e-6
@@ -171,7 +203,7 @@ def test_decoder_gradient_is_orthogonal_after_projection_and_rows_are_unit():
 
 def test_initial_encoder_scale_is_the_best_one():
     sae, x_ND = TopKSAE(TopKSpec(d_sae=64, k=4), 16), rows(500, 16) + 3
-    sae.initialize(x_ND, seed=0)
+    sae.initialize(Batch(x_ND), seed=0)
     best = (x_ND - sae(x_ND)).square().sum()
     for factor in (0.9, 1.1):
         other = TopKSAE(sae.spec, 16)

@@ -92,8 +92,8 @@ def test_aux_fires_on_dead_latents_and_revives_them(settings, monkeypatch, coeff
     """Half of the encoder rows start so short that they are never picked; AuxK alone brings them back."""
     initialize = TopKSAE.initialize
 
-    def with_short_rows(self, sample_ND, *, seed):
-        initialize(self, sample_ND, seed=seed)
+    def with_short_rows(self, sample, *, seed):
+        initialize(self, sample, seed=seed)
         with torch.no_grad():
             self.W_enc_MD[32:] *= 1e-3
 

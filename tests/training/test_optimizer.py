@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saebench.config import TrainConfig
+from saebench.saes.base import Batch
 from saebench.saes.topk import TopKSAE, TopKSpec
 from saebench.training.optimizer import learning_rate, make_optimizer, optimizer_step, peak_learning_rate
 
@@ -36,13 +37,13 @@ def test_a_step_is_project_clip_adam_renormalise():
     x_ND = torch.randn(50, 8)
     sae, twin = (TopKSAE(TopKSpec(d_sae=20, k=3), 8) for _ in range(2))
     for s in (sae, twin):
-        s.initialize(x_ND, seed=0)
+        s.initialize(Batch(x_ND), seed=0)
     optimizer = make_optimizer(sae)
     reference = torch.optim.Adam(twin.parameters(), lr=0.01, eps=6.25e-10)
     for _ in range(5):
         for s, o in ((sae, optimizer), (twin, reference)):
             o.zero_grad()
-            s.loss(x_ND).total.backward()
+            s.loss(Batch(x_ND)).total.backward()
         norm = optimizer_step(sae, optimizer, lr=0.01, grad_clip=0.05)
         atoms_MD = twin.W_dec.detach()
         twin.W_dec.grad -= (twin.W_dec.grad * atoms_MD).sum(1, keepdim=True) * atoms_MD
