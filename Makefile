@@ -1,6 +1,7 @@
 # make demo     the whole road on the model that is in this repository, then how to look at it
 # make test     what has to pass before a change goes in
 # make check    style and types
+# make peers    the libraries that saebench is compared with, in .venv-peers, and the tests against them
 # Each of them first makes .venv, which needs nothing but python3 (3.11 or newer) and its pip.
 
 PYTHON ?= python3
@@ -8,12 +9,14 @@ EXTRAS ?= dev
 OUT ?= demo
 VENV = .venv
 INSTALLED = $(VENV)/.installed
+PEERS = .venv-peers
+PEERS_INSTALLED = $(PEERS)/.installed
 ROOMS = saebench app data kernels
 CODE = $(ROOMS) tests setup.py
 # Tests are small: threads that wait for each other cost more than they save.
 ONE_THREAD = OMP_NUM_THREADS=1
 
-.PHONY: demo test test-slow check format
+.PHONY: demo test test-slow peers check format
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -24,6 +27,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest -q -m slow
+
+peers: $(INSTALLED) $(PEERS_INSTALLED)
+	$(VENV)/bin/python -m pytest -q -s -m peers
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check $(CODE)
@@ -45,4 +51,9 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt Makefile
 	mkdir -p $(VENV)/rooms
 	ln -sfn ../../saebench $(VENV)/rooms/saebench
 	for room in app data kernels; do ln -sfn ../../$$room $(VENV)/rooms/saebench_$$room; done
+	touch $@
+
+$(PEERS_INSTALLED): constraints-peers.txt | $(INSTALLED)
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install -c constraints-peers.txt torch sae-lens
 	touch $@
