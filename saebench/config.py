@@ -45,8 +45,10 @@ class HarvestConfig:
     """Rows to keep for each hook (one row is one token); fewer when the text ends first."""
     ctx: int = 128
     """Tokens in a context."""
+    gradients: bool = False
+    """Also keep the gradient of the model's loss at every row; a gradient SAE needs it."""
     dtype: StoredDtype = "bf16"
-    """Type in which activations are stored."""
+    """Type in which activations are stored (and gradients, which are bf16 where these are fp16)."""
     batch_size: int = 32
     """Contexts in one forward pass."""
     keep_first: bool = False
@@ -68,6 +70,11 @@ class HarvestConfig:
 
     def __post_init__(self) -> None:
         at_least(self, tokens=1, ctx=2, batch_size=1, shard_rows=1)
+        if self.gradients and not self.keep_first and self.ctx == 2:
+            raise UserError(
+                "--ctx 2 leaves no row with a gradient: position 0 is dropped and the last one predicts "
+                "nothing; raise --ctx or pass --keep-first"
+            )
         if not self.hook:
             raise UserError("no hook was named; pass --hook, for example --hook blocks.2.hook_resid_post")
         if len(set(self.hook)) != len(self.hook):
@@ -90,6 +97,8 @@ class ImportConfig:
     """A .npy file or a .safetensors file with one tensor, of shape [n, d_in]."""
     out: Path
     """Directory of the activation cache."""
+    gradients: Path | None = None
+    """A file of the same kind and shape: the gradient of the model's loss at each row."""
     hook: str = "imported"
     """The name under which the rows are found again."""
     dtype: StoredDtype | None = None

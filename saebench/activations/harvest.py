@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import re
 import sys
 from collections.abc import Iterator, Mapping
 
@@ -18,10 +17,18 @@ from torch import Tensor
 
 from saebench.activations.background import work_ahead
 from saebench.activations.cache import ActivationCache, open_cache, vocab_bytes
-from saebench.activations.manifest import HOOK_PREFIX, LABELS_FILE, VOCAB_FILE, ColumnType
+from saebench.activations.forecast import forecast
+from saebench.activations.manifest import (
+    GRADIENT_PREFIX,
+    HOOK_PREFIX,
+    LABELS_FILE,
+    VOCAB_FILE,
+    ColumnType,
+    gradient_dtype,
+)
 from saebench.activations.models import Model, ModelInfo, load_model, peek_model
 from saebench.activations.packing import Batch, batches, pack
-from saebench.activations.shards import TORCH_DTYPES, row_bytes
+from saebench.activations.shards import TORCH_DTYPES
 from saebench.activations.text import Document, read_documents, text_fingerprint
 from saebench.activations.tokens import Tokens
 from saebench.activations.writer import CacheWriter, inspect_target
@@ -29,11 +36,10 @@ from saebench.config import HarvestConfig
 from saebench.device import pick_device
 from saebench.errors import UserError
 from saebench.fields import station
-from saebench.files import directory_lock, human_bytes, require_disk
+from saebench.files import directory_lock
 from saebench.progress import progress
 
 _BATCHES_AHEAD = 4
-_FLOPS_PER_SECOND = {"cpu": 4e10, "cuda": 2e13}  # for the forecast; a core, a GPU
 
 
 @station(HarvestConfig)
@@ -45,19 +51,23 @@ def harvest(config: HarvestConfig) -> ActivationCache:
     ends after ``tokens`` rows (held-out rows included) or with the text. Everything that can be is checked
     before the model is loaded.
 
+    With ``gradients`` the gradient of the model's loss at each row is stored beside it (`Model.gradients`),
+    and the last position of each context, which predicts nothing, is no row.
+
     A killed harvest goes on where it stopped when the same call is made again, and ends with the same bytes
     as one left in peace; a finished one is opened as it is. The model computes in float32 on a CPU and in
-    the stored type on a GPU.
+    the stored type on a GPU (in float32 where that is fp16 and gradients are asked for).
 
     Raises:
         UserError: an unknown model, text, hook or device, a context longer than the model's, a hook with NaN
-            or infinite activations, a full disk or GPU, or an ``out`` that holds something else.
+            or infinite activations or gradients, a full disk or GPU, or an ``out`` that holds something else.
     """
     info = peek_model(config.model, revision=config.revision)
     for hook in config.hook:
         info.check_hook(hook)
     device = pick_device(config.device)
-    compute = "fp32" if device.type == "cpu" else config.dtype
+    fp16_gradients = config.gradients and config.dtype == "fp16"  # they underflow on their way back
+    compute = "fp32" if device.type == "cpu" or fp16_gradients else config.dtype
     tokens = Tokens(info)
     bos = _bos(config, info, tokens)
     if info.n_ctx is not None and config.ctx > info.n_ctx:
@@ -76,12 +86,13 @@ def harvest(config: HarvestConfig) -> ActivationCache:
             "keep_first": config.keep_first,
             "bos": bos is not None,
             "shard_rows": config.shard_rows,
+            **({"gradients": True} if config.gradients else {}),
         },
     }
     if inspect_target(config.out, identity) == "complete":
         _say(config, f"{config.out} is complete already; nothing to do")
         return open_cache(config.out)
-    _forecast(config, info, device)
+    _say(config, forecast(config, info, device))
     documents = _documents(config)
     with directory_lock(config.out, what="the activation cache"):
         state = inspect_target(config.out, identity)
@@ -138,7 +149,7 @@ def _write_rows(
             if writer.rows.position + batch.n_rows <= kept:
                 writer.rows.skip(batch.n_rows)
                 continue
-            computed = _activations(config, model, batch)
+            computed = _compute(config, model, batch)
             if pending is not None:
                 _store(config, writer, *pending)
                 bar.update(pending[0].n_rows)
@@ -171,34 +182,53 @@ def _batches(
         ctx=config.ctx,
         batch_size=config.batch_size,
         keep_first=config.keep_first,
+        keep_last=not config.gradients,
         max_rows=config.tokens,
     )
 
 
-def _activations(config: HarvestConfig, model: Model, batch: Batch) -> dict[str, Tensor]:
-    """Rows [N, D] of every hook in the type they are stored in, still on the model's device."""
+def _compute(config: HarvestConfig, model: Model, batch: Batch) -> dict[str, Tensor]:
+    """Columns [N, D] of every hook in the types they are stored in, still on the model's device."""
     tokens_BT = torch.from_numpy(batch.tokens_BT)
-    found = model.run_to(tokens_BT, config.hook)
     index_N = torch.from_numpy(np.flatnonzero(batch.keep_BT)).to(model.device)
-    dtype = TORCH_DTYPES[config.dtype]
-    return {HOOK_PREFIX + hook: found[hook].flatten(0, 1)[index_N].to(dtype) for hook in config.hook}
+    gradients: dict[str, Tensor] = {}
+    if config.gradients:
+        length_B = torch.tensor([len(context) for context in batch.contexts])
+        activations, gradients = model.gradients(tokens_BT, length_B, config.hook)
+    else:
+        activations = model.run_to(tokens_BT, config.hook)
+    found = {HOOK_PREFIX + hook: value for hook, value in activations.items()}
+    found |= {GRADIENT_PREFIX + hook: value for hook, value in gradients.items()}
+    return {
+        name: found[name].flatten(0, 1)[index_N].to(TORCH_DTYPES[dtype])
+        for name, dtype in _stored_types(config).items()
+    }
+
+
+def _stored_types(config: HarvestConfig) -> dict[str, str]:
+    """The columns of activations, then of gradients, and the type of each."""
+    types = {HOOK_PREFIX + hook: str(config.dtype) for hook in config.hook}
+    if config.gradients:
+        types |= {GRADIENT_PREFIX + hook: gradient_dtype(config.dtype) for hook in config.hook}
+    return types
 
 
 def _store(config: HarvestConfig, writer: CacheWriter, batch: Batch, rows: Mapping[str, Tensor]) -> None:
     here = {name: column.cpu() for name, column in rows.items()}
-    for hook in config.hook:
-        _require_finite(config, hook, here[HOOK_PREFIX + hook], here["ctx"], here["pos"])
+    for name in _stored_types(config):
+        _require_finite(config, name, here[name], here["ctx"], here["pos"])
     writer.rows.append(here)
 
 
-def _require_finite(config: HarvestConfig, hook: str, rows_ND: Tensor, ctx_N: Tensor, pos_N: Tensor) -> None:
+def _require_finite(config: HarvestConfig, name: str, rows_ND: Tensor, ctx_N: Tensor, pos_N: Tensor) -> None:
     bad_N = ~torch.isfinite(rows_ND).all(dim=1)
     if bad_N.any():
         row = int(bad_N.nonzero()[0])
+        kind, _, hook = name.partition("/")
         way_out = "try --dtype fp32" if config.dtype != "fp32" else "the model itself computes them"
         raise UserError(
-            f"activations at {hook} hold NaN or infinity (context {int(ctx_N[row])}, "
-            f"position {int(pos_N[row])}); {way_out}"
+            f"{'gradients' if kind == 'gradient' else 'activations'} at {hook} hold NaN or infinity "
+            f"(context {int(ctx_N[row])}, position {int(pos_N[row])}); {way_out}"
         )
 
 
@@ -228,10 +258,14 @@ def _context_columns(batch: Batch) -> dict[str, Tensor]:
 
 
 def _columns(config: HarvestConfig, model: Model) -> dict[str, ColumnType]:
-    hooks = {HOOK_PREFIX + h: ColumnType(config.dtype, (model.hook_dim(h),)) for h in config.hook}
+    widths = {hook: model.hook_dim(hook) for hook in config.hook}
+    values = {
+        name: ColumnType(dtype, (widths[name.partition("/")[2]],))
+        for name, dtype in _stored_types(config).items()
+    }
     int32 = ColumnType("int32")
     return {
-        **hooks,
+        **values,
         "token": int32,
         "doc": int32,
         "ctx": int32,
@@ -249,31 +283,6 @@ def _bos(config: HarvestConfig, info: ModelInfo, tokens: Tokens) -> int | None:
     if tokens.bos is None:
         raise UserError(f"--bos always: the tokenizer of {info.name} has no BOS token; use --bos never")
     return tokens.bos
-
-
-def _forecast(config: HarvestConfig, info: ModelInfo, device: torch.device) -> None:
-    """Say what the harvest will cost, and refuse one that does not fit on the disk."""
-    usual = info.usual_hooks()
-    widths = [usual.get(hook, info.d_model) for hook in config.hook]
-    row = sum(row_bytes(config.dtype, (width,)) for width in widths) + 17
-    contexts = -(-config.tokens // (config.ctx - 1))
-    disk = config.tokens * row + contexts * (config.ctx + 1) * 4
-    layers = max(
-        (int(m[1]) + 1 if (m := re.match(r"blocks\.(\d+)", h)) else info.n_layers) for h in config.hook
-    )
-    weights = layers * info.d_model * (4 * info.d_model + 3 * info.d_mlp)
-    memory = (
-        4 * (weights + 2 * info.vocab_size * info.d_model) + 2 * min(config.shard_rows, config.tokens) * row
-    )
-    speed = _FLOPS_PER_SECOND[device.type] * (torch.get_num_threads() if device.type == "cpu" else 1)
-    minutes = 2 * weights * config.tokens / speed / 60
-    time = f"{minutes:.0f} min" if minutes >= 1 else "a minute"
-    _say(
-        config,
-        f"harvest: up to {config.tokens:,} rows of {' + '.join(map(str, widths))} values from {info.name}; "
-        f"disk {human_bytes(disk)}, memory about {human_bytes(memory + 5e8)}, time about {time} on {device}",
-    )
-    require_disk(config.out, disk, what=f"the activation cache of {config.tokens:,} tokens")
 
 
 def _warn_of_shortage(config: HarvestConfig, cache: ActivationCache) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from saebench.activations.cache import ActivationCache, open_cache
-from saebench.activations.manifest import HOOK_PREFIX, ColumnType, is_plain_name
+from saebench.activations.manifest import (
+    GRADIENT_PREFIX,
+    HOOK_PREFIX,
+    ColumnType,
+    gradient_dtype,
+    is_plain_name,
+)
 from saebench.activations.shards import DATA_START, TORCH_DTYPES, row_bytes
 from saebench.activations.writer import CacheWriter, inspect_target
 from saebench.config import ImportConfig
@@ -26,18 +32,19 @@ _CHUNK_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class _Source:
-    """An array [n_rows, d_in] on disk; ``read(start, end)`` gives some of its rows."""
+    """An array [n_rows, d_in] in the file ``path``; ``read(start, end)`` gives some of its rows."""
 
+    path: Path
     n_rows: int
     d_in: int
     dtype: torch.dtype
     read: Callable[[int, int], Tensor]
 
-    def chunks(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """(number of the first row, rows [n, d_in]) piece by piece, each a few MiB."""
+    def pieces(self, start: int = 0) -> Iterator[tuple[int, int]]:
+        """Ranges [first, end) of rows from ``start`` on, each a few MiB."""
         step = max(1, _CHUNK_BYTES // (self.d_in * self.dtype.itemsize))
         for first in range(start, self.n_rows, step):
-            yield first, self.read(first, min(first + step, self.n_rows))
+            yield first, min(first + step, self.n_rows)
 
 
 @station(ImportConfig)
@@ -45,25 +52,34 @@ def import_activations(config: ImportConfig) -> ActivationCache:
     """Make an activation cache of the array in ``config.source``, [n, d_in], reading it in pieces.
 
     The last 5% of rows (one at least, if there are two) are held out. The cache has neither tokens nor
-    contexts. A killed import goes on where it stopped when run again.
+    contexts. ``config.gradients`` [n, d_in] are stored beside the rows, row for row. A killed import goes on
+    where it stopped when run again.
 
     Raises:
-        UserError: the file is not such an array, holds NaN or infinite values (also those that arise when
-            values do not fit ``dtype``), the disk is full, or ``out`` holds something else.
+        UserError: a file is not such an array, the gradients have another shape than the activations, one
+            holds NaN or infinite values (also those that arise when values do not fit ``dtype``), the disk is
+            full, or ``out`` holds something else.
     """
     if not is_plain_name(config.hook):
         raise UserError(f"--hook {config.hook!r} is not a name; use letters, digits, '.', '_' and '-'")
     source = _open(config.source)
+    sources = {HOOK_PREFIX + config.hook: source}
     dtype = config.dtype or _own_dtype(source.dtype)
     identity = {
         "source": {"name": config.source.name, "sha256": sha256_file(config.source)},
         "settings": {"hook": config.hook, "dtype": dtype, "shard_rows": config.shard_rows},
     }
+    types = {HOOK_PREFIX + config.hook: ColumnType(dtype, (source.d_in,))}
+    if config.gradients is not None:
+        sources[GRADIENT_PREFIX + config.hook] = _open_gradients(config.gradients, source)
+        types[GRADIENT_PREFIX + config.hook] = ColumnType(gradient_dtype(dtype), (source.d_in,))
+        identity["gradients"] = {"name": config.gradients.name, "sha256": sha256_file(config.gradients)}
     if inspect_target(config.out, identity) == "complete":
         return open_cache(config.out)
-    _require_finite(source, TORCH_DTYPES[dtype], config.source)
-    columns = {HOOK_PREFIX + config.hook: ColumnType(dtype, (source.d_in,)), "held_out": ColumnType("bool")}
-    n_bytes = source.n_rows * (row_bytes(dtype, (source.d_in,)) + 1)
+    for name, array in sources.items():
+        _require_finite(array, TORCH_DTYPES[types[name].dtype])
+    columns = {**types, "held_out": ColumnType("bool")}
+    n_bytes = source.n_rows * (sum(row_bytes(t.dtype, t.row_shape) for t in types.values()) + 1)
     require_disk(config.out, n_bytes + 4 * DATA_START, what="the activation cache")
     with directory_lock(config.out, what="the activation cache"):
         inspect_target(config.out, identity)
@@ -75,25 +91,34 @@ def import_activations(config: ImportConfig) -> ActivationCache:
             shard_rows=config.shard_rows,
             identity=identity,
         ) as writer:
-            _copy(source, writer, TORCH_DTYPES[dtype], config)
+            _copy(sources, types, writer, quiet=config.quiet)
             writer.finish({})
     return open_cache(config.out)
 
 
-def _copy(source: _Source, writer: CacheWriter, dtype: torch.dtype, config: ImportConfig) -> None:
-    held_out_from = source.n_rows - max(source.n_rows // HELD_OUT_SHARE, int(source.n_rows > 1))
+def _copy(
+    sources: Mapping[str, _Source], types: Mapping[str, ColumnType], writer: CacheWriter, *, quiet: bool
+) -> None:
+    first_source = next(iter(sources.values()))
+    n_rows = first_source.n_rows
+    held_out_from = n_rows - max(n_rows // HELD_OUT_SHARE, int(n_rows > 1))
     start = writer.rows.keeps
     writer.rows.skip(start)
-    with progress("import", total=source.n_rows, unit="row", initial=start, quiet=config.quiet) as bar:
-        for first, rows_ND in source.chunks(start):
-            held_out_N = torch.arange(first, first + len(rows_ND)) >= held_out_from
-            writer.rows.append({HOOK_PREFIX + config.hook: rows_ND.to(dtype), "held_out": held_out_N})
-            bar.update(len(rows_ND))
+    with progress("import", total=n_rows, unit="row", initial=start, quiet=quiet) as bar:
+        for first, end in first_source.pieces(start):
+            rows = {
+                name: source.read(first, end).to(TORCH_DTYPES[types[name].dtype])
+                for name, source in sources.items()
+            }
+            rows["held_out"] = torch.arange(first, end) >= held_out_from
+            writer.rows.append(rows)
+            bar.update(end - first)
 
 
-def _require_finite(source: _Source, dtype: torch.dtype, path: Path) -> None:
+def _require_finite(source: _Source, dtype: torch.dtype) -> None:
     """A pass of its own, so that nothing is written of an array that cannot be imported."""
-    for first, rows_ND in source.chunks():
+    for first, end in source.pieces():
+        rows_ND = source.read(first, end)
         stored_ND = rows_ND.to(dtype)
         bad_N = ~torch.isfinite(stored_ND).all(dim=1)
         if not bad_N.any():
@@ -101,13 +126,23 @@ def _require_finite(source: _Source, dtype: torch.dtype, path: Path) -> None:
         row = int(bad_N.nonzero()[0])
         column = int((~torch.isfinite(stored_ND[row])).nonzero()[0])
         value = float(rows_ND[row, column])
+        where = f"{source.path}: row {first + row}"
         if math.isfinite(value):
             name = str(dtype).removeprefix("torch.")
             way_out = "scale the array down first" if dtype is torch.float32 else "pass --dtype fp32"
-            raise UserError(f"{path}: row {first + row} holds {value:.6g}, too large for {name}; {way_out}")
+            raise UserError(f"{where} holds {value:.6g}, too large for {name}; {way_out}")
+        raise UserError(f"{where}, column {column} is {value}; remove such rows before importing")
+
+
+def _open_gradients(path: Path, activations: _Source) -> _Source:
+    gradients = _open(path)
+    seen, wanted = (gradients.n_rows, gradients.d_in), (activations.n_rows, activations.d_in)
+    if seen != wanted:
         raise UserError(
-            f"{path}: row {first + row}, column {column} is {value}; remove such rows before importing"
+            f"--gradients {path} has shape {list(seen)} but {activations.path} has {list(wanted)}; "
+            "give one gradient for each row, in the same order"
         )
+    return gradients
 
 
 def _own_dtype(dtype: torch.dtype) -> str:
@@ -148,7 +183,7 @@ def _open_npy(path: Path) -> _Source:
         return torch.from_numpy(np.array(array[start:end], dtype=native, order="C"))
 
     dtype = {2: torch.float16, 4: torch.float32, 8: torch.float64}[array.dtype.itemsize]
-    return _Source(array.shape[0], array.shape[1], dtype, read)
+    return _Source(path, array.shape[0], array.shape[1], dtype, read)
 
 
 def _open_safetensors(path: Path) -> _Source:
@@ -176,7 +211,7 @@ def _open_safetensors(path: Path) -> _Source:
             rows: Tensor = file.get_slice(name)[start:end]
             return rows
 
-    return _Source(shapes[name][0], shapes[name][1], known[dtypes[name]], read)
+    return _Source(path, shapes[name][0], shapes[name][1], known[dtypes[name]], read)
 
 
 def _require_rows(path: Path, shape: tuple[int, ...]) -> None:

@@ -37,6 +37,15 @@ VOCAB_FILE = "vocab.safetensors"
 LABELS_FILE = "doc_labels.json"
 
 
+def gradient_dtype(dtype: str) -> str:
+    """The type in which gradients are stored beside activations of ``dtype``.
+
+    It is the same, but for fp16 it is bf16: the gradients of one token are small numbers of many sizes, and
+    most would fall below the 6e-8 at which fp16 ends.
+    """
+    return "bf16" if dtype == "fp16" else dtype
+
+
 @dataclass(frozen=True)
 class Shard:
     rows: int

@@ -5,15 +5,17 @@ Shapes: B contexts, T positions, D width of a hook, V vocabulary.
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from saebench.activations.backward import contexts_at_once, gradients_of, summed_cross_entropy
+from saebench.activations.boot import boot
 from saebench.activations.model_source import ModelInfo, fetch_weights, peek_model, unknown_hook
 from saebench.activations.tokens import Tokens
 from saebench.errors import UserError
@@ -24,6 +26,9 @@ Edit = Callable[[Tensor], Tensor]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _RESIDUAL = re.compile(r"blocks\.\d+\.(hook_resid_(pre|mid|post)|hook_(attn|mlp)_out|hook_in|hook_out)")
+_ALSO_SKIPS = re.compile(r"blocks\.\d+\.hook_resid_mid")
+"""The bridge shows this one as the input of the MLP's norm alone, but the skip connection reads the same
+tensor: a change in place reaches both."""
 
 
 class Model:
@@ -90,6 +95,7 @@ class Model:
         """True when ``hook`` is the residual stream, or what is added to it: what the unembedding reads."""
         return _RESIDUAL.fullmatch(hook) is not None
 
+    @torch.no_grad()
     def run_to(self, tokens_BT: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
         """Activations [B, T, D] at ``hooks``; nothing beyond the last layer needed is computed.
 
@@ -113,37 +119,104 @@ class Model:
             stop = None
             listeners.append(("ln_final.hook_in", _stop_here))
         self._run(tokens_BT, listeners, return_type=None, stop_at_layer=stop)
-        n_positions = tokens_BT.shape
-        for hook in hooks:
-            if hook not in found:
-                raise UserError(
-                    f"--hook {hook} was not reached in a forward pass of {self.name}; choose another"
-                )
-            value = found[hook]
-            if value.shape[:2] != n_positions or value.ndim < 3 or not value.is_floating_point():
-                raise UserError(
-                    f"--hook {hook} has shape {list(value.shape)} for {list(n_positions)} tokens; "
-                    "choose a hook with a vector for each token"
-                )
-            found[hook] = rearrange(value, "b t ... -> b t (...)")
-        return {hook: found[hook] for hook in hooks}
+        return {hook: self._per_token(hook, found.get(hook), tokens_BT) for hook in hooks}
 
     def logits(self, tokens_BT: Tensor, *, edit: Mapping[str, Edit] | None = None) -> Tensor:
         """Logits [B, T, V]; each function in ``edit`` replaces the activations [B, T, D] at its hook."""
 
-        def replace(function: Edit) -> Callable[..., Tensor]:
+        def replace(name: str, function: Edit) -> Callable[..., Tensor]:
             def hook(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
                 flat_BTD = rearrange(value, "b t ... -> b t (...)")
-                return function(flat_BTD).to(value.dtype).view_as(value)
+                new = function(flat_BTD).to(value.dtype).view_as(value)
+                return value.copy_(new) if _ALSO_SKIPS.fullmatch(name) else new
 
             return hook
 
         edits = edit or {}
         for name in edits:
             self.check_hook(name)
-        listeners = [(name, replace(function)) for name, function in edits.items()]
-        logits: Tensor = self._run(tokens_BT, listeners, return_type="logits", stop_at_layer=None)
+        listeners = [(name, replace(name, function)) for name, function in edits.items()]
+        with torch.no_grad():
+            logits: Tensor = self._run(tokens_BT, listeners, return_type="logits", stop_at_layer=None)
         return logits
+
+    def gradients(
+        self, tokens_BT: Tensor, length_B: Tensor, hooks: Sequence[str]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Activations [B, T, D] at ``hooks``, and the gradient [B, T, D] of the model's loss at each.
+
+        The loss is the SUM of the next-token cross entropies, in nats, over positions 0 .. length - 2 of each
+        context. So a row holds what its token's activation does to its own prediction and to all later ones
+        of its context, and depends neither on the context's length nor on its neighbours in the batch. It is
+        the total derivative, through everything that follows: the effect of `logits`' ``edit`` to first
+        order. The last of the ``length_B`` tokens of a context predicts nothing, and its gradient in the
+        residual stream is exactly 0; so is that of the padding behind it.
+
+        One pass forward and one back over as many contexts at once as keep the logits within a bound.
+
+        Raises:
+            UserError: an unknown hook, one without an activation for each token, or one that the predictions
+                do not depend on.
+        """
+        for hook in hooks:
+            self.check_hook(hook)
+        at_once = contexts_at_once(tokens_BT.shape[1], self.vocab_size)
+        parts = [
+            self._gradients(part_BT, part_B, hooks)
+            for part_BT, part_B in zip(
+                torch.split(tokens_BT, at_once), torch.split(length_B, at_once), strict=True
+            )
+        ]
+        activations, gradients = (
+            {hook: torch.cat([part[side][hook] for part in parts]) for hook in hooks} for side in (0, 1)
+        )
+        return activations, gradients
+
+    def _gradients(
+        self, tokens_BT: Tensor, length_B: Tensor, hooks: Sequence[str]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        found: dict[str, Tensor] = {}
+
+        def keep(hook: str) -> Callable[..., Tensor]:
+            def store(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
+                if _ALSO_SKIPS.fullmatch(hook):
+                    found[hook] = value if value.requires_grad else value.requires_grad_()
+                else:  # a tensor of its own, so that only what reads the hook counts, as with an edit
+                    found[hook] = (
+                        value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+                    )
+                return found[hook]
+
+            return store
+
+        listeners = [(hook, keep(hook)) for hook in hooks]
+        with torch.enable_grad(), self._fitting(tokens_BT):
+            logits_BTV = self._run(tokens_BT, listeners, return_type="logits", stop_at_layer=None)
+            flat = {hook: self._per_token(hook, found.get(hook), tokens_BT) for hook in hooks}
+            loss = summed_cross_entropy(logits_BTV, tokens_BT, length_B)
+            del logits_BTV
+            gradients = gradients_of(loss, found)
+        for hook in hooks:
+            if hook not in gradients:
+                raise UserError(
+                    f"the predictions of {self.name} do not depend on --hook {hook}, so there is no gradient "
+                    "to keep; choose another hook"
+                )
+        return (
+            {hook: value.detach() for hook, value in flat.items()},
+            {hook: rearrange(gradients[hook], "b t ... -> b t (...)") for hook in hooks},
+        )
+
+    def _per_token(self, hook: str, value: Tensor | None, tokens_BT: Tensor) -> Tensor:
+        """What was seen at ``hook``, [B, T, D]; raises a UserError when it is not one vector a token."""
+        if value is None:
+            raise UserError(f"--hook {hook} was not reached in a forward pass of {self.name}; choose another")
+        if value.shape[:2] != tokens_BT.shape or value.ndim < 3 or not value.is_floating_point():
+            raise UserError(
+                f"--hook {hook} has shape {list(value.shape)} for {list(tokens_BT.shape)} tokens; "
+                "choose a hook with a vector for each token"
+            )
+        return rearrange(value, "b t ... -> b t (...)")
 
     @torch.no_grad()
     def unembedding(self) -> Tensor:
@@ -168,11 +241,15 @@ class Model:
         U_DV: Tensor = W_U_DV - W_U_DV.mean(dim=1, keepdim=True)
         return U_DV
 
-    @torch.no_grad()
     def _run(self, tokens_BT: Tensor, listeners: list[tuple[str, Callable[..., Any]]], **options: Any) -> Any:
         tokens_BT = tokens_BT.to(self.device, torch.long)
-        try:
+        with self._fitting(tokens_BT):
             return self._bridge.run_with_hooks(tokens_BT, fwd_hooks=listeners, **options)
+
+    @contextlib.contextmanager
+    def _fitting(self, tokens_BT: Tensor) -> Iterator[None]:
+        try:
+            yield
         except torch.cuda.OutOfMemoryError:
             raise UserError(
                 f"the GPU ran out of memory running {self.name} on {list(tokens_BT.shape)} tokens; "
@@ -196,57 +273,10 @@ def load_model(
     info = peek_model(name, revision=revision)
     tokens = Tokens(info)
     folder = fetch_weights(info)
-    bridge = _boot(str(folder), name, torch.device(device), _DTYPES[dtype])
+    bridge = boot(str(folder), name, torch.device(device), _DTYPES[dtype])
     if getattr(bridge.cfg, "attention_dir", "causal") != "causal":
         raise UserError(f"model {name} reads its text in both directions; a causal language model is needed")
     return Model(info, bridge, tokens)
-
-
-def _boot(folder: str, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        bridge = TransformerBridge.boot_transformers(
-            folder, device=device, dtype=dtype, model_class=_Complete(folder, name)
-        )
-    except UserError:
-        raise
-    except torch.cuda.OutOfMemoryError:
-        raise UserError(f"model {name} does not fit into the GPU's memory; use --device cpu") from None
-    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model {name} cannot be loaded ({reason})") from None
-    except Exception as error:
-        if type(error).__module__.startswith(("safetensors", "builtins")) and "afetensor" in repr(error):
-            raise UserError(f"the weights of model {name} are damaged ({error}); get them again") from None
-        raise
-    bridge.eval()
-    return bridge.requires_grad_(False)
-
-
-class _Complete:
-    """A model's transformers class that refuses gaps in the weights, which are else filled at random."""
-
-    def __init__(self, folder: str, name: str) -> None:
-        self._folder, self._name = folder, name
-
-    def from_pretrained(self, folder: str, **options: Any) -> Any:
-        from transformer_lens.model_bridge.sources import transformers as source
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
-        architecture = source.determine_architecture_from_hf_config(config)  # type: ignore[no-untyped-call]
-        real: Any = source.get_hf_model_class_for_architecture(architecture)
-        model, report = real.from_pretrained(folder, output_loading_info=True, **options)
-        if missing := sorted(report["missing_keys"]):
-            raise UserError(
-                f"the weights of model {self._name} lack {len(missing)} tensors that its config.json "
-                f"asks for ({missing[0]}); get both from one place"
-            )
-        return model
 
 
 def _layers_needed(hook: str) -> int | None:

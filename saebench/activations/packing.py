@@ -99,10 +99,20 @@ class _Stream:
 
 
 def batches(
-    contexts: Iterable[Context], *, ctx: int, batch_size: int, keep_first: bool, max_rows: int
+    contexts: Iterable[Context],
+    *,
+    ctx: int,
+    batch_size: int,
+    keep_first: bool,
+    keep_last: bool = True,
+    max_rows: int,
 ) -> Iterator[Batch]:
-    """Group contexts into batches, until exactly ``max_rows`` rows are kept (the last context is cut)."""
-    dropped = 0 if keep_first else 1
+    """Group contexts into batches, until exactly ``max_rows`` rows are kept (the last context is cut).
+
+    Without ``keep_first`` position 0 of each context is no row, without ``keep_last`` its last one.
+    """
+    first, last = int(not keep_first), int(not keep_last)
+    dropped = first + last
     n_rows, gathered = 0, []
     for context in contexts:
         context = context.cut(max_rows - n_rows + dropped)
@@ -111,19 +121,19 @@ def batches(
         gathered.append(context)
         n_rows += len(context) - dropped
         if len(gathered) == batch_size or n_rows == max_rows:
-            yield _batch(gathered, ctx, dropped)
+            yield _batch(gathered, ctx, first, last)
             gathered = []
         if n_rows == max_rows:
             return
     if gathered:
-        yield _batch(gathered, ctx, dropped)
+        yield _batch(gathered, ctx, first, last)
 
 
-def _batch(contexts: list[Context], ctx: int, dropped: int) -> Batch:
+def _batch(contexts: list[Context], ctx: int, first: int, last: int) -> Batch:
     tokens_BT = np.zeros((len(contexts), ctx), np.int32)
     for row, context in zip(tokens_BT, contexts, strict=True):
         row[: len(context)] = context.tokens
     lengths = np.array([len(context) for context in contexts])
     positions = np.arange(ctx)
-    keep_BT = (positions >= dropped) & (positions < lengths[:, None])
+    keep_BT = (positions >= first) & (positions < lengths[:, None] - last)
     return Batch(contexts, tokens_BT, keep_BT)

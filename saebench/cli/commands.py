@@ -17,14 +17,13 @@ from saebench.config import (
     HarvestConfig,
     ImportConfig,
     IndexConfig,
-    SaeSpec,
-    TrainConfig,
 )
 from saebench.errors import UserError
 from saebench.files import human_bytes
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
+    from saebench.training import Run
 
 STORE_FACTS = (
     "name", "sae", "d_in", "d_sae", "k", "hook_name", "model", "text",
@@ -85,14 +84,25 @@ def cache_import(config: ImportConfig) -> Result:
     return _describe_cache(saebench.import_activations(config))
 
 
-def train(config: TrainConfig, spec: SaeSpec) -> Result:
-    from saebench.training import train as make
+def train(settings: Mapping[str, Any], source: str) -> Result:
+    from saebench.training.loop import train_all
+    from saebench.training.sweep import parse_grid, plan
 
-    run = make(config, spec)
+    words = settings.get("sweep", ())
+    runs = train_all(plan(settings, parse_grid([words] if isinstance(words, str) else words), source=source))
+    rows = [_trained(run) for run in runs]
+    if not words:
+        return Result(rows[0], pairs(rows[0]) + f"\n\nNext: saebench eval {runs[0].path}")
+    columns = ("path", "sae", "d_sae", "k", "step", "fvu", "l0", "dead")
+    text = table(columns, [[row.get(name) for name in columns] for row in rows])
+    return Result({"runs": rows}, text + f"\n\nNext: saebench eval {runs[0].path}")
+
+
+def _trained(run: Run) -> dict[str, Any]:
     lines = (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-    data = {"path": str(run.path), "sae": spec.name, "d_sae": spec.d_sae, "k": spec.k, **last}
-    return Result(data, pairs(data) + f"\n\nNext: saebench eval {run.path}")
+    spec = run.spec
+    return {"path": str(run.path), "sae": spec.name, "d_sae": spec.d_sae, "k": spec.k, **last}
 
 
 def evaluate(config: EvalConfig) -> Result:
@@ -177,6 +187,7 @@ def _describe_cache(cache: ActivationCache) -> Result:
         "model": model.get("name"),
         "hooks": hooks,
         "dtype": str(cache.dtype).removeprefix("torch."),
+        "gradients": all(cache.has_gradients(hook) for hook in cache.hooks),
         "n_rows": cache.n_rows,
         "n_held_out": int(cache.held_out.sum()),
         "n_contexts": cache.n_contexts,

@@ -1,0 +1,81 @@
+"""What a harvest will cost, before anything is loaded.
+
+Shapes: B contexts, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from saebench.activations.backward import LOGIT_BYTES
+from saebench.activations.manifest import gradient_dtype
+from saebench.activations.models import ModelInfo
+from saebench.activations.shards import row_bytes
+from saebench.config import HarvestConfig
+from saebench.files import human_bytes, require_disk
+
+_FLOPS_PER_SECOND = {"cpu": 4e10, "cuda": 2e13}  # a core, a GPU
+_BASE_BYTES = 5e8
+_COLUMN_BYTES = 17  # token, doc, ctx, pos, held_out
+
+
+def forecast(config: HarvestConfig, info: ModelInfo, device: torch.device) -> str:
+    """A sentence with the harvest's size, memory and time; refuses one that does not fit on the disk.
+
+    Raises:
+        UserError: the disk is too small.
+    """
+    usual = info.usual_hooks()
+    widths = [usual.get(hook, info.d_model) for hook in config.hook]
+    row = sum(row_bytes(config.dtype, (width,)) for width in widths) + _COLUMN_BYTES
+    if config.gradients:
+        row += sum(row_bytes(gradient_dtype(config.dtype), (width,)) for width in widths)
+    contexts = -(-config.tokens // max(config.ctx - 1 - config.gradients, 1))
+    disk = config.tokens * row + contexts * (config.ctx + 1) * 4
+    multiplications, held = _work(config, info)
+    weights = _block_weights(info) * _layers(config, info)[1]
+    memory = (
+        4 * (weights + 2 * info.vocab_size * info.d_model) + 2 * min(config.shard_rows, config.tokens) * row
+    )
+    speed = _FLOPS_PER_SECOND[device.type] * (torch.get_num_threads() if device.type == "cpu" else 1)
+    minutes = 2 * multiplications * config.tokens / speed / 60
+    time = f"{minutes:.0f} min" if minutes >= 1 else "a minute"
+    require_disk(config.out, disk, what=f"the activation cache of {config.tokens:,} tokens")
+    return (
+        f"harvest: up to {config.tokens:,} rows of {' + '.join(map(str, widths))} values"
+        f"{' and as many gradients' if config.gradients else ''} from {info.name}; "
+        f"disk {human_bytes(disk)}, memory about {human_bytes(memory + held + _BASE_BYTES)}, "
+        f"time about {time} on {device}"
+    )
+
+
+def _block_weights(info: ModelInfo) -> int:
+    return info.d_model * (4 * info.d_model + 3 * info.d_mlp)
+
+
+def _layers(config: HarvestConfig, info: ModelInfo) -> tuple[int, int]:
+    """The first layer with a hook, and the number of layers that run."""
+    found = [re.match(r"blocks\.(\d+)", hook) for hook in config.hook]
+    first = min(int(match[1]) if match else 0 for match in found)
+    end = max(int(match[1]) + 1 if match else info.n_layers for match in found)
+    return first, info.n_layers if config.gradients else end
+
+
+def _work(config: HarvestConfig, info: ModelInfo) -> tuple[int, int]:
+    """Multiplications for each token, and bytes that a pass holds for the way back.
+
+    With gradients every layer runs and the logits are computed; the way back, from them to the first hook,
+    multiplies as often as the same stretch forward, and needs what that stretch computed.
+    """
+    first, end = _layers(config, info)
+    forward = _block_weights(info) * end
+    if not config.gradients:
+        return forward, 0
+    unembedding = info.d_model * info.vocab_size
+    back = _block_weights(info) * (end - first) + unembedding
+    for_one_token = 4 * (end - first) * (10 * info.d_model + 4 * info.d_mlp)
+    held = config.batch_size * config.ctx * for_one_token
+    logits = min(4 * config.batch_size * config.ctx * info.vocab_size, LOGIT_BYTES)
+    return forward + unembedding + back, held + 4 * logits
