@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from saebench.saes.base import SAE
     from saebench.store import index, open_store
     from saebench.store.query import FeatureStore
-    from saebench.training import train
+    from saebench.training import sweep, train
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,7 @@ _HOMES = {
     "load_model": "saebench.activations.models",
     "open_cache": "saebench.activations.cache",
     "open_store": "saebench.store",
+    "sweep": "saebench.training",
     "train": "saebench.training",
 }
 
@@ -55,6 +56,7 @@ __all__ = [  # noqa: RUF022
     "load_model",
     "open_cache",
     "open_store",
+    "sweep",
     "train",
 ]
 

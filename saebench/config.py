@@ -131,6 +131,9 @@ class SaeSpec:
                 f"k is {self.k} but d_sae is only {self.d_sae} latents; lower --k or raise --d-sae"
             )
 
+    def check(self, *, batch_size: int) -> None:
+        """Raise a UserError when this SAE cannot be trained in batches of that many rows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -159,7 +162,12 @@ class TrainConfig:
     normalize: bool = True
     """Train on inputs of unit mean variance per dimension; folded into the saved weights."""
     seed: int = 0
-    """Seeds the initial weights and the order of the rows."""
+    """Seeds the initial weights, and the order of the rows unless order_seed does."""
+    order_seed: int | None = None
+    """Seeds the order of the rows; by default the seed does."""
+    sweep: tuple[str, ...] = ()
+    """NAME=VALUE,VALUE,...: train one SAE for each value in one pass over the cache, each in a directory of
+    its own in --out; repeat for a grid, like --sweep sae=topk,relu --sweep k=16,32."""
     dtype: ComputeDtype = "auto"
     """Type of the matrix products; weights stay fp32. 'auto' is bf16 on a GPU and fp32 on a CPU."""
     checkpoint_every: int = 1000
@@ -184,6 +192,8 @@ class TrainConfig:
             raise UserError(f"--sae {self.sae} is not an architecture; there is {', '.join(ARCHITECTURES)}")
         at_least(self, tokens=1, batch_size=1, checkpoint_every=1, log_every=1)
         at_least(self, seed=0, grad_clip=0, warmup=0, decay=0)
+        if self.order_seed is not None:
+            at_least(self, order_seed=0)
         if self.tokens < self.batch_size:
             raise UserError(
                 f"tokens is {self.tokens:,} but one step takes batch_size = {self.batch_size:,}; "

@@ -140,5 +140,5 @@ def at_least(config: Any, **smallest: float) -> None:
             raise UserError(f"{name} is {value}; it must be at least {bound}")
         if value == float("inf"):
             raise UserError(f"{name} is infinite; give a finite number")
-        if name == "seed" and value >= 2**63:
-            raise UserError(f"seed is {value}; it must be below 2**63")
+        if name.endswith("seed") and value >= 2**63:
+            raise UserError(f"{name} is {value}; it must be below 2**63")

@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError, Group, MissingArgumentError, Parameter
 
 import saebench
 from saebench.cli import commands
-from saebench.cli.flags import CONFIG_FLAG, check_settings, parameters, read_settings, value_in
+from saebench.cli.flags import CONFIG_FLAG, check_settings, parameters, read_settings, value_in, values_in
 from saebench.cli.output import Result
 from saebench.config import (
     DemoConfig,
@@ -123,10 +123,7 @@ def _station(
     """A command whose flags are the fields of ``config_class`` (and, for train, of the architecture)."""
     settings_file = value_in(argv, CONFIG_FLAG)
     given = read_settings(Path(settings_file)) if settings_file else {}
-    classes = [config_class]
-    if config_class is TrainConfig and argv:
-        sae = value_in(argv, "--sae") or str(given.get("sae", TrainConfig.sae))
-        classes.append(architecture(sae).Spec)
+    classes = [config_class, *(_specs(argv, given) if config_class is TrainConfig and argv else ())]
     owner = {field.name: c for c in reversed(classes) for field in dataclasses.fields(c)}
     if settings_file:
         types = {name: kind for c in classes for name, kind in get_type_hints(c).items()}
@@ -140,21 +137,31 @@ def _station(
         flags.pop("config", None)
         values: Mapping[str, Any] = {**given, **flags}
         source = settings_file or "the command line"
-        configs = [
-            from_flat(c, {n: v for n, v in values.items() if owner[n] is c}, source=source) for c in classes
-        ]
-        return _answer(act, *configs, as_json=as_json)
+        if config_class is TrainConfig:
+            return _answer(act, values, source, as_json=as_json)
+        return _answer(act, from_flat(config_class, values, source=source), as_json=as_json)
 
     made: list[inspect.Parameter] = []
     for c in classes:
         group = Group("Settings" if c is config_class else f"Settings of --sae {c.name}", sort_key=len(made))
-        made += parameters(c, given=given, positional=positional, group=group)
+        own = [field.name for field in dataclasses.fields(c) if owner[field.name] is c]
+        made += parameters(c, own, given=given, positional=positional, group=group)
     made.append(_keyword("config", SettingsFile, None))
     made.append(_keyword("as_json", Json, False))
     call.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]
     call.__doc__ = config_class.__doc__
     call.__name__ = name
     return call
+
+
+def _specs(argv: Sequence[str], given: Mapping[str, Any]) -> list[type[Any]]:
+    """The settings classes of the architectures that a training is asked for."""
+    from saebench.training.sweep import architectures, parse_grid
+
+    words = values_in(argv, "--sweep") or given.get("sweep", ())
+    settings = {"sae": value_in(argv, "--sae") or given.get("sae", TrainConfig.sae)}
+    names = architectures(settings, parse_grid([words] if isinstance(words, str) else words))
+    return list(dict.fromkeys(architecture(name).Spec for name in names))
 
 
 def _simple(act: Callable[[Path], Result], argument: str, kind: Any) -> Callable[..., int]:

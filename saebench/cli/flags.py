@@ -20,9 +20,14 @@ CONFIG_FLAG = "--config"
 
 
 def parameters(
-    config_class: type[Any], *, given: Mapping[str, object], positional: str | None, group: Group
+    config_class: type[Any],
+    names: Sequence[str],
+    *,
+    given: Mapping[str, object],
+    positional: str | None,
+    group: Group,
 ) -> list[inspect.Parameter]:
-    """One parameter for each field of ``config_class``, for the signature of a command.
+    """One parameter for each of the fields ``names`` of ``config_class``, for the signature of a command.
 
     Args:
         given: values from a settings file; they take the place of the defaults.
@@ -31,6 +36,8 @@ def parameters(
     types, docs = get_type_hints(config_class), field_docs(config_class)
     made = []
     for field in dataclasses.fields(config_class):
+        if field.name not in names:
+            continue
         default = field.default
         if field.name in given:
             default = given[field.name]
@@ -79,15 +86,23 @@ def whole_number(kind: object, tokens: Sequence[Any]) -> int:
         raise ValueError(f'"{text}" is not a whole number') from None
 
 
-def value_in(argv: Sequence[str], flag: str) -> str | None:
-    """The last value of ``flag`` in ``argv``, before anything is parsed."""
-    found = None
-    for i, token in enumerate(argv):
-        if token == flag and i + 1 < len(argv):
-            found = argv[i + 1]
-        elif token.startswith(flag + "="):
-            found = token[len(flag) + 1 :]
+def values_in(argv: Sequence[str], flag: str) -> list[str]:
+    """The values of ``flag`` in ``argv``, before anything is parsed; a flag may have several after it."""
+    found: list[str] = []
+    inside = False
+    for token in argv:
+        if token.startswith("-"):
+            inside = token == flag
+            if token.startswith(flag + "="):
+                found.append(token[len(flag) + 1 :])
+        elif inside:
+            found.append(token)
     return found
+
+
+def value_in(argv: Sequence[str], flag: str) -> str | None:
+    """The last value of ``flag`` in ``argv``."""
+    return next(reversed(values_in(argv, flag)), None)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

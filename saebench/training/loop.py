@@ -1,4 +1,4 @@
-"""The training loop: read a batch, encode, decode, step; log, save, stop.
+"""The training loop: read a batch, let every SAE take a step on it, log, save, stop.
 
 Shapes: N rows in a batch, D = d_in.
 """
@@ -6,13 +6,11 @@ Shapes: N rows in a batch, D = d_in.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,22 +21,18 @@ from saebench.activations.loader import Loader
 from saebench.config import SaeSpec, TrainConfig, architecture
 from saebench.device import pick_device
 from saebench.errors import UserError
-from saebench.fields import from_flat, show_settings, to_flat
+from saebench.fields import show_settings, to_flat
 from saebench.files import directory_lock, human_bytes, require_disk
 from saebench.progress import progress
-from saebench.saes.base import MIN_DEAD_STEPS, SAE, Batch
-from saebench.training import checkpoint, run
-from saebench.training.checkpoint import TrainState
+from saebench.saes.base import Batch
+from saebench.training import run, trainee
 from saebench.training.interrupts import StopRequest
-from saebench.training.metrics import step_metrics
-from saebench.training.optimizer import learning_rate, make_optimizer, optimizer_step, peak_learning_rate
 from saebench.training.run import Run
-from saebench.training.sinks import open_sinks
+from saebench.training.sweep import Plan, grid_of, plan
+from saebench.training.trainee import Trainee, compute_dtype
 
 SAMPLE_ROWS = 65_536
 SAMPLE_BYTES = 1 << 28
-STEP_PER_FORWARD = 1.5
-"""A whole step costs about this many forward passes, since everything but the encoder's scan is sparse."""
 
 
 def train(
@@ -49,7 +43,7 @@ def train(
     Either ``train(TrainConfig(...), TopKSpec(...))`` or flat keywords, as on the command line:
     ``train(cache="cache", out="runs/a", sae="topk", d_sae=4096, k=32, tokens=5e6)``. Further keywords are
     the architecture's own (``saebench train --help --sae topk``), and the cache may stand first without its
-    name.
+    name. For several SAEs in one pass see `sweep`.
 
     Killed at any instant and called again with ``resume=True``, it ends with the same bytes as a run that
     was never disturbed. Ctrl-C and SIGTERM save a checkpoint first.
@@ -58,162 +52,221 @@ def train(
         UserError: bad settings, a cache that does not fit, a directory in use, activations that are not
             finite, or a loss that diverged.
     """
-    if not isinstance(config, TrainConfig):
+    if isinstance(config, TrainConfig):
+        if settings:
+            raise TypeError("train takes a TrainConfig and a spec, or keywords, not both")
+        plans = [(config, spec if spec is not None else architecture(config.sae).Spec())]
+    else:
         if spec is not None:
             raise TypeError("a spec goes with a TrainConfig; give keywords alone")
-        config, spec = _from_keywords(settings if config is None else {"cache": config, **settings})
-    elif settings:
-        raise TypeError("train takes a TrainConfig and a spec, or keywords, not both")
-    return _train(config, spec if spec is not None else architecture(config.sae).Spec())
+        given = settings if config is None else {"cache": config, **settings}
+        plans = plan(given, source="the call of train")
+    if plans[0][0].sweep:
+        raise UserError("train makes one SAE; for several call saebench.sweep({setting: values}, ...)")
+    (trained,) = train_all(plans)
+    return trained
 
 
 show_settings(train, train, TrainConfig, SaeSpec)
 
 
-def _train(config: TrainConfig, spec: SaeSpec) -> Run:
-    out = config.out
-    cache = open_cache(config.cache)
-    hook = config.hook or cache.hooks[0]
-    device = pick_device(config.device)
-    n_steps = config.tokens // config.batch_size
-    facts = _facts(config, spec, cache, hook, n_steps)
+def sweep(grid: Mapping[str, Sequence[Any]], /, **settings: Any) -> list[Run]:
+    """Train every combination of a grid of settings in one pass over a cache: each batch is read once.
+
+    ``sweep({"sae": ["topk", "mutual-choice"], "k": [16, 32]}, cache="cache", out="runs")`` leaves the runs
+    runs/topk-k16, runs/topk-k32, ...; each has the bytes that `train` with its settings would leave (its own
+    ``run.json`` says them), and its own resume. The grid may vary the architecture and its settings, lr,
+    seed, warmup, decay, grad_clip and normalize. An SAE that diverges ends alone; the others go on.
+
+    Returns:
+        The runs in grid order, the last named setting varying fastest.
+
+    Raises:
+        UserError: as `train`; and, once the others have finished, if any SAE diverged.
+    """
+    return train_all(plan(settings, grid_of(grid), source="the call of sweep"))
+
+
+def train_all(plans: Sequence[Plan]) -> list[Run]:
+    """Train SAEs that read the same batches; see `sweep`."""
+    common = plans[0][0]
+    cache = open_cache(common.cache)
+    hook = common.hook or cache.hooks[0]
+    device = pick_device(common.device)
+    n_steps = common.tokens // common.batch_size
+    with_gradients = any(architecture(spec.name).uses_gradients for _, spec in plans)
+    for _, spec in plans:
+        spec.check(batch_size=common.batch_size)
     loader = Loader(
         cache,
         hook,
-        batch_size=config.batch_size,
-        seed=config.seed,
+        batch_size=common.batch_size,
+        seed=common.seed if common.order_seed is None else common.order_seed,
+        gradients=with_gradients,
         device=device,
-        memory_bytes=int(config.memory * 2**30),
+        memory_bytes=int(common.memory * 2**30),
     )
-    weight_bytes = 4 * (2 * spec.d_sae * cache.d_in(hook) + spec.d_sae + cache.d_in(hook))
-    require_disk(out, 7 * weight_bytes, what=f"the run {out} (two checkpoints and the weights)")
+    weight_bytes = [_weight_bytes(spec, cache.d_in(hook)) for _, spec in plans]
+    for (config, _), n_bytes in zip(plans, weight_bytes, strict=True):
+        require_disk(config.out, 7 * n_bytes, what=f"the run {config.out} (two checkpoints and the weights)")
 
-    with (
-        directory_lock(out, what="the run directory"),
-        StopRequest() as stop,
-        contextlib.ExitStack() as stack,
-    ):
-        run.check(out, facts, resume=config.resume)
-        if run.is_finished(out):
-            _say(f"{out} is finished: {n_steps:,} steps, nothing left to do", config)
-            return Run(out, config, spec)
-
-        state = _begin(config, spec, loader, device, n_steps, weight_bytes)
-        facts = run.begin(out, facts)
-        if latest := checkpoint.latest_checkpoint(out):
-            checkpoint.load_checkpoint(latest, state)
-        if config.resume:
-            _say(f"resuming {out} at step {state.step:,} of {n_steps:,}", config)
-        sinks = open_sinks(out, config, facts, step=state.step, stack=stack)
-        sae, peak = state.sae, peak_learning_rate(config, spec.d_sae)
-        first_step, started = state.step, time.monotonic()
-        bad_rows = torch.zeros((), dtype=torch.bool, device=device)
-        bar = stack.enter_context(
-            progress(
-                f"train {spec.name}",
-                total=n_steps * config.batch_size,
-                unit="tok",
-                initial=first_step * config.batch_size,
-                quiet=config.quiet,
+    with contextlib.ExitStack() as stack:
+        facts = {config.out: _facts(config, spec, cache, hook, n_steps) for config, spec in plans}
+        for config, _ in plans:
+            stack.enter_context(directory_lock(config.out, what="the run directory"))
+        stop = stack.enter_context(StopRequest())
+        for config, _ in plans:
+            run.check(config.out, facts[config.out], resume=config.resume)
+        trainees = []
+        unfinished = [(config, spec) for config, spec in plans if not run.is_finished(config.out)]
+        for config, _ in plans:
+            if run.is_finished(config.out):
+                _say(f"{config.out} is finished: {n_steps:,} steps, nothing left to do", common)
+        if unfinished:
+            sample = _sample(loader)
+        for config, spec in unfinished:
+            made = trainee.begin(
+                config, spec, facts[config.out], sample, n_steps=n_steps, device=device, stack=stack
             )
-        )
-
-        for rows in loader.iterate(start=state.step, stop=n_steps):
-            x_ND = rows.activations.float() * state.scale
-            bad_rows |= ~x_ND.isfinite().all()
-            batch = Batch(x_ND, progress=state.step / n_steps)
-            terms = sae.loss(batch)
-            state.optimizer.zero_grad()
-            terms.total.backward()  # type: ignore[no-untyped-call]
-            lr = learning_rate(config, peak=peak, step=state.step, n_steps=n_steps)
-            grad_norm = optimizer_step(sae, state.optimizer, lr=lr, grad_clip=config.grad_clip)
-            sae.after_step(batch, terms)
-            state.step += 1
-
-            last = state.step == n_steps
-            save = last or stop.signal is not None or state.step % config.checkpoint_every == 0
-            log = last or state.step % config.log_every == 0
-            note = ""
-            if save or log:
-                _check_finite(terms.total, bad_rows, state.step, lr, hook)
-            if log:
-                metrics = step_metrics(
-                    sae,
-                    terms,
-                    x_ND,
-                    step=state.step,
-                    tokens=state.step * config.batch_size,
-                    lr=lr,
-                    grad_norm=grad_norm,
-                )
-                for sink in sinks:
-                    sink.write(metrics)
-                note = f"fvu {metrics['fvu']:.4f}  dead {metrics['dead']}"
-            bar.update(config.batch_size, note)
-            if save:
-                checkpoint.save_checkpoint(out, state)
-            if stop.signal is not None and not last:
-                _log_session(out, first_step, state.step, config, time.monotonic() - started, device)
-                _say(f"stopped at step {state.step:,} of {n_steps:,}; go on with --resume", config)
-                stop.end()
-
-        _log_session(out, first_step, state.step, config, time.monotonic() - started, device)
-        sae.fold_scale(state.scale)
-        sae.save(out, hook_name=hook, model=cache.model, tokens=n_steps * config.batch_size, seed=config.seed)
-    return Run(out, config, spec)
+            if config.resume:
+                _say(f"resuming {config.out} at step {made.state.step:,} of {n_steps:,}", common)
+            trainees.append(made)
+        if unfinished:
+            _forecast(trainees, sample, loader, sum(weight_bytes), device)
+        failed = _steps(trainees, loader, stop, device)
+        for member in trainees:
+            if member.finished:
+                member.finish(_unseen_rows(cache, hook, loader), hook=hook, model=cache.model)
+    if failed:
+        others = "" if len(plans) == len(failed) else f" ({len(plans) - len(failed)} others finished)"
+        more = f"; {len(failed) - 1} more diverged" if len(failed) > 1 else ""
+        raise UserError(f"{failed[0]}{more}{others}")
+    return [Run(config.out, config, spec) for config, spec in plans]
 
 
-def _begin(
-    config: TrainConfig, spec: SaeSpec, loader: Loader, device: torch.device, n_steps: int, weight_bytes: int
-) -> TrainState:
-    """A fresh state: weights from the seed and from the first rows that the loader will give."""
-    sample_ND = _sample(loader)
-    d_in = sample_ND.shape[1]
-    scale = _input_scale(sample_ND) if config.normalize else 1.0
-    sae: SAE = architecture(spec.name)(spec, d_in).to(device)
-    wanted = config.dtype if config.dtype != "auto" else ("bf16" if device.type == "cuda" else "fp32")
-    sae.compute_dtype = torch.bfloat16 if wanted == "bf16" else torch.float32
-    window = min(getattr(spec, "dead_tokens", sae.dead_after), config.tokens // 10)
-    sae.dead_after = max(window, MIN_DEAD_STEPS * config.batch_size)
-    sample_ND = sample_ND.to(device) * scale
-    sae.initialize(Batch(sample_ND), seed=config.seed)
-
-    sae(sample_ND[: config.batch_size])
-    started = time.monotonic()
-    sae(sample_ND[: config.batch_size]).sum().item()
-    seconds = STEP_PER_FORWARD * (time.monotonic() - started) * n_steps
-    working = 4 * weight_bytes + config.batch_size * (2 * spec.d_sae + 8 * d_in) * 4
-    _say(
-        f"{n_steps:,} steps of {config.batch_size:,} rows on {device} ({wanted}), "
-        f"{config.tokens / max(loader.n_rows, 1):.1f} epochs of {loader.n_rows:,} rows; "
-        f"about {human_bytes(working)} of memory beside the reader, {human_bytes(6 * weight_bytes)} of disk "
-        f"while it runs, {max(1, math.ceil(seconds / 60))} min",
-        config,
+def _steps(
+    trainees: list[Trainee], loader: Loader, stop: StopRequest, device: torch.device
+) -> list[UserError]:
+    """Take all steps that are left; returns what ended those SAEs that could not."""
+    failed: list[UserError] = []
+    active = [member for member in trainees if not member.finished]
+    if not active:
+        return failed
+    common, n_steps = active[0].config, active[0].n_steps
+    start = min(member.state.step for member in active)
+    title = active[0].spec.name if len(active) == 1 else f"{len(active)} SAEs"
+    bar = progress(
+        f"train {title}",
+        total=n_steps * common.batch_size,
+        unit="tok",
+        initial=start * common.batch_size,
+        quiet=common.quiet,
     )
-    return TrainState(sae, make_optimizer(sae), scale)
+    with bar as shown:
+        for i, rows in enumerate(loader.iterate(start=start, stop=n_steps), start):
+            stopping, note = stop.signal is not None, ""
+            for member in list(active):
+                if member.state.step > i:  # its checkpoint is ahead of the others'
+                    continue
+                try:
+                    note = member.step(rows, stopping=stopping)
+                except UserError as error:
+                    failed.append(_why(error, loader, i, member))
+                    active.remove(member)
+                    member.log_session(device)
+                    if len(trainees) > 1:
+                        print(f"error: {failed[-1]}", file=sys.stderr, flush=True)
+            shown.update(common.batch_size, note if len(trainees) == 1 else "")
+            if not active:
+                break
+            if stopping and i + 1 < n_steps:
+                for member in active:
+                    member.log_session(device)
+                    where = f"{member.config.out} " if len(trainees) > 1 else ""
+                    _say(f"{where}stopped at step {i + 1:,} of {n_steps:,}; go on with --resume", common)
+                stop.end()
+    for member in active:
+        member.log_session(device)
+    return failed
 
 
-def _sample(loader: Loader) -> Tensor:
+def _why(error: UserError, loader: Loader, i: int, member: Trainee) -> UserError:
+    """What ended an SAE by batch i: the rows it was given, when they are not finite, or its own step."""
+    batch = member.first_step + int(member.sound_steps)
+    if loader.batch(batch).activations.isfinite().all():
+        return error
+    return UserError(
+        f"activations at {loader.hook} hold NaN or infinity (batch {batch}, step {batch + 1} of "
+        f"{member.config.out}); harvest them again in another --dtype"
+    )
+
+
+def _sample(loader: Loader) -> Batch:
     """The first rows of the training order in float32 on the CPU: 65,536, or fewer when they are wide."""
-    first_ND = loader.batch(0).activations.float().cpu()
-    n_rows = min(SAMPLE_ROWS, loader.n_rows, SAMPLE_BYTES // (4 * first_ND.shape[1]))
-    others = [loader.batch(i).activations.float().cpu() for i in range(1, n_rows // loader.batch_size)]
-    sample_ND = torch.cat([first_ND, *others])[:SAMPLE_ROWS]
-    if not sample_ND.isfinite().all():
+    first = loader.batch(0)
+    n_rows = min(SAMPLE_ROWS, loader.n_rows, SAMPLE_BYTES // (4 * first.activations.shape[1]))
+    batches = [first, *(loader.batch(i) for i in range(1, n_rows // loader.batch_size))]
+    x_ND = torch.cat([rows.activations.float().cpu() for rows in batches])[:SAMPLE_ROWS]
+    if not x_ND.isfinite().all():
         raise UserError(
             f"activations at {loader.hook} hold NaN or infinity; harvest them again in another --dtype"
         )
-    return sample_ND
+    if first.gradients is None:
+        return Batch(x_ND)
+    gradients = [rows.gradients.float().cpu() for rows in batches if rows.gradients is not None]
+    return Batch(x_ND, torch.cat(gradients)[:SAMPLE_ROWS])
 
 
-def _input_scale(sample_ND: Tensor) -> float:
-    """s with E |s (x - mean x)|^2 = d_in."""
-    variance = sample_ND.double().var(0, correction=0).mean().item()
-    if variance == 0:
-        raise UserError(
-            "all activations in the cache are equal, so there is nothing to learn; check the hook"
+def _unseen_rows(cache: ActivationCache, hook: str, loader: Loader) -> Tensor:
+    """Held-out rows spread evenly over the cache, as many as `_sample` takes at most, on the device.
+
+    Where nothing is held out they are rows of the training order, with a warning.
+    """
+    row_N = cache.held_out.nonzero()[:, 0]
+    n_rows = min(SAMPLE_ROWS, max(1, SAMPLE_BYTES // (4 * cache.d_in(hook))))
+    if len(row_N) == 0:
+        print(
+            f"warning: {cache.path} holds no rows out, so inference is calibrated on training rows",
+            file=sys.stderr,
         )
-    return 1 / math.sqrt(variance)
+        return loader.batch(0).activations
+    if len(row_N) > n_rows:
+        row_N = row_N[torch.arange(n_rows) * len(row_N) // n_rows]
+    return cache.activations(hook)[row_N].to(loader.device)
+
+
+def _forecast(
+    trainees: list[Trainee], sample: Batch, loader: Loader, weight_bytes: int, device: torch.device
+) -> None:
+    """Say what the training will cost, from one trial step of each SAE that is not applied."""
+    common, n_steps = trainees[0].config, trainees[0].n_steps
+    if common.quiet:
+        return
+    seconds, latents = 0.0, 0
+    for member in trainees:
+        batch = sample[slice(0, common.batch_size)]
+        gradient_ND = batch.gradient_ND.to(device) if batch.gradient_ND is not None else None
+        batch = Batch(batch.x_ND.to(device) * member.state.scale, gradient_ND)
+        for _ in range(2):  # the first one also pays for what is made once
+            started = time.monotonic()
+            member.state.sae.loss(batch).total.backward()  # type: ignore[no-untyped-call]
+            member.state.sae.b_dec.sum().item()
+            trial = time.monotonic() - started
+        member.state.optimizer.zero_grad()
+        seconds += trial * (n_steps - member.state.step)
+        latents = max(latents, member.spec.d_sae)
+    working = 4 * weight_bytes + common.batch_size * (2 * latents + 8 * sample.x_ND.shape[1]) * 4
+    _say(
+        f"{n_steps:,} steps of {common.batch_size:,} rows on {device} ({compute_dtype(common, device)}), "
+        f"{common.tokens / max(loader.n_rows, 1):.1f} epochs of {loader.n_rows:,} rows; "
+        f"about {human_bytes(working)} of memory beside the reader, {human_bytes(6 * weight_bytes)} of disk "
+        f"while it runs, {max(1, math.ceil(seconds / 60))} min",
+        common,
+    )
+
+
+def _weight_bytes(spec: SaeSpec, d_in: int) -> int:
+    return 4 * (2 * spec.d_sae * d_in + spec.d_sae + d_in)
 
 
 def _facts(
@@ -229,42 +282,6 @@ def _facts(
         "cache_hash": cache.hash,
         "n_steps": n_steps,
     }
-
-
-def _from_keywords(settings: dict[str, Any]) -> tuple[TrainConfig, SaeSpec]:
-    spec_class = architecture(str(settings.get("sae", TrainConfig.sae))).Spec
-    own = {field.name for field in dataclasses.fields(spec_class)}
-    spec = from_flat(spec_class, {n: v for n, v in settings.items() if n in own}, source="the call of train")
-    rest = {n: v for n, v in settings.items() if n not in own}
-    return from_flat(TrainConfig, rest, source="the call of train"), spec
-
-
-def _check_finite(loss: Tensor, bad_rows: Tensor, step: int, lr: float, hook: str) -> None:
-    if bool(bad_rows):
-        raise UserError(
-            f"activations at {hook} hold NaN or infinity (seen by step {step}); "
-            "harvest them again in another --dtype"
-        )
-    if not math.isfinite(loss.item()):
-        raise UserError(
-            f"the loss is {loss.item()} at step {step}: training diverged; lower --lr (now {lr:.2g})"
-        )
-
-
-def _log_session(
-    out: Path, first: int, last: int, config: TrainConfig, seconds: float, device: torch.device
-) -> None:
-    """One line for each process that worked on the run: times live here, not among the metrics."""
-    session = {
-        "first_step": first,
-        "last_step": last,
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round((last - first) * config.batch_size / max(seconds, 1e-9)),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-    }
-    with open(out / "sessions.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(session) + "\n")
 
 
 def _say(text: str, config: TrainConfig) -> None:

@@ -34,15 +34,22 @@ def make_optimizer(sae: SAE) -> torch.optim.Adam:
     return torch.optim.Adam(sae.parameters(), lr=0.0, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
 
 
-def optimizer_step(sae: SAE, optimizer: torch.optim.Adam, *, lr: float, grad_clip: float) -> Tensor:
+def optimizer_step(
+    sae: SAE, optimizer: torch.optim.Adam, *, lr: float, grad_clip: float, sound: Tensor | None = None
+) -> Tensor:
     """Project the decoder's gradient, clip the norm of all of it, Adam, renormalise the decoder.
 
-    Returns the norm before clipping, a scalar tensor (reading it would wait for the device).
+    ``sound`` (scalar bool, on the device of the weights) becomes False when the gradient is not finite, and
+    while it is False nothing is applied: the decision is the device's own, nobody waits for it. Returns the
+    norm before clipping, a scalar tensor (reading it would wait for the device).
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
     sae.project_gradients()
     norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), grad_clip or math.inf)
+    if sound is not None:
+        sound &= norm.isfinite()
+        optimizer.found_inf = (~sound).float()  # type: ignore[attr-defined]  # what GradScaler sets, too
     optimizer.step()
     sae.normalize_decoder()
     return norm

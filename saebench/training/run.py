@@ -13,7 +13,7 @@ from saebench.saes.base import SAE, SPEC_FILE, load
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
-OF_THE_CALL = {"resume", "quiet", "out"}
+OF_THE_CALL = {"resume", "quiet", "out", "sweep"}
 """Settings of one call of ``train``; they are not written into ``run.json``."""
 _MAY_CHANGE = {
     "device",

@@ -119,6 +119,7 @@ class WandB:
                 name=directory.name,
                 id=sha256_json([facts, str(directory)])[:16],
                 resume="allow",
+                reinit="create_new",  # a sweep has several at once
                 config=facts,
             )
         except wandb.Error as error:

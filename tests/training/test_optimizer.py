@@ -1,6 +1,7 @@
 import itertools
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,3 +57,27 @@ def test_a_step_is_project_clip_adam_renormalise():
             twin.W_dec /= twin.W_dec.norm(dim=1, keepdim=True)
         for name in sae.weight_names:
             torch.testing.assert_close(getattr(sae, name), getattr(twin, name), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_a_step_that_is_not_finite_is_not_applied_and_neither_is_any_after_it(device):
+    sae = TopKSAE(TopKSpec(d_sae=20, k=3), 8).to(device)
+    x_ND = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    sae.initialize(Batch(x_ND), seed=0)
+    optimizer, sound = make_optimizer(sae), torch.ones((), dtype=torch.bool, device=device)
+
+    def step(rows_ND):
+        optimizer.zero_grad()
+        sae.loss(Batch(rows_ND)).total.backward()
+        optimizer_step(sae, optimizer, lr=0.01, grad_clip=1.0, sound=sound)
+        moments = [optimizer.state[p]["exp_avg"].clone() for p in sae.parameters()]
+        return [p.detach().clone() for p in sae.parameters()] + moments
+
+    good = step(x_ND)
+    assert sound
+    broken = x_ND.clone()
+    broken[3, 3] = float("nan")
+    for rows_ND in (broken, x_ND):
+        for before, after in zip(good, step(rows_ND), strict=True):
+            torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
+        assert not sound

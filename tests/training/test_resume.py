@@ -12,12 +12,12 @@ from saebench.training.checkpoint import latest_checkpoint
 VICTIM = """
 import os
 from saebench import files
-from saebench.training import loop
+from saebench.training import loop, trainee
 
 def strike():
     os.kill(os.getpid(), plan["signal"])
 
-def counting_steps(*args, step=loop.optimizer_step, **kwargs):
+def counting_steps(*args, step=trainee.optimizer_step, **kwargs):
     plan["steps"] = plan.get("steps", 0) + 1
     if plan["where"] == "step" and plan["steps"] == plan["at"]:
         strike()
@@ -33,7 +33,7 @@ def counting_renames(source, target, rename=os.replace):
         strike()
 
 loop.torch.set_num_threads(1)
-loop.optimizer_step = counting_steps
+trainee.optimizer_step = counting_steps
 files.os.replace = counting_renames
 loop.train(**settings)
 """

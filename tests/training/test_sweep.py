@@ -1,0 +1,137 @@
+"""A sweep: every SAE ends with the bytes of a training of its own, and dies alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from saebench.activations.loader import Loader
+from saebench.errors import UserError
+from saebench.saes.topk import TopKSAE
+from saebench.training import sweep, train
+from saebench.training.sweep import parse_grid, plan
+
+GRID = {"k": [3, 4], "lr": [1e-3, 3e-3]}
+
+
+def without_settings(files):
+    """All bytes but those of run.json, whose cache and order may be told in other words."""
+    return {name: content for name, content in files.items() if name != "run.json"}
+
+
+def test_each_sae_has_the_bytes_of_a_training_of_its_own(settings, tmp_path, files_of):
+    out = tmp_path / "runs"
+    runs = sweep(GRID, **settings | {"out": out})
+    assert [run.path.name for run in runs] == ["k3-lr0.001", "k3-lr0.003", "k4-lr0.001", "k4-lr0.003"]
+    for run in runs:
+        facts = json.loads((run.path / "run.json").read_text())
+        own = {"k": facts["sae"]["k"], "lr": facts["train"]["lr"], "out": tmp_path / run.path.name}
+        assert files_of(train(**settings | own).path) == files_of(run.path)
+
+
+def test_seeds_of_one_sweep_share_the_order_of_the_first(settings, tmp_path, files_of):
+    runs = sweep({"seed": [5, 6]}, **settings | {"out": tmp_path / "runs"})
+    alone = [
+        train(**settings | {"seed": seed, "order_seed": 5, "out": tmp_path / str(seed)}) for seed in (5, 6)
+    ]
+    assert [files_of(run.path) for run in runs] == [files_of(run.path) for run in alone]
+    first = train(**settings | {"seed": 5, "out": tmp_path / "plain"})
+    assert without_settings(files_of(first.path)) == without_settings(files_of(alone[0].path))
+    weights = [run.sae.W_dec for run in runs]
+    assert not torch.equal(*weights)
+
+
+def test_every_batch_is_read_once(settings, tmp_path, monkeypatch):
+    read = []
+    gather = Loader._gather
+    monkeypatch.setattr(Loader, "_gather", lambda self, i: read.append(i) or gather(self, i))
+    train(**settings)
+    alone = sorted(read)
+    read.clear()
+    sweep(GRID, **settings | {"out": tmp_path / "runs"})
+    assert sorted(read) == alone
+
+
+def test_an_sae_that_diverges_dies_alone(settings, tmp_path, files_of, capsys):
+    grid = {"lr": [1e-3, 1e30, 3e-3]}
+    bad = settings | {"out": tmp_path / "runs", "grad_clip": 0, "warmup": 0}
+    with pytest.raises(UserError, match=r"diverged.* step 2 of .*lr1e\+30.*\(2 others finished\)"):
+        sweep(grid, **bad)
+    assert "lr1e+30" in capsys.readouterr().err
+    for lr in (1e-3, 3e-3):
+        alone = train(**bad | {"lr": lr, "out": tmp_path / str(lr)})
+        assert files_of(alone.path) == files_of(tmp_path / "runs" / f"lr{lr}")
+    assert not (tmp_path / "runs" / "lr1e+30" / "sae.json").exists()
+
+
+def test_resumed_from_checkpoints_of_different_steps_it_ends_with_the_same_bytes(
+    settings, tmp_path, files_of, monkeypatch
+):
+    """One SAE is at step 40, one at 30, one finished, one not begun: as a killed process leaves them."""
+    sweep(GRID, **settings | {"out": tmp_path / "whole"})
+    expected = {run.name: files_of(run) for run in (tmp_path / "whole").iterdir()}
+    runs = tmp_path / "runs"
+    for name, stop in (("k3-lr0.001", 40), ("k3-lr0.003", 30)):
+        _stop_at(stop, settings | {"out": runs / name, **_own(tmp_path / "whole" / name)}, monkeypatch)
+    shutil.copytree(tmp_path / "whole" / "k4-lr0.001", runs / "k4-lr0.001")
+    sweep(GRID, **settings | {"out": runs, "resume": True})
+    assert {run.name: files_of(run) for run in runs.iterdir()} == expected
+    sweep(GRID, **settings | {"out": runs, "resume": True})  # all finished: nothing to do
+    with pytest.raises(UserError, match="add --resume"):
+        sweep(GRID, **settings | {"out": runs})
+
+
+def _own(run: Path):
+    facts = json.loads((run / "run.json").read_text())
+    return {"k": facts["sae"]["k"], "lr": facts["train"]["lr"]}
+
+
+def _stop_at(step, settings, monkeypatch):
+    after_step = TopKSAE.after_step
+    taken = []
+
+    def counting(self, batch, terms):
+        taken.append(1)
+        if len(taken) > step:
+            raise RuntimeError("stopped")
+        after_step(self, batch, terms)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TopKSAE, "after_step", counting)
+        with pytest.raises(RuntimeError, match="stopped"):
+            train(**settings)
+
+
+@pytest.mark.parametrize(
+    ("grid", "sentence"),
+    [
+        ({"tokens": [1e5, 2e5]}, "cannot vary 'tokens' in one pass"),
+        ({"d_sea": [1, 2]}, "cannot vary 'd_sea'"),
+        ({"k": []}, "give a list of values"),
+        ({"k": "16"}, "give a list of values"),
+        ({"k": [16, 16]}, "twice"),
+        ({"k": [16, "many"]}, "'k' in .* is 'many'"),
+        ({"k": [16, 65]}, "d_sae is only 64"),
+        ({"sae": ["topk", "topkk"]}, "'topkk' is not an SAE architecture"),
+    ],
+)
+def test_bad_grids_end_in_a_sentence_before_anything_is_written(settings, tmp_path, grid, sentence):
+    with pytest.raises(UserError, match=sentence):
+        sweep(grid, **settings | {"out": tmp_path / "runs"})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_words_of_a_sweep():
+    assert parse_grid(["k=16, 32", "d-sae=64"]) == {"k": ["16", "32"], "d_sae": ["64"]}
+    plans = plan({"cache": "c", "out": "o", "tokens": 5000}, parse_grid(["k=16,32"]), source="here")
+    assert [(config.out, spec.k) for config, spec in plans] == [(Path("o/k16"), 16), (Path("o/k32"), 32)]
+    for words in (["k"], ["k="], ["=3"], ["k=1,,2"], ["k=1,1"], ["k=1", "k=2"]):
+        with pytest.raises(UserError, match="--sweep"):
+            parse_grid(words)
+
+
+def test_train_itself_makes_one(settings):
+    with pytest.raises(UserError, match=r"saebench\.sweep"):
+        train(**settings, sweep=("k=1,2",))
