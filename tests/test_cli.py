@@ -28,6 +28,7 @@ from saebench.config import (
     architecture,
 )
 from saebench.fields import field_docs
+from saebench.training.sweep import plan
 
 COMMAND = [sys.executable, "-m", "saebench.cli"]
 SMALL = "--d-sae 16 --k 3 --tokens 2e3 --batch-size 256 --device cpu --quiet".split()
@@ -154,7 +155,12 @@ def test_positional_arguments_and_the_architectures_own_flags(monkeypatch: pytes
         seen.append(configs)
         return commands.Result({}, "")
 
-    for name in ("train", "evaluate", "index"):
+    def note_plans(settings: dict[str, object], source: str) -> commands.Result:
+        assert source == "the command line"
+        return note(*plan(settings, source=source)[0])
+
+    monkeypatch.setattr(commands, "train", note_plans)
+    for name in ("evaluate", "index"):
         monkeypatch.setattr(commands, name, note)
     assert main("train --cache c --out o --sae topk --k-aux 7 --lr 1e-3 --no-normalize --k 5".split()) == 0
     assert main("eval RUN --rows all".split()) == 0
