@@ -184,7 +184,8 @@ def test_flags_win_over_the_settings_file(tmp_path: Path, monkeypatch: pytest.Mo
     file = tmp_path / "run.toml"
     file.write_text('cache = "c"\nd-sae = 64\nk = 4\ntokens = 2e6\nlr = 0.5\nresume = true\n')
     assert main(["train", "--config", str(file), "--out", "o", "--k", "5", "--no-resume"]) == 0
-    [(config, spec)] = seen
+    [(settings, source)] = seen
+    [(config, spec)] = plan(settings, source=source)
     assert config == TrainConfig(cache=Path("c"), out=Path("o"), tokens=2_000_000, lr=0.5)
     assert spec == architecture("topk").Spec(d_sae=64, k=5)
 

@@ -49,7 +49,7 @@ def parameters(
             converter=whole_number if int in (types[field.name], *get_args(types[field.name])) else None,
             negative=None if default is True else (),
             show_default=False
-            if any(default is absent for absent in (None, False, inspect.Parameter.empty))
+            if any(default is absent for absent in (None, False, (), inspect.Parameter.empty))
             else _written,
         )
         made.append(
