@@ -23,6 +23,7 @@ ARCHITECTURES = {
 
 StoredDtype = Literal["bf16", "fp16", "fp32"]
 ComputeDtype = Literal["auto", "bf16", "fp32"]
+ForeignFormat = Literal["saelens"]
 
 DEMO_HOOK = "blocks.2.hook_resid_post"
 MAX_SHARDS = 8192
@@ -277,6 +278,36 @@ class IndexConfig:
 
     def __post_init__(self) -> None:
         at_least(self, examples=1, window=1, batch_size=1, seed=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a trained SAE in the form of another library."""
+
+    run: Path
+    """A run directory, or a folder with sae.json and sae.safetensors."""
+    out: Path
+    """Directory to write; it must be empty or not exist."""
+    format: ForeignFormat = "saelens"
+    """Whose form: 'saelens'."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSaeConfig:
+    """Make a run directory of an SAE that another library trained."""
+
+    source: Path
+    """The other library's folder."""
+    out: Path
+    """Directory to write; it must be empty or not exist."""
+    format: ForeignFormat = "saelens"
+    """Whose form: 'saelens'."""
+    k: int | None = None
+    """Active latents a token, for an SAE that does not say it (a note: what is computed stays the same)."""
+
+    def __post_init__(self) -> None:
+        if self.k is not None:
+            at_least(self, k=1)
 
 
 @dataclass(frozen=True, kw_only=True)
