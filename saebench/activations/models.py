@@ -30,6 +30,8 @@ _ALSO_SKIPS = re.compile(r"blocks\.\d+\.hook_resid_mid")
 """The bridge shows this one as the input of the MLP's norm alone, but the skip connection reads the same
 tensor: a change in place reaches both."""
 
+_SWITCHED_OFF = re.compile(r"Cannot add hook (\S+) because (\S+) is False")
+
 
 class Model:
     """A causal language model, for inference. Made by `load_model`.
@@ -179,7 +181,9 @@ class Model:
 
         def keep(hook: str) -> Callable[..., Tensor]:
             def store(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
-                if _ALSO_SKIPS.fullmatch(hook):
+                if not value.is_floating_point():
+                    found[hook] = value
+                elif _ALSO_SKIPS.fullmatch(hook):
                     found[hook] = value if value.requires_grad else value.requires_grad_()
                 else:  # a tensor of its own, so that only what reads the hook counts, as with an edit
                     found[hook] = (
@@ -244,7 +248,14 @@ class Model:
     def _run(self, tokens_BT: Tensor, listeners: list[tuple[str, Callable[..., Any]]], **options: Any) -> Any:
         tokens_BT = tokens_BT.to(self.device, torch.long)
         with self._fitting(tokens_BT):
-            return self._bridge.run_with_hooks(tokens_BT, fwd_hooks=listeners, **options)
+            try:
+                return self._bridge.run_with_hooks(tokens_BT, fwd_hooks=listeners, **options)
+            except ValueError as error:
+                if found := _SWITCHED_OFF.search(str(error)):
+                    raise UserError(
+                        f"--hook {found[1]} is computed only after {found[2]} was switched on; choose another"
+                    ) from None
+                raise
 
     @contextlib.contextmanager
     def _fitting(self, tokens_BT: Tensor) -> Iterator[None]:

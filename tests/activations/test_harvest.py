@@ -258,8 +258,10 @@ assert attempt(full) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-def test_killed_or_out_of_disk_it_resumes_to_the_same_bytes(tiny_model_folder, tmp_path):
+@pytest.mark.parametrize("gradients", [False, True])
+def test_killed_or_out_of_disk_it_resumes_to_the_same_bytes(tiny_model_folder, tmp_path, gradients):
     settings = {
+        "gradients": gradients,
         "model": str(tiny_model_folder),
         "text": "sotu",
         "hook": [HOOK],

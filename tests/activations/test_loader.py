@@ -128,6 +128,44 @@ def test_batches_cover_the_epoch(cache):
     assert not torch.equal(loader.rows(0), Loader(cache, batch_size=64, seed=1).rows(0))
 
 
+@pytest.fixture(scope="module")
+def with_gradients(make_cache, tmp_path_factory):
+    """Rows that name themselves: row i holds i, and its gradient -i; fp16, so gradients are bf16."""
+    folder = tmp_path_factory.mktemp("gradients")
+    names = torch.arange(200.0)[:, None].expand(-1, 6)
+    np.save(folder / "g.npy", -names.numpy())
+    return make_cache(folder / "cache", names, dtype="fp16", gradients=folder / "g.npy")
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_each_row_comes_with_its_own_gradient(with_gradients, prefetch, device):
+    sizes = {"batch_size": 33, "block_rows": 7, "window_blocks": 3, "prefetch": prefetch, "device": device}
+    loader = Loader(with_gradients, seed=1, gradients=True, **sizes)
+    plain = Loader(with_gradients, seed=1, **sizes)
+    for i, batch in enumerate(loader.iterate(1, 20), start=1):
+        assert (batch.activations.dtype, batch.gradients.dtype) == (torch.float16, torch.bfloat16)
+        assert batch.gradients.device.type == device
+        assert torch.equal(batch.activations[:, 0].cpu().long(), plain.rows(i))
+        assert torch.equal(-batch.gradients.float(), batch.activations.float())
+        assert torch.equal(batch.activations, plain.batch(i).activations)
+        assert torch.equal(batch.gradients, loader.batch(i).gradients)
+    assert i == 19
+
+
+def test_gradients_are_read_ahead_and_counted(with_gradients, cache, monkeypatch):
+    touched = []
+    monkeypatch.setattr("saebench.activations.loader.populate", lambda rows: touched.append(rows.dtype))
+    next(Loader(with_gradients, batch_size=8, seed=0, gradients=True).iterate())
+    assert set(touched) == {torch.float16, torch.bfloat16}
+    memory = {"batch_size": 10_000, "seed": 0, "memory_bytes": 20 * 10_000 * 6}
+    Loader(with_gradients, **memory)
+    with pytest.raises(UserError, match="lower --batch-size"):
+        Loader(with_gradients, **memory, gradients=True)
+    with pytest.raises(UserError, match=f"{cache.path} has no gradients"):
+        Loader(cache, batch_size=8, seed=0, gradients=True)
+
+
 def test_leaving_early_ends_the_threads(cache):
     before = threading.active_count()
     batches = Loader(cache, batch_size=8, seed=0).iterate()

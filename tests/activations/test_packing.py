@@ -40,25 +40,28 @@ def test_contexts_spell_the_documents(texts, ctx, with_bos):
         assert all((context.tokens[0] == BOS) == with_bos for context in stream)
 
 
-@given(texts, st.integers(2, 12), st.integers(1, 5), st.booleans(), st.integers(1, 300))
+@given(texts, st.integers(2, 12), st.integers(1, 5), st.booleans(), st.booleans(), st.integers(1, 300))
 @settings(max_examples=200, deadline=None)
-def test_batches_keep_the_rows_asked_for(texts, ctx, batch_size, keep_first, max_rows):
+def test_batches_keep_the_rows_asked_for(texts, ctx, batch_size, keep_first, keep_last, max_rows):
+    kept_positions = {"keep_first": keep_first, "keep_last": keep_last}
+
     def contexts():
         return pack((Document(text) for text in texts), encode, ctx=ctx, separator=SEPARATOR)
 
     def rows(limit):
-        made = batches(contexts(), ctx=ctx, batch_size=batch_size, keep_first=keep_first, max_rows=limit)
+        made = batches(contexts(), ctx=ctx, batch_size=batch_size, max_rows=limit, **kept_positions)
         found, shapes = [], []
         for batch in made:
             shapes.append(batch.tokens_BT.shape)
             found += batch.tokens_BT[batch.keep_BT].tolist()
             lengths = np.array([len(context) for context in batch.contexts])
             assert (batch.tokens_BT[np.arange(ctx) >= lengths[:, None]] == 0).all()
-            assert (lengths > (not keep_first)).all()
+            assert (lengths > (not keep_first) + (not keep_last)).all()
         assert all(shape == (batch_size, ctx) for shape in shapes[:-1])
         return found
 
     everything = rows(10**9)
-    kept = [context.tokens[0 if keep_first else 1 :].tolist() for context in contexts()]
+    ends = slice(0 if keep_first else 1, None if keep_last else -1)
+    kept = [context.tokens[ends].tolist() for context in contexts()]
     assert everything == list(itertools.chain(*kept))
     assert rows(max_rows) == everything[:max_rows]
