@@ -75,6 +75,9 @@ class SAE(nn.Module):
     uses_gradients: ClassVar[bool] = False
     """Whether training needs ``Batch.gradient_ND``."""
     weight_names: ClassVar[tuple[str, ...]] = ("W_enc_MD", "W_dec", "b_enc", "b_dec")
+    tied: ClassVar[bool] = False
+    """Whether the dictionary is also the encoder: then ``W_enc_MD`` and ``b_enc`` are no parameters, and the
+    subclass has them as properties."""
     tokens_since_fired: Tensor
 
     def __init__(self, spec: SaeSpec, d_in: int) -> None:
@@ -83,9 +86,11 @@ class SAE(nn.Module):
         self.d_in = d_in
         self.compute_dtype = torch.float32
         self.dead_after = 10_000_000
-        self.W_enc_MD = nn.Parameter(torch.zeros(spec.d_sae, d_in))
+        if not self.tied:
+            self.W_enc_MD = nn.Parameter(torch.zeros(spec.d_sae, d_in))
         self.W_dec = nn.Parameter(torch.zeros(spec.d_sae, d_in))
-        self.b_enc = nn.Parameter(torch.zeros(spec.d_sae))
+        if not self.tied:
+            self.b_enc = nn.Parameter(torch.zeros(spec.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("tokens_since_fired", torch.zeros(spec.d_sae, dtype=torch.int64))
 
