@@ -1,15 +1,21 @@
 """Tensor operations that an SAE's step is made of; they know tensors and nothing of saebench."""
 
+from saebench_kernels.feature_choice_encode import feature_choice_encode
 from saebench_kernels.gathered_dots import gathered_dots
 from saebench_kernels.latent_sums import LatentGroups, group_by_latent, latent_sums
+from saebench_kernels.mutual_choice_encode import mutual_choice_encode
 from saebench_kernels.sparse_decode import sparse_decode
+from saebench_kernels.threshold_encode import threshold_encode
 from saebench_kernels.topk_encode import topk_encode
 
 __all__ = [
     "LatentGroups",
+    "feature_choice_encode",
     "gathered_dots",
     "group_by_latent",
     "latent_sums",
+    "mutual_choice_encode",
     "sparse_decode",
+    "threshold_encode",
     "topk_encode",
 ]
