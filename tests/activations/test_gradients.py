@@ -102,7 +102,7 @@ def test_every_usual_hook_has_the_gradient_that_an_edit_has_to_first_order(tiny_
 
 
 def test_a_hook_has_the_same_gradient_whatever_is_asked_for_beside_it(model, tokens_BT):
-    hooks = list(model.info.usual_hooks())
+    hooks = [*model.info.usual_hooks(), "blocks.1.ln1.hook_in", "blocks.1.ln2.hook_in"]
     _, together = model.gradients(tokens_BT, LENGTHS, hooks)
     for hook in hooks:
         alone = model.gradients(tokens_BT, LENGTHS, [hook])[1][hook]

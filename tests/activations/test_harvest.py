@@ -258,7 +258,7 @@ assert attempt(full) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_or_out_of_disk_it_resumes_to_the_same_bytes(tiny_model_folder, tmp_path, gradients):
     settings = {
         "gradients": gradients,
