@@ -84,8 +84,10 @@ class ReconstructionMeter:
         self._origin_D: Tensor | None = None
 
     @torch.no_grad()
-    def update(self, x_ND: Tensor) -> Tensor:
+    def update(self, x_ND: Tensor, codes: SparseCodes | None = None) -> Tensor:
         """Encode, decode and count the rows ``x_ND`` [N, d_in]; returns x_hat [N, d_in] float32.
+
+        ``codes`` are those of the rows, where the SAE was read in another way than by ``encode(x_ND)``.
 
         Raises:
             UserError: an activation or a reconstruction is NaN or infinite.
@@ -94,7 +96,7 @@ class ReconstructionMeter:
         if x_ND.shape[0] == 0:
             return x_ND
         self._refuse_not_finite(x_ND, "activation", "harvest them again, in bf16 or fp32")
-        codes = self.sae.encode(x_ND)
+        codes = self.sae.encode(x_ND) if codes is None else codes
         x_hat_ND = self.sae.decode(codes)
         self._refuse_not_finite(x_hat_ND, "reconstruction", "the SAE's weights are damaged; train it again")
 

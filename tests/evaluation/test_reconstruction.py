@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from saebench.codes import SparseCodes
 from saebench.errors import UserError
-from saebench.evaluation.reconstruction import fires, reconstruction_metrics
+from saebench.evaluation.reconstruction import ReconstructionMeter, fires, reconstruction_metrics
 
 
 class Linear:
@@ -115,6 +115,14 @@ def test_a_latent_picked_twice_in_a_row_counts_once_and_padding_never() -> None:
     indices = torch.tensor([[2, 2, 0], [1, 1, 1], [0, 2, 0]])
     codes = SparseCodes.from_topk(values, indices, d_sae=4)
     assert fires(codes).tolist() == [1, 0, 2, 0]
+
+
+def test_codes_that_are_given_are_measured_in_the_place_of_the_sae_s_own() -> None:
+    x = torch.randn(50, 3)
+    meter = ReconstructionMeter(identity(3))
+    none = SparseCodes.from_topk(torch.zeros(50, 1), torch.zeros(50, 1).int(), d_sae=6)
+    meter.update(x, none)
+    assert meter.result().fvu >= 1 and meter.result().l0 == 0
 
 
 @given(hnp.arrays(np.int64, st.integers(1, 40), elements=st.integers(0, 1000)))
