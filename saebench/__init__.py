@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from saebench.codes import SparseCodes
     from saebench.errors import UserError
     from saebench.evaluation import EvalReport, evaluate
+    from saebench.evaluation.compare import compare
     from saebench.saes import load
     from saebench.saes.base import SAE
     from saebench.store import index, open_store
@@ -28,6 +29,7 @@ _HOMES = {
     "SAE": "saebench.saes.base",
     "SparseCodes": "saebench.codes",
     "UserError": "saebench.errors",
+    "compare": "saebench.evaluation.compare",
     "evaluate": "saebench.evaluation",
     "harvest": "saebench.activations.harvest",
     "import_activations": "saebench.activations.importing",
@@ -48,6 +50,7 @@ __all__ = [  # noqa: RUF022
     "SparseCodes",
     "UserError",
     "__version__",
+    "compare",
     "evaluate",
     "harvest",
     "import_activations",

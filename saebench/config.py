@@ -248,6 +248,20 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Put the evaluations of several runs into one table and one Pareto plot."""
+
+    runs: tuple[Path, ...]
+    """Run directories that were evaluated."""
+    out: Path | None = None
+    """Directory for compare.html, compare.png and compare.json; without it, the table alone."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise UserError("no run was named; compare takes one or more run directories")
+
+
+@dataclass(frozen=True, kw_only=True)
 class IndexConfig:
     """Encode a cache with an SAE and write a feature store."""
 

@@ -17,10 +17,13 @@ from saebench.cli import commands
 from saebench.cli.flags import CONFIG_FLAG, check_settings, parameters, read_settings, value_in, values_in
 from saebench.cli.output import Result
 from saebench.config import (
+    CompareConfig,
     DemoConfig,
     EvalConfig,
+    ExportConfig,
     HarvestConfig,
     ImportConfig,
+    ImportSaeConfig,
     IndexConfig,
     TrainConfig,
     architecture,
@@ -63,9 +66,7 @@ def build(argv: Sequence[str]) -> App:
     )
     called = argv[0] if argv else ""
 
-    def station(
-        config_class: type[Any], name: str, act: Act, positional: str | None = None
-    ) -> Callable[..., int]:
+    def station(config_class: type[Any], name: str, act: Act, *positional: str) -> Callable[..., int]:
         first, _, rest = name.partition(" ")
         own_argv = argv if called == first and rest in ("", *argv[1:2]) else ()
         return _station(config_class, act, own_argv, positional, name)
@@ -83,9 +84,12 @@ def build(argv: Sequence[str]) -> App:
         "cache": cache,
         "train": station(TrainConfig, "train", commands.train),
         "eval": station(EvalConfig, "eval", commands.evaluate, "run"),
+        "compare": station(CompareConfig, "compare", commands.compare, "runs"),
         "index": station(IndexConfig, "index", commands.index, "run"),
         "store": store,
         "explore": commands.explore,
+        "export": station(ExportConfig, "export", commands.export, "run", "out"),
+        "import": station(ImportSaeConfig, "import", commands.import_sae, "source"),
         "assets": _assets,
     }
     for place, (name, command) in enumerate(in_the_order_of_the_road.items()):
@@ -117,7 +121,7 @@ def _station(
     config_class: type[Any],
     act: Act,
     argv: Sequence[str],
-    positional: str | None,
+    positional: Sequence[str],
     name: str,
 ) -> Callable[..., int]:
     """A command whose flags are the fields of ``config_class`` (and, for train, of the architecture)."""
@@ -130,9 +134,7 @@ def _station(
         given = check_settings(given, {name: types[name] for name in owner}, Path(settings_file))
 
     def call(*arguments: Any, **flags: Any) -> int:
-        if arguments:
-            assert positional is not None
-            flags[positional] = arguments[0]
+        flags |= dict(zip(positional, arguments, strict=False))
         as_json = flags.pop("as_json", False)
         flags.pop("config", None)
         values: Mapping[str, Any] = {**given, **flags}

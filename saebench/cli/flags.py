@@ -24,14 +24,14 @@ def parameters(
     names: Sequence[str],
     *,
     given: Mapping[str, object],
-    positional: str | None,
+    positional: Sequence[str],
     group: Group,
 ) -> list[inspect.Parameter]:
     """One parameter for each of the fields ``names`` of ``config_class``, for the signature of a command.
 
     Args:
         given: values from a settings file; they take the place of the defaults.
-        positional: the field that may also be given without its flag.
+        positional: the fields that may also be given without their flags.
     """
     types, docs = get_type_hints(config_class), field_docs(config_class)
     made = []
@@ -56,7 +56,7 @@ def parameters(
             inspect.Parameter(
                 field.name,
                 inspect.Parameter.POSITIONAL_OR_KEYWORD
-                if field.name == positional
+                if field.name in positional
                 else inspect.Parameter.KEYWORD_ONLY,
                 default=default,
                 annotation=Annotated[types[field.name], how],

@@ -1,0 +1,188 @@
+"""``compare``: many evaluated runs in one table and one Pareto plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saebench.config import CompareConfig
+from saebench.errors import UserError
+from saebench.fields import station
+from saebench.files import atomic_file, read_json, require_writable, write_bytes_atomic, write_json_atomic
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+MEASURES = ("l0", "fvu", "explained_variance", "ce_loss_score", "ce_delta", "kl", "dead_fraction")
+PLOTTED = {
+    "fvu": "FVU",
+    "ce_loss_score": "CE loss score",
+    "kl": "KL(clean || spliced), nats",
+    "dead_fraction": "dead latents, share",
+}
+SIZE = (1100, 800)
+_NOT_OF_THE_KIND = ("seed", "order_seed", "cache", "device", "memory", "checkpoint_every", "log_every")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Runs that differ in nothing but their seeds, and the mean of what was measured on them."""
+
+    label: str
+    """Architecture, with the way of choosing latents where it has several."""
+    sae: str
+    inference: str | None
+    d_sae: int
+    k: int
+    n_tokens: int
+    """Rows measured on each."""
+    runs: tuple[str, ...]
+    mean: dict[str, float | None]
+    """Measure -> mean over runs; None when one of them was not measured with the model."""
+    sd: dict[str, float | None]
+    """Measure -> standard deviation over runs (n - 1); None for a single run."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    rows: tuple[Compared, ...]
+    warnings: tuple[str, ...]
+    """What makes these runs hard to compare; empty when nothing does."""
+
+    def figure(self) -> go.Figure:
+        """FVU, CE loss score, KL and dead latents against the L0 measured, a line an architecture."""
+        import plotly.graph_objects as go
+        from plotly.colors import qualitative
+        from plotly.subplots import make_subplots
+
+        shown = [name for name in PLOTTED if any(row.mean[name] is not None for row in self.rows)]
+        figure = make_subplots(
+            rows=-(-len(shown) // 2), cols=min(2, len(shown)), subplot_titles=[PLOTTED[n] for n in shown]
+        )
+        labels = list(dict.fromkeys(row.label for row in self.rows))
+        for i, name in enumerate(shown):
+            for label, colour in zip(labels, qualitative.D3 * len(labels), strict=False):
+                points = [row for row in self.rows if row.label == label and row.mean[name] is not None]
+                points.sort(key=lambda row: row.mean["l0"] or 0.0)
+                figure.add_trace(
+                    go.Scatter(
+                        x=[row.mean["l0"] for row in points],
+                        y=[row.mean[name] for row in points],
+                        error_y={"array": [row.sd[name] or 0.0 for row in points], "thickness": 1},
+                        text=[f"{label}, k {row.k}, {len(row.runs)} run(s)" for row in points],
+                        name=label,
+                        legendgroup=label,
+                        showlegend=i == 0,
+                        mode="lines+markers",
+                        line={"color": colour},
+                    ),
+                    row=i // 2 + 1,
+                    col=i % 2 + 1,
+                )
+        figure.update_xaxes(title_text="L0 at inference", type="log")
+        figure.update_layout(template="plotly_white", width=SIZE[0], height=SIZE[1])
+        return figure
+
+
+@station(CompareConfig)
+def compare(config: CompareConfig) -> Comparison:
+    """Gather the evaluations of runs; with ``out`` also write compare.json, compare.html and compare.png.
+
+    Every report of a run counts, each way of choosing latents as a row of its own. Runs whose settings
+    differ in nothing but the seed become one row, mean and standard deviation.
+
+    Raises:
+        UserError: a run was not evaluated, or its report is damaged.
+    """
+    reports = [report for run in config.runs for report in _reports(run)]
+    groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for run, report in reports:
+        groups.setdefault(_kind(run, report), []).append((run, report))
+    rows = sorted((_row(group) for group in groups.values()), key=lambda row: (row.label, row.d_sae, row.k))
+    comparison = Comparison(tuple(rows), tuple(_warnings(report for _, report in reports)))
+    if config.out is not None:
+        _write(comparison, config.out)
+    return comparison
+
+
+def _reports(run: Path) -> list[tuple[Path, dict[str, Any]]]:
+    files = sorted(Path(run).glob("eval*.json"))
+    if not files:
+        raise UserError(f"{run} has no evaluation; run saebench eval {run} --model cache first")
+    reports = [(Path(run), read_json(file, what="the evaluation")) for file in files]
+    for file, (_, report) in zip(files, reports, strict=True):
+        if not isinstance(report, dict) or not {"sae", "k", "l0", "fvu"} <= set(report):
+            raise UserError(f"{file} is not an evaluation; run saebench eval {run} again")
+    return reports
+
+
+def _kind(run: Path, report: dict[str, Any]) -> str:
+    """Equal for runs that differ in nothing but their seeds."""
+    if not (run / "run.json").exists():
+        return json.dumps([str(run), report.get("inference")])
+    facts = read_json(run / "run.json", what="the run description")
+    settings = {n: v for n, v in facts["train"].items() if n not in _NOT_OF_THE_KIND}
+    measured = [report.get(name) for name in ("inference", "n_tokens", "n_tokens_model")]
+    return json.dumps([settings, facts["sae"], facts["cache_hash"], measured], sort_keys=True)
+
+
+def _row(group: Sequence[tuple[Path, dict[str, Any]]]) -> Compared:
+    first = group[0][1]
+    means: dict[str, float | None] = {}
+    deviations: dict[str, float | None] = {}
+    for name in MEASURES:
+        values = [report.get(name) for _, report in group]
+        known = [float(value) for value in values if value is not None]
+        complete = len(known) == len(group)
+        means[name] = statistics.fmean(known) if complete else None
+        deviations[name] = statistics.stdev(known) if complete and len(known) > 1 else None
+    inference = first.get("inference")
+    return Compared(
+        label=f"{first['sae']} ({inference})" if inference else first["sae"],
+        sae=first["sae"],
+        inference=inference,
+        d_sae=first["d_sae"],
+        k=first["k"],
+        n_tokens=first["n_tokens"],
+        runs=tuple(str(run) for run, _ in group),
+        mean=means,
+        sd=deviations,
+    )
+
+
+def _warnings(reports: Iterable[dict[str, Any]]) -> list[str]:
+    listed = list(reports)
+    said = {
+        "cache_hash": "not all were measured on rows of the same cache",
+        "n_tokens": "not all were measured on the same number of rows: the share of dead latents depends on it",
+        "n_tokens_model": "not all were measured with the model on the same number of tokens",
+        "d_sae": "not all have the same width",
+        "rows": "some were measured on rows that they may have been trained on",
+    }
+    return [text for name, text in said.items() if len({report.get(name) for report in listed}) > 1]
+
+
+def _write(comparison: Comparison, out: Path) -> None:
+    require_writable(out, what="the comparison")
+    write_json_atomic(out / "compare.json", dataclasses.asdict(comparison))
+    figure = comparison.figure()
+    with atomic_file(out / "compare.html", "w") as file:
+        file.write(figure.to_html(include_plotlyjs=True, full_html=True))
+    write_bytes_atomic(out / "compare.png", _png(figure))
+
+
+def _png(figure: go.Figure) -> bytes:
+    try:
+        picture: bytes = figure.to_image("png", width=SIZE[0], height=SIZE[1], scale=2)
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"compare.html is written, but a PNG needs kaleido and a Chrome or Chromium browser ({reason}); "
+            "pip install 'saebench[png]' and a browser"
+        ) from None
+    return picture
