@@ -102,13 +102,23 @@ def test_every_usual_hook_has_the_gradient_that_an_edit_has_to_first_order(tiny_
 
 
 def test_a_hook_has_the_same_gradient_whatever_is_asked_for_beside_it(model, tokens_BT):
-    hooks = [*model.info.usual_hooks(), "blocks.1.ln1.hook_in", "blocks.1.ln2.hook_in"]
+    hooks = list(model.info.usual_hooks())
     _, together = model.gradients(tokens_BT, LENGTHS, hooks)
     for hook in hooks:
         alone = model.gradients(tokens_BT, LENGTHS, [hook])[1][hook]
         assert torch.equal(alone, together[hook]), hook
     for last, added in (("resid_mid", "attn_out"), ("resid_post", "mlp_out")):
         assert torch.equal(together[f"blocks.1.hook_{last}"], together[f"blocks.1.hook_{added}"])
+
+
+def test_the_gradient_of_a_stream_is_that_of_all_that_reads_it(model, tokens_BT):
+    """The stream in the middle of a block is read by the MLP's norm and by the skip connection."""
+    hooks = [f"blocks.1.{name}" for name in ("hook_resid_mid", "hook_resid_post", "ln2.hook_in")]
+    _, together = model.gradients(tokens_BT, LENGTHS, ["blocks.0.hook_resid_pre", *hooks])
+    mid, post, norm = (together[hook] for hook in hooks)
+    torch.testing.assert_close(mid, post + norm)
+    assert norm.abs().max() > 0.01
+    torch.testing.assert_close(model.gradients(tokens_BT, LENGTHS, hooks[2:])[1][hooks[2]], norm)
 
 
 def test_what_predicts_nothing_has_no_gradient_and_padding_changes_none(model, tokens_BT):
