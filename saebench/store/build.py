@@ -264,8 +264,9 @@ def forecast(sae: SAE, corpus: Corpus, options: Options) -> int:
 def hash_of(sae: SAE) -> str:
     """SHA-256 of an SAE's weights."""
     digest = hashlib.sha256(sae.spec.name.encode())
-    for weight in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec):
-        digest.update(str(tuple(weight.shape)).encode())
+    for name in sae.weight_names:
+        weight: Tensor = getattr(sae, name)
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
