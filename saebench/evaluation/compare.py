@@ -159,7 +159,7 @@ def _warnings(reports: Iterable[dict[str, Any]]) -> list[str]:
     listed = list(reports)
     said = {
         "cache_hash": "not all were measured on rows of the same cache",
-        "n_tokens": "not all were measured on the same number of rows: the share of dead latents depends on it",
+        "n_tokens": "not all were measured on the same number of rows, which the dead share goes by",
         "n_tokens_model": "not all were measured with the model on the same number of tokens",
         "d_sae": "not all have the same width",
         "rows": "some were measured on rows that they may have been trained on",

@@ -74,6 +74,8 @@ class SAE(nn.Module):
     Spec: ClassVar[type[SaeSpec]]
     uses_gradients: ClassVar[bool] = False
     """Whether training needs ``Batch.gradient_ND``."""
+    inferences: ClassVar[tuple[str, ...]] = ()
+    """The ways of choosing latents that ``encode(x, inference=...)`` knows, the default first; () if one."""
     weight_names: ClassVar[tuple[str, ...]] = ("W_enc_MD", "W_dec", "b_enc", "b_dec")
     tied: ClassVar[bool] = False
     """Whether the dictionary is also the encoder: then ``W_enc_MD`` and ``b_enc`` are no parameters, and the
