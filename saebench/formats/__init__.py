@@ -1,0 +1,91 @@
+"""SAEs of other libraries: one file a format, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from saebench.config import ExportConfig, ImportSaeConfig
+from saebench.errors import UserError
+from saebench.fields import station
+from saebench.files import directory_lock, is_leftover
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translation:
+    """An SAE that was written in another form."""
+
+    path: Path
+    """The folder that was written."""
+    sae: str
+    """Our architecture."""
+    architecture: str
+    """The other library's name for it."""
+    d_in: int
+    d_sae: int
+    k: int
+    notes: tuple[str, ...] = ()
+    """What is not as one might think, a sentence each."""
+
+
+@station(ExportConfig)
+def export_sae(config: ExportConfig) -> Translation:
+    """Write a trained SAE as another library keeps them.
+
+    Raises:
+        UserError: no finished SAE there, one that the format cannot hold, or a folder that is not empty.
+    """
+    from saebench.formats import saelens
+    from saebench.formats.origin import origin_of
+    from saebench.saes.base import load
+
+    sae = load(config.run)
+    with _empty_directory(config.out):
+        written = saelens.write(sae, config.out, origin_of(config.run))
+    return Translation(
+        path=config.out,
+        sae=sae.spec.name,
+        architecture=written.architecture,
+        d_in=sae.d_in,
+        d_sae=sae.d_sae,
+        k=sae.k,
+        notes=(written.note,) if written.note else (),
+    )
+
+
+@station(ImportSaeConfig)
+def import_sae(config: ImportSaeConfig) -> Translation:
+    """Make a folder that ``load``, ``evaluate`` and ``index`` accept of an SAE of another library.
+
+    Raises:
+        UserError: no SAE there, a damaged one, one that none of ours computes, or a folder that is not
+            empty.
+    """
+    from saebench.formats import saelens
+
+    foreign = saelens.read(config.source, k=config.k)
+    sae = foreign.build(source=str(config.source))
+    origin = {"format": config.format, **foreign.facts}
+    with _empty_directory(config.out):
+        sae.save(config.out, hook_name=origin.pop("hook_name", None), imported=origin)
+    return Translation(
+        path=config.out,
+        sae=sae.spec.name,
+        architecture=origin["architecture"],
+        d_in=sae.d_in,
+        d_sae=sae.d_sae,
+        k=sae.k,
+        notes=foreign.notes,
+    )
+
+
+@contextmanager
+def _empty_directory(path: Path) -> Iterator[None]:
+    """Hold ``path``, which is made and must be empty, for one writer."""
+    with directory_lock(path, what="the folder"):
+        strangers = sorted(p.name for p in path.iterdir() if p.name != ".lock" and not is_leftover(p))
+        if strangers:
+            raise UserError(f"{path} is not empty (it holds {strangers[0]}); choose another folder")
+        yield

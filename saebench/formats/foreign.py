@@ -1,0 +1,77 @@
+"""What a foreign folder held, in our terms, and how its files are read without trusting them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saebench.config import architecture
+from saebench.errors import UserError
+from saebench.fields import from_flat
+from saebench.saes.base import SAE, check_tensors
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """An SAE of another library, ready to be ours."""
+
+    sae: str
+    """Architecture."""
+    d_in: int
+    spec: Mapping[str, Any]
+    """Settings of the architecture."""
+    weights: Mapping[str, Tensor]
+    """Its ``weight_names``, float32."""
+    facts: Mapping[str, Any]
+    """What the folder says about its origin: ``hook_name`` and others, plain JSON values."""
+    notes: tuple[str, ...] = field(default=())
+    """What a reader should know about the translation, a sentence each."""
+
+    @torch.no_grad()
+    def build(self, *, source: str) -> SAE:
+        """The SAE in evaluation mode.
+
+        Raises:
+            UserError: the architecture refuses the settings; ``source`` names where they are from.
+        """
+        sae_class = architecture(self.sae)
+        sae: SAE = sae_class(from_flat(sae_class.Spec, self.spec, source=source), self.d_in)
+        assert set(self.weights) == set(sae.weight_names), (set(self.weights), sae.weight_names)
+        for name, tensor in self.weights.items():
+            getattr(sae, name).copy_(tensor)
+        return sae.eval()
+
+
+def read_tensors(
+    file: Path, expected: Mapping[str, tuple[int, ...]], *, optional: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The ``expected`` tensors (name -> shape) of a safetensors file as they are stored, and no others but
+    ``optional`` ones.
+
+    Raises:
+        UserError: no such file, a damaged one, a tensor too few or too many, of another shape, of integers,
+            or with values that are not finite.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file)
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist; copy the whole folder") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); check the path") from None
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"{file} is no safetensors file or a damaged one ({error}); copy it again") from None
+    for name, tensor in tensors.items():
+        if name not in expected and name not in optional:
+            raise UserError(f"{file} holds {name!r}, which is no part of this SAE; check its architecture")
+        if not tensor.is_floating_point():
+            raise UserError(f"{file}: {name} holds {tensor.dtype}; weights are floating-point numbers")
+    check_tensors(tensors, dict(expected), file)
+    return tensors
