@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -128,18 +128,11 @@ class World(ABC):
     def sample(self, n_rows: int, *, part: Part = "train") -> GroundTruth:
         """The first ``n_rows`` rows of a part, in memory."""
         pieces = list(self.chunks(n_rows, part=part))
-        lengths = torch.cat([piece.codes.row_offsets.diff() for piece in pieces])
-        codes = SparseCodes.from_ragged(
-            torch.cat([piece.codes.values for piece in pieces]),
-            torch.cat([piece.codes.indices for piece in pieces]),
-            torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
-            d_sae=pieces[0].n_features,
-        )
         readouts = [piece.readout for piece in pieces if piece.readout is not None]
         return GroundTruth(
             x_ND=torch.cat([piece.x_ND for piece in pieces]),
             features_FD=self.features_FD,
-            codes=codes,
+            codes=join_codes([piece.codes for piece in pieces]),
             groups=self.groups(),
             readout=Readout(readouts[0].W_DC, torch.cat([r.label_N for r in readouts])) if readouts else None,
         )
@@ -167,6 +160,17 @@ class World(ABC):
             groups=self.groups(),
             readout=Readout(W_DC, labels_N) if W_DC is not None and labels_N is not None else None,
         )
+
+
+def join_codes(pieces: Sequence[SparseCodes]) -> SparseCodes:
+    """The codes of consecutive rows as one, ragged."""
+    lengths = torch.cat([piece.row_offsets.diff() for piece in pieces])
+    return SparseCodes.from_ragged(
+        torch.cat([piece.values for piece in pieces]),
+        torch.cat([piece.indices for piece in pieces]),
+        torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+        d_sae=pieces[0].d_sae,
+    )
 
 
 def unit_rows(rows_FD: Tensor) -> Tensor:

@@ -1,0 +1,175 @@
+"""The papers' claims, each put to the test as it stands: it holds or it does not, with the numbers.
+
+The rules were fixed before the first full run and are these. A difference counts only when it exceeds the
+spread over seeds (``scores.exceeds``). Reconstructions are compared at equal L0: an SAE whose L0 at inference
+misses k by more than 5% cannot support a claim about reconstruction at equal L0. Two explained variances are
+equal when their difference is within the spread, or below ``EQUAL_VARIANCE``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from saebench.synth.scores import Score, exceeds
+from saebench.synth.variants import BETAS
+
+EQUAL_VARIANCE = 0.005
+"""Explained variance that makes no difference."""
+ORTHOGONAL = 0.1
+"""Conditional orthogonality is kept while both of its errors (see TreeGeometry) are below this."""
+FIRST_CORRELATED_LEVEL = 3
+"""The tree's claims are about levels from here on, where siblings have a cosine of 0.3 and more."""
+MORE_OF = ("mutual-choice", "feature-choice")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``holds`` is None where the data or SAEs that it needs were not part of the suite."""
+
+    text: str
+    holds: bool | None
+    evidence: str
+
+    @property
+    def verdict(self) -> str:
+        return {True: "holds", False: "does not hold", None: "not tested"}[self.holds]
+
+
+class Scores:
+    """Looks scores up by data and label."""
+
+    def __init__(self, scores: Sequence[Score]) -> None:
+        self.all = list(scores)
+        self._by_name = {(score.data, score.sae): score for score in scores}
+
+    def get(self, data: str, *labels: str) -> list[Score] | None:
+        """The scores of these SAEs, or None if one is missing or has no second seed."""
+        found = [self._by_name.get((data, label)) for label in labels]
+        there = [score for score in found if score is not None and score.n_seeds > 1]
+        return there if len(there) == len(labels) else None
+
+    def levels(self) -> list[str]:
+        """The names of the tree's data that were part of the suite, from the first correlated level on."""
+        names = {score.data for score in self.all if score.data.startswith("tree-")}
+        return sorted(name for name in names if int(name.removeprefix("tree-")) >= FIRST_CORRELATED_LEVEL)
+
+
+def claims(scores: Sequence[Score]) -> list[Claim]:
+    """Every claim, in the order of the papers."""
+    known = Scores(scores)
+    made = [_better_where_difficulty_varies(known, sae) for sae in MORE_OF]
+    made += [_equal_where_it_does_not(known, sae) for sae in MORE_OF]
+    made += [_fewest_dead(known)]
+    made += [_less_damage(known, inference, beta) for inference in ("plain", "oracle") for beta in BETAS]
+    made += [_keeps_orthogonality(known, rival) for rival in ("topk", "mutual-choice")]
+    return [*made, _nearer_to_the_tree(known)]
+
+
+def _better_where_difficulty_varies(known: Scores, sae: str) -> Claim:
+    text = f"{sae} reconstructs better than topk at equal L0 when the difficulty of tokens varies"
+    return _at_equal_l0(known, "zipf", sae, text, lambda a, b: exceeds(a, b, "explained_variance"))
+
+
+def _equal_where_it_does_not(known: Scores, sae: str) -> Claim:
+    text = f"{sae} reconstructs as well as topk at equal L0 when all tokens are equally difficult"
+
+    def equal(a: Score, b: Score) -> bool:
+        difference = abs(a.mean("explained_variance") - b.mean("explained_variance"))
+        apart = exceeds(a, b, "explained_variance") or exceeds(b, a, "explained_variance")
+        return not apart or difference < EQUAL_VARIANCE
+
+    return _at_equal_l0(known, "zipf-constant", sae, text, equal)
+
+
+def _at_equal_l0(
+    known: Scores, data: str, sae: str, text: str, rule: Callable[[Score, Score], bool]
+) -> Claim:
+    found = known.get(data, sae, "topk")
+    if found is None:
+        return _not_tested(text, f"{data} data with {sae} and topk")
+    evidence = f"explained variance {_versus(found, 'explained_variance')}; L0 {_versus(found, 'l0')}"
+    if missed := [score.sae for score in found if not score.at_k]:
+        return Claim(text, False, f"{evidence}; L0 is not equal: {' and '.join(missed)} missed k")
+    return Claim(text, rule(found[0], found[1]), evidence)
+
+
+def _fewest_dead(known: Scores) -> Claim:
+    """On all data together: no other SAE has fewer dead latents, added up, by more than the spread."""
+    text = "feature-choice leaves the fewest dead latents"
+    own = [score for score in known.all if score.sae == "feature-choice" and score.n_seeds > 1]
+    rivals = {score.sae for score in known.all} - {"feature-choice"}
+    totals = {}
+    for label in sorted(rivals):
+        found = [known.get(score.data, label) for score in own]
+        if own and all(found):
+            totals[label] = _total_dead([score for scores in found if scores for score in scores], label)
+    if not totals:
+        return _not_tested(text, "feature-choice and others on the same data")
+    ours = _total_dead(own, "feature-choice")
+    ordered = sorted(totals.values(), key=lambda score: score.mean("dead"))
+    evidence = f"on {', '.join(score.data for score in own)} together: " + ", ".join(
+        f"{score.sae} {_value(score, 'dead')}" for score in (ours, *ordered)
+    )
+    return Claim(text, not any(exceeds(ours, other, "dead") for other in ordered), evidence)
+
+
+def _total_dead(scores: Sequence[Score], label: str) -> Score:
+    per_seed = [sum(values) for values in zip(*(score.values["dead"] for score in scores), strict=False)]
+    return Score(data="all", sae=label, k=1, values={"dead": per_seed, "l0": per_seed})
+
+
+def _less_damage(known: Scores, inference: str, beta: float) -> Claim:
+    text = f"gradient with beta {beta:g}, read {inference}, damages the readout less than topk at equal k"
+    found = known.get("readout", f"gradient-beta{beta:g} ({inference})", "topk")
+    if found is None:
+        return _not_tested(text, "readout data with gradient and topk")
+    evidence = (
+        f"CE damage {_versus(found, 'ce_damage')}; KL {_versus(found, 'kl')}; "
+        f"recall of small features {_versus(found, 'small_recall')}; L0 {_versus(found, 'l0')}"
+    )
+    if missed := [score.sae for score in found if not score.at_k]:
+        return Claim(text, False, f"{evidence}; L0 is not equal: {' and '.join(missed)} missed k")
+    return Claim(text, exceeds(found[1], found[0], "ce_damage"), evidence)
+
+
+def _keeps_orthogonality(known: Scores, rival: str) -> Claim:
+    text = f"matching-pursuit keeps conditional orthogonality on the tree, where {rival} does not"
+    levels = {level: known.get(level, "matching-pursuit", rival) for level in known.levels()}
+    if not levels or not all(levels.values()):
+        return _not_tested(text, f"tree data with matching-pursuit and {rival}")
+    pairs = {level: found for level, found in levels.items() if found}
+    evidence = "; ".join(
+        f"{level}: across levels {_versus(found, 'across_levels')}, "
+        f"error within {_versus(found, 'within_level_error')}"
+        for level, found in pairs.items()
+    )
+    return Claim(text, all(_orthogonal(a) and not _orthogonal(b) for a, b in pairs.values()), evidence)
+
+
+def _orthogonal(score: Score) -> bool:
+    return max(score.mean("across_levels"), score.mean("within_level_error")) < ORTHOGONAL
+
+
+def _nearer_to_the_tree(known: Scores) -> Claim:
+    text = "matching-pursuit's directions are nearer to the tree's than mutual-choice's"
+    levels = {level: known.get(level, "matching-pursuit", "mutual-choice") for level in known.levels()}
+    if not levels or not all(levels.values()):
+        return _not_tested(text, "tree data with matching-pursuit and mutual-choice")
+    pairs = {level: found for level, found in levels.items() if found}
+    evidence = "; ".join(
+        f"{level}: |cos| {_versus(found, 'matched_cosine')}" for level, found in pairs.items()
+    )
+    return Claim(text, all(exceeds(a, b, "matched_cosine") for a, b in pairs.values()), evidence)
+
+
+def _not_tested(text: str, needs: str) -> Claim:
+    return Claim(text, None, f"it needs {needs}, and two seeds at least")
+
+
+def _versus(pair: Sequence[Score], metric: str) -> str:
+    return " against ".join(_value(score, metric) for score in pair)
+
+
+def _value(score: Score, metric: str) -> str:
+    return f"{score.mean(metric):.4g} \u00b1 {score.sd(metric):.2g}"

@@ -1,0 +1,118 @@
+"""``synth``: make data, train every SAE on it in one pass, measure against the truth, judge the claims."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from saebench.config import SynthConfig, TrainConfig
+from saebench.device import pick_device
+from saebench.errors import UserError
+from saebench.fields import station
+from saebench.files import directory_lock
+from saebench.saes.base import SPEC_FILE, load
+from saebench.synth.claims import claims
+from saebench.synth.data import TEST_ROWS, DataSet, data_sets, make_cache
+from saebench.synth.measure import measure
+from saebench.synth.report import SynthReport, provenance, write_report
+from saebench.synth.scores import Score
+from saebench.synth.variants import Variant, all_architectures, variants
+from saebench.training.loop import train_all
+from saebench.training.sweep import Plan
+
+STEPS_BETWEEN_CHECKPOINTS = 500
+ROW_ORDER_SEED = 0
+
+
+@station(SynthConfig)
+def synth(config: SynthConfig) -> SynthReport:
+    """Train SAEs on data whose features are known, compare what they found with the truth, test the claims.
+
+    Leaves ``out``/DATA/runs/NAME-seedS (run directories), ``out``/results.json and ``out``/results.md. All
+    SAEs of one data set see identical batches, in one pass; seeds differ in the initial weights alone.
+    Trainings that an earlier call with the same settings finished are not done again, and more
+    architectures, data or seeds may be asked for later.
+
+    Raises:
+        UserError: ``out`` holds other data, or anything that the stations refuse.
+    """
+    names = config.architectures or all_architectures()
+    scores: list[Score] = []
+    troubles: list[str] = []
+    with directory_lock(config.out, what="the suite"):
+        for data in data_sets(config.data, full=config.full, tokens=config.tokens):
+            chosen = variants(names, data)
+            troubles += _train(data, chosen, config)
+            scores += _measure(data, chosen, config)
+        report = SynthReport(
+            scores=scores,
+            claims=claims(scores),
+            troubles=troubles,
+            provenance=provenance(config, test_rows=TEST_ROWS),
+        )
+        write_report(report, config.out)
+    return report
+
+
+def _train(data: DataSet, chosen: Sequence[Variant], config: SynthConfig) -> list[str]:
+    """Train what is not trained yet; returns a sentence on what diverged, if something did."""
+    directory = config.out / data.name
+    plans = [_plan(data, variant, seed, config) for variant in chosen for seed in range(config.seeds)]
+    if all(_finished(training.out) for training, _ in plans):
+        _say(f"{data.name}: already trained", config)
+        return []
+    make_cache(data, directory, quiet=config.quiet)
+    _say(f"{data.name}: {len(plans)} SAEs", config)
+    try:
+        train_all(plans)
+    except UserError as error:
+        if not any(_finished(training.out) for training, _ in plans):
+            raise
+        return [f"{data.name}: {error}"]
+    return []
+
+
+def _plan(data: DataSet, variant: Variant, seed: int, config: SynthConfig) -> Plan:
+    training = TrainConfig(
+        cache=config.out / data.name / "cache",
+        out=_run(data, variant, seed, config.out),
+        sae=variant.sae,
+        tokens=data.tokens,
+        batch_size=data.batch_size,
+        seed=seed,
+        order_seed=ROW_ORDER_SEED,
+        checkpoint_every=STEPS_BETWEEN_CHECKPOINTS,
+        resume=True,
+        device=config.device,
+        quiet=config.quiet,
+    )
+    return training, variant.spec(data)
+
+
+def _measure(data: DataSet, chosen: Sequence[Variant], config: SynthConfig) -> list[Score]:
+    truth = data.world.sample(TEST_ROWS, part="test")
+    device = pick_device(config.device)
+    scores = []
+    for variant in chosen:
+        runs = [_run(data, variant, seed, config.out) for seed in range(config.seeds)]
+        saes = [load(run, device=device) for run in runs if _finished(run)]
+        for inference in variant.inferences if saes else ():
+            found = [measure(sae, truth, data.kind, inference=inference) for sae in saes]
+            values = {metric: [numbers[metric] for numbers in found] for metric in found[0]}
+            label = variant.name if len(variant.inferences) == 1 else f"{variant.name} ({inference})"
+            scores.append(Score(data=data.name, sae=label, k=data.k, values=values))
+    return scores
+
+
+def _run(data: DataSet, variant: Variant, seed: int, out: Path) -> Path:
+    return out / data.name / "runs" / f"{variant.name}-seed{seed}"
+
+
+def _finished(run: Path) -> bool:
+    return (run / SPEC_FILE).exists()
+
+
+def _say(text: str, config: SynthConfig) -> None:
+    if not config.quiet:
+        print(text, file=sys.stderr, flush=True)
