@@ -18,8 +18,13 @@ from saebench.fields import at_least
 
 ARCHITECTURES = {
     "topk": "saebench.saes.topk:TopKSAE",
+    "mutual-choice": "saebench.saes.mutual_choice:MutualChoiceSAE",
+    "feature-choice": "saebench.saes.feature_choice:FeatureChoiceSAE",
+    "matryoshka": "saebench.saes.matryoshka:MatryoshkaSAE",
 }
 """Name -> where the class is. A new architecture is one file in saebench/saes and one line here."""
+ALIASES = {"batchtopk": "mutual-choice"}
+"""Other accepted names; what is written to disk has the first."""
 
 StoredDtype = Literal["bf16", "fp16", "fp32"]
 ComputeDtype = Literal["auto", "bf16", "fp32"]
@@ -189,6 +194,7 @@ class TrainConfig:
     """No progress display."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sae", ALIASES.get(self.sae, self.sae))
         if self.sae not in ARCHITECTURES:
             raise UserError(f"--sae {self.sae} is not an architecture; there is {', '.join(ARCHITECTURES)}")
         at_least(self, tokens=1, batch_size=1, checkpoint_every=1, log_every=1)
@@ -368,6 +374,7 @@ class DemoConfig:
 
 def architecture(name: str) -> Any:
     """The SAE class registered as ``name``; its ``Spec`` attribute is its dataclass of settings."""
+    name = ALIASES.get(name, name)
     if name not in ARCHITECTURES:
         raise UserError(f"{name!r} is not an SAE architecture; there is {', '.join(ARCHITECTURES)}")
     module, _, attribute = ARCHITECTURES[name].partition(":")

@@ -1,0 +1,216 @@
+"""Feature choice SAE: every latent gets its number of tokens of a batch (Ayonrinde 2024, arXiv 2411.02124).
+
+Shapes: N rows, D = d_in, M = d_sae latents, A under-used latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from saebench.codes import SparseCodes
+from saebench.config import SaeSpec
+from saebench.errors import UserError
+from saebench.fields import at_least
+from saebench.saes.auxiliary import aux_k
+from saebench.saes.base import Batch, LossTerms
+from saebench.saes.mutual_choice import MutualChoiceSAE, MutualChoiceSpec, just_below
+from saebench.saes.zipf import ZipfLaw, budgets_by_rank, fit_zipf
+from saebench_kernels import feature_choice_encode
+
+SMALLEST_THRESHOLD = 1e-6
+"""Of the largest; a latent that does not use up its budget has threshold 0, which no factor would move."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureChoiceSpec(MutualChoiceSpec):
+    """Settings of a feature choice SAE."""
+
+    name: ClassVar[str] = "feature-choice"
+
+    budgets: Literal["zipf", "uniform"] = "zipf"
+    """Matches of a latent in a batch: by Zipf's law of its rank in firing frequency, or the same for all."""
+    mutual_share: float = 0.5
+    """Share of the run, at its start, that is trained by mutual choice; frequencies are learned there."""
+    zipf_exponent: float | Literal["fit"] = "fit"
+    """Exponent of Zipf's law; 'fit' takes it from the frequencies that mutual choice found."""
+    zipf_shift: float | Literal["fit"] = "fit"
+    """What is added to a rank (Zipf-Mandelbrot); 0 is Zipf's law proper, 'fit' as above."""
+    floor: int = 1
+    """Least matches of any latent in a batch; k times the batch must be enough for all."""
+    gamma: float = 0.5
+    """A latent is under-used, and helped by the auxiliary loss, below this share of its expected frequency;
+    0 helps dead latents only, as AuxK does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, mutual_share=0, floor=0, gamma=0)
+        if self.mutual_share >= 1:
+            raise UserError(
+                f"mutual_share is {self.mutual_share}, which leaves no step for feature choice; "
+                "give less than 1, or train --sae mutual-choice"
+            )
+        if self.gamma > 1:
+            raise UserError(f"gamma is {self.gamma}; it is a share of a frequency, at most 1")
+        for name in ("zipf_exponent", "zipf_shift"):
+            if getattr(self, name) != "fit":
+                at_least(self, **{name: 0})
+
+    def check(self, *, batch_size: int) -> None:
+        matches = self.k * batch_size
+        if self.floor * self.d_sae > matches:
+            raise UserError(
+                f"k = {self.k} times batch_size = {batch_size:,} is {matches:,} matches, too few for each of "
+                f"d_sae = {self.d_sae:,} latents to get floor = {self.floor}; raise --batch-size or --k, "
+                "lower --d-sae, or pass --floor 0"
+            )
+
+
+class FeatureChoiceSAE(MutualChoiceSAE):
+    """Lets every latent choose the tokens of the training batch that it matches best: m_i of them, sum k N.
+
+    S = the m_i largest entries of each column i of relu(W_enc (x - b_dec) + b_enc),  z = S * relu(...),
+    x_hat = W_dec^T z + b_dec,  loss = |x - x_hat|^2 / d_in  +  aux_coefficient * aux_zipf.
+    A latent with m_i >= 1 gets a gradient from every batch in which its best pre-activation is positive.
+    A token may be left without a match: ``empty_tokens`` in the metrics.
+
+    What follows is our reading; the paper's parametrisation, schedule and inference were not reachable.
+
+    Schedule: mutual choice for ``mutual_share`` of the run, then feature choice.
+    Budgets: latents are ranked by the running mean p_i of the share of tokens they fire on; rank r gets
+    k N w_r / sum w with w_r = (r + shift)^-exponent, between ``floor`` and N, and the largest remainders are
+    rounded up. Exponent and shift are fitted once, to the p_i of the latents alive when mutual choice ends:
+    afterwards frequencies only repeat the budgets. Ranks follow p_i all the time.
+    aux_zipf: with q_i what the law expects at the rank of latent i, latents with p_i < gamma q_i are
+    under-used, those that are dead entirely: s_i = 1 - min(1, p_i / (gamma q_i)), or 1 if dead. It is AuxK
+    over the latents with s_i > 0, their values times s_i; AuxK itself when gamma is 0.
+    Inference: z_i = pre_i 1[pre_i > threshold_i], the threshold a running mean of the m_i-th largest value
+    of column i. ``calibrate`` multiplies all of them by the one factor that makes the mean L0 k.
+    """
+
+    Spec = FeatureChoiceSpec
+    spec: FeatureChoiceSpec
+    density: Tensor
+    """[M] running mean of the share of tokens on which a latent fires."""
+    law: Tensor
+    """[2] float64: exponent and shift, NaN until they are fitted."""
+
+    def __init__(self, spec: SaeSpec, d_in: int) -> None:
+        super().__init__(spec, d_in)
+        self.register_buffer("threshold", torch.zeros(spec.d_sae))
+        self.register_buffer("density", torch.zeros(spec.d_sae))
+        self.register_buffer("law", torch.full((2,), torch.nan, dtype=torch.float64))
+
+    # Training -------------------------------------------------------------------------------------
+
+    def by_feature(self, progress: float) -> bool:
+        """Whether latents choose when this share of the run is done; before, choice is mutual."""
+        return progress >= self.spec.mutual_share
+
+    def choose(self, batch: Batch) -> SparseCodes:
+        """The m_i largest positive entries of every column, without gradients; k N at first."""
+        if not self.by_feature(batch.progress):
+            return super().choose(batch)
+        values_S, indices_S, offsets = feature_choice_encode(
+            batch.x_ND - self.b_dec,
+            self.W_enc_MD,
+            self.b_enc,
+            self.budgets(len(batch.x_ND)),
+            scan_dtype=self.compute_dtype,
+        )
+        return SparseCodes.from_ragged(values_S, indices_S, offsets, d_sae=self.d_sae)
+
+    def budgets(self, n_rows: int) -> Tensor:
+        """[M] int64: matches that each latent gets in a batch of ``n_rows``; they sum to k n_rows.
+
+        In a batch too small for the floor (a probe, never a step) the floor gives way.
+        """
+        return self._by_latent(self._by_rank(n_rows)[1])
+
+    def expected_density(self, n_rows: int) -> Tensor:
+        """[M] float32: the share of tokens on which the law has each latent fire, given its rank."""
+        return self._by_latent(self._by_rank(n_rows)[0] / n_rows).float()
+
+    def zipf_law(self, n_rows: int) -> ZipfLaw:
+        """The fitted law, or what would be fitted now, of densities learned from batches of ``n_rows``."""
+        if self.spec.budgets == "uniform":
+            return ZipfLaw(0.0, 0.0)
+        exponent, shift = self.law.tolist()
+        if exponent == exponent:
+            return ZipfLaw(exponent, shift)
+        once = self.rate() / n_rows  # as much as one firing adds to a density
+        return fit_zipf(
+            self.density[self.density >= once],
+            exponent=None if self.spec.zipf_exponent == "fit" else self.spec.zipf_exponent,
+            shift=None if self.spec.zipf_shift == "fit" else self.spec.zipf_shift,
+        )
+
+    def _by_rank(self, n_rows: int) -> tuple[Tensor, Tensor]:
+        total = self.k * n_rows
+        floor = min(self.spec.floor, total // self.d_sae)
+        return budgets_by_rank(self.zipf_law(n_rows), self.d_sae, total=total, floor=floor, cap=n_rows)
+
+    def _by_latent(self, of_rank_M: Tensor) -> Tensor:
+        order_M = torch.sort(self.density, descending=True, stable=True).indices
+        of_rank_M = of_rank_M.to(order_M.device)
+        return torch.empty_like(of_rank_M).scatter_(0, order_M, of_rank_M)
+
+    def under_use(self, n_rows: int) -> Tensor:
+        """[M] s_i: 1 for a dead latent, 0 for one that fires at least gamma times as often as expected."""
+        due_M = self.spec.gamma * self.expected_density(n_rows)
+        under_M = torch.where(due_M > 0, 1 - self.density / due_M, 0.0).clamp_min(0)
+        return torch.where(self.tokens_since_fired >= self.dead_after, 1.0, under_M)
+
+    def auxiliary_loss(self, batch: Batch, error_ND: Tensor) -> Tensor:
+        """aux_zipf when latents choose, AuxK before."""
+        if not self.by_feature(batch.progress):
+            return super().auxiliary_loss(batch, error_ND)
+        under_M = self.under_use(len(batch.x_ND))
+        candidates_A = under_M.nonzero()[:, 0]
+        return aux_k(
+            self, batch.x_ND, error_ND, candidates_A, k_aux=self.spec.k_aux, weights_A=under_M[candidates_A]
+        )
+
+    @torch.no_grad()
+    def after_step(self, batch: Batch, terms: LossTerms) -> None:
+        n_rows = len(batch.x_ND)
+        if self.by_feature(batch.progress):
+            self.law.copy_(torch.tensor(self.zipf_law(n_rows), dtype=torch.float64))
+        super().after_step(batch, terms)
+        fired_M = torch.bincount(terms.codes.indices, minlength=self.d_sae)
+        self.density.lerp_(fired_M / n_rows, self.rate())
+
+    def batch_threshold(self, batch: Batch, codes: SparseCodes) -> Tensor:
+        """[M]: the m_i-th largest value of each column, 0 where fewer are positive.
+
+        A latent without a budget gets the largest value of all, which it will hardly exceed.
+        """
+        if not self.by_feature(batch.progress):
+            return self.smallest_of(codes).expand(self.d_sae)
+        values_S, latents_S = codes.values.detach(), codes.indices.long()
+        if values_S.numel() == 0:
+            return torch.zeros_like(self.threshold)
+        counts_M = torch.bincount(latents_S, minlength=self.d_sae)
+        smallest_M = torch.full_like(self.threshold, torch.inf).scatter_reduce_(
+            0, latents_S, values_S, "amin"
+        )
+        budgets_M = self.budgets(codes.n_rows)
+        smallest_M = torch.where(counts_M < budgets_M, 0.0, smallest_M)
+        return torch.where(budgets_M == 0, values_S.max(), smallest_M)
+
+    # Inference ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def calibrate(self, x_ND: Tensor) -> None:
+        """Multiply the thresholds by the factor at which these rows have k active latents in the mean.
+
+        It is just below the k N-th largest of all pre_ni / threshold_i: the mean L0 falls as the factor
+        grows, so there is one such factor, and latents keep their proportions.
+        """
+        largest = self.threshold.max()
+        threshold_M = self.threshold.clamp_min(SMALLEST_THRESHOLD * torch.where(largest > 0, largest, 1.0))
+        chosen = self.largest(x_ND, torch.ones_like(largest), divisor_M=threshold_M)
+        self.threshold.copy_(just_below(self.smallest_of(chosen)) * threshold_M)

@@ -1,0 +1,88 @@
+"""Matryoshka SAE: nested dictionaries, each of which reconstructs alone, on mutual choice.
+
+Bussmann et al. 2025, arXiv 2503.17547.
+
+Shapes: G prefixes, N rows, S entries, D = d_in, M = d_sae latents.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from saebench.codes import SparseCodes
+from saebench.errors import UserError
+from saebench.saes.base import Batch, LossTerms
+from saebench.saes.functions import decode_codes
+from saebench.saes.mutual_choice import MutualChoiceSAE, MutualChoiceSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatryoshkaSpec(MutualChoiceSpec):
+    """Settings of a Matryoshka SAE."""
+
+    name: ClassVar[str] = "matryoshka"
+
+    prefixes: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    """Sizes of the nested dictionaries as shares of d_sae, ascending to 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shares = [0.0, *self.prefixes]
+        ascending = all(a < b for a, b in itertools.pairwise(shares))
+        if not self.prefixes or self.prefixes[-1] != 1 or not ascending:
+            raise UserError(
+                f"prefixes is {', '.join(map(str, self.prefixes)) or 'empty'}; it must be shares of d_sae "
+                "that ascend to 1, like 0.25 0.5 1"
+            )
+
+    @property
+    def sizes(self) -> list[int]:
+        """Latents of each prefix; in a small dictionary several shares may come to the same number."""
+        return sorted({max(1, round(share * self.d_sae)) for share in self.prefixes})
+
+
+class MatryoshkaSAE(MutualChoiceSAE):
+    """Mutual choice whose first latents must reconstruct without the later ones.
+
+    With x_hat_g the reconstruction by the latents below the g-th size alone,
+    loss = mean over g of |x - x_hat_g|^2 / d_in  +  aux_coefficient * AuxK (of the whole dictionary).
+
+    Sizes are fixed and double, as in the public trainers (whose largest groups differ in detail); the paper
+    sums over the prefixes where this takes the mean, so that the loss and AuxK keep their proportion
+    whatever their number. The choice, inference and its threshold are those of mutual choice.
+    """
+
+    Spec = MatryoshkaSpec
+    spec: MatryoshkaSpec
+
+    def loss(self, batch: Batch) -> LossTerms:
+        with torch.no_grad():
+            chosen = self.choose(batch)
+        codes = self.attach_gradients(batch.x_ND, chosen)
+        x_hat_GND = self.decode_prefixes(codes)
+        return self.terms(batch, codes, x_hat_GND[-1], (batch.x_ND - x_hat_GND).square().mean())
+
+    def decode_prefixes(self, codes: SparseCodes) -> Tensor:
+        """The reconstruction by each prefix of the dictionary, [G, N, D]; the last is the whole one's.
+
+        Each entry is decoded once: the entries of the g-th group of latents, row by row, give what the
+        prefix g adds to the one before it.
+        """
+        sizes = torch.tensor(self.spec.sizes, device=codes.indices.device)
+        n_rows, n_groups = codes.n_rows, len(sizes)
+        group_S = torch.searchsorted(sizes, codes.indices.long(), right=True)
+        part_S, order_S = torch.sort(group_S * n_rows + codes.rows(), stable=True)
+        bounds = torch.arange(n_groups * n_rows + 1, device=sizes.device)
+        parts = SparseCodes.from_ragged(
+            codes.values[order_S],
+            codes.indices[order_S],
+            torch.searchsorted(part_S, bounds),
+            d_sae=self.d_sae,
+        )
+        added = decode_codes(parts, self.W_dec, torch.zeros_like(self.b_dec))
+        return added.view(n_groups, n_rows, self.d_in).cumsum(0) + self.b_dec

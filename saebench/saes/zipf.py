@@ -1,0 +1,93 @@
+"""Zipf's law of how often latents fire, and whole-numbered budgets after it.
+
+Shapes: M = d_sae latents, L live latents, C candidate shifts.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DEFAULT_EXPONENT = 1.0
+
+
+class ZipfLaw(NamedTuple):
+    """Frequency proportional to (rank + shift)^-exponent: Zipf for shift 0, Zipf-Mandelbrot above."""
+
+    exponent: float
+    shift: float
+
+    def weights(self, n: int) -> Tensor:
+        """[n] float64: of the ranks 1 to n, up to a factor."""
+        return (torch.arange(1, n + 1, dtype=torch.float64) + self.shift).pow(-self.exponent)
+
+
+def fit_zipf(density_L: Tensor, *, exponent: float | None = None, shift: float | None = None) -> ZipfLaw:
+    """The law nearest to positive densities, in least squares of log density on log (rank + shift).
+
+    A parameter that is given stays fixed. The shift is looked for among 0, 1, 2, 4, ... up to the number of
+    densities; for each the best exponent (at least 0) has a closed form. Fewer than 3 densities say
+    nothing: then the exponent is 1 and the shift 0.
+    """
+    n_live = density_L.numel()
+    if n_live < 3:
+        return ZipfLaw(DEFAULT_EXPONENT if exponent is None else exponent, shift or 0.0)
+    doubling = [0.0, *(2.0**i for i in range(n_live.bit_length()))]
+    shift_C = torch.tensor(doubling if shift is None else [shift], dtype=torch.float64)
+    log_density_L = density_L.double().cpu().sort(descending=True).values.log()
+    log_rank_CL = (torch.arange(1, n_live + 1) + shift_C[:, None]).log()
+    y_L = log_density_L - log_density_L.mean()
+    t_CL = log_rank_CL - log_rank_CL.mean(1, keepdim=True)
+    if exponent is None:
+        exponent_C = (-(t_CL * y_L).sum(1) / t_CL.square().sum(1)).clamp_min(0)
+    else:
+        exponent_C = torch.full_like(shift_C, exponent)
+    error_C = (y_L + exponent_C[:, None] * t_CL).square().sum(1)
+    best = int(error_C.argmin())
+    return ZipfLaw(float(exponent_C[best]), float(shift_C[best]))
+
+
+@functools.lru_cache(maxsize=8)
+def budgets_by_rank(law: ZipfLaw, n: int, *, total: int, floor: int, cap: int) -> tuple[Tensor, Tensor]:
+    """How many of ``total`` matches each of ``n`` ranks gets after the law: expected float64, and whole.
+
+    See `share_out` and `round_to_sum`. Do not write into them: they are kept for the next call.
+    """
+    expected = share_out(law.weights(n), total=total, floor=floor, cap=cap)
+    return expected, round_to_sum(expected, total)
+
+
+def share_out(weights_M: Tensor, *, total: int, floor: int, cap: int) -> Tensor:
+    """float64 [M] in proportion to positive ``weights``, but each within [floor, cap]; they sum to ``total``.
+
+    This is clamp(c weights, floor, cap) for the one c that gives the sum, found by bisection.
+
+    Raises:
+        ValueError: the total is not between M floor and M cap.
+    """
+    n = weights_M.numel()
+    if not n * floor <= total <= n * cap:
+        raise ValueError(f"{n} budgets between {floor} and {cap} cannot sum to {total}")
+    log_weights_M = weights_M.double().log()
+    low = math.log(max(floor, 1e-9)) - float(log_weights_M.max()) - 1.0
+    high = math.log(cap) - float(log_weights_M.min()) + 1.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        if float((log_weights_M + middle).exp().clamp(floor, cap).sum()) < total:
+            low = middle
+        else:
+            high = middle
+    return (log_weights_M + high).exp().clamp(floor, cap)
+
+
+def round_to_sum(expected_M: Tensor, total: int) -> Tensor:
+    """int64 [M] that sum to ``total``: the largest remainders are rounded up, the first of equal ones."""
+    whole_M = expected_M.floor()
+    missing = total - int(whole_M.sum())
+    order_M = torch.sort(expected_M - whole_M, descending=True, stable=True).indices
+    whole_M[order_M[:missing]] += 1
+    return whole_M.long()
