@@ -25,7 +25,8 @@ SMALLEST_NORM = 1e-8
 
 def decoder_norms(weights: Weights) -> Tensor:
     """[M] float64, never 0."""
-    return torch.linalg.vector_norm(weights["W_dec"].double(), dim=1).clamp_min(SMALLEST_NORM)
+    norm_M: Tensor = torch.linalg.vector_norm(weights["W_dec"].double(), dim=1)
+    return norm_M.clamp_min(SMALLEST_NORM)
 
 
 def fold_decoder_norms(weights: Weights) -> Weights:
