@@ -1,9 +1,4 @@
-"""The folder that SAELens reads and writes: ``cfg.json`` and ``sae_weights.safetensors``.
-
-Read and written as sae-lens 6.54.12 does. Its loader takes exactly the tensors of an architecture, casts
-them to ``cfg.dtype``, ignores settings that it does not know, and takes a folder whose metadata has no
-``sae_lens_version`` for one from before 6.0. What exists only while training is saved as something else:
-BatchTopK as ``jumprelu``, with its one threshold for every latent.
+"""SAEs of SAELens as ours.
 
 Shapes: M = d_sae latents, D = d_in. SAELens keeps ``W_enc`` [D, M] where we keep ``W_enc_MD``.
 """
@@ -11,128 +6,23 @@ Shapes: M = d_sae latents, D = d_in. SAELens keeps ``W_enc`` [D, M] where we kee
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from saebench.config import SaeSpec
 from saebench.errors import UserError
-from saebench.fields import at_least, from_flat, to_flat
-from saebench.files import read_json, write_bytes_atomic, write_json_atomic
+from saebench.fields import at_least, from_flat
+from saebench.files import read_json
 from saebench.formats import folding
 from saebench.formats.folding import Weights
 from saebench.formats.foreign import Foreign, read_tensors
-from saebench.saes.base import SAE
+from saebench.formats.saelens.names import CONFIG_FILE, SCALE_FILE, WEIGHTS_FILE
 
-CONFIG_FILE = "cfg.json"
-WEIGHTS_FILE = "sae_weights.safetensors"
-SCALE_FILE = "activation_scaler.json"
-"""Beside the weights of a checkpoint: what its inputs are multiplied by."""
-VERSION = "6.54.12"
 FINE_TUNED = "scaling_factor"
 """A tensor in some old files; all ones unless the SAE was fine-tuned."""
-
-
-# Writing ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Written:
-    """An SAE as SAELens has it."""
-
-    architecture: str
-    tensors: dict[str, Tensor]
-    settings: dict[str, Any] = field(default_factory=dict)
-    trained_as: str | None = None
-    """What it was while it was trained, where that has another name."""
-    note: str | None = None
-    """What the other side will do differently."""
-
-
-def write(sae: SAE, directory: Path, metadata: Mapping[str, Any]) -> Written:
-    """Write ``sae`` into ``directory``; ``metadata`` says what it was trained on.
-
-    Raises:
-        UserError: SAELens has nothing that computes what this SAE does.
-    """
-    from safetensors.torch import save as serialize
-
-    if sae.spec.name not in _WRITERS:
-        raise UserError(f"SAELens has no form for {sae.spec.name}; it can hold {', '.join(_WRITERS)}")
-    written = _WRITERS[sae.spec.name](sae)
-    config = {
-        "architecture": written.architecture,
-        "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        **written.settings,
-        "metadata": {
-            "sae_lens_version": VERSION,
-            "sae_lens_training_version": None,
-            "training_architecture": written.trained_as or written.architecture,
-            "training_architecture_details": to_flat(sae.spec),
-            **metadata,
-        },
-    }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in written.tensors.items()}
-    write_bytes_atomic(directory / WEIGHTS_FILE, serialize(tensors))
-    write_json_atomic(directory / CONFIG_FILE, config)
-    return written
-
-
-def _linear(sae: SAE) -> dict[str, Tensor]:
-    return {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
-
-
-def _topk(sae: SAE) -> Written:
-    return Written("topk", _linear(sae), {"k": sae.k, "rescale_acts_by_decoder_norm": False})
-
-
-def _gradient(sae: SAE) -> Written:
-    note = "SAELens has no gradients at inference: what it computes is our inference mode 'plain'"
-    return Written("topk", _linear(sae), _topk(sae).settings, "gradient_topk", note)
-
-
-def _thresholded(trained_as: str) -> Callable[[SAE], Written]:
-    """One threshold, or one a latent: SAELens wants [M] in any case."""
-
-    def written(sae: SAE) -> Written:
-        threshold_M = sae.state_dict()["threshold"].expand(sae.d_sae)
-        return Written("jumprelu", {**_linear(sae), "threshold": threshold_M}, {}, trained_as)
-
-    return written
-
-
-def _standard(sae: SAE) -> Written:
-    return Written("standard", _linear(sae))
-
-
-def _gated(sae: SAE) -> Written:
-    names = ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag")
-    return Written("gated", {name: getattr(sae, name) for name in names})
-
-
-_WRITERS: dict[str, Callable[[SAE], Written]] = {
-    "topk": _topk,
-    "gradient": _gradient,
-    "mutual-choice": _thresholded("mutual_choice"),
-    "feature-choice": _thresholded("feature_choice"),
-    "matryoshka": _thresholded("matryoshka_mutual_choice"),
-    "jumprelu": _thresholded("jumprelu"),
-    "relu": _standard,
-    "gated": _gated,
-}
-
-
-# Reading ----------------------------------------------------------------------------------------------
 
 _ENCODER = ("W_enc", "b_enc")
 _READABLE = {
@@ -142,6 +32,7 @@ _READABLE = {
     "jumprelu": ("jumprelu", (*_ENCODER, "threshold")),
     "standard": ("relu", _ENCODER),
     "gated": ("gated", ("W_enc", "b_gate", "b_mag", "r_mag")),
+    "matching_pursuit": ("matching-pursuit", ()),
 }
 """Architecture of SAELens -> ours, and its tensors beside W_dec and b_dec. The two kinds of BatchTopK are
 in checkpoints alone."""
@@ -162,10 +53,13 @@ class _Config:
     normalize_activations: str = "none"
     k: float | None = None
     rescale_acts_by_decoder_norm: bool | None = None
+    residual_threshold: float = 1e-2
+    max_iterations: int | None = None
+    stop_on_duplicate_support: bool = True
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        at_least(self, d_in=1, d_sae=1)
+        at_least(self, d_in=1, d_sae=1, residual_threshold=0)
 
     @property
     def chooses_by_norm(self) -> bool:
@@ -187,8 +81,11 @@ def read(directory: Path, *, k: int | None = None) -> Foreign:
     weights = _read_weights(directory / WEIGHTS_FILE, encoder, config)
     scale = _input_scale(config, directory)
     notes: list[str] = []
-    settings = {"k": _active(config, k, notes)}
-    weights = _fold_encoder(weights, config, notes)
+    if ours == "matching-pursuit":
+        settings = _pursuit_settings(weights, config, scale)
+    else:
+        settings = {"k": _active(config, k, notes)}
+        weights = _fold_encoder(weights, config, notes)
     facts = {name: config.metadata[name] for name in _ORIGIN if config.metadata.get(name) is not None}
     return Foreign(
         sae=ours,
@@ -219,6 +116,18 @@ def _fold_encoder(weights: Weights, config: _Config, notes: list[str]) -> Weight
         return folding.fold_decoder_norms(weights)
     notes.append("decoder rows have norms other than 1, which a top-k that chooses without them has to keep")
     return weights
+
+
+def _pursuit_settings(weights: Weights, config: _Config, scale: float) -> dict[str, Any]:
+    """k and the tolerance. Atoms stay as long as they are: pursuit is by r . d_i there and here."""
+    if not config.apply_b_dec_to_input:
+        weights["b_dec"].zero_()  # It is not added to the reconstruction either.
+    tolerance = config.residual_threshold / scale
+    weights["tolerance"] = torch.tensor(tolerance)
+    return {
+        "k": config.d_in if config.max_iterations is None else config.max_iterations,
+        "tolerance": tolerance or None,
+    }
 
 
 def _active(config: _Config, k: int | None, notes: list[str]) -> int:

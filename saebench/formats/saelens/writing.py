@@ -1,0 +1,125 @@
+"""Our SAEs as SAELens has them.
+
+Shapes: M = d_sae latents, D = d_in. SAELens keeps ``W_enc`` [D, M].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from saebench.errors import UserError
+from saebench.fields import to_flat
+from saebench.files import write_bytes_atomic, write_json_atomic
+from saebench.formats.saelens.names import CONFIG_FILE, VERSION, WEIGHTS_FILE
+from saebench.saes.base import SAE
+
+
+@dataclass(frozen=True)
+class Written:
+    """An SAE as SAELens has it."""
+
+    architecture: str
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any] = field(default_factory=dict)
+    trained_as: str | None = None
+    """What it was while it was trained, where that has another name."""
+    note: str | None = None
+    """What the other side will do differently."""
+
+
+def write(sae: SAE, directory: Path, metadata: Mapping[str, Any]) -> Written:
+    """Write ``sae`` into ``directory``; ``metadata`` says what it was trained on.
+
+    Raises:
+        UserError: SAELens has nothing that computes what this SAE does.
+    """
+    from safetensors.torch import save as serialize
+
+    if sae.spec.name not in _WRITERS:
+        raise UserError(f"SAELens has no form for {sae.spec.name}; it can hold {', '.join(_WRITERS)}")
+    written = _WRITERS[sae.spec.name](sae)
+    config = {
+        "architecture": written.architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **written.settings,
+        "metadata": {
+            "sae_lens_version": VERSION,
+            "sae_lens_training_version": None,
+            "training_architecture": written.trained_as or written.architecture,
+            "training_architecture_details": to_flat(sae.spec),
+            **metadata,
+        },
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in written.tensors.items()}
+    write_bytes_atomic(directory / WEIGHTS_FILE, serialize(tensors))
+    write_json_atomic(directory / CONFIG_FILE, config)
+    return written
+
+
+def _linear(sae: SAE) -> dict[str, Tensor]:
+    return {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+
+
+def _topk(sae: SAE) -> Written:
+    return Written("topk", _linear(sae), {"k": sae.k, "rescale_acts_by_decoder_norm": False})
+
+
+def _gradient(sae: SAE) -> Written:
+    note = "SAELens has no gradients at inference: what it computes is our inference mode 'plain'"
+    return Written("topk", _linear(sae), _topk(sae).settings, "gradient_topk", note)
+
+
+def _thresholded(trained_as: str) -> Callable[[SAE], Written]:
+    """One threshold, or one a latent: SAELens wants [M] in any case."""
+
+    def written(sae: SAE) -> Written:
+        threshold_M = sae.state_dict()["threshold"].expand(sae.d_sae)
+        return Written("jumprelu", {**_linear(sae), "threshold": threshold_M}, {}, trained_as)
+
+    return written
+
+
+def _standard(sae: SAE) -> Written:
+    return Written("standard", _linear(sae))
+
+
+def _gated(sae: SAE) -> Written:
+    names = ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag")
+    return Written("gated", {name: getattr(sae, name) for name in names})
+
+
+def _matching_pursuit(sae: SAE) -> Written:
+    spec = to_flat(sae.spec)
+    if spec["orthogonal"] or spec["selection"] != "signed":
+        kind = "orthogonal" if spec["orthogonal"] else "absolute"
+        raise UserError(f"SAELens has no form for {kind} matching pursuit; it can hold the signed, plain one")
+    settings = {
+        "max_iterations": sae.k,
+        "residual_threshold": float(sae.state_dict()["tolerance"]),
+        "stop_on_duplicate_support": False,
+    }
+    return Written("matching_pursuit", {"W_dec": sae.W_dec, "b_dec": sae.b_dec}, settings)
+
+
+_WRITERS: dict[str, Callable[[SAE], Written]] = {
+    "topk": _topk,
+    "gradient": _gradient,
+    "mutual-choice": _thresholded("mutual_choice"),
+    "feature-choice": _thresholded("feature_choice"),
+    "matryoshka": _thresholded("matryoshka_mutual_choice"),
+    "jumprelu": _thresholded("jumprelu"),
+    "relu": _standard,
+    "gated": _gated,
+    "matching-pursuit": _matching_pursuit,
+}
