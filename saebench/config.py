@@ -331,6 +331,36 @@ class ImportSaeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Time training steps: ours, those of SAELens, and the bare matrix product, in turns."""
+
+    cpu: bool = False
+    """Measure on the CPU."""
+    peers: Path = Path(".venv-peers")
+    """Virtual environment with sae-lens, as 'make peers' builds it; without one its rows stay empty."""
+    d_in: int = 256
+    """Width of an activation."""
+    d_sae: int = 4096
+    """Number of latents."""
+    k: int = 32
+    """Active latents a token."""
+    batch_size: int = 4096
+    """Rows in a step."""
+    threads: int = 2
+    """Threads of each process."""
+    turns: int = 5
+    """How often everyone is measured, two steps each time."""
+    out: Path | None = None
+    """JSON file for the results."""
+    quiet: bool = False
+    """No progress display."""
+
+    def __post_init__(self) -> None:
+        at_least(self, d_in=1, batch_size=1, threads=1, turns=1)
+        SaeSpec(d_sae=self.d_sae, k=self.k)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Walk the whole road on a small scale: harvest, train, eval, index, and how to look at the features."""
 
