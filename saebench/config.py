@@ -18,6 +18,7 @@ from saebench.fields import at_least
 
 ARCHITECTURES = {
     "topk": "saebench.saes.topk:TopKSAE",
+    "matching-pursuit": "saebench.saes.matching_pursuit:MatchingPursuitSAE",
     "mutual-choice": "saebench.saes.mutual_choice:MutualChoiceSAE",
     "feature-choice": "saebench.saes.feature_choice:FeatureChoiceSAE",
     "matryoshka": "saebench.saes.matryoshka:MatryoshkaSAE",

@@ -63,7 +63,11 @@ def aux_k(
         pre_NA = torch.zeros_like(pre_NA).scatter(1, slots_NK, values_NK)
     if weights_A is not None:
         pre_NA = pre_NA * weights_A
-    e_hat_ND = pre_NA @ sae.W_dec[candidates_A]
+    return share_left(error_ND, pre_NA @ sae.W_dec[candidates_A])
+
+
+def share_left(error_ND: Tensor, e_hat_ND: Tensor) -> Tensor:
+    """``sum |e - e_hat|^2 / sum |e - mean e|^2``, e detached; 0 when e does not vary."""
     error_ND = error_ND.detach()
     variance = (error_ND - error_ND.mean(0)).square().sum()
     # Infinity, not a quotient mended afterwards: its gradient would be 0 / 0.

@@ -1,0 +1,108 @@
+"""Matching pursuit (Mallat and Zhang 1993; as an SAE's encoder: Costa et al. 2025), eager.
+
+Shapes: N rows (n of them at once), D = d_in, M atoms (the rows of the dictionary), K picks a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CPU_CHUNK_ELEMENTS = 1 << 20
+"""Correlations kept at once on a CPU: few enough that k picks find them in its cache."""
+_GRAM_LARGEST = 16_384
+"""Atoms above which the Gram matrix is not made: it would take more than 1 GiB."""
+_GROUP = 64
+"""Correlations that lie side by side in the vectorised half of the search for the largest."""
+
+
+def matching_pursuit_encode(
+    x_ND: Tensor,
+    atoms_MD: Tensor,
+    k: int,
+    *,
+    tolerance: Tensor | float = 0.0,
+    absolute: bool = False,
+    scan_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """At most k picks for each row of x; x and the atoms are float32, the atoms of unit norm.
+
+    From r = x, again and again: i = argmax_i r . d_i, c = max(0, r . d_i), r <- r - c d_i. ``absolute``
+    takes the argmax of |r . d_i| and c = r . d_i. A row ends after k picks, when |r| < ``tolerance``, or
+    when c is 0; what is left of it is zeros at index 0. One atom may be picked several times.
+
+    Every c is computed in float32 from the float32 residual, so |x|^2 = sum c^2 + |r|^2 whatever proposed
+    the pick. Two routes propose it, and ``uses_gram`` tells which by the shapes alone: after one scan
+    x D^T the correlations are kept up to date by c <- c - c_i (D D^T)[i] in float32, or r D^T is scanned
+    anew for every pick, in ``scan_dtype``. In float32 both make the same picks apart from near ties.
+
+    Returns:
+        ``values_NK`` float32 and ``indices_NK`` int64, in the order of the picks.
+    """
+    n_rows, atoms_MD, use_gram = len(x_ND), pad_atoms(atoms_MD), uses_gram(len(x_ND), len(atoms_MD), k)
+    gram_MM = atoms_MD @ atoms_MD.T if use_gram else None
+    scan_dtype = torch.float32 if use_gram else scan_dtype
+    scan_atoms_DM = atoms_MD.to(scan_dtype).T
+    chunk = max(1, n_rows if x_ND.is_cuda else min(n_rows, _CPU_CHUNK_ELEMENTS // len(atoms_MD)))
+    scores_nM = torch.empty(chunk, len(atoms_MD), dtype=scan_dtype, device=x_ND.device)
+    gathered_nM = torch.empty_like(scores_nM) if use_gram else None
+    values_NK = torch.zeros(n_rows, k, device=x_ND.device)
+    indices_NK = torch.zeros(n_rows, k, dtype=torch.int64, device=x_ND.device)
+    for start in range(0, n_rows, chunk):
+        rows = slice(start, min(start + chunk, n_rows))
+        residual_nD, scores = x_ND[rows].clone(), scores_nM[: rows.stop - start]
+        torch.mm(residual_nD.to(scan_dtype), scan_atoms_DM, out=scores)
+        for t in range(k):
+            picks_n = best_atoms(scores.abs() if absolute else scores)
+            picked_nD = atoms_MD.index_select(0, picks_n)
+            values_n1 = accept(residual_nD, picked_nD, tolerance=tolerance, absolute=absolute)
+            residual_nD.addcmul_(picked_nD, values_n1, value=-1)
+            values_NK[rows, t] = values_n1[:, 0]
+            indices_NK[rows, t] = picks_n
+            if t + 1 == k or (not x_ND.is_cuda and not values_n1.any()):
+                break
+            if gram_MM is None or gathered_nM is None:
+                torch.mm(residual_nD.to(scan_dtype), scan_atoms_DM, out=scores)
+            else:
+                gathered = torch.index_select(gram_MM, 0, picks_n, out=gathered_nM[: len(scores)])
+                scores.addcmul_(gathered, values_n1, value=-1)
+    return values_NK, indices_NK.masked_fill_(values_NK == 0, 0)
+
+
+def uses_gram(n_rows: int, n_atoms: int, k: int) -> bool:
+    """Whether correlations are updated by D D^T rather than scanned anew for every pick.
+
+    D D^T costs as much as M / N scans and saves nearly all of k - 1; it is worth it when it costs less
+    than half of them. It must fit into 1 GiB.
+    """
+    return n_atoms <= _GRAM_LARGEST and 2 * n_atoms <= (k - 1) * n_rows
+
+
+def pad_atoms(atoms_MD: Tensor) -> Tensor:
+    """The atoms with zeros after them, so that ``best_atoms`` can part them in groups: never of use."""
+    missing = -len(atoms_MD) % _GROUP
+    return torch.nn.functional.pad(atoms_MD, (0, 0, 0, missing))
+
+
+def best_atoms(scores_nM: Tensor) -> Tensor:
+    """[n] int64: where each row has its largest score; M is a multiple of the group.
+
+    On a CPU torch's argmax goes element by element, ten times slower than its maximum over a middle axis.
+    So the largest of each of 64 interleaved groups is found first, then the best group, then its member.
+    """
+    if scores_nM.is_cuda:
+        return scores_nM.argmax(1)
+    scores_nGg = scores_nM.view(len(scores_nM), -1, _GROUP)
+    best_n11 = scores_nGg.amax(1).argmax(1)[:, None, None]
+    members_nG = scores_nGg.gather(2, best_n11.expand(-1, scores_nGg.shape[1], 1))[:, :, 0]
+    return members_nG.argmax(1) * _GROUP + best_n11[:, 0, 0]
+
+
+def accept(residual_nD: Tensor, picked_nD: Tensor, *, tolerance: Tensor | float, absolute: bool) -> Tensor:
+    """[n, 1]: the coefficient of the atom picked for each row, 0 where the row has ended."""
+    values_n1 = (residual_nD * picked_nD).sum(1, keepdim=True)
+    if not absolute:
+        values_n1 = values_n1.relu_()
+    if isinstance(tolerance, Tensor) or tolerance > 0:
+        values_n1 = torch.where(residual_nD.norm(dim=1, keepdim=True) < tolerance, 0.0, values_n1)
+    return values_n1

@@ -1,0 +1,203 @@
+"""Matching pursuit SAE, MP-SAE (Costa, Fel, Lubana, Tolooshams and Ba 2025, arXiv 2506.03093).
+
+Shapes: N rows, D = d_in, M = d_sae atoms, K picks a row, A dead atoms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from saebench.codes import SparseCodes
+from saebench.errors import UserError
+from saebench.saes.auxiliary import AuxSpec, share_left
+from saebench.saes.base import Batch
+from saebench.saes.choice import ChoiceSAE
+from saebench.saes.functions import decode_codes
+from saebench_kernels import matching_pursuit_encode, matching_pursuit_gradients, orthogonal_pursuit_encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchingPursuitSpec(AuxSpec):
+    """Settings of a matching pursuit SAE."""
+
+    name: ClassVar[str] = "matching-pursuit"
+
+    selection: Literal["signed", "absolute"] = "signed"
+    """Pick the largest r . d_i, or the largest |r . d_i| (codes may then be negative)."""
+    tolerance: float | None = None
+    """Stop a token when its residual norm is below this, in the units of training; by default only after k
+    picks."""
+    orthogonal: bool = False
+    """Solve for all coefficients again after every pick (orthogonal matching pursuit)."""
+    k_aux: int | None = None
+    """Picks among the dead atoms that explain each token's residual in the auxiliary loss; k by default."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_tolerance(self.tolerance)
+
+
+class MatchingPursuitSAE(ChoiceSAE):
+    """Subtracts from what is left of a token the atom that explains most of it, k times.
+
+    r_0 = x - b_dec;  i_t = argmax_i r_t . d_i,  c_t = max(0, r_t . d_{i_t}),  r_{t+1} = r_t - c_t d_{i_t};
+    x_hat = sum_t c_t d_{i_t} + b_dec,  so that  x - x_hat = r_T  and  |x - b_dec|^2 = sum_t c_t^2 + |r_T|^2;
+    loss = |x - x_hat|^2 / d_in  +  aux_coefficient * aux (see ``auxiliary_loss``).
+
+    The dictionary D = W_dec, unit rows, is encoder and decoder: ``W_enc_MD`` is W_dec and ``b_enc`` is 0.
+    A token ends after k picks, when |r| < ``tolerance`` (an absolute norm, as in the authors' code and in
+    SAELens; it is checked before the first pick too), or when no correlation is positive. Codes keep the
+    order of the picks, padding last: those with k are the beginning of those with k + 1. An atom may be
+    picked again, which adds to its coefficient: ``to_dense`` adds up, ``l0`` counts it once.
+
+    ``selection="absolute"`` takes the largest |r . d_i| and c = r . d_i. ``orthogonal=True`` is orthogonal
+    matching pursuit: no atom twice, and after every pick the coefficients are those of least squares on
+    the atoms picked. These may become negative, where another reading re-solves under c >= 0 (overcomplete
+    does): ours keeps the residual orthogonal to every picked atom. With k + 1 it makes the same picks and
+    one more, at other coefficients.
+
+    Gradients go through the whole recursion, with the picks held fixed. In the orthogonal variant c
+    minimises |x - x_hat|, so by the envelope theorem the loss has the gradient that it has with c held
+    fixed, -2 c r^T / (N D) for the picked atoms and -2 r / (N D) for b_dec.
+    """
+
+    Spec = MatchingPursuitSpec
+    spec: MatchingPursuitSpec
+    tied = True
+    weight_names = ("W_dec", "b_dec", "tolerance")
+    tolerance: Tensor
+    """Scalar: ``spec.tolerance`` in the units of the activations that this SAE reads; 0 is none."""
+
+    def __init__(self, spec: MatchingPursuitSpec, d_in: int) -> None:
+        super().__init__(spec, d_in)
+        self.register_buffer("tolerance", torch.tensor(spec.tolerance or 0.0))
+
+    @property
+    def W_enc_MD(self) -> Tensor:  # type: ignore[override]
+        return self.W_dec
+
+    @property
+    def b_enc(self) -> Tensor:  # type: ignore[override]
+        return self.W_dec.new_zeros(self.d_sae)
+
+    @torch.no_grad()
+    def initialize(self, sample: Batch, *, seed: int) -> None:
+        """Random unit atoms; b_dec the mean of the sample."""
+        generator = torch.Generator().manual_seed(seed)
+        self.W_dec.copy_(torch.randn(self.d_sae, self.d_in, generator=generator))
+        self.normalize_decoder()
+        self.b_dec.copy_(sample.x_ND.double().mean(0))
+
+    def encode_rows(
+        self, x_ND: Tensor, *, k: int | None = None, tolerance: float | None = None
+    ) -> SparseCodes:
+        """Codes of rows [N, D], in the order of the picks.
+
+        ``k`` and ``tolerance`` other than those trained with make more picks, or fewer; the tolerance is in
+        the units of x. k may exceed d_sae, since atoms repeat.
+
+        Raises:
+            UserError: k is below 1, or the tolerance not a positive number.
+        """
+        if k is not None and k < 1:
+            raise UserError(f"k is {k}; matching pursuit needs at least 1 pick")
+        _check_tolerance(tolerance)
+        return self.attach_gradients(x_ND, self.pursue(x_ND, k=k, tolerance=tolerance))
+
+    def choose(self, batch: Batch) -> SparseCodes:
+        return self.pursue(batch.x_ND)
+
+    @torch.no_grad()
+    def pursue(self, x_ND: Tensor, *, k: int | None = None, tolerance: float | None = None) -> SparseCodes:
+        """The picks and their coefficients, without gradients."""
+        trained_with: Tensor | float = 0.0 if self.spec.tolerance is None else self.tolerance
+        encode = orthogonal_pursuit_encode if self.spec.orthogonal else matching_pursuit_encode
+        values_NK, indices_NK = encode(
+            x_ND - self.b_dec,
+            self.W_dec,
+            self.k if k is None else k,
+            tolerance=trained_with if tolerance is None else tolerance,
+            absolute=self.spec.selection == "absolute",
+            scan_dtype=self.compute_dtype,
+        )
+        return SparseCodes.from_topk(values_NK, indices_NK, d_sae=self.d_sae)
+
+    def attach_gradients(self, x_ND: Tensor, chosen: SparseCodes) -> SparseCodes:
+        """``chosen`` with the gradients of the recursion; as it is in the orthogonal variant."""
+        return chosen if self.spec.orthogonal else pursuit_gradients(x_ND, self.W_dec, self.b_dec, chosen)
+
+    def auxiliary_loss(self, batch: Batch, error_ND: Tensor) -> Tensor:
+        """The share of the (detached) residual that the dead atoms leave, after a pursuit of it by them.
+
+        Our reading of AuxK where nothing is pre-activated: e_hat are ``k_aux`` picks of matching pursuit
+        among the dead atoms alone, and aux = sum |e - e_hat|^2 / sum |e - mean e|^2. Decoding the top k_aux
+        correlations at once, as AuxK does, would overshoot: unit atoms have no scale to learn, and many
+        of them correlate with the same residual. A pursuit never leaves more than there was. Its gradient
+        reaches the dead atoms that were picked and nothing else. 0 without dead atoms.
+        """
+        dead_A = self.dead_latents()
+        if dead_A.numel() == 0:
+            return error_ND.new_zeros(())
+        atoms_AD, origin_D = self.W_dec[dead_A], error_ND.new_zeros(self.d_in)
+        with torch.no_grad():
+            values_NK, indices_NK = matching_pursuit_encode(
+                error_ND, atoms_AD, self.spec.k_aux or self.k, absolute=self.spec.selection == "absolute"
+            )
+        chosen = SparseCodes.from_topk(values_NK, indices_NK, d_sae=len(atoms_AD))
+        codes = pursuit_gradients(error_ND, atoms_AD, origin_D, chosen)
+        return share_left(error_ND, decode_codes(codes, atoms_AD, origin_D))
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        """As for any SAE; the tolerance shrinks by ``scale`` with the residuals."""
+        super().fold_scale(scale)
+        self.tolerance.div_(scale)
+
+
+def pursuit_gradients(x_ND: Tensor, atoms_MD: Tensor, b_dec_D: Tensor, chosen: SparseCodes) -> SparseCodes:
+    """``chosen`` with the gradients of matching pursuit's coefficients for the atoms and ``b_dec``.
+
+    ``x`` is data and gets no gradient, and neither do the picks.
+    """
+    if not torch.is_grad_enabled():
+        return chosen
+    values_S: Tensor = _Coefficients.apply(  # type: ignore[no-untyped-call]
+        chosen.values, chosen.indices, chosen.k, x_ND, atoms_MD, b_dec_D
+    )
+    return chosen.with_values(values_S)
+
+
+class _Coefficients(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values_S: Tensor,
+        indices_S: Tensor,
+        k: int,
+        x_ND: Tensor,
+        atoms_MD: Tensor,
+        b_dec_D: Tensor,
+    ) -> Tensor:
+        ctx.k = k
+        ctx.save_for_backward(values_S, indices_S, x_ND, atoms_MD, b_dec_D)
+        return values_S.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        values_S, indices_S, x_ND, atoms_MD, b_dec_D = ctx.saved_tensors
+        indices_NK, values_NK, d_values_NK = (s.view(-1, ctx.k) for s in (indices_S, values_S, grads[0]))
+        d_x_ND, d_atoms_MD = matching_pursuit_gradients(
+            x_ND - b_dec_D, atoms_MD, indices_NK, values_NK, d_values_NK
+        )
+        return None, None, None, None, d_atoms_MD, -d_x_ND.sum(0)
+
+
+def _check_tolerance(tolerance: float | None) -> None:
+    if tolerance is not None and not 0 < tolerance < float("inf"):
+        raise UserError(
+            f"tolerance is {tolerance}; give a positive residual norm, or none to stop only after k picks"
+        )
