@@ -2,6 +2,7 @@
 
 from saebench_kernels.feature_choice_encode import feature_choice_encode
 from saebench_kernels.gathered_dots import gathered_dots
+from saebench_kernels.gradient_topk_encode import gradient_topk_encode
 from saebench_kernels.latent_sums import LatentGroups, group_by_latent, latent_sums
 from saebench_kernels.mutual_choice_encode import mutual_choice_encode
 from saebench_kernels.matching_pursuit_encode import matching_pursuit_encode
@@ -15,6 +16,7 @@ __all__ = [
     "LatentGroups",
     "feature_choice_encode",
     "gathered_dots",
+    "gradient_topk_encode",
     "group_by_latent",
     "latent_sums",
     "mutual_choice_encode",

@@ -30,6 +30,7 @@ ALIASES = {"batchtopk": "mutual-choice"}
 StoredDtype = Literal["bf16", "fp16", "fp32"]
 ComputeDtype = Literal["auto", "bf16", "fp32"]
 ForeignFormat = Literal["saelens"]
+SyntheticData = Literal["tree", "zipf", "readout", "superposition"]
 
 DEMO_HOOK = "blocks.2.hook_resid_post"
 MAX_SHARDS = 8192
@@ -329,6 +330,42 @@ class ImportSaeConfig:
     def __post_init__(self) -> None:
         if self.k is not None:
             at_least(self, k=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthConfig:
+    """Train SAEs on data whose features are known, compare them with the truth, test the papers' claims."""
+
+    out: Path = Path("synth")
+    """Directory for the data, the runs and the results; run again to go on after an interruption."""
+    full: bool = False
+    """The whole suite: more rows, and all nine levels of the tree; about an hour on 2 CPU cores."""
+    data: tuple[SyntheticData, ...] = ("tree", "zipf", "readout", "superposition")
+    """Which data; repeat for several."""
+    architectures: tuple[str, ...] = ()
+    """Which architectures; repeat for several. All by default."""
+    seeds: int = 3
+    """SAEs of each kind, which differ in their initial weights."""
+    tokens: int | None = None
+    """Rows to train each SAE on; by default what the suite takes for each data."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda' or 'cuda:1'."""
+    quiet: bool = False
+    """No progress display."""
+
+    def __post_init__(self) -> None:
+        at_least(self, seeds=1)
+        if self.tokens is not None:
+            at_least(self, tokens=10_000)
+        for name in self.architectures:
+            if name not in ARCHITECTURES:
+                known = ", ".join(ARCHITECTURES)
+                raise UserError(f"--architectures {name} is not an architecture; there is {known}")
+        for flag, values in (("data", self.data), ("architectures", self.architectures)):
+            if len(set(values)) != len(values):
+                raise UserError(f"--{flag} names the same thing twice: {', '.join(values)}")
+        if not self.data:
+            raise UserError("no data was named; leave --data out for all of them")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,63 @@
+"""Encode and keep the k latents of each row that are both active and influential: the eager reference.
+
+Shapes: N rows, D = d_in, M = d_sae latents, K kept a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saebench_kernels.gathered_dots import gathered_dots
+
+_CPU_CHUNK_ELEMENTS = 1 << 20
+"""Scores made at once on a CPU: few enough to be in its cache when the top k are looked for."""
+
+
+def gradient_topk_encode(
+    x_ND: Tensor,
+    g_ND: Tensor,
+    W_enc_MD: Tensor,
+    W_dec_MD: Tensor,
+    b_enc_M: Tensor,
+    k: int,
+    weight: Tensor | float,
+    *,
+    scan_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """``z = relu(x W_enc^T + b_enc)`` at the k largest of ``z (1 + weight |g W_dec^T|)`` in each row.
+
+    x, g and the weights are float32. The scan over all latents is done in ``scan_dtype``. When that is not
+    float32 it only proposes: the values of the latents picked are computed again in float32. The score
+    multiplies z, so a latent of z = 0 is never picked ahead of a positive one: a row with fewer than k
+    positive latents is filled up with zeros, whose indices mean nothing. The order within a row is
+    unspecified; so is which of several equal scores at the border is kept.
+
+    Returns:
+        ``values_NK`` float32 (z, not the score) and ``indices_NK`` int64.
+    """
+    n_rows, d_sae = x_ND.shape[0], W_enc_MD.shape[0]
+    scan_x_ND, scan_W_enc_DM, scan_b_M = (
+        x_ND.to(scan_dtype),
+        W_enc_MD.to(scan_dtype).T,
+        b_enc_M.to(scan_dtype),
+    )
+    scan_g_ND, scan_W_dec_DM = (g_ND * weight).to(scan_dtype), W_dec_MD.to(scan_dtype).T
+    chunk = max(1, n_rows if x_ND.is_cuda else min(n_rows, _CPU_CHUNK_ELEMENTS // d_sae))
+    buffer_nM = torch.empty(chunk, d_sae, dtype=scan_dtype, device=x_ND.device)
+    score_nM = torch.empty_like(buffer_nM)
+    values_NK = torch.empty(n_rows, k, dtype=scan_dtype, device=x_ND.device)
+    indices_NK = torch.empty(n_rows, k, dtype=torch.int64, device=x_ND.device)
+    for start in range(0, n_rows, chunk):
+        rows = slice(start, min(start + chunk, n_rows))
+        z_nM, out_nM = buffer_nM[: rows.stop - start], score_nM[: rows.stop - start]
+        torch.addmm(scan_b_M, scan_x_ND[rows], scan_W_enc_DM, out=z_nM).relu_()
+        torch.mm(scan_g_ND[rows], scan_W_dec_DM, out=out_nM).abs_()
+        torch.addcmul(z_nM, z_nM, out_nM, out=out_nM)
+        indices_NK[rows] = torch.topk(out_nM, k, dim=1, sorted=False).indices
+        torch.gather(z_nM, 1, indices_NK[rows], out=values_NK[rows])
+    if scan_dtype != torch.float32:
+        starts_N = torch.arange(n_rows, device=x_ND.device) * k
+        dots_S = gathered_dots(indices_NK.view(-1), starts_N, x_ND, W_enc_MD)
+        values_NK = (dots_S.view(n_rows, k) + b_enc_M[indices_NK]).relu_()
+    return values_NK, indices_NK

@@ -1,0 +1,226 @@
+"""Gradient SAE (g-SAE): keeps the latents that are active and matter to what the model says next.
+
+Olmo et al. 2024, arXiv 2411.10397.
+
+Shapes: N rows, D = d_in, M = d_sae latents, K kept a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from saebench.codes import SparseCodes
+from saebench.config import SaeSpec
+from saebench.errors import UserError
+from saebench.fields import at_least
+from saebench.saes.auxiliary import AuxSpec
+from saebench.saes.base import Batch, LossTerms
+from saebench.saes.choice import ChoiceSAE
+from saebench_kernels import gradient_topk_encode, topk_encode
+
+SAMPLED_ROWS = 256
+"""Rows of each training batch that statistics are taken from: on all of them they would cost another scan."""
+INFLUENCE_RATE = 0.01
+"""Weight of a new batch in the running mean of the influence, which so remembers about 100 steps."""
+_CHUNK_BYTES = 1 << 26
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSpec(AuxSpec):
+    """Settings of a gradient SAE."""
+
+    name: ClassVar[str] = "gradient"
+
+    beta: float = 1.0
+    """Weight of a latent's effect on the model's loss in the choice; 0 chooses as TopK does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, beta=0)
+
+
+class GradientSAE(ChoiceSAE):
+    """Keeps the k largest scores of each token, where the score is the latent's value times its influence.
+
+    With z = relu(W_enc (x - b_dec) + b_enc), the atoms D = W_dec and the gradient g of the model's loss at x,
+
+        score = z (1 + beta c |D g|),  kept are the k largest scores,  x_hat = W_dec^T z + b_dec,
+        loss = |x - x_hat|^2 / d_in  +  aux_coefficient * AuxK.
+
+    z_i (d_i . g) is the first-order change of the model's loss when latent i is removed: beta = 0 is TopK,
+    and a large beta chooses by that effect alone. The gradient only chooses. Our reading (the paper's text
+    could not be had): the values kept are z, not the score, nothing is learned through the score, and the
+    rest is a TopK SAE. c = ``gradient_scale`` makes the mean of |D g| over tokens and latents 1 at
+    initialisation, so that a beta means the same for every model and every scale of its loss.
+
+    How latents are chosen once the SAE is trained is our reading too. ``encode(x, inference=...)``:
+
+    - ``plain``: score = z. Reads x alone, as every other SAE does.
+    - ``proxy``: |D g| is replaced by ``influence``, its running mean over tokens, a number for each latent.
+    - ``oracle``: as in training, from ``gradient``, of x's shape. The gradient knows the next tokens:
+      compare with other oracles only.
+    """
+
+    Spec = GradientSpec
+    spec: GradientSpec
+    uses_gradients = True
+    inferences = ("plain", "proxy", "oracle")
+    weight_names = (*ChoiceSAE.weight_names, "gradient_scale", "influence")
+    gradient_scale: Tensor
+    """c, float32 scalar, per nat per unit of activation."""
+    influence: Tensor
+    """[M] float32: running mean over tokens of |d_i . g|."""
+    steps_seen: Tensor
+
+    def __init__(self, spec: SaeSpec, d_in: int) -> None:
+        super().__init__(spec, d_in)
+        self.register_buffer("gradient_scale", torch.zeros(()))
+        self.register_buffer("influence", torch.zeros(spec.d_sae))
+        self.register_buffer("steps_seen", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def weight(self) -> Tensor:
+        """beta c, what |D g| is multiplied with in the score."""
+        return self.spec.beta * self.gradient_scale
+
+    # Training -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def initialize(self, sample: Batch, *, seed: int) -> None:
+        """As every SAE, and set ``gradient_scale`` and the first ``influence`` from the sample.
+
+        Raises:
+            UserError: the gradients of the sample are all zero, or not finite.
+        """
+        self.gradient_scale.zero_()
+        super().initialize(sample, seed=seed)
+        gradient_ND = _gradient_of(sample)
+        sum_M = torch.zeros(self.d_sae, dtype=torch.float64, device=self.W_dec.device)
+        for part_nM in self._influences(gradient_ND):
+            sum_M += part_nM.double().sum(0)
+        mean = (sum_M.mean() / len(gradient_ND)).item()
+        if not 0 < mean < float("inf"):
+            raise UserError(
+                f"the mean effect of a latent on the model's loss is {mean} in this cache: its gradients are "
+                "all zero or not finite; harvest them again with --gradients"
+            )
+        self.gradient_scale.fill_(1 / mean)
+        self.influence.copy_(sum_M / len(gradient_ND))
+        # The same decoder once more: the factor of the encoder should fit the choice that will be made.
+        super().initialize(sample, seed=seed)
+
+    def choose(self, batch: Batch) -> SparseCodes:
+        """The k largest scores of each row and their values, without gradients."""
+        return self._by_gradient(batch.x_ND, _gradient_of(batch))
+
+    def terms(
+        self, batch: Batch, codes: SparseCodes, x_hat_ND: Tensor, objective: Tensor, **extra: Tensor
+    ) -> LossTerms:
+        """As in every choice SAE, and the share of picks that TopK would not have made (on 256 rows)."""
+        with torch.no_grad():
+            rows = slice(SAMPLED_ROWS)
+            indices_NK, values_NK = codes.rectangular()
+            mine = SparseCodes.from_topk(values_NK[rows], indices_NK[rows], d_sae=self.d_sae)
+            changed = picks_changed(mine, self._plain(batch.x_ND[rows]))
+        return super().terms(batch, codes, x_hat_ND, objective, picks_changed=changed, **extra)
+
+    @torch.no_grad()
+    def after_step(self, batch: Batch, terms: LossTerms) -> None:
+        """Also carry on the running mean of each latent's influence, from 256 rows of each batch."""
+        super().after_step(batch, terms)
+        self.steps_seen += 1
+        mean_M = (_gradient_of(batch[:SAMPLED_ROWS]) @ self.W_dec.T).abs().mean(0)
+        rate = (1 + self.steps_seen).float().reciprocal().clamp_min(INFLUENCE_RATE)
+        self.influence.lerp_(mean_M, rate)
+
+    # Inference ------------------------------------------------------------------------------------
+
+    def encode(self, x: Tensor, **how: Any) -> SparseCodes:
+        """Codes of ``x`` [..., d_in]; ``inference`` and ``gradient`` as the class describes them.
+
+        Raises:
+            ValueError: the last axis is not d_in, an unknown ``inference``, or a ``gradient`` that is
+                missing, of another shape than ``x``, or given although only ``oracle`` reads it.
+        """
+        gradient = how.get("gradient")
+        if gradient is not None and gradient.shape != x.shape:
+            raise ValueError(f"gradient has shape {tuple(gradient.shape)}, x has {tuple(x.shape)}")
+        return super().encode(x, **how)
+
+    def encode_rows(
+        self, x_ND: Tensor, *, inference: str = "plain", gradient: Tensor | None = None
+    ) -> SparseCodes:
+        """Codes of rows [N, D], chosen as ``inference`` says."""
+        if inference not in self.inferences:
+            raise ValueError(f"inference is {inference!r}; there is {', '.join(self.inferences)}")
+        if (gradient is not None) != (inference == "oracle"):
+            raise ValueError("inference='oracle' needs gradient=..., and it alone")
+        with torch.no_grad():
+            if gradient is not None:
+                chosen = self._by_gradient(x_ND, gradient.reshape(x_ND.shape).to(x_ND))
+            elif inference == "proxy":
+                chosen = self._by_influence(x_ND)
+            else:
+                chosen = self._plain(x_ND)
+        return self.attach_gradients(x_ND, chosen)
+
+    def _by_gradient(self, x_ND: Tensor, gradient_ND: Tensor) -> SparseCodes:
+        values_NK, indices_NK = gradient_topk_encode(
+            x_ND - self.b_dec,
+            gradient_ND,
+            self.W_enc_MD,
+            self.W_dec,
+            self.b_enc,
+            self.k,
+            self.weight,
+            scan_dtype=self.compute_dtype,
+        )
+        return SparseCodes.from_topk(values_NK, indices_NK, d_sae=self.d_sae)
+
+    def _by_influence(self, x_ND: Tensor) -> SparseCodes:
+        """A factor for each latent is a TopK of scaled weights."""
+        factor_M = 1 + self.weight * self.influence
+        values_NK, indices_NK = topk_encode(
+            x_ND - self.b_dec,
+            self.W_enc_MD * factor_M[:, None],
+            self.b_enc * factor_M,
+            self.k,
+            scan_dtype=self.compute_dtype,
+        )
+        return SparseCodes.from_topk(values_NK / factor_M[indices_NK], indices_NK, d_sae=self.d_sae)
+
+    def _plain(self, x_ND: Tensor) -> SparseCodes:
+        values_NK, indices_NK = topk_encode(
+            x_ND - self.b_dec, self.W_enc_MD, self.b_enc, self.k, scan_dtype=self.compute_dtype
+        )
+        return SparseCodes.from_topk(values_NK, indices_NK, d_sae=self.d_sae)
+
+    def _influences(self, gradient_ND: Tensor) -> Iterator[Tensor]:
+        """|g D^T| [n, M], a few rows at a time."""
+        for part_nD in torch.split(gradient_ND, max(1, _CHUNK_BYTES // (4 * self.d_sae))):
+            yield (part_nD.to(self.W_dec) @ self.W_dec.T).abs_()
+
+
+def picks_changed(codes: SparseCodes, plain: SparseCodes) -> Tensor:
+    """Share of the picks of ``codes`` that ``plain``, codes of the same rows, has not; 0 without picks.
+
+    Both are rectangular; zero values are no picks. A scalar tensor.
+    """
+    indices_NK, values_NK = codes.rectangular()
+    plain_indices_NK, plain_values_NK = plain.rectangular()
+    sorted_NK = torch.where(plain_values_NK != 0, plain_indices_NK, -1).sort(dim=1).values
+    place_NK = torch.searchsorted(sorted_NK, indices_NK.contiguous()).clamp_max(sorted_NK.shape[1] - 1)
+    real_NK = values_NK != 0
+    new_NK = real_NK & (sorted_NK.gather(1, place_NK) != indices_NK)
+    return new_NK.sum() / real_NK.sum().clamp_min(1)
+
+
+def _gradient_of(batch: Batch) -> Tensor:
+    if batch.gradient_ND is None:
+        raise ValueError("a gradient SAE is trained on batches with gradient_ND")
+    return batch.gradient_ND
