@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "matching-pursuit": "saebench.saes.matching_pursuit:MatchingPursuitSAE",
     "mutual-choice": "saebench.saes.mutual_choice:MutualChoiceSAE",
     "feature-choice": "saebench.saes.feature_choice:FeatureChoiceSAE",
+    "gradient": "saebench.saes.gradient:GradientSAE",
     "matryoshka": "saebench.saes.matryoshka:MatryoshkaSAE",
 }
 """Name -> where the class is. A new architecture is one file in saebench/saes and one line here."""
