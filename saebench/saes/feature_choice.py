@@ -96,13 +96,13 @@ class FeatureChoiceSAE(MutualChoiceSAE):
     density: Tensor
     """[M] running mean of the share of tokens on which a latent fires."""
     law: Tensor
-    """[2] float64: exponent and shift, NaN until they are fitted."""
+    """[2] float64: exponent and shift, -1 until they are fitted."""
 
     def __init__(self, spec: SaeSpec, d_in: int) -> None:
         super().__init__(spec, d_in)
         self.register_buffer("threshold", torch.zeros(spec.d_sae))
         self.register_buffer("density", torch.zeros(spec.d_sae))
-        self.register_buffer("law", torch.full((2,), torch.nan, dtype=torch.float64))
+        self.register_buffer("law", torch.full((2,), -1.0, dtype=torch.float64))
 
     # Training -------------------------------------------------------------------------------------
 
@@ -139,7 +139,7 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         if self.spec.budgets == "uniform":
             return ZipfLaw(0.0, 0.0)
         exponent, shift = self.law.tolist()
-        if exponent == exponent:
+        if exponent >= 0:
             return ZipfLaw(exponent, shift)
         once = self.rate() / n_rows  # as much as one firing adds to a density
         return fit_zipf(

@@ -12,13 +12,24 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def sparse_rows():
-    """[6000, 16] rows that really are sparse sums of 32 unit directions, plus an offset and little noise."""
-    generator = torch.Generator().manual_seed(0)
-    atoms_MD = torch.nn.functional.normalize(torch.randn(32, 16, generator=generator), dim=1)
-    fires_NM = torch.rand(6000, 32, generator=generator) < 0.1
-    codes_NM = fires_NM * (1 + torch.rand(6000, 32, generator=generator))
-    return codes_NM @ atoms_MD + 2.0 + 0.01 * torch.randn(6000, 16, generator=generator)
+def sparse_rows_of():
+    """``sparse_rows_of(seed=...)``: [6000, 16] sparse sums of 32 unit directions, an offset, some noise."""
+    atoms_MD = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    atoms_MD = torch.nn.functional.normalize(atoms_MD, dim=1)
+
+    def draw(*, seed):
+        generator = torch.Generator().manual_seed(seed)
+        fires_NM = torch.rand(6000, 32, generator=generator) < 0.1
+        codes_NM = fires_NM * (1 + torch.rand(6000, 32, generator=generator))
+        return codes_NM @ atoms_MD + 2.0 + 0.01 * torch.randn(6000, 16, generator=generator)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def sparse_rows(sparse_rows_of):
+    """[6000, 16] rows that really are sparse."""
+    return sparse_rows_of(seed=0)
 
 
 @pytest.fixture(scope="session")
