@@ -243,6 +243,8 @@ class EvalConfig:
     """Rows to measure on, at most."""
     rows: Literal["held-out", "all"] = "held-out"
     """'all' includes rows that the SAE was trained on."""
+    inference: str | None = None
+    """How latents are chosen, for SAEs that know several ways: plain, proxy, oracle."""
     batch_size: int = 32
     """Contexts in one forward pass of the model."""
     device: str = "auto"

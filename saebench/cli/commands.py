@@ -113,9 +113,11 @@ def _trained(run: Run) -> dict[str, Any]:
 
 def evaluate(config: EvalConfig) -> Result:
     from saebench.evaluation import evaluate as measure
+    from saebench.evaluation.report import inference_label
 
     data = measure(config).to_dict()
     shown = {name: value for name, value in data.items() if not isinstance(value, dict | list)}
+    shown["inference"] = inference_label(data["inference"])
     return Result(data, pairs(shown))
 
 

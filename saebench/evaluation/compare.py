@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from saebench.config import CompareConfig
 from saebench.errors import UserError
+from saebench.evaluation.report import inference_label
 from saebench.fields import station
 from saebench.files import atomic_file, read_json, require_writable, write_bytes_atomic, write_json_atomic
 
@@ -143,7 +144,7 @@ def _row(group: Sequence[tuple[Path, dict[str, Any]]]) -> Compared:
         deviations[name] = statistics.stdev(known) if complete and len(known) > 1 else None
     inference = first.get("inference")
     return Compared(
-        label=f"{first['sae']} ({inference})" if inference else first["sae"],
+        label=", ".join(filter(None, [first["sae"], inference_label(inference)])),
         sae=first["sae"],
         inference=inference,
         d_sae=first["d_sae"],

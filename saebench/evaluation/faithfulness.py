@@ -106,13 +106,16 @@ def faithfulness_metrics(
     batches: Iterable[Contexts],
     *,
     mean_activation: Tensor,
-    reconstruct: Callable[[Tensor], Tensor] | None = None,
+    reconstruct: Callable[..., Tensor] | None = None,
+    gradients: bool = False,
 ) -> FaithfulnessMetrics:
     """Run ``model`` four times over each batch of contexts: clean, spliced, with zeros, with the mean.
 
     ``mean_activation`` [d_in] is what ce_mean puts in place. ``reconstruct`` (rows [P, d_in] -> x_hat
     [P, d_in]) stands for ``sae.decode(sae.encode(rows))`` when the caller also wants to see the rows,
-    as ``ReconstructionMeter.update`` does. Positions that are not kept pass through untouched.
+    as ``ReconstructionMeter.update`` does. With ``gradients`` it is also given, as a second argument
+    [P, d_in], the gradient of the clean model's loss at these rows (`Model.gradients`), for which the model
+    runs once more, forward and back. Positions that are not kept pass through untouched.
 
     Raises:
         UserError: there is no prediction to score, or the model's logits are not finite.
@@ -127,6 +130,8 @@ def faithfulness_metrics(
     def mean(x_PD: Tensor) -> Tensor:
         return mean_activation.to(x_PD).expand_as(x_PD)
 
+    assert reconstruct is not None or not gradients, "only reconstruct reads gradients"
+    ablations: dict[str, Callable[[Tensor], Tensor]]
     ablations = {"spliced": reconstruct or through_sae, "zero": zeros, "mean": mean}
     ce = dict.fromkeys(("clean", *ablations), 0.0)
     kl, n_tokens = 0.0, 0
@@ -135,6 +140,10 @@ def faithfulness_metrics(
         n_tokens += len(scored[0])
         clean_BTV = model.logits(batch.tokens_BT)
         ce["clean"] += _sum_cross_entropy(clean_BTV, scored)
+        if reconstruct is not None and gradients:
+            gradient_BTD = model.gradients(batch.tokens_BT, batch.length_B, [hook])[1][hook]
+            gradient_PD = gradient_BTD[batch.keep_BT.to(gradient_BTD.device)]
+            ablations["spliced"] = _with_second(reconstruct, gradient_PD)
         for name, ablation in ablations.items():
             logits_BTV = model.logits(batch.tokens_BT, edit={hook: _replace(batch.keep_BT, ablation)})
             ce[name] += _sum_cross_entropy(logits_BTV, scored)
@@ -152,6 +161,10 @@ def faithfulness_metrics(
     return FaithfulnessMetrics(
         n_tokens=n_tokens, kl=kl / n_tokens, **{f"ce_{name}": total / n_tokens for name, total in ce.items()}
     )
+
+
+def _with_second(function: Callable[..., Tensor], second: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda first: function(first, second)
 
 
 def _replace(keep_BT: Tensor, new: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from saebench.config import EvalConfig
 from saebench.device import pick_device
 from saebench.errors import UserError
 from saebench.evaluation.faithfulness import Contexts, FaithfulnessMetrics, faithfulness_metrics
+from saebench.evaluation.reading import Reading
 from saebench.evaluation.reconstruction import ReconstructionMeter, ReconstructionMetrics
 from saebench.evaluation.report import EvalReport
 from saebench.evaluation.sources import (
@@ -19,7 +23,6 @@ from saebench.evaluation.sources import (
     mean_over_contexts,
     mean_training_activation,
     read_origin,
-    row_batches,
     text_contexts,
 )
 from saebench.fields import station
@@ -28,13 +31,10 @@ from saebench.progress import progress
 from saebench.saes.base import load
 
 if TYPE_CHECKING:
-    import torch
-
     from saebench.activations.cache import ActivationCache
     from saebench.activations.models import Model
     from saebench.saes.base import SAE
 
-REPORT_FILE = "eval.json"
 MOST_ROWS = 8192
 WORKING_BYTES = 2**28
 """Memory for one fp32 matrix of rows over latents, or over the vocabulary."""
@@ -43,6 +43,11 @@ WORKING_BYTES = 2**28
 @station(EvalConfig)
 def evaluate(config: EvalConfig) -> EvalReport:
     """Measure the SAE of ``config.run`` and write ``eval.json`` beside it.
+
+    An SAE that knows several ways of choosing its latents is measured in the one that ``config.inference``
+    names; another than the default has a report of its own, ``eval-proxy.json`` or ``eval-oracle.json``.
+    ``oracle`` reads the gradient of the model's loss, and so the next tokens: that of the cache for the rows,
+    the model's own for its predictions.
 
     Rows are the first ``config.tokens`` held-out rows of the cache; with a model, it reads the contexts of
     exactly these rows, and exactly their positions are replaced. With a text, the rows are what the model
@@ -53,21 +58,23 @@ def evaluate(config: EvalConfig) -> EvalReport:
 
     Raises:
         UserError: no finished SAE, a cache or model that does not fit it, nothing held out to measure on,
-            or activations that are not finite.
+            activations that are not finite, an ``inference`` that the SAE does not know, or a cache without
+            the gradients that it needs.
     """
     run = Path(config.run)
     device = pick_device(config.device)
     sae = load(run, device=device)
+    reading = Reading(sae, config.inference)
     origin = read_origin(run)
     require_writable(run, what="the run directory")
     measure = _on_cache if config.text is None else _on_text
-    report = measure(config, sae, origin, device)
-    write_json_atomic(run / REPORT_FILE, report.to_dict())
+    report = measure(config, reading, origin, device)
+    write_json_atomic(run / f"eval{reading.suffix}.json", report.to_dict())
     return report
 
 
-def _on_cache(config: EvalConfig, sae: SAE, origin: Origin, device: torch.device) -> EvalReport:
-    cache = _open_cache(config, origin)
+def _on_cache(config: EvalConfig, reading: Reading, origin: Origin, device: torch.device) -> EvalReport:
+    sae, cache = reading.sae, _open_cache(config, origin)
     if cache is None:
         raise UserError(f"{config.run} does not say which cache its SAE was trained on; name it with --cache")
     hook = config.hook or origin.hook_name
@@ -75,6 +82,7 @@ def _on_cache(config: EvalConfig, sae: SAE, origin: Origin, device: torch.device
         raise UserError(f"{config.run} does not say its hook; pass --hook, one of {', '.join(cache.hooks)}")
     hook = cache.resolve_hook(hook)
     _require_width(cache.d_in(hook), sae, hook, cache.path)
+    gradients_ND = cache.gradients(hook) if reading.needs_gradients else None
     row_N = choose_rows(cache, rows=config.rows, tokens=config.tokens)
     contexts = cache_contexts(cache, row_N) if config.model is not None else None
     model = _load_model(config, cache.model, hook, sae, device) if config.model is not None else None
@@ -82,12 +90,13 @@ def _on_cache(config: EvalConfig, sae: SAE, origin: Origin, device: torch.device
     size = max(1, min(MOST_ROWS, WORKING_BYTES // (4 * sae.d_sae)))
     meter = ReconstructionMeter(sae)
     with progress("eval", total=len(row_N), unit="tok", quiet=config.quiet) as bar:
-        for x_ND in row_batches(cache, hook, row_N, size=size):
-            meter.update(x_ND)
-            bar.update(len(x_ND))
+        for part_N in torch.split(row_N, size):
+            gradient_ND = None if gradients_ND is None else gradients_ND[part_N]
+            reading.measure(meter, cache.activations(hook)[part_N], gradient_ND)
+            bar.update(len(part_N))
     reconstruction = meter.result()
     if model is None or contexts is None:
-        return _report(config, sae, hook, reconstruction, cache_hash=cache.hash)
+        return _report(config, reading, hook, reconstruction, cache_hash=cache.hash)
 
     mean_D = mean_training_activation(cache, hook)
     faithfulness = faithfulness_metrics(
@@ -96,19 +105,24 @@ def _on_cache(config: EvalConfig, sae: SAE, origin: Origin, device: torch.device
         hook,
         _shown(contexts, config, model, sae),
         mean_activation=meter.mean() if mean_D is None else mean_D,
+        reconstruct=reading.reconstruct,
+        gradients=reading.needs_gradients,
     )
-    return _report(config, sae, hook, reconstruction, faithfulness, model=model.name, cache_hash=cache.hash)
+    return _report(
+        config, reading, hook, reconstruction, faithfulness, model=model.name, cache_hash=cache.hash
+    )
 
 
-def _on_text(config: EvalConfig, sae: SAE, origin: Origin, device: torch.device) -> EvalReport:
+def _on_text(config: EvalConfig, reading: Reading, origin: Origin, device: torch.device) -> EvalReport:
     """Reconstruction and faithfulness from the same forward passes."""
+    sae = reading.sae
     hook = config.hook or origin.hook_name
     if hook is None:
         raise UserError(f"{config.run} does not say at which hook its SAE was trained; pass --hook")
     cache = _open_cache(config, origin)
     recorded = origin.model if cache is None else cache.model
     model = _load_model(config, recorded, hook, sae, device)
-    contexts = text_contexts(config, model, cache)
+    contexts = text_contexts(config, model, cache, keep_last=not reading.needs_gradients)
 
     mean_D = None
     if cache is not None and recorded is not None and recorded["hash"] == model.hash and hook in cache.hooks:
@@ -123,9 +137,10 @@ def _on_text(config: EvalConfig, sae: SAE, origin: Origin, device: torch.device)
         hook,
         _shown(contexts, config, model, sae),
         mean_activation=mean_D,
-        reconstruct=meter.update,
+        reconstruct=functools.partial(reading.measure, meter),
+        gradients=reading.needs_gradients,
     )
-    return _report(config, sae, hook, meter.result(), faithfulness, model=model.name)
+    return _report(config, reading, hook, meter.result(), faithfulness, model=model.name)
 
 
 def _open_cache(config: EvalConfig, origin: Origin) -> ActivationCache | None:
@@ -197,7 +212,7 @@ def _shown(contexts: Contexts, config: EvalConfig, model: Model, sae: SAE) -> It
 
 def _report(
     config: EvalConfig,
-    sae: SAE,
+    reading: Reading,
     hook: str,
     reconstruction: ReconstructionMetrics,
     faithfulness: FaithfulnessMetrics | None = None,
@@ -211,9 +226,10 @@ def _report(
         behaviour = {name: getattr(faithfulness, name) for name in names}
         behaviour["n_tokens_model"] = faithfulness.n_tokens
     return EvalReport(
-        sae=sae.spec.name,
-        d_sae=sae.d_sae,
-        k=sae.k,
+        sae=reading.sae.spec.name,
+        inference=reading.inference,
+        d_sae=reading.sae.d_sae,
+        k=reading.sae.k,
         hook_name=hook,
         n_tokens=reconstruction.n_tokens,
         rows=config.rows,
@@ -225,6 +241,7 @@ def _report(
         dead_fraction=reconstruction.dead_fraction,
         cosine_similarity=reconstruction.cosine_similarity,
         density_histogram=reconstruction.density_histogram(),
+        picks_changed=reading.picks_changed,
         model=model,
         **behaviour,
     )

@@ -9,6 +9,11 @@ from typing import Any, Literal
 from saebench.evaluation.reconstruction import DensityHistogram
 
 
+def inference_label(inference: str | None) -> str | None:
+    """The name of a way of choosing latents, with a warning where it knows what it should not."""
+    return "oracle (sees the next tokens)" if inference == "oracle" else inference
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalReport:
     """What an SAE keeps of activations that it was not trained on, and of the model's predictions.
@@ -18,6 +23,8 @@ class EvalReport:
 
     sae: str
     """Architecture."""
+    inference: str | None = None
+    """How latents were chosen, of an SAE that knows several ways; ``inference_label`` says it to people."""
     d_sae: int
     k: int
     hook_name: str
@@ -35,6 +42,8 @@ class EvalReport:
     dead_fraction: float
     cosine_similarity: float
     density_histogram: DensityHistogram = field(repr=False)
+    picks_changed: float | None = None
+    """Share of active latents that the SAE's default way of choosing would not have; None for that way."""
     model: str | None = None
     """The model that the SAE was spliced into; without one all that follows is None."""
     n_tokens_model: int | None = None

@@ -107,11 +107,14 @@ def cache_contexts(cache: ActivationCache, row_N: Tensor) -> Contexts:
     return Contexts(tokens_CT, cache.context_len[ctx_C], keep_CT)
 
 
-def text_contexts(config: EvalConfig, model: Model, cache: ActivationCache | None) -> Contexts:
+def text_contexts(
+    config: EvalConfig, model: Model, cache: ActivationCache | None, *, keep_last: bool = True
+) -> Contexts:
     """The first contexts of the held-out documents of ``config.text``; ``config.tokens`` positions are kept.
 
-    They are packed as those of ``cache`` were: the same length, BOS and position 0. Without a cache made by
-    a model, contexts have 128 tokens, BOS as the tokenizer adds it, and position 0 is left alone.
+    They are packed as those of ``cache`` were: the same length, BOS and positions that are no rows. Without a
+    cache made by a model, contexts have 128 tokens, BOS as the tokenizer adds it, and position 0 is left
+    alone. Without ``keep_last`` the last position of each context, which predicts nothing, is left alone too.
 
     Raises:
         UserError: no document of the text is held out.
@@ -131,10 +134,13 @@ def text_contexts(config: EvalConfig, model: Model, cache: ActivationCache | Non
         separator=model.tokens.separator,
         bos=model.tokens.bos if made.get("bos", model.tokens.adds_bos()) else None,
     )
-    keep_first = made.get("keep_first", False)
+    kept = {
+        "keep_first": made.get("keep_first", False),
+        "keep_last": keep_last and not made.get("gradients", False),
+    }
     # One context more than is needed, so that the last one is read whole like those of a cache.
     max_rows = config.tokens + ctx
-    found = list(batches(packed, ctx=ctx, batch_size=1024, keep_first=keep_first, max_rows=max_rows))
+    found = list(batches(packed, ctx=ctx, batch_size=1024, max_rows=max_rows, **kept))
     if not found:
         raise UserError(
             f"no document of --text {config.text} is held out from training (one in 20 is); give a text of "

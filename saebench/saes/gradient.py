@@ -126,8 +126,9 @@ class GradientSAE(ChoiceSAE):
             rows = slice(SAMPLED_ROWS)
             indices_NK, values_NK = codes.rectangular()
             mine = SparseCodes.from_topk(values_NK[rows], indices_NK[rows], d_sae=self.d_sae)
-            changed = picks_changed(mine, self._plain(batch.x_ND[rows]))
-        return super().terms(batch, codes, x_hat_ND, objective, picks_changed=changed, **extra)
+            changed, picks = changed_picks(mine, self._plain(batch.x_ND[rows]))
+            extra["picks_changed"] = changed / picks.clamp_min(1)
+        return super().terms(batch, codes, x_hat_ND, objective, **extra)
 
     @torch.no_grad()
     def after_step(self, batch: Batch, terms: LossTerms) -> None:
@@ -206,10 +207,10 @@ class GradientSAE(ChoiceSAE):
             yield (part_nD.to(self.W_dec) @ self.W_dec.T).abs_()
 
 
-def picks_changed(codes: SparseCodes, plain: SparseCodes) -> Tensor:
-    """Share of the picks of ``codes`` that ``plain``, codes of the same rows, has not; 0 without picks.
+def changed_picks(codes: SparseCodes, plain: SparseCodes) -> tuple[Tensor, Tensor]:
+    """How many picks of ``codes`` are none of ``plain``, codes of the same rows; and how many there are.
 
-    Both are rectangular; zero values are no picks. A scalar tensor.
+    Both are rectangular; zero values are no picks. Two scalar int64 tensors.
     """
     indices_NK, values_NK = codes.rectangular()
     plain_indices_NK, plain_values_NK = plain.rectangular()
@@ -217,7 +218,7 @@ def picks_changed(codes: SparseCodes, plain: SparseCodes) -> Tensor:
     place_NK = torch.searchsorted(sorted_NK, indices_NK.contiguous()).clamp_max(sorted_NK.shape[1] - 1)
     real_NK = values_NK != 0
     new_NK = real_NK & (sorted_NK.gather(1, place_NK) != indices_NK)
-    return new_NK.sum() / real_NK.sum().clamp_min(1)
+    return new_NK.sum(), real_NK.sum()
 
 
 def _gradient_of(batch: Batch) -> Tensor:

@@ -34,7 +34,8 @@ def test_seeds_become_one_row_and_ways_of_choosing_rows_of_their_own(tmp_path: P
     runs.append(write(gradient, sae="gradient", inference="oracle", file="eval-oracle.json"))
     made = compare(runs=tuple(runs))
     assert [(row.label, row.k, len(row.runs)) for row in made.rows] == [
-        ("gradient (oracle)", 4, 1), ("gradient (plain)", 4, 1), ("topk", 4, 3), ("topk", 8, 1),
+        ("gradient, oracle (sees the next tokens)", 4, 1), ("gradient, plain", 4, 1),
+        ("topk", 4, 3), ("topk", 8, 1),
     ]  # fmt: skip
     topk = made.rows[2]
     assert topk.mean["fvu"] == pytest.approx(0.5) and topk.sd["fvu"] == pytest.approx(0.1)

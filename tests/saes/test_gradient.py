@@ -13,7 +13,7 @@ from saebench.codes import SparseCodes
 from saebench.errors import UserError
 from saebench.saes import gradient as module
 from saebench.saes.base import Batch, load
-from saebench.saes.gradient import GradientSAE, GradientSpec, picks_changed
+from saebench.saes.gradient import GradientSAE, GradientSpec, changed_picks
 
 D_IN, D_SAE, K = 12, 40, 5
 
@@ -241,8 +241,8 @@ def test_the_share_of_changed_picks_is_counted():
 
     plain = codes([[1, 2, 3], [4, 5, 0]], [[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
     mine = codes([[3, 1, 7], [4, 0, 8]], [[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
-    assert picks_changed(mine, plain) == 2 / 5 and picks_changed(plain, plain) == 0
-    assert picks_changed(codes([[1]], [[0.0]]), codes([[2]], [[0.0]])) == 0
+    assert changed_picks(mine, plain) == (2, 5) and changed_picks(plain, plain) == (0, 5)
+    assert changed_picks(codes([[1]], [[0.0]]), codes([[2]], [[0.0]])) == (0, 0)
     x_ND, g_ND = rows(300), rows(300, 2)
     sae = make_sae(3.0)
     changed = [
@@ -251,7 +251,8 @@ def test_the_share_of_changed_picks_is_counted():
     assert changed[0] == 0 < changed[1] < changed[2] < 1
     first = slice(0, 256)
     mine, others = sae.encode(x_ND[first], inference="oracle", gradient=g_ND[first]), sae.encode(x_ND[first])
-    assert sae.loss(Batch(x_ND, g_ND)).extra["picks_changed"] == picks_changed(mine, others)
+    n_changed, n_picks = changed_picks(mine, others)
+    assert sae.loss(Batch(x_ND, g_ND)).extra["picks_changed"] == n_changed / n_picks
 
 
 def test_influence_is_a_running_mean_and_is_saved(tmp_path):
