@@ -17,7 +17,7 @@ from saebench.synth.data import TEST_ROWS, DataSet, data_sets, make_cache
 from saebench.synth.measure import measure
 from saebench.synth.report import SynthReport, provenance, write_report
 from saebench.synth.scores import Score
-from saebench.synth.variants import Variant, all_architectures, variants
+from saebench.synth.variants import Variant, variants
 from saebench.training.loop import train_all
 from saebench.training.sweep import Plan
 
@@ -37,12 +37,11 @@ def synth(config: SynthConfig) -> SynthReport:
     Raises:
         UserError: ``out`` holds other data, or anything that the stations refuse.
     """
-    names = config.architectures or all_architectures()
     scores: list[Score] = []
     troubles: list[str] = []
     with directory_lock(config.out, what="the suite"):
         for data in data_sets(config.data, full=config.full, tokens=config.tokens):
-            chosen = variants(names, data)
+            chosen = variants(config.architectures, data)
             troubles += _train(data, chosen, config)
             scores += _measure(data, chosen, config)
         report = SynthReport(

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from saebench.config import ARCHITECTURES, SaeSpec, architecture
+from saebench.config import ALIASES, ARCHITECTURES, SaeSpec, architecture
 from saebench.fields import from_flat
 from saebench.synth.data import DataSet
 
 BETAS = (0.3, 1.0, 3.0, 10.0)
-INFERENCES = ("plain", "proxy", "oracle")
+"""Of the gradient SAE."""
+TREE_TOLERANCE = 0.05
+"""Residual norm, in the units of the data, at which the authors of the tree stop matching pursuit."""
+SCALE_ROWS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """One architecture with the settings that the suite gives it beside d_sae and k."""
 
+    name: str
+    """Label of its results, and the name of its runs."""
     sae: str
     settings: dict[str, Any] = field(default_factory=dict)
     inferences: tuple[str, ...] = ("plain",)
     """Ways to read it: 'oracle' is shown each row's gradient."""
-
-    @property
-    def name(self) -> str:
-        """Name of its runs, and the label of its results."""
-        return "-".join([self.sae, *(f"{key}{value:g}" for key, value in self.settings.items())])
 
     def spec(self, data: DataSet) -> SaeSpec:
         values = {"d_sae": data.d_sae, "k": data.k, **self.settings}
@@ -35,25 +36,34 @@ class Variant:
 
 
 def variants(names: Sequence[str], data: DataSet) -> list[Variant]:
-    """What is trained on ``data``, of the architectures ``names``.
+    """What is trained on ``data``, of the architectures ``names`` (all if there are none).
 
-    Those that need gradients are trained where the data have them, once for each beta. No setting is tuned
-    to the data: learning rates and all else are the defaults.
+    Those that need gradients are trained where the data have them, once for each beta. Matching pursuit
+    stops on the tree where its authors stop it. All other settings are the defaults: nothing is tuned.
     """
     made = []
-    for name in names:
-        if not architecture(name).uses_gradients:
-            made.append(Variant(sae=name, settings=_settings(name, data)))
-        elif data.world.readout_weights() is not None:
-            made += [Variant(sae=name, settings={"beta": beta}, inferences=INFERENCES) for beta in BETAS]
+    for name in dict.fromkeys(ALIASES.get(name, name) for name in names or ARCHITECTURES):
+        sae_class = architecture(name)
+        if sae_class.uses_gradients:
+            if data.world.readout_weights() is not None:
+                made += [
+                    Variant(
+                        name=f"{name}-beta{beta:g}",
+                        sae=name,
+                        settings={"beta": beta},
+                        inferences=sae_class.inferences,
+                    )
+                    for beta in BETAS
+                ]
+        elif name == "matching-pursuit" and data.kind == "tree":
+            made.append(Variant(name=name, sae=name, settings={"tolerance": _tree_tolerance(data)}))
+        else:
+            made.append(Variant(name=name, sae=name))
     return made
 
 
-def all_architectures() -> tuple[str, ...]:
-    """Every registered architecture under its own name; aliases are left out."""
-    return tuple(name for name in ARCHITECTURES if architecture(name).Spec.name == name)
-
-
-def _settings(name: str, data: DataSet) -> dict[str, Any]:
-    """What the benchmark's definition asks of an architecture."""
-    return {}
+def _tree_tolerance(data: DataSet) -> float:
+    """``TREE_TOLERANCE`` in the units of training, which have unit variance per dimension; two digits."""
+    sample = data.world.sample(SCALE_ROWS)
+    deviation = math.sqrt(sample.x_ND.double().var(0, correction=0).mean().item())
+    return round(TREE_TOLERANCE / deviation, 2)
