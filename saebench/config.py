@@ -361,7 +361,7 @@ class SynthConfig:
         if self.tokens is not None:
             at_least(self, tokens=10_000)
         for name in self.architectures:
-            if name not in ARCHITECTURES:
+            if ALIASES.get(name, name) not in ARCHITECTURES:
                 known = ", ".join(ARCHITECTURES)
                 raise UserError(f"--architectures {name} is not an architecture; there is {known}")
         for flag, values in (("data", self.data), ("architectures", self.architectures)):

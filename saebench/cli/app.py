@@ -25,6 +25,7 @@ from saebench.config import (
     ImportConfig,
     ImportSaeConfig,
     IndexConfig,
+    SynthConfig,
     TrainConfig,
     architecture,
 )
@@ -90,6 +91,7 @@ def build(argv: Sequence[str]) -> App:
         "explore": commands.explore,
         "export": station(ExportConfig, "export", commands.export, "run", "out"),
         "import": station(ImportSaeConfig, "import", commands.import_sae, "source"),
+        "synth": station(SynthConfig, "synth", commands.synth),
         "assets": _assets,
     }
     for place, (name, command) in enumerate(in_the_order_of_the_road.items()):

@@ -21,6 +21,7 @@ from saebench.config import (
     ImportConfig,
     ImportSaeConfig,
     IndexConfig,
+    SynthConfig,
 )
 from saebench.errors import UserError
 from saebench.files import human_bytes
@@ -203,6 +204,18 @@ def import_sae(config: ImportSaeConfig) -> Result:
 
     result = _describe_translation(translate(config))
     return Result(result.data, result.text + f"\n\nNext: saebench eval {config.out} --cache CACHE")
+
+
+def synth(config: SynthConfig) -> Result:
+    from saebench.synth import synth as make
+    from saebench.synth.report import LEGEND, RESULTS_MARKDOWN
+
+    report = make(config)
+    parts = [f"{title}\n{table(header, rows)}" for title, header, rows in report.tables()]
+    claims = [f"{claim.verdict}: {claim.text}\n  {claim.evidence}" for claim in report.claims]
+    parts += [LEGEND, "\n".join(claims), *(f"trouble: {trouble}" for trouble in report.troubles)]
+    parts.append(f"The same is in {config.out / RESULTS_MARKDOWN} (and .json).")
+    return Result(report.to_dict(), "\n\n".join(parts))
 
 
 def assets(name: str | None, wheel: Path | None, quiet: bool) -> Result:
