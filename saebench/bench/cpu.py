@@ -1,0 +1,227 @@
+"""Whole training steps on a CPU, ours and SAELens's in turns, and what a sweep saves."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import saebench
+from saebench.bench import peer
+from saebench.bench.steps import LEARNING_RATE, encoder_product, error_of, step_of
+from saebench.bench.sweeping import SweepGain, sweep_gains
+from saebench.bench.timing import Timed, Timing, take_turns
+from saebench.config import BenchConfig
+from saebench.errors import UserError
+from saebench.fields import station, to_flat
+from saebench.files import write_json_atomic
+from saebench.saes.base import SAE, Batch
+
+PRODUCT = "encoder product"
+OURS = ("topk", "mutual-choice", "matching-pursuit")
+THEIRS: dict[str, dict[str, Any]] = {
+    "topk": {"architecture": "topk"},
+    "mutual-choice": {"architecture": "batchtopk"},
+    "matching-pursuit": {
+        "architecture": "matching_pursuit",
+        "residual_threshold": 0.0,
+        "stop_on_duplicate_support": False,
+        "decoder_init_norm": 1.0,
+    },
+}
+"""What SAELens has in the place of each of ours; matching pursuit makes the same k picks for every row."""
+GOALS = (
+    ("sae-lens topk", "saebench topk", "at least", 3.5),
+    ("sae-lens matching_pursuit", "saebench matching-pursuit", "at least", 4.0),
+    ("saebench mutual-choice", "saebench topk", "at most", 1.3),
+)
+N_BATCHES = 16
+"""Batches of random rows: at the sizes of the benchmark 64 MiB, more than a cache holds."""
+ERROR_ROWS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table; times are None where the contestant is missing."""
+
+    name: str
+    timing: Timing | None
+    error: float | None = None
+    """Relative error of the reconstruction against float64; None for what is not ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """How many times as long ``slower`` takes as ``faster``, by medians; None where one is missing."""
+
+    slower: str
+    faster: str
+    value: float | None
+    bound: str
+    goal: float
+
+    @property
+    def met(self) -> bool | None:
+        if self.value is None:
+            return None
+        return self.value >= self.goal if self.bound == "at least" else self.value <= self.goal
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchReport:
+    """What was measured, where, and with what."""
+
+    device: str
+    versions: dict[str, str]
+    settings: dict[str, Any]
+    optimizer: str
+    rows: list[Row]
+    ratios: list[Ratio]
+    sweep: list[SweepGain]
+
+
+@station(BenchConfig)
+def bench(config: BenchConfig) -> BenchReport:
+    """Time training steps; see `saebench.bench.timing.take_turns` for how.
+
+    A step is everything that the training loop does with a batch in memory: forward, loss, backward,
+    clipping, Adam, decoder norm, counters; SAELens's is its own trainer's ``step``. Rows are random normal
+    numbers. Nothing is dead, so no auxiliary loss is paid on either side.
+
+    Raises:
+        UserError: nothing was asked for that can be measured, or the peers' environment is broken.
+    """
+    if not config.cpu:
+        raise UserError("say what to measure on: saebench bench --cpu")
+    with _threads(config.threads), tempfile.TemporaryDirectory() as folder:
+        rows, versions = _steps(config, Path(folder))
+        gains = sweep_gains(config, Path(folder), said=_say(config))
+    median = {row.name: row.timing.median for row in rows if row.timing is not None}
+    ratios = [
+        Ratio(
+            slower=slower,
+            faster=faster,
+            value=median[slower] / median[faster] if slower in median and faster in median else None,
+            bound=bound,
+            goal=goal,
+        )
+        for slower, faster, bound, goal in GOALS
+    ]
+    report = BenchReport(
+        device=f"{_processor()}, {config.threads} threads",
+        versions=versions,
+        settings=to_flat(config),
+        optimizer=f"Adam, lr {LEARNING_RATE:g}, gradient clipped to norm 1, fp32",
+        rows=rows,
+        ratios=ratios,
+        sweep=gains,
+    )
+    if config.out is not None:
+        write_json_atomic(config.out, as_json(report))
+    return report
+
+
+def as_json(report: BenchReport) -> dict[str, Any]:
+    """Plain JSON values of a report."""
+    import dataclasses
+
+    data = dataclasses.asdict(report)
+    for shown, ratio in zip(data["ratios"], report.ratios, strict=True):
+        shown["met"] = ratio.met
+    for shown, gain in zip(data["sweep"], report.sweep, strict=True):
+        shown["gain"] = gain.gain
+    return data
+
+
+def _steps(config: BenchConfig, folder: Path) -> tuple[list[Row], dict[str, str]]:
+    generator = torch.Generator().manual_seed(0)
+    rows_ND = torch.randn(N_BATCHES * config.batch_size, config.d_in, generator=generator)
+    sizes = {"batch_size": config.batch_size, "d_sae": config.d_sae}
+    contestants: dict[str, Timed] = {PRODUCT: encoder_product(rows_ND, **sizes)}
+    ours: dict[str, SAE] = {}
+    for name in OURS:
+        ours[f"saebench {name}"], contestants[f"saebench {name}"] = step_of(
+            name, rows_ND, **sizes, k=config.k
+        )
+    versions = {
+        "saebench": saebench.__version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
+    with contextlib.ExitStack() as stack:
+        if peer.python_of(config.peers) is None:
+            versions["sae-lens"] = peer.MISSING
+        else:
+            running = stack.enter_context(peer.running_peer(config.peers, threads=config.threads))
+            told = running.ask("versions", threads=config.threads)
+            versions |= {"sae-lens": told["sae-lens"], "sae-lens's torch": told["torch"]}
+            contestants |= _peer_steps(running, rows_ND, config, folder)
+        timings = take_turns(contestants, turns=config.turns, said=_say(config))
+    batch = Batch(rows_ND[:ERROR_ROWS])
+    rows = [
+        Row(name=name, timing=timing, error=error_of(ours[name], batch) if name in ours else None)
+        for name, timing in timings.items()
+    ]
+    rows += [Row(name=name, timing=None) for name in _peer_names() if name not in timings]
+    return rows, versions
+
+
+def _peer_steps(running: peer.Peer, rows_ND: Tensor, config: BenchConfig, folder: Path) -> dict[str, Timed]:
+    import numpy as np
+
+    np.save(folder / "rows.npy", rows_ND.numpy())
+    size = {"d_in": config.d_in, "d_sae": config.d_sae}
+    saes = {}
+    for name, theirs in zip(_peer_names(), THEIRS.values(), strict=True):
+        budget = "max_iterations" if theirs["architecture"] == "matching_pursuit" else "k"
+        saes[name] = {**theirs, **size, budget: config.k}
+    running.ask("begin", data=str(folder / "rows.npy"), batch_size=config.batch_size, saes=saes)
+    done = dict.fromkeys(saes, 0)
+
+    def step_of_peer(name: str) -> Timed:
+        def step() -> float:
+            done[name] += 1
+            return float(running.ask("step", name=name, batch=done[name])["seconds"])
+
+        return step
+
+    return {name: step_of_peer(name) for name in saes}
+
+
+def _peer_names() -> list[str]:
+    return [f"sae-lens {theirs['architecture']}" for theirs in THEIRS.values()]
+
+
+def _say(config: BenchConfig) -> Any:
+    def say(text: str) -> None:
+        if not config.quiet:
+            print(f"\r\x1b[2Kmeasuring {text}", end="", file=sys.stderr, flush=True)
+
+    return say
+
+
+@contextlib.contextmanager
+def _threads(n_threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

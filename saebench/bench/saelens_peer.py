@@ -1,0 +1,140 @@
+"""SAELens at work, for whoever started this file: one JSON request a line on stdin, one answer on stdout.
+
+It runs in the Python of an environment that has sae-lens and not saebench, so it imports nothing of ours.
+Arrays come and go as .npy files, SAEs as folders of SAELens.
+
+Shapes: N rows, D = d_in, M = d_sae latents.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sae_lens
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.registry import get_sae_class, get_sae_training_class
+from sae_lens.training.sae_trainer import SAETrainer
+
+
+def versions(threads: int) -> dict[str, Any]:
+    """Which versions these are; also sets how many threads are used."""
+    torch.set_num_threads(threads)
+    return {"sae-lens": sae_lens.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+class Steps:
+    """Training steps of several SAEs on the same rows, one at a time, by SAELens's own trainer."""
+
+    def __init__(self) -> None:
+        self.batches: list[torch.Tensor] = []
+        self.trainers: dict[str, SAETrainer[Any, Any]] = {}
+
+    def begin(self, data: str, batch_size: int, saes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """``saes``: name -> architecture and its settings."""
+        rows_ND = torch.from_numpy(np.load(data))
+        self.batches = [rows_ND[i : i + batch_size] for i in range(0, len(rows_ND), batch_size)]
+        for name, settings in saes.items():
+            self.trainers[name] = trainer(settings, iter(()), batch_size=batch_size, n_steps=10**6)
+        return {}
+
+    def step(self, name: str, batch: int) -> dict[str, Any]:
+        """Seconds of one step."""
+        rows_ND = self.batches[batch % len(self.batches)]
+        start = time.perf_counter()
+        self.trainers[name].step(rows_ND)
+        seconds = time.perf_counter() - start
+        self.trainers[name].n_training_steps += 1
+        return {"seconds": seconds}
+
+
+def trainer(
+    settings: dict[str, Any], data: Iterator[torch.Tensor], *, batch_size: int, n_steps: int, **how: Any
+) -> SAETrainer[Any, Any]:
+    """``settings`` are those of the SAE, with ``architecture`` among them; ``how`` those of the trainer."""
+    settings = dict(settings)
+    sae_class, config_class = get_sae_training_class(settings.pop("architecture"))
+    config = SAETrainerConfig(
+        **{
+            "total_training_samples": n_steps * batch_size,
+            "train_batch_size_samples": batch_size,
+            "lr_end": 1e-8,
+            **how,
+        }
+    )
+    return SAETrainer(config, sae_class(config_class(**settings)), data)
+
+
+def train(
+    data: str, folder: str, sae: dict[str, Any], batch_size: int, n_steps: int, seed: int, **how: Any
+) -> dict[str, Any]:
+    """Train on the rows of a file, in an order drawn from ``seed`` anew for every epoch, and save."""
+    torch.manual_seed(seed)
+    rows_ND = torch.from_numpy(np.load(data))
+
+    def batches() -> Iterator[torch.Tensor]:
+        while True:
+            order_N = torch.randperm(len(rows_ND))
+            for start in range(0, len(rows_ND) - batch_size + 1, batch_size):
+                yield rows_ND[order_N[start : start + batch_size]]
+
+    made = trainer(sae, batches(), batch_size=batch_size, n_steps=n_steps, **how)
+    start = time.perf_counter()
+    made.fit().save_inference_model(folder)
+    return {"seconds": time.perf_counter() - start}
+
+
+def make(folder: str, sae: dict[str, Any], seed: int, training: bool) -> dict[str, Any]:
+    """Save an SAE with random weights: every tensor moved away from what SAELens begins with."""
+    settings = dict(sae)
+    torch.manual_seed(seed)
+    classes = get_sae_training_class if training else get_sae_class
+    sae_class, config_class = classes(settings.pop("architecture"))
+    made = sae_class(config_class(**settings))
+    with torch.no_grad():
+        for name, tensor in made.state_dict().items():
+            spread = 0.3 * tensor.double().std(correction=0) + 0.05
+            tensor.add_((spread * torch.randn(tensor.shape)).to(tensor.dtype))
+            if "threshold" in name:
+                tensor.abs_()
+    made.save_model(folder)
+    return {"tensors": {name: list(t.shape) for name, t in made.state_dict().items()}}
+
+
+@torch.no_grad()
+def encode(folder: str, data: str, out: str, fold_norms: bool = False) -> dict[str, Any]:
+    """Load a folder as SAELens does; write ``out/codes.npy`` [N, M] and ``out/x_hat.npy`` [N, D]."""
+    sae = sae_lens.SAE.load_from_disk(folder, fold_W_dec_norm=fold_norms)
+    codes_NM = sae.encode(torch.from_numpy(np.load(data)))
+    Path(out).mkdir(parents=True, exist_ok=True)
+    np.save(Path(out) / "codes.npy", codes_NM.numpy())
+    np.save(Path(out) / "x_hat.npy", sae.decode(codes_NM).numpy())
+    return {"architecture": sae.cfg.architecture(), "hook_name": sae.cfg.metadata.hook_name}
+
+
+def main() -> None:
+    """Answer until stdin ends. Whatever libraries print goes to stderr, not among the answers."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    warnings.simplefilter("ignore")
+    steps = Steps()
+    commands: dict[str, Callable[..., dict[str, Any]]] = {
+        "versions": versions, "begin": steps.begin, "step": steps.step,
+        "train": train, "make": make, "encode": encode,
+    }  # fmt: skip
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = commands[request.pop("command")](**request)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

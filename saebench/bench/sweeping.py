@@ -1,0 +1,87 @@
+"""What a sweep saves: several SAEs in one pass over a cache, against one run after the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from saebench.activations.importing import import_activations
+from saebench.config import BenchConfig
+from saebench.training import sweep, train
+
+SEEDS = (0, 1, 2, 3)
+STEPS = 16
+NARROW = 16
+"""The second width is this much smaller: reading a batch then costs more beside a step on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepGain:
+    """Seconds that the training loops took, the mean of two measurements; start-up is in neither."""
+
+    d_sae: int
+    n_saes: int
+    n_steps: int
+    separate: float
+    """One run after the other."""
+    together: float
+    """All in one pass."""
+
+    @property
+    def gain(self) -> float:
+        return self.separate / self.together
+
+
+def sweep_gains(config: BenchConfig, folder: Path, *, said: Callable[[str], None]) -> list[SweepGain]:
+    """TopK SAEs that differ in their seeds, at the width of the benchmark and at a narrow one.
+
+    The cache is bf16, as harvests are, and in the system's memory when it is read.
+    """
+    said("the sweep: writing a cache")
+    rng = np.random.default_rng(0)
+    rows_ND = rng.standard_normal((STEPS * config.batch_size * 20 // 19, config.d_in), dtype=np.float32)
+    np.save(folder / "sweep.npy", rows_ND)
+    cache = folder / "cache"
+    import_activations(source=folder / "sweep.npy", out=cache, dtype="bf16", shard_rows=32_768, quiet=True)
+    gains = []
+    for d_sae in (config.d_sae, max(config.k, config.d_sae // NARROW)):
+        settings = {
+            "cache": cache,
+            "sae": "topk",
+            "d_sae": d_sae,
+            "k": config.k,
+            "batch_size": config.batch_size,
+            "tokens": STEPS * config.batch_size,
+            "order_seed": 0,
+            "device": "cpu",
+            "quiet": True,
+        }
+        taken: dict[str, list[float]] = {"separate": [], "together": []}
+        for place, how in enumerate(("separate", "together", "together", "separate")):
+            said(f"the sweep: {d_sae} latents, {how}")
+            out = folder / f"{how}-{d_sae}-{place}"
+            if how == "together":
+                runs = [run.path for run in sweep({"seed": list(SEEDS)}, out=out, **settings)]
+                taken[how].append(min(_seconds(runs)))  # all end together; the last to begin saw no start-up
+            else:
+                runs = [train(out=out / str(seed), seed=seed, **settings).path for seed in SEEDS]
+                taken[how].append(sum(_seconds(runs)))
+        gains.append(
+            SweepGain(
+                d_sae=d_sae,
+                n_saes=len(SEEDS),
+                n_steps=STEPS,
+                **{how: sum(seconds) / len(seconds) for how, seconds in taken.items()},
+            )
+        )
+    return gains
+
+
+def _seconds(runs: Sequence[Path]) -> list[float]:
+    """Of each run: from the first step to the last, as its own log of sessions says."""
+    sessions = [json.loads((run / "sessions.jsonl").read_text(encoding="utf-8")) for run in runs]
+    return [float(session["seconds"]) for session in sessions]
