@@ -13,10 +13,11 @@ from typing import Annotated, Any, get_type_hints
 from cyclopts import App, CycloptsError, Group, MissingArgumentError, Parameter
 
 import saebench
-from saebench.cli import commands
+from saebench.cli import commands, measuring
 from saebench.cli.flags import CONFIG_FLAG, check_settings, parameters, read_settings, value_in, values_in
 from saebench.cli.output import Result
 from saebench.config import (
+    BenchConfig,
     CompareConfig,
     DemoConfig,
     EvalConfig,
@@ -92,6 +93,7 @@ def build(argv: Sequence[str]) -> App:
         "export": station(ExportConfig, "export", commands.export, "run", "out"),
         "import": station(ImportSaeConfig, "import", commands.import_sae, "source"),
         "synth": station(SynthConfig, "synth", commands.synth),
+        "bench": station(BenchConfig, "bench", measuring.bench),
         "assets": _assets,
     }
     for place, (name, command) in enumerate(in_the_order_of_the_road.items()):
