@@ -126,6 +126,16 @@ def test_reading_the_same_text_gives_the_same_numbers(run: Path, tiny_text: Path
         assert found == (expected if expected is None else pytest.approx(expected, abs=1e-5)), name
 
 
+def test_of_a_text_an_oracle_reads_what_predicts_something(
+    run: Path, tiny_model_folder: Path, tiny_text: Path
+) -> None:
+    (run / "run.json").unlink()  # nothing says how contexts were packed
+    settings = {"model": str(tiny_model_folder), "text": str(tiny_text)}
+    measured = [run_evaluate(run, inference=way, **settings) for way in ("oracle", "plain")]
+    assert [report.n_tokens for report in measured] == [TOKENS, TOKENS]
+    assert measured[0].n_tokens_model == TOKENS > measured[1].n_tokens_model
+
+
 def test_what_an_sae_or_a_cache_cannot_do_is_one_sentence(
     run: Path, tmp_path: Path, cache: ActivationCache, make_cache: Callable[..., ActivationCache]
 ) -> None:
