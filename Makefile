@@ -1,4 +1,5 @@
 # make demo     the whole road on the model that is in this repository, then how to look at it
+# make demo-all the same with all main ways of choosing latents, side by side
 # make test     what has to pass before a change goes in
 # make check    style and types
 # make peers    the libraries that saebench is compared with, in .venv-peers, and the tests against them
@@ -16,11 +17,15 @@ CODE = $(ROOMS) tests setup.py
 # Tests are small: threads that wait for each other cost more than they save.
 ONE_THREAD = OMP_NUM_THREADS=1
 
-.PHONY: demo test test-slow peers check format
+.PHONY: demo demo-all test test-slow peers check format
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
 	$(VENV)/bin/saebench demo --out $(OUT)
+
+demo-all: OUT = demo-all
+demo-all: $(INSTALLED)
+	$(VENV)/bin/saebench demo --all --out $(OUT)
 
 test: $(INSTALLED)
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest -q

@@ -405,6 +405,8 @@ class BenchConfig:
 class DemoConfig:
     """Walk the whole road on a small scale: harvest, train, eval, index, and how to look at the features."""
 
+    all: bool = False
+    """Train all main architectures on the same rows, in one pass, and compare them."""
     out: Path = Path("demo")
     """Directory for the cache, the run and the feature store; run again to go on after an interruption."""
     model: str = "demo"
@@ -421,8 +423,8 @@ class DemoConfig:
     """Number of latents."""
     k: int = 32
     """Active latents a token."""
-    tokens: int = 3_200_000
-    """Rows to train on."""
+    tokens: int | None = None
+    """Rows to train on; by default 3,200,000, and half of that with --all."""
     batch_size: int = 4096
     """Rows in a training step."""
     eval_tokens: int = 30_000
@@ -439,7 +441,9 @@ class DemoConfig:
     """No progress display."""
 
     def __post_init__(self) -> None:
-        at_least(self, harvest_tokens=1, ctx=2, tokens=1, batch_size=1, eval_tokens=2, seed=0)
+        at_least(self, harvest_tokens=1, ctx=2, batch_size=1, eval_tokens=2, seed=0)
+        if self.tokens is not None:
+            at_least(self, tokens=1)
         SaeSpec(d_sae=self.d_sae, k=self.k)
 
 

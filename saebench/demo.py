@@ -7,7 +7,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,15 @@ from saebench.fields import station, to_flat
 from saebench.files import directory_lock, read_json, write_json_atomic
 
 if TYPE_CHECKING:
+    from saebench.evaluation.compare import Comparison
     from saebench.store.query import FeatureStore
 
 DIARY = "demo.json"
 STAGES = ("harvest", "train", "eval", "index")
 HOOKS = {"demo": DEMO_HOOK, "smollm2": "blocks.8.hook_resid_post"}
+MAIN_ARCHITECTURES = ("topk", "gradient", "mutual-choice", "feature-choice", "matching-pursuit")
+TOKENS = 3_200_000
+TOKENS_OF_ALL = 1_600_000
 STEPS_BETWEEN_CHECKPOINTS = 200
 SHOWN_FEATURES = 5
 SHOWN_TOKENS = 6
@@ -57,10 +61,12 @@ class DemoReport:
     """What a demo left behind, and how good it is."""
 
     cache: Path
-    run: Path
+    runs: tuple[Path, ...]
     store: Path
     evaluation: dict[str, Any]
-    """The contents of eval.json."""
+    """The contents of eval.json of the first run."""
+    comparison: Comparison | None
+    """All runs side by side, where there are several."""
     seconds: dict[str, float]
     """Wall-clock time of each stage, in the call that finished it."""
     peak_memory_bytes: int
@@ -70,47 +76,31 @@ class DemoReport:
 
 @station(DemoConfig)
 def demo(config: DemoConfig) -> DemoReport:
-    """Harvest, train a TopK SAE, evaluate it, index it; leaves out/cache, out/runs/NAME and out/store.
+    """Harvest, train, evaluate, index; leaves out/cache, out/runs/NAME and out/store.
 
-    Stages that an earlier call of the same settings finished are not done again, and an interrupted stage
-    goes on where it stopped.
+    It trains a TopK SAE; with ``all``, the five main architectures at equal tokens, width and k, in one pass
+    over a cache with gradients. Stages that an earlier call of the same settings finished are not done
+    again, and an interrupted stage goes on where it stopped.
 
     Raises:
         UserError: ``out`` holds a demo of other settings, or anything that the stages refuse.
     """
     cache, store = config.out / "cache", config.out / "store"
-    run = config.out / "runs" / f"topk-{config.d_sae}-k{config.k}"
+    names = MAIN_ARCHITECTURES if config.all else ("topk",)
+    runs = tuple(config.out / "runs" / f"{name}-{config.d_sae}-k{config.k}" for name in names)
     with directory_lock(config.out, what="the demo"):
         diary = _Diary(config)
-        with diary.stage("harvest", leaves=cache / "manifest.json") as wanted:
+        with diary.stage("harvest", leaves=(cache / "manifest.json",)) as wanted:
             if wanted:
-                saebench.harvest(
-                    HarvestConfig(
-                        out=cache, model=config.model, text=config.text, hook=(_hook(config),),
-                        tokens=config.harvest_tokens, ctx=config.ctx, device=config.device,
-                        quiet=config.quiet,
-                    )
-                )  # fmt: skip
-        with diary.stage("train", leaves=run / "sae.json") as wanted:
+                _harvest(config, cache)
+        with diary.stage("train", leaves=[run / "sae.json" for run in runs]) as wanted:
             if wanted:
-                saebench.train(
-                    TrainConfig(
-                        cache=cache, out=run, sae="topk", tokens=config.tokens, batch_size=config.batch_size,
-                        seed=config.seed, checkpoint_every=STEPS_BETWEEN_CHECKPOINTS, resume=run.exists(),
-                        device=config.device, quiet=config.quiet,
-                    ),
-                    architecture("topk").Spec(d_sae=config.d_sae, k=config.k),
-                )  # fmt: skip
-        with diary.stage("eval", leaves=run / "eval.json") as wanted:
-            if wanted:
-                saebench.evaluate(
-                    EvalConfig(
-                        run=run, cache=cache, model="cache", tokens=config.eval_tokens, device=config.device,
-                        quiet=config.quiet,
-                    )
-                )  # fmt: skip
-        with diary.stage("index", leaves=store / "manifest.json") as wanted:
-            if wanted:
+                _train(config, cache, dict(zip(names, runs, strict=True)))
+        with diary.stage("eval", leaves=[run / "eval.json" for run in runs]) as wanted:
+            for run in runs if wanted else ():
+                _evaluate(config, cache, run)
+        with diary.stage("index", leaves=(store / "manifest.json",)) as wanted:
+            for run in runs if wanted else ():
                 saebench.index(
                     IndexConfig(run=run, cache=cache, out=store, device=config.device, quiet=config.quiet)
                 ).close()
@@ -118,13 +108,53 @@ def demo(config: DemoConfig) -> DemoReport:
         features = middling_features(opened)
     return DemoReport(
         cache=cache,
-        run=run,
+        runs=runs,
         store=store,
-        evaluation=read_json(run / "eval.json", what="the evaluation"),
+        evaluation=read_json(runs[0] / "eval.json", what="the evaluation"),
+        comparison=saebench.compare(runs=runs) if config.all else None,
         seconds=diary.seconds,
         peak_memory_bytes=diary.peak_memory_bytes,
         features=features,
     )
+
+
+def _harvest(config: DemoConfig, cache: Path) -> None:
+    saebench.harvest(
+        HarvestConfig(
+            out=cache, model=config.model, text=config.text, hook=(_hook(config),), gradients=config.all,
+            tokens=config.harvest_tokens, ctx=config.ctx, device=config.device, quiet=config.quiet,
+        )
+    )  # fmt: skip
+
+
+def _train(config: DemoConfig, cache: Path, runs: dict[str, Path]) -> None:
+    from saebench.training.loop import train_all
+
+    tokens = config.tokens if config.tokens is not None else TOKENS_OF_ALL if config.all else TOKENS
+    train_all(
+        [
+            (
+                TrainConfig(
+                    cache=cache, out=run, sae=name, tokens=tokens, batch_size=config.batch_size,
+                    seed=config.seed, checkpoint_every=STEPS_BETWEEN_CHECKPOINTS, resume=run.exists(),
+                    device=config.device, quiet=config.quiet,
+                ),
+                architecture(name).Spec(d_sae=config.d_sae, k=config.k),
+            )
+            for name, run in runs.items()
+        ]
+    )  # fmt: skip
+
+
+def _evaluate(config: DemoConfig, cache: Path, run: Path) -> None:
+    """In every way in which the SAE can choose its latents."""
+    for inference in saebench.load(run).inferences or (None,):
+        saebench.evaluate(
+            EvalConfig(
+                run=run, cache=cache, model="cache", inference=inference, tokens=config.eval_tokens,
+                device=config.device, quiet=config.quiet,
+            )
+        )  # fmt: skip
 
 
 class _Diary:
@@ -141,11 +171,11 @@ class _Diary:
         self._write()
 
     @contextlib.contextmanager
-    def stage(self, name: str, *, leaves: Path) -> Iterator[bool]:
+    def stage(self, name: str, *, leaves: Sequence[Path]) -> Iterator[bool]:
         """Gives whether the stage is still to be done, and notes its time when it is."""
-        if name in self.seconds and leaves.exists():
+        if name in self.seconds and all(file.exists() for file in leaves):
             if not self._quiet:
-                print(f"{name}: already done, in {leaves.parent}", file=sys.stderr, flush=True)
+                print(f"{name}: already done, in {leaves[0].parent}", file=sys.stderr, flush=True)
             yield False
             return
         started = time.monotonic()

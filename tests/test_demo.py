@@ -112,3 +112,23 @@ def test_the_snippet_marks_its_token() -> None:
     pieces = [f" {i}" for i in range(30)]
     assert _snippet(pieces, 10, around=2) == "8 9[ 10] 11 12"
     assert _snippet(["a\n\n", "b"], 1) == "a [b]"
+
+
+def test_all_main_architectures_side_by_side(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    call = [*words, "--all", "--tokens", "5e3", "--out", str(out), "--quiet"]
+    assert main([*call, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    labels = [row["label"] for row in report["comparison"]["rows"]]
+    assert labels == [
+        "feature-choice", "gradient, oracle (sees the next tokens)", "gradient, plain", "gradient, proxy",
+        "matching-pursuit", "mutual-choice", "topk",
+    ]  # fmt: skip
+    assert not report["comparison"]["warnings"]
+    assert all(row["mean"]["kl"] is not None for row in report["comparison"]["rows"])
+    with sb.open_store(out / "store") as store:
+        assert len(store.saes) == 5
+    assert main(call) == 0
+    assert "mutual-choice" in capsys.readouterr().out

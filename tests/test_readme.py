@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from saebench.cli import app
+from saebench.config import ALIASES, ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,11 +38,17 @@ def test_command_lines_parse(line: str) -> None:
     app.build(words).parse_args(words, exit_on_error=False, print_error=False)
 
 
+def test_the_table_of_architectures_has_every_one_and_no_other() -> None:
+    names = re.findall(r"^\| `([a-z-]+)`(?: \(`([a-z-]+)`\))? \|.*\d{4} \|$", README, re.MULTILINE)
+    assert {name for name, _ in names} == set(ARCHITECTURES)
+    assert {(alias, name) for name, alias in names if alias} == set(ALIASES.items())
+
+
 def test_targets_of_make_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     documented = set(re.findall(r"^ {4}make ([a-z-]+)", README, re.MULTILINE))
-    assert documented == {"demo", "test"}
-    assert documented | {"check", "format", "test-slow"} <= targets
+    assert documented == {"demo", "demo-all", "test"}
+    assert documented | {"check", "format", "test-slow", "peers"} <= targets
 
 
 def test_links_lead_to_files() -> None:

@@ -52,11 +52,11 @@ def demo(config: DemoConfig) -> Result:
         for shown in report.features
     ]
     parts = [
-        pairs(scores),
+        pairs(scores) if report.comparison is None else comparison_table(report.comparison),
         table(("stage", "seconds"), stages),
         f"peak memory {human_bytes(report.peak_memory_bytes)}",
         table(("feature", "density", "fires on", "where it fires hardest"), features),
-        f"The cache is {report.cache}, the run {report.run}, the feature store {report.store}.",
+        f"The cache is {report.cache}, the run {report.runs[0]}, the feature store {report.store}.",
         f"Look at the features: {program()} explore {report.store}",
     ]
     if config.explore:
