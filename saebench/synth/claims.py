@@ -116,7 +116,7 @@ def _fewest_dead(known: Scores) -> Claim:
 
 def _total_dead(scores: Sequence[Score], label: str) -> Score:
     per_seed = [sum(values) for values in zip(*(score.values["dead"] for score in scores), strict=False)]
-    return Score(data="all", sae=label, k=1, values={"dead": per_seed, "l0": per_seed})
+    return Score(data="all", sae=label, k=1, test_rows=0, values={"dead": per_seed, "l0": per_seed})
 
 
 def _less_damage(known: Scores, inference: str, beta: float) -> Claim:
@@ -172,4 +172,4 @@ def _versus(pair: Sequence[Score], metric: str) -> str:
 
 
 def _value(score: Score, metric: str) -> str:
-    return f"{score.mean(metric):.4g} \u00b1 {score.sd(metric):.2g}"
+    return f"{score.mean(metric):.4g} \u00b1 {round(score.sd(metric), 9):.2g}"

@@ -23,7 +23,7 @@ from saebench.files import read_json, require_disk, write_json_atomic
 DESCRIPTION = "data.json"
 SMALL_LEVELS = (0, 4, 8)
 FULL_LEVELS = tuple(range(9))
-TEST_ROWS = 20_000
+MOST_TEST_ROWS = 20_000
 HOOK = "synthetic"
 
 
@@ -50,6 +50,11 @@ class DataSet:
     @property
     def d_in(self) -> int:
         return self.world.features_FD.shape[1]
+
+    @property
+    def test_rows(self) -> int:
+        """Rows to measure on; training sees none of them."""
+        return min(MOST_TEST_ROWS, self.tokens // 5)
 
     def describe(self) -> dict[str, Any]:
         """Plain JSON values that say how the rows are made and trained on."""
@@ -83,6 +88,24 @@ def data_sets(kinds: Sequence[SyntheticData], *, full: bool, tokens: int | None 
     return made
 
 
+def claim_directory(data: DataSet, directory: Path) -> None:
+    """Make ``directory`` the place of this data and of what is trained on it.
+
+    Raises:
+        UserError: it is the place of data that were made or trained on otherwise.
+    """
+    description, file = data.describe(), directory / DESCRIPTION
+    before = read_json(file, what="the description of the data") if file.exists() else description
+    for name, value in description.items():
+        if before.get(name) != value:
+            raise UserError(
+                f"{directory} was made with {name} {_short(before.get(name))} and this call says "
+                f"{_short(value)}; choose another --out"
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(file, description)
+
+
 def make_cache(data: DataSet, directory: Path, *, quiet: bool) -> ActivationCache:
     """The cache of the training rows in ``directory``/cache, fp32, made unless it is there.
 
@@ -90,14 +113,8 @@ def make_cache(data: DataSet, directory: Path, *, quiet: bool) -> ActivationCach
     thresholds and are not the test rows.
 
     Raises:
-        UserError: the directory belongs to other data, or the disk is full.
+        UserError: the disk is full.
     """
-    description = data.describe()
-    file = directory / DESCRIPTION
-    if file.exists():
-        _require_same(read_json(file, what="the description of the data"), description, directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(file, description)
     cache = directory / "cache"
     if (cache / "manifest.json").exists():
         return open_cache(cache)
@@ -138,14 +155,5 @@ def _write_arrays(data: DataSet, directory: Path, n_rows: int, with_gradients: b
         file.flush()
 
 
-def _require_same(before: dict[str, Any], now: dict[str, Any], directory: Path) -> None:
-    for name, value in now.items():
-        if before.get(name) != value:
-            raise UserError(
-                f"{directory} was made with {name} = {_short(before.get(name))} and this call says "
-                f"{_short(value)}; choose another --out"
-            )
-
-
 def _short(value: object) -> str:
-    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)

@@ -62,7 +62,8 @@ class SynthReport:
             metrics = list(scores[0].values)
             header = ["SAE", *(HEADINGS[metric] for metric in metrics)]
             rows = [[score.sae, *(_cell(score, metric) for metric in metrics)] for score in scores]
-            yield f"{data} (k {scores[0].k}, {scores[0].n_seeds} seeds)", header, rows
+            first = scores[0]
+            yield f"{data} (k {first.k}, {first.n_seeds} seeds, {first.test_rows:,} test rows)", header, rows
 
     def verdicts(self) -> list[list[str]]:
         """Verdict, claim and evidence of each claim."""
@@ -77,6 +78,7 @@ class SynthReport:
                     "data": score.data,
                     "sae": score.sae,
                     "k": score.k,
+                    "test_rows": score.test_rows,
                     "at_k": score.at_k,
                     "mean": {metric: score.mean(metric) for metric in score.values},
                     "sd": {metric: score.sd(metric) for metric in score.values},
@@ -108,7 +110,7 @@ def write_report(report: SynthReport, out: Path) -> None:
     write_bytes_atomic(out / RESULTS_MARKDOWN, report.to_markdown().encode())
 
 
-def provenance(config: SynthConfig, *, test_rows: int) -> dict[str, Any]:
+def provenance(config: SynthConfig) -> dict[str, Any]:
     """When, with what and how the numbers were made."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -119,7 +121,6 @@ def provenance(config: SynthConfig, *, test_rows: int) -> dict[str, Any]:
         "suite": "full" if config.full else "small",
         "tokens": config.tokens,
         "seeds": config.seeds,
-        "test_rows": test_rows,
     }
 
 

@@ -17,6 +17,8 @@ class Score:
     sae: str
     """Label: the variant, and how it was read if there is a choice."""
     k: int
+    test_rows: int
+    """Rows measured on."""
     values: dict[str, list[float]]
     """Metric -> one value a seed."""
 

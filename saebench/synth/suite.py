@@ -6,14 +6,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from saebench.config import SynthConfig, TrainConfig
+from saebench.config import SaeSpec, SynthConfig, TrainConfig
 from saebench.device import pick_device
 from saebench.errors import UserError
-from saebench.fields import station
+from saebench.fields import station, to_flat
 from saebench.files import directory_lock
-from saebench.saes.base import SPEC_FILE, load
+from saebench.saes.base import SPEC_FILE, load, read_description
 from saebench.synth.claims import claims
-from saebench.synth.data import TEST_ROWS, DataSet, data_sets, make_cache
+from saebench.synth.data import DataSet, claim_directory, data_sets, make_cache
 from saebench.synth.measure import measure
 from saebench.synth.report import SynthReport, provenance, write_report
 from saebench.synth.scores import Score
@@ -48,7 +48,7 @@ def synth(config: SynthConfig) -> SynthReport:
             scores=scores,
             claims=claims(scores),
             troubles=troubles,
-            provenance=provenance(config, test_rows=TEST_ROWS),
+            provenance=provenance(config),
         )
         write_report(report, config.out)
     return report
@@ -58,7 +58,8 @@ def _train(data: DataSet, chosen: Sequence[Variant], config: SynthConfig) -> lis
     """Train what is not trained yet; returns a sentence on what diverged, if something did."""
     directory = config.out / data.name
     plans = [_plan(data, variant, seed, config) for variant in chosen for seed in range(config.seeds)]
-    if all(_finished(training.out) for training, _ in plans):
+    claim_directory(data, directory)
+    if all(_is_trained(training.out, spec) for training, spec in plans):
         _say(f"{data.name}: already trained", config)
         return []
     make_cache(data, directory, quiet=config.quiet)
@@ -66,7 +67,7 @@ def _train(data: DataSet, chosen: Sequence[Variant], config: SynthConfig) -> lis
     try:
         train_all(plans)
     except UserError as error:
-        if not any(_finished(training.out) for training, _ in plans):
+        if not any(_is_trained(training.out, spec) for training, spec in plans):
             raise
         return [f"{data.name}: {error}"]
     return []
@@ -90,17 +91,17 @@ def _plan(data: DataSet, variant: Variant, seed: int, config: SynthConfig) -> Pl
 
 
 def _measure(data: DataSet, chosen: Sequence[Variant], config: SynthConfig) -> list[Score]:
-    truth = data.world.sample(TEST_ROWS, part="test")
+    truth = data.world.sample(data.test_rows, part="test")
     device = pick_device(config.device)
     scores = []
     for variant in chosen:
         runs = [_run(data, variant, seed, config.out) for seed in range(config.seeds)]
-        saes = [load(run, device=device) for run in runs if _finished(run)]
+        saes = [load(run, device=device) for run in runs if _is_trained(run, variant.spec(data))]
         for inference in variant.inferences if saes else ():
             found = [measure(sae, truth, data.kind, inference=inference) for sae in saes]
             values = {metric: [numbers[metric] for numbers in found] for metric in found[0]}
             label = variant.name if len(variant.inferences) == 1 else f"{variant.name} ({inference})"
-            scores.append(Score(data=data.name, sae=label, k=data.k, values=values))
+            scores.append(Score(data=data.name, sae=label, k=data.k, test_rows=data.test_rows, values=values))
     return scores
 
 
@@ -108,8 +109,17 @@ def _run(data: DataSet, variant: Variant, seed: int, out: Path) -> Path:
     return out / data.name / "runs" / f"{variant.name}-seed{seed}"
 
 
-def _finished(run: Path) -> bool:
-    return (run / SPEC_FILE).exists()
+def _is_trained(run: Path, spec: SaeSpec) -> bool:
+    """Whether the run is finished.
+
+    Raises:
+        UserError: it is, but was trained with other settings.
+    """
+    if not (run / SPEC_FILE).exists():
+        return False
+    if read_description(run)["spec"] != to_flat(spec):
+        raise UserError(f"{run} was trained with other settings of {spec.name}; choose another --out")
+    return True
 
 
 def _say(text: str, config: SynthConfig) -> None:

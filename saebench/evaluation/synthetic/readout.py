@@ -22,8 +22,8 @@ class ReadoutWorld(World):
     """``n_large`` features of strength 1 + 0.25 N(0, 1), and ``n_small`` of ``small`` times that, cut at 0.
 
     All fire independently, the large ones with probability l0_large / n_large and the small ones with
-    l0_small / n_small. Large features are random directions of one subspace, small ones of its orthogonal
-    complement of ``d_small`` dimensions, and both subspaces are turned at random. The classifier has the
+    l0_small / n_small. Small features are an orthonormal basis of a random subspace, large ones are random
+    directions of its complement, where they are more than there are dimensions. The classifier has the
     weights W = sharpness * sum_i f_i a_i^T over the small features f_i, a_i standard normal in R^C: its
     gradient lies in the small features' subspace. Labels are drawn from its softmax.
     """
@@ -31,7 +31,6 @@ class ReadoutWorld(World):
     n_large: int = 192
     n_small: int = 32
     d_in: int = 128
-    d_small: int = 32
     l0_large: float = 12.0
     l0_small: float = 4.0
     small: float = 0.25
@@ -45,10 +44,10 @@ class ReadoutWorld(World):
         return self.n_large + self.n_small
 
     def draw_features(self, generator: torch.Generator) -> Tensor:
-        d_large = self.d_in - self.d_small
+        d_large = self.d_in - self.n_small
         features_FD = torch.zeros(self.n_features, self.d_in)
         features_FD[: self.n_large, :d_large] = torch.randn(self.n_large, d_large, generator=generator)
-        features_FD[self.n_large :, d_large:] = torch.randn(self.n_small, self.d_small, generator=generator)
+        features_FD[self.n_large :, d_large:] = torch.eye(self.n_small)
         turn_DD = torch.linalg.qr(torch.randn(self.d_in, self.d_in, generator=generator)).Q
         return unit_rows(features_FD @ turn_DD)
 

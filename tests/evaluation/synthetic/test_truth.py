@@ -9,7 +9,7 @@ from saebench.evaluation.synthetic.truth import CHUNK_ROWS
 WORLDS = [
     TreeWorld(level=3),
     ZipfWorld(n_features=40, d_in=16, true_l0=4),
-    ReadoutWorld(n_large=30, n_small=10, d_in=24, d_small=8, l0_large=5, l0_small=2),
+    ReadoutWorld(n_large=30, n_small=8, d_in=24, l0_large=5, l0_small=2),
     SuperpositionWorld(n_features=60, d_in=16, n_trees=2, depth=2),
 ]
 

@@ -1,0 +1,38 @@
+"""What is trained on which data."""
+
+import pytest
+
+from saebench.config import ARCHITECTURES, architecture
+from saebench.synth.data import data_sets
+from saebench.synth.variants import BETAS, variants
+
+DATA = {data.name: data for data in data_sets(["tree", "zipf", "readout"], full=False)}
+
+
+def test_all_architectures_by_default_and_each_once_whatever_it_is_called():
+    names = [variant.name for variant in variants((), DATA["zipf"])]
+    assert names == [name for name in ARCHITECTURES if not architecture(name).uses_gradients]
+    aliased = variants(("batchtopk", "mutual-choice"), DATA["zipf"])
+    assert [variant.sae for variant in aliased] == ["mutual-choice"]
+
+
+def test_a_gradient_sae_for_each_beta_where_there_are_gradients():
+    made = variants(("gradient",), DATA["readout"])
+    assert [variant.spec(DATA["readout"]).beta for variant in made] == list(BETAS)
+    assert {variant.inferences for variant in made} == {("plain", "proxy", "oracle")}
+    assert variants(("gradient",), DATA["zipf"]) == []
+
+
+@pytest.mark.parametrize("name", ["tree-4", "readout"])
+def test_specs_have_the_width_and_k_of_the_data(name):
+    data = DATA[name]
+    for variant in variants((), data):
+        spec = variant.spec(data)
+        assert (spec.name, spec.d_sae, spec.k) == (variant.sae, data.d_sae, data.k)
+
+
+def test_matching_pursuit_stops_on_the_tree_at_a_residual_of_a_twentieth():
+    (variant,) = variants(("matching-pursuit",), DATA["tree-4"])
+    deviation = DATA["tree-4"].world.sample(20_000).x_ND.var(0).mean().sqrt().item()
+    assert variant.spec(DATA["tree-4"]).tolerance * deviation == pytest.approx(0.05, rel=0.05)
+    assert variants(("matching-pursuit",), DATA["zipf"])[0].settings == {}
