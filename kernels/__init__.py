@@ -4,11 +4,11 @@ from saebench_kernels.feature_choice_encode import feature_choice_encode
 from saebench_kernels.gathered_dots import gathered_dots
 from saebench_kernels.gradient_topk_encode import gradient_topk_encode
 from saebench_kernels.latent_sums import LatentGroups, group_by_latent, latent_sums
-from saebench_kernels.mutual_choice_encode import mutual_choice_encode
 from saebench_kernels.matching_pursuit_encode import matching_pursuit_encode
 from saebench_kernels.matching_pursuit_gradients import matching_pursuit_gradients
-from saebench_kernels.sparse_decode import sparse_decode
+from saebench_kernels.mutual_choice_encode import mutual_choice_encode
 from saebench_kernels.orthogonal_pursuit_encode import orthogonal_pursuit_encode
+from saebench_kernels.sparse_decode import sparse_decode
 from saebench_kernels.threshold_encode import threshold_encode
 from saebench_kernels.topk_encode import topk_encode
 
@@ -19,11 +19,11 @@ __all__ = [
     "gradient_topk_encode",
     "group_by_latent",
     "latent_sums",
-    "mutual_choice_encode",
-    "sparse_decode",
     "matching_pursuit_encode",
     "matching_pursuit_gradients",
-    "threshold_encode",
+    "mutual_choice_encode",
     "orthogonal_pursuit_encode",
+    "sparse_decode",
+    "threshold_encode",
     "topk_encode",
 ]
