@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from saebench.config import ExportConfig, ImportSaeConfig
 from saebench.errors import UserError
 from saebench.fields import station
-from saebench.files import directory_lock, is_leftover
+from saebench.files import is_leftover, require_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +40,9 @@ def export_sae(config: ExportConfig) -> Translation:
     from saebench.saes.base import load
 
     sae = load(config.run)
-    with _empty_directory(config.out):
-        written = saelens.write(sae, config.out, origin_of(config.run))
+    written = saelens.convert(sae)
+    _make_empty(config.out)
+    saelens.write(written, config.out, sae, origin_of(config.run))
     return Translation(
         path=config.out,
         sae=sae.spec.name,
@@ -68,8 +67,8 @@ def import_sae(config: ImportSaeConfig) -> Translation:
     foreign = saelens.read(config.source, k=config.k)
     sae = foreign.build(source=str(config.source))
     origin = {"format": config.format, **foreign.facts}
-    with _empty_directory(config.out):
-        sae.save(config.out, hook_name=origin.pop("hook_name", None), imported=origin)
+    _make_empty(config.out)
+    sae.save(config.out, hook_name=origin.pop("hook_name", None), imported=origin)
     return Translation(
         path=config.out,
         sae=sae.spec.name,
@@ -81,11 +80,8 @@ def import_sae(config: ImportSaeConfig) -> Translation:
     )
 
 
-@contextmanager
-def _empty_directory(path: Path) -> Iterator[None]:
-    """Hold ``path``, which is made and must be empty, for one writer."""
-    with directory_lock(path, what="the folder"):
-        strangers = sorted(p.name for p in path.iterdir() if p.name != ".lock" and not is_leftover(p))
-        if strangers:
-            raise UserError(f"{path} is not empty (it holds {strangers[0]}); choose another folder")
-        yield
+def _make_empty(directory: Path) -> None:
+    require_writable(directory, what="the folder")
+    strangers = sorted(path.name for path in directory.iterdir() if not is_leftover(path))
+    if strangers:
+        raise UserError(f"{directory} is not empty (it holds {strangers[0]}); choose another folder")

@@ -7,6 +7,6 @@ BatchTopK as ``jumprelu``, with its one threshold for every latent.
 """
 
 from saebench.formats.saelens.reading import read
-from saebench.formats.saelens.writing import write
+from saebench.formats.saelens.writing import convert, write
 
-__all__ = ["read", "write"]
+__all__ = ["convert", "read", "write"]

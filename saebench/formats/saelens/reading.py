@@ -6,6 +6,7 @@ Shapes: M = d_sae latents, D = d_in. SAELens keeps ``W_enc`` [D, M] where we kee
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def read(directory: Path, *, k: int | None = None) -> Foreign:
     else:
         settings = {"k": _active(config, k, notes)}
         weights = _fold_encoder(weights, config, notes)
-    facts = {name: config.metadata[name] for name in _ORIGIN if config.metadata.get(name) is not None}
+    facts = {name: config.metadata[name] for name in _ORIGIN if _is_plain(config.metadata.get(name))}
     return Foreign(
         sae=ours,
         d_in=config.d_in,
@@ -95,6 +96,13 @@ def read(directory: Path, *, k: int | None = None) -> Foreign:
         facts={**facts, "architecture": config.architecture},
         notes=tuple(notes),
     )
+
+
+def _is_plain(value: object) -> bool:
+    """Text, a finite number, or a short list of such and None: what may go from their JSON into ours."""
+    if isinstance(value, list):
+        return len(value) <= 3 and all(item is None or _is_plain(item) for item in value)
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _fold_encoder(weights: Weights, config: _Config, notes: list[str]) -> Weights:

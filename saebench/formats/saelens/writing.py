@@ -32,17 +32,21 @@ class Written:
     """What the other side will do differently."""
 
 
-def write(sae: SAE, directory: Path, metadata: Mapping[str, Any]) -> Written:
-    """Write ``sae`` into ``directory``; ``metadata`` says what it was trained on.
+def convert(sae: SAE) -> Written:
+    """``sae`` as SAELens has it.
 
     Raises:
         UserError: SAELens has nothing that computes what this SAE does.
     """
-    from safetensors.torch import save as serialize
-
     if sae.spec.name not in _WRITERS:
         raise UserError(f"SAELens has no form for {sae.spec.name}; it can hold {', '.join(_WRITERS)}")
-    written = _WRITERS[sae.spec.name](sae)
+    return _WRITERS[sae.spec.name](sae)
+
+
+def write(written: Written, directory: Path, sae: SAE, metadata: Mapping[str, Any]) -> None:
+    """Write the folder of a converted ``sae``; ``metadata`` says what it was trained on."""
+    from safetensors.torch import save as serialize
+
     config = {
         "architecture": written.architecture,
         "d_in": sae.d_in,
@@ -64,7 +68,6 @@ def write(sae: SAE, directory: Path, metadata: Mapping[str, Any]) -> Written:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in written.tensors.items()}
     write_bytes_atomic(directory / WEIGHTS_FILE, serialize(tensors))
     write_json_atomic(directory / CONFIG_FILE, config)
-    return written
 
 
 def _linear(sae: SAE) -> dict[str, Tensor]:
