@@ -17,7 +17,7 @@ from saebench.errors import UserError
 from saebench.fields import at_least
 from saebench.saes.auxiliary import aux_k
 from saebench.saes.base import Batch, LossTerms
-from saebench.saes.mutual_choice import MutualChoiceSAE, MutualChoiceSpec, just_below
+from saebench.saes.mutual_choice import MutualChoiceSAE, MutualChoiceSpec, just_below, rate_after
 from saebench.saes.zipf import ZipfLaw, budgets_by_rank, fit_zipf
 from saebench_kernels import feature_choice_encode
 
@@ -39,6 +39,8 @@ class FeatureChoiceSpec(MutualChoiceSpec):
     """Exponent of Zipf's law; 'fit' takes it from the frequencies that mutual choice found."""
     zipf_shift: float | Literal["fit"] = "fit"
     """What is added to a rank (Zipf-Mandelbrot); 0 is Zipf's law proper, 'fit' as above."""
+    zipf_weights: Literal["density", "rank"] = "density"
+    """What a latent counts in that fit: its frequency, so that all matches weigh the same, or 1."""
     floor: int = 1
     """Least matches of any latent in a batch; k times the batch must be enough for all."""
     gamma: float = 0.5
@@ -97,11 +99,13 @@ class FeatureChoiceSAE(MutualChoiceSAE):
     """[M] running mean of the share of tokens on which a latent fires."""
     law: Tensor
     """[2] float64: exponent and shift, -1 until they are fitted."""
+    steps_seen: Tensor
 
     def __init__(self, spec: SaeSpec, d_in: int) -> None:
         super().__init__(spec, d_in)
         self.register_buffer("threshold", torch.zeros(spec.d_sae))
         self.register_buffer("density", torch.zeros(spec.d_sae))
+        self.register_buffer("steps_seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("law", torch.full((2,), -1.0, dtype=torch.float64))
 
     # Training -------------------------------------------------------------------------------------
@@ -110,6 +114,7 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         """Whether latents choose when this share of the run is done; before, choice is mutual."""
         return progress >= self.spec.mutual_share
 
+    @torch.no_grad()
     def choose(self, batch: Batch) -> SparseCodes:
         """The m_i largest positive entries of every column, without gradients; k N at first."""
         if not self.by_feature(batch.progress):
@@ -141,11 +146,12 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         exponent, shift = self.law.tolist()
         if exponent >= 0:
             return ZipfLaw(exponent, shift)
-        once = self.rate() / n_rows  # as much as one firing adds to a density
+        once = rate_after(self.steps_seen) / n_rows  # as much as one firing adds to a density
         return fit_zipf(
             self.density[self.density >= once],
             exponent=None if self.spec.zipf_exponent == "fit" else self.spec.zipf_exponent,
             shift=None if self.spec.zipf_shift == "fit" else self.spec.zipf_shift,
+            by=self.spec.zipf_weights,
         )
 
     def _by_rank(self, n_rows: int) -> tuple[Tensor, Tensor]:
@@ -178,10 +184,13 @@ class FeatureChoiceSAE(MutualChoiceSAE):
     def after_step(self, batch: Batch, terms: LossTerms) -> None:
         n_rows = len(batch.x_ND)
         if self.by_feature(batch.progress):
-            self.law.copy_(torch.tensor(self.zipf_law(n_rows), dtype=torch.float64))
+            law = torch.tensor(self.zipf_law(n_rows), dtype=torch.float64)
+            self.steps_averaged *= self.law[0] >= 0  # thresholds of mutual choice are forgotten
+            self.law.copy_(law)
         super().after_step(batch, terms)
+        self.steps_seen += 1
         fired_M = torch.bincount(terms.codes.indices, minlength=self.d_sae)
-        self.density.lerp_(fired_M / n_rows, self.rate())
+        self.density.lerp_(fired_M / n_rows, rate_after(self.steps_seen))
 
     def batch_threshold(self, batch: Batch, codes: SparseCodes) -> Tensor:
         """[M]: the m_i-th largest value of each column, 0 where fewer are positive.

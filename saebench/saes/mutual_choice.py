@@ -53,16 +53,18 @@ class MutualChoiceSAE(ChoiceSAE):
     """float32, of shape () or, in a subclass, [M]: what a pre-activation must exceed at inference."""
     smallest_match: Tensor
     """Smallest value kept of the last batch, 0 when the budget was not used up."""
-    steps_seen: Tensor
+    steps_averaged: Tensor
+    """How many steps the running threshold is a mean of; beyond 100 the oldest fade."""
 
     def __init__(self, spec: SaeSpec, d_in: int) -> None:
         super().__init__(spec, d_in)
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("smallest_match", torch.zeros(()))
-        self.register_buffer("steps_seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("steps_averaged", torch.zeros((), dtype=torch.int64))
 
     # Training -------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def choose(self, batch: Batch) -> SparseCodes:
         """The k N largest entries of the batch, without gradients."""
         return self.largest(batch.x_ND, self.smallest_match, scan_dtype=self.compute_dtype)
@@ -109,13 +111,9 @@ class MutualChoiceSAE(ChoiceSAE):
     @torch.no_grad()
     def after_step(self, batch: Batch, terms: LossTerms) -> None:
         super().after_step(batch, terms)
-        self.steps_seen += 1
         self.smallest_match.copy_(self.smallest_of(terms.codes))
-        self.threshold.lerp_(self.batch_threshold(batch, terms.codes), self.rate())
-
-    def rate(self) -> Tensor:
-        """Weight of the newest batch in a running statistic; the first ones are averaged."""
-        return self.steps_seen.float().reciprocal().clamp_min(STATISTICS_RATE)
+        self.steps_averaged += 1
+        self.threshold.lerp_(self.batch_threshold(batch, terms.codes), rate_after(self.steps_averaged))
 
     def batch_threshold(self, batch: Batch, codes: SparseCodes) -> Tensor:
         """The threshold that would choose from this batch what ``codes`` did; of the threshold's shape."""
@@ -152,6 +150,11 @@ class MutualChoiceSAE(ChoiceSAE):
         """As in every SAE; a threshold is compared with codes and shrinks as they do."""
         super().fold_scale(scale)
         self.threshold.div_(scale)
+
+
+def rate_after(steps: Tensor) -> Tensor:
+    """Weight of the newest batch in a running statistic of so many; the first ones are averaged."""
+    return steps.float().reciprocal().clamp_min(STATISTICS_RATE)
 
 
 def just_below(value: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,27 +26,36 @@ class ZipfLaw(NamedTuple):
         return (torch.arange(1, n + 1, dtype=torch.float64) + self.shift).pow(-self.exponent)
 
 
-def fit_zipf(density_L: Tensor, *, exponent: float | None = None, shift: float | None = None) -> ZipfLaw:
+def fit_zipf(
+    density_L: Tensor,
+    *,
+    exponent: float | None = None,
+    shift: float | None = None,
+    by: Literal["density", "rank"] = "density",
+) -> ZipfLaw:
     """The law nearest to positive densities, in least squares of log density on log (rank + shift).
 
-    A parameter that is given stays fixed. The shift is looked for among 0, 1, 2, 4, ... up to the number of
-    densities; for each the best exponent (at least 0) has a closed form. Fewer than 3 densities say
-    nothing: then the exponent is 1 and the shift 0.
+    A latent counts by its density, so that every match counts once, or each rank counts the same: then the
+    many rare latents decide. A parameter that is given stays fixed. The shift is looked for among 0, 1, 2,
+    4, ... up to about the number of densities; for each the best exponent (at least 0) has a closed form.
+    Fewer than 3 densities say nothing: then the exponent is 1 and the shift 0.
     """
     n_live = density_L.numel()
     if n_live < 3:
         return ZipfLaw(DEFAULT_EXPONENT if exponent is None else exponent, shift or 0.0)
     doubling = [0.0, *(2.0**i for i in range(n_live.bit_length()))]
     shift_C = torch.tensor(doubling if shift is None else [shift], dtype=torch.float64)
-    log_density_L = density_L.double().cpu().sort(descending=True).values.log()
-    log_rank_CL = (torch.arange(1, n_live + 1) + shift_C[:, None]).log()
-    y_L = log_density_L - log_density_L.mean()
-    t_CL = log_rank_CL - log_rank_CL.mean(1, keepdim=True)
+    density_L = density_L.double().cpu().sort(descending=True).values
+    weight_L = density_L if by == "density" else torch.ones_like(density_L)
+    weight_L = weight_L / weight_L.sum()
+    y_L = density_L.log()
+    t_CL = (torch.arange(1, n_live + 1) + shift_C[:, None]).log()
+    y_L, t_CL = y_L - weight_L @ y_L, t_CL - (t_CL @ weight_L)[:, None]
     if exponent is None:
-        exponent_C = (-(t_CL * y_L).sum(1) / t_CL.square().sum(1)).clamp_min(0)
+        exponent_C = (-(t_CL * y_L) @ weight_L / (t_CL.square() @ weight_L)).clamp_min(0)
     else:
         exponent_C = torch.full_like(shift_C, exponent)
-    error_C = (y_L + exponent_C[:, None] * t_CL).square().sum(1)
+    error_C = (y_L + exponent_C[:, None] * t_CL).square() @ weight_L
     best = int(error_C.argmin())
     return ZipfLaw(float(exponent_C[best]), float(shift_C[best]))
 
