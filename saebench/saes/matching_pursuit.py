@@ -31,6 +31,8 @@ class MatchingPursuitSpec(AuxSpec):
     tolerance: float | None = None
     """Stop a token when its residual norm is below this, in the units of training; by default only after k
     picks."""
+    stop_on_repeat: bool = False
+    """Stop a token after it has picked one of its atoms again, as the authors' toy code and SAELens do."""
     orthogonal: bool = False
     """Solve for all coefficients again after every pick (orthogonal matching pursuit)."""
     k_aux: int | None = None
@@ -52,7 +54,8 @@ class MatchingPursuitSAE(ChoiceSAE):
     A token ends after k picks, when |r| < ``tolerance`` (an absolute norm, as in the authors' code and in
     SAELens; it is checked before the first pick too), or when no correlation is positive. Codes keep the
     order of the picks, padding last: those with k are the beginning of those with k + 1. An atom may be
-    picked again, which adds to its coefficient: ``to_dense`` adds up, ``l0`` counts it once.
+    picked again, which adds to its coefficient: ``to_dense`` adds up, ``l0`` counts it once; with
+    ``stop_on_repeat`` that pick is the token's last.
 
     ``selection="absolute"`` takes the largest |r . d_i| and c = r . d_i. ``orthogonal=True`` is orthogonal
     matching pursuit: no atom twice, and after every pick the coefficients are those of least squares on
@@ -124,6 +127,8 @@ class MatchingPursuitSAE(ChoiceSAE):
             absolute=self.spec.selection == "absolute",
             scan_dtype=self.compute_dtype,
         )
+        if self.spec.stop_on_repeat:
+            values_NK = end_at_repeat(values_NK, indices_NK)
         return SparseCodes.from_topk(values_NK, indices_NK, d_sae=self.d_sae)
 
     def attach_gradients(self, x_ND: Tensor, chosen: SparseCodes) -> SparseCodes:
@@ -194,6 +199,15 @@ class _Coefficients(torch.autograd.Function):
             x_ND - b_dec_D, atoms_MD, indices_NK, values_NK, d_values_NK
         )
         return None, None, None, None, d_atoms_MD, -d_x_ND.sum(0)
+
+
+def end_at_repeat(values_NK: Tensor, indices_NK: Tensor) -> Tensor:
+    """``values_NK`` with zeros after each row's first pick of an atom that it has picked before."""
+    sorted_NK, place_NK = indices_NK.sort(dim=1, stable=True)
+    again_NK = torch.zeros_like(indices_NK, dtype=torch.bool)
+    again_NK.scatter_(1, place_NK[:, 1:], sorted_NK[:, 1:] == sorted_NK[:, :-1])
+    ended_NK = again_NK.int().cumsum(dim=1) - again_NK.int() > 0
+    return values_NK.masked_fill(ended_NK, 0)
 
 
 def _check_tolerance(tolerance: float | None) -> None:
