@@ -92,8 +92,13 @@ def train(
     return {"seconds": time.perf_counter() - start}
 
 
-def make(folder: str, sae: dict[str, Any], seed: int, training: bool) -> dict[str, Any]:
-    """Save an SAE with random weights: every tensor moved away from what SAELens begins with."""
+def make(
+    folder: str, sae: dict[str, Any], seed: int, training: bool, inference: str | None = None
+) -> dict[str, Any]:
+    """Save an SAE with random weights: every tensor moved away from what SAELens begins with.
+
+    One in ``training`` can be saved for ``inference`` too, into that folder.
+    """
     settings = dict(sae)
     torch.manual_seed(seed)
     classes = get_sae_training_class if training else get_sae_class
@@ -106,6 +111,8 @@ def make(folder: str, sae: dict[str, Any], seed: int, training: bool) -> dict[st
             if "threshold" in name:
                 tensor.abs_()
     made.save_model(folder)
+    if inference is not None:
+        made.save_inference_model(inference)
     return {"tensors": {name: list(t.shape) for name, t in made.state_dict().items()}}
 
 

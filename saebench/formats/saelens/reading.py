@@ -135,6 +135,7 @@ def _pursuit_settings(weights: Weights, config: _Config, scale: float) -> dict[s
     return {
         "k": config.d_in if config.max_iterations is None else config.max_iterations,
         "tolerance": tolerance or None,
+        "stop_on_repeat": config.stop_on_duplicate_support,
     }
 
 

@@ -110,7 +110,7 @@ def _matching_pursuit(sae: SAE) -> Written:
     settings = {
         "max_iterations": sae.k,
         "residual_threshold": float(sae.state_dict()["tolerance"]),
-        "stop_on_duplicate_support": False,
+        "stop_on_duplicate_support": spec["stop_on_repeat"],
     }
     return Written("matching_pursuit", {"W_dec": sae.W_dec, "b_dec": sae.b_dec}, settings)
 
