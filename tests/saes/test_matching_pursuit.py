@@ -12,6 +12,7 @@ from saebench.errors import UserError
 from saebench.saes.base import Batch, load
 from saebench.saes.matching_pursuit import MatchingPursuitSAE, MatchingPursuitSpec
 from saebench.training import train
+from saebench.training.metrics import step_metrics
 
 OPTIONS = [{}, {"selection": "absolute"}, {"orthogonal": True}, {"tolerance": 2.0}]
 
@@ -121,6 +122,14 @@ def test_atoms_picked_again_are_one_latent():
     assert (picks - counts_N.sum()) / picks > 0.4, "a random dictionary of 48 in 16 dimensions repeats often"
 
 
+def test_the_metrics_of_a_step_count_an_atom_picked_again_once():
+    sae, x_ND = with_atoms(F.normalize(rows(48, 16, 3), dim=1), 40), rows(300, 16, 4)
+    terms = sae.loss(Batch(x_ND))
+    metrics = step_metrics(sae, terms, x_ND, step=1, tokens=300, lr=0.0, grad_norm=torch.zeros(()))
+    assert metrics["l0"] == pytest.approx(terms.codes.l0().double().mean().item())
+    assert metrics["l0"] < 0.6 * (terms.codes.values != 0).sum() / 300
+
+
 def test_the_code_of_a_scaled_row_is_the_scaled_code():
     sae, x_ND = with_atoms(F.normalize(rows(40, 12, 5), dim=1), 8), rows(30)
     codes, scaled = sae.encode(x_ND), sae.encode(3.7 * x_ND)
@@ -190,7 +199,7 @@ def saved_and_loaded(sae, folder):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradients_equal_finite_differences_with_the_picks_fixed(options):
     """The unrolled recursion, or least squares, in float64 passes central differences; so do ours."""
-    x_ND, sae = rows(9).double(), make_sae(k=12, **options)
+    x_ND, sae = rows(5, 6).double(), make_sae(6, 14, 9, **options)
     indices_NK, values_NK = sae.encode(x_ND.float()).rectangular()
     real_NK = values_NK != 0
     names = ("W_dec", "b_dec")
