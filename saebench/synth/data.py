@@ -123,7 +123,7 @@ def make_cache(data: DataSet, directory: Path, *, quiet: bool) -> ActivationCach
     n_rows = math.ceil(data.tokens * HELD_OUT_SHARE / (HELD_OUT_SHARE - 1))
     n_bytes = 4 * n_rows * data.d_in * (1 + with_gradients)
     require_disk(directory, 2 * n_bytes, what=f"the data {data.name} (the array and its cache)")
-    arrays.mkdir(exist_ok=True)
+    arrays.mkdir(parents=True, exist_ok=True)
     _write_arrays(data, arrays, n_rows, with_gradients)
     made = import_activations(
         source=arrays / "x.npy",
