@@ -199,7 +199,7 @@ def saved_and_loaded(sae, folder):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradients_equal_finite_differences_with_the_picks_fixed(options):
     """The unrolled recursion, or least squares, in float64 passes central differences; so do ours."""
-    x_ND, sae = rows(5, 6).double(), make_sae(6, 14, 9, **options)
+    x_ND, sae = rows(5, 8).double(), make_sae(8, 16, 6, **options)
     indices_NK, values_NK = sae.encode(x_ND.float()).rectangular()
     real_NK = values_NK != 0
     names = ("W_dec", "b_dec")
