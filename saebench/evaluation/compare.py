@@ -27,7 +27,9 @@ PLOTTED = {
     "dead_fraction": "dead latents, share",
 }
 SIZE = (1100, 800)
-_NOT_OF_THE_KIND = ("seed", "order_seed", "cache", "device", "memory", "checkpoint_every", "log_every")
+_NOT_OF_THE_KIND = (
+    "seed", "order_seed", "cache", "device", "memory", "checkpoint_every", "log_every", "tensorboard", "wandb",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

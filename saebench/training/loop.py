@@ -134,9 +134,11 @@ def train_all(plans: Sequence[Plan]) -> list[Run]:
         if unfinished:
             _forecast(trainees, sample, loader, sum(weight_bytes), device)
         failed = _steps(trainees, loader, stop, device)
-        for member in trainees:
-            if member.finished:
-                member.finish(_unseen_rows(cache, hook, loader), hook=hook, model=cache.model)
+        finished = [member for member in trainees if member.finished]
+        if finished:
+            unseen_ND = _unseen_rows(cache, hook, loader)
+        for member in finished:
+            member.finish(unseen_ND, hook=hook, model=cache.model)
     if failed:
         others = "" if len(plans) == len(failed) else f" ({len(plans) - len(failed)} others finished)"
         more = f"; {len(failed) - 1} more diverged" if len(failed) > 1 else ""

@@ -17,9 +17,7 @@ every_device = pytest.mark.parametrize("device", DEVICES)
 
 def rows(n, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return Batch(
-        torch.randn(n, D_IN, generator=generator) + 0.5, torch.randn(n, D_IN, generator=generator)
-    )
+    return Batch(torch.randn(n, D_IN, generator=generator) + 0.5, torch.randn(n, D_IN, generator=generator))
 
 
 def on(batch, device):
