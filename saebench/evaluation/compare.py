@@ -28,7 +28,8 @@ PLOTTED = {
 }
 SIZE = (1100, 800)
 _NOT_OF_THE_KIND = (
-    "seed", "order_seed", "cache", "device", "memory", "checkpoint_every", "log_every", "tensorboard", "wandb",
+    "seed", "order_seed", "cache", "device", "memory", "checkpoint_every", "log_every",
+    "tensorboard", "wandb",
 )  # fmt: skip
 
 
