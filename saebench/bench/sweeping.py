@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saebench.activations.importing import import_activations
+from saebench.activations.importing import HELD_OUT_SHARE, import_activations
 from saebench.config import BenchConfig
 from saebench.training import sweep, train
 
@@ -43,7 +43,8 @@ def sweep_gains(config: BenchConfig, folder: Path, *, said: Callable[[str], None
     """
     said("the sweep: writing a cache")
     rng = np.random.default_rng(0)
-    rows_ND = rng.standard_normal((STEPS * config.batch_size * 20 // 19, config.d_in), dtype=np.float32)
+    n_rows = STEPS * config.batch_size * HELD_OUT_SHARE // (HELD_OUT_SHARE - 1) + 1
+    rows_ND = rng.standard_normal((n_rows, config.d_in), dtype=np.float32)
     np.save(folder / "sweep.npy", rows_ND)
     cache = folder / "cache"
     import_activations(source=folder / "sweep.npy", out=cache, dtype="bf16", shard_rows=32_768, quiet=True)
