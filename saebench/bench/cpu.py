@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import platform
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from torch import Tensor
 import saebench
 from saebench.bench import peer
 from saebench.bench.steps import LEARNING_RATE, encoder_product, error_of, step_of
-from saebench.bench.sweeping import SweepGain, sweep_gains
+from saebench.bench.sweeping import SWEEP_PARTS, SweepGain, sweep_gains
 from saebench.bench.timing import Timed, Timing, take_turns
 from saebench.config import BenchConfig
 from saebench.errors import UserError
 from saebench.fields import station, to_flat
 from saebench.files import write_json_atomic
+from saebench.progress import progress
 from saebench.saes.base import SAE, Batch
 
 PRODUCT = "encoder product"
@@ -101,9 +102,19 @@ def bench(config: BenchConfig) -> BenchReport:
     """
     if not config.cpu:
         raise UserError("say what to measure on: saebench bench --cpu")
-    with _threads(config.threads), tempfile.TemporaryDirectory() as folder:
-        rows, versions = _steps(config, Path(folder))
-        gains = sweep_gains(config, Path(folder), said=_say(config))
+    n_contestants = 1 + len(OURS) + (len(THEIRS) if peer.python_of(config.peers) else 0)
+    total = (config.turns + 1) * n_contestants + SWEEP_PARTS
+    with (
+        _threads(config.threads),
+        tempfile.TemporaryDirectory() as folder,
+        progress("bench", total=total, unit="part", quiet=config.quiet) as bar,
+    ):
+
+        def said(what: str) -> None:
+            bar.update(1, what)
+
+        rows, versions = _steps(config, Path(folder), said)
+        gains = sweep_gains(config, Path(folder), said=said)
     median = {row.name: row.timing.median for row in rows if row.timing is not None}
     ratios = [
         Ratio(
@@ -131,8 +142,6 @@ def bench(config: BenchConfig) -> BenchReport:
 
 def as_json(report: BenchReport) -> dict[str, Any]:
     """Plain JSON values of a report."""
-    import dataclasses
-
     data = dataclasses.asdict(report)
     for shown, ratio in zip(data["ratios"], report.ratios, strict=True):
         shown["met"] = ratio.met
@@ -141,7 +150,9 @@ def as_json(report: BenchReport) -> dict[str, Any]:
     return data
 
 
-def _steps(config: BenchConfig, folder: Path) -> tuple[list[Row], dict[str, str]]:
+def _steps(
+    config: BenchConfig, folder: Path, said: Callable[[str], None]
+) -> tuple[list[Row], dict[str, str]]:
     generator = torch.Generator().manual_seed(0)
     rows_ND = torch.randn(N_BATCHES * config.batch_size, config.d_in, generator=generator)
     sizes = {"batch_size": config.batch_size, "d_sae": config.d_sae}
@@ -151,11 +162,7 @@ def _steps(config: BenchConfig, folder: Path) -> tuple[list[Row], dict[str, str]
         ours[f"saebench {name}"], contestants[f"saebench {name}"] = step_of(
             name, rows_ND, **sizes, k=config.k
         )
-    versions = {
-        "saebench": saebench.__version__,
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-    }
+    versions = {"saebench": saebench.__version__, "torch": torch.__version__}
     with contextlib.ExitStack() as stack:
         if peer.python_of(config.peers) is None:
             versions["sae-lens"] = peer.MISSING
@@ -164,7 +171,7 @@ def _steps(config: BenchConfig, folder: Path) -> tuple[list[Row], dict[str, str]
             told = running.ask("versions", threads=config.threads)
             versions |= {"sae-lens": told["sae-lens"], "sae-lens's torch": told["torch"]}
             contestants |= _peer_steps(running, rows_ND, config, folder)
-        timings = take_turns(contestants, turns=config.turns, said=_say(config))
+        timings = take_turns(contestants, turns=config.turns, said=said)
     batch = Batch(rows_ND[:ERROR_ROWS])
     rows = [
         Row(name=name, timing=timing, error=error_of(ours[name], batch) if name in ours else None)
@@ -198,14 +205,6 @@ def _peer_steps(running: peer.Peer, rows_ND: Tensor, config: BenchConfig, folder
 
 def _peer_names() -> list[str]:
     return [f"sae-lens {theirs['architecture']}" for theirs in THEIRS.values()]
-
-
-def _say(config: BenchConfig) -> Any:
-    def say(text: str) -> None:
-        if not config.quiet:
-            print(f"\r\x1b[2Kmeasuring {text}", end="", file=sys.stderr, flush=True)
-
-    return say
 
 
 @contextlib.contextmanager

@@ -15,6 +15,9 @@ from saebench.training import sweep, train
 
 SEEDS = (0, 1, 2, 3)
 STEPS = 16
+ORDER = ("separate", "together", "together", "separate")
+SWEEP_PARTS = 1 + 2 * len(ORDER)
+"""How often ``said`` is called: for the cache, and for each measurement at two widths."""
 NARROW = 16
 """The second width is this much smaller: reading a batch then costs more beside a step on it."""
 
@@ -41,7 +44,7 @@ def sweep_gains(config: BenchConfig, folder: Path, *, said: Callable[[str], None
 
     The cache is bf16, as harvests are, and in the system's memory when it is read.
     """
-    said("the sweep: writing a cache")
+    said("cache of the sweep")
     rng = np.random.default_rng(0)
     n_rows = STEPS * config.batch_size * HELD_OUT_SHARE // (HELD_OUT_SHARE - 1) + 1
     rows_ND = rng.standard_normal((n_rows, config.d_in), dtype=np.float32)
@@ -62,8 +65,8 @@ def sweep_gains(config: BenchConfig, folder: Path, *, said: Callable[[str], None
             "quiet": True,
         }
         taken: dict[str, list[float]] = {"separate": [], "together": []}
-        for place, how in enumerate(("separate", "together", "together", "separate")):
-            said(f"the sweep: {d_sae} latents, {how}")
+        for place, how in enumerate(ORDER):
+            said(f"{how}, {d_sae} latents")
             out = folder / f"{how}-{d_sae}-{place}"
             if how == "together":
                 runs = [run.path for run in sweep({"seed": list(SEEDS)}, out=out, **settings)]
