@@ -78,8 +78,8 @@ class SAE(nn.Module):
     """The ways of choosing latents that ``encode(x, inference=...)`` knows, the default first; () if one."""
     weight_names: ClassVar[tuple[str, ...]] = ("W_enc_MD", "W_dec", "b_enc", "b_dec")
     tied: ClassVar[bool] = False
-    """Whether the dictionary is also the encoder: then ``W_enc_MD`` and ``b_enc`` are no parameters, and the
-    subclass has them as properties."""
+    """Whether the dictionary is also the encoder: then ``W_enc_MD`` is no parameter, and the subclass has it as
+    a property; so with ``b_enc`` where it is not among ``weight_names``."""
     tokens_since_fired: Tensor
 
     def __init__(self, spec: SaeSpec, d_in: int) -> None:
@@ -91,7 +91,7 @@ class SAE(nn.Module):
         if not self.tied:
             self.W_enc_MD = nn.Parameter(torch.zeros(spec.d_sae, d_in))
         self.W_dec = nn.Parameter(torch.zeros(spec.d_sae, d_in))
-        if not self.tied:
+        if "b_enc" in self.weight_names:
             self.b_enc = nn.Parameter(torch.zeros(spec.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("tokens_since_fired", torch.zeros(spec.d_sae, dtype=torch.int64))
