@@ -1,0 +1,128 @@
+"""Gated SAE (Rajamanoharan et al. 2024, arXiv 2404.16014).
+
+Shapes: N rows, S entries of all rows end to end, D = d_in, M = d_sae latents.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from saebench.codes import SparseCodes
+from saebench.saes.base import Batch, LossTerms
+from saebench.saes.entries import at_entries
+from saebench.saes.functions import decode_codes, encode_chosen
+from saebench.saes.target_l0 import TargetL0SAE, TargetL0Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedSpec(TargetL0Spec):
+    """Settings of a gated SAE."""
+
+    name: ClassVar[str] = "gated"
+
+
+class GatedSAE(TargetL0SAE):
+    """Which latents are active and how strongly are two questions that share one encoder matrix:
+
+        gate = W_enc (x - b_dec) + b_gate,   magnitude = exp(r_mag) * W_enc (x - b_dec) + b_mag,
+        z = 1[gate > 0] * relu(magnitude),   x_hat = W_dec^T z + b_dec,
+
+    loss = |x - x_hat|^2 / d_in  +  coefficient * sum_i relu(gate_i)
+           +  |x - x_hat_gate|^2 / d_in  +  aux_coefficient * AuxK,
+
+    where x_hat_gate = W_dec^T relu(gate) + b_dec, with W_dec and b_dec held fixed, is what teaches the gate:
+    the step 1[gate > 0] has no gradient. The coefficient is steered to a mean L0 of k (see `TargetL0SAE`).
+    ``b_enc`` is the gate's bias; calibration moves all of it by one number, which opens or closes gates and
+    changes no magnitude.
+    """
+
+    Spec = GatedSpec
+    spec: GatedSpec
+    weight_names = ("W_enc_MD", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag")
+
+    def __init__(self, spec: GatedSpec, d_in: int) -> None:
+        super().__init__(spec, d_in)
+        self.b_gate = nn.Parameter(torch.zeros(spec.d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(spec.d_sae))
+        self.r_mag = nn.Parameter(torch.zeros(spec.d_sae))
+
+    @property
+    def b_enc(self) -> Tensor:  # type: ignore[override]
+        return self.b_gate
+
+    def encode_rows(self, x_ND: Tensor) -> SparseCodes:
+        """Codes of rows [N, D]: the magnitudes behind open gates."""
+        gates = self.open_gates(x_ND)
+        return gates.with_values(self.magnitudes(gates, self.shared(x_ND, gates)))
+
+    def loss(self, batch: Batch) -> LossTerms:
+        x_ND = batch.x_ND
+        gates = self.open_gates(x_ND)
+        shared_S = self.shared(x_ND, gates)
+        codes = gates.with_values(self.magnitudes(gates, shared_S))
+        gate_S = shared_S + at_entries(self.b_gate - self.b_gate.detach(), gates)
+        x_hat_ND = decode_codes(codes, self.W_dec, self.b_dec)
+        by_gate_ND = decode_codes(gates.with_values(gate_S), self.W_dec.detach(), self.b_dec.detach())
+        of_gate = (x_ND - by_gate_ND).square().mean()
+        objective = (x_ND - x_hat_ND).square().mean() + of_gate
+        return self.steered(
+            batch,
+            codes,
+            x_hat_ND,
+            objective,
+            gate_S.sum() / gates.n_rows,
+            gate_reconstruction=of_gate.detach(),
+        )
+
+    def open_gates(self, x_ND: Tensor, lift: Tensor | float = 0.0) -> SparseCodes:
+        """Entries with gate + lift > 0, the sum as value, without gradients."""
+        return self.above(x_ND, self.b_gate.new_zeros(()), self.b_gate + lift)
+
+    def shared(self, x_ND: Tensor, gates: SparseCodes) -> Tensor:
+        """[S] gate of every entry, with gradients for W_enc and b_dec but none for b_gate.
+
+        The magnitude is made of it too, by taking b_gate off again, and must not pull at b_gate.
+        """
+        return encode_chosen(x_ND, self.W_enc_MD, self.b_gate.detach(), self.b_dec, gates).values
+
+    def magnitudes(self, gates: SparseCodes, shared_S: Tensor) -> Tensor:
+        """[S] relu(magnitude) of every entry."""
+        dots_S = shared_S - self.b_gate.detach()[gates.indices]
+        return torch.relu(at_entries(self.r_mag.exp(), gates) * dots_S + at_entries(self.b_mag, gates))
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        """As in every SAE; r_mag has no unit and stays."""
+        super().fold_scale(scale)
+        self.b_mag.div_(scale)
+
+    def set_threshold(self, threshold: Tensor) -> None:
+        self.b_gate.fill_(-threshold)
+        self.b_mag.zero_()
+        self.r_mag.zero_()
+
+    def log_coefficient_of(self, threshold: Tensor) -> Tensor:
+        """That of the gate alone: min over z of (a - z)^2 / d_in + c z is at z = a - c d_in / 2."""
+        return threshold.log() + math.log(2 / self.d_in)
+
+    def scale_codes(self, factor: float) -> None:
+        self.W_enc_MD.mul_(factor)
+        self.b_gate.mul_(factor)
+        self.b_mag.mul_(factor)
+
+    def margins(self, x_ND: Tensor, slack: float) -> Tensor:
+        lift = slack * self.spread(x_ND)
+        gates = self.open_gates(x_ND, lift)
+        gate_S = gates.values - lift
+        return gate_S[self.magnitudes(gates, gate_S) > 0]
+
+    def raise_thresholds(self, amount: Tensor) -> None:
+        self.b_gate.sub_(amount)
+
+    def shrink_thresholds(self, share_M: Tensor) -> None:
+        self.b_gate.sub_(self.b_gate.clamp_max(0) * share_M)

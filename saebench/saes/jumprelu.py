@@ -1,0 +1,151 @@
+"""JumpReLU SAE (Rajamanoharan et al. 2024, arXiv 2407.14435).
+
+Shapes: N rows, S entries of all rows end to end, D = d_in, M = d_sae latents.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from saebench.codes import SparseCodes
+from saebench.errors import UserError
+from saebench.saes.base import Batch, LossTerms
+from saebench.saes.entries import at_entries
+from saebench.saes.functions import decode_codes
+from saebench.saes.target_l0 import TargetL0SAE, TargetL0Spec
+
+THRESHOLD_RATE = 10.0
+"""Thresholds learn this many times as fast as weights, on a logarithmic scale."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JumpReluSpec(TargetL0Spec):
+    """Settings of a JumpReLU SAE."""
+
+    name: ClassVar[str] = "jumprelu"
+
+    bandwidth: float = 0.5
+    """Width of the window around a threshold whose pre-activations move it, as a share of the threshold."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.bandwidth <= 2:
+            raise UserError(f"bandwidth is {self.bandwidth}; it must be above 0 and at most 2")
+
+
+class JumpReluSAE(TargetL0SAE):
+    """z = pre * H(pre - threshold),  pre = relu(W_enc (x - b_dec) + b_enc),  x_hat = W_dec^T z + b_dec,
+
+    loss = |x - x_hat|^2 / d_in  +  coefficient * sum_i H(pre_i - threshold_i)  +  aux_coefficient * AuxK,
+
+    H the step function. The coefficient is steered to a mean L0 of k (see `TargetL0SAE`).
+
+    A step has no gradient, so thresholds theta get the paper's pseudo-derivatives, with K the rectangle of
+    width and height 1 around 0 and eps the bandwidth:
+
+        dz / dtheta = -(theta / eps) K((pre - theta) / eps),
+        dH / dtheta = -(1 / eps) K((pre - theta) / eps);
+
+    pre-activations get dz / dpre = H(pre - theta) and dH / dpre = 0. Here eps is not one number for all
+    latents and units but ``bandwidth * theta``. A pre-activation that the ReLU cut moves no threshold.
+
+    Adam moves what it is given by about the learning rate, however small the gradient. A threshold itself,
+    of the size of an activation, would hardly move, and its logarithm would not keep up with the encoder. So
+    the parameter is ``log_step``, 0 before every step, and after it
+
+        threshold <- threshold * exp(10 log_step),  log_step <- 0,
+
+    which is to train log(threshold) at ten times the learning rate, while ``threshold`` stays what it says.
+    Calibration multiplies all thresholds by one factor.
+    """
+
+    Spec = JumpReluSpec
+    spec: JumpReluSpec
+    weight_names = (*TargetL0SAE.weight_names, "threshold")
+    threshold: Tensor
+    """[M] float32: what a pre-activation must exceed."""
+
+    def __init__(self, spec: JumpReluSpec, d_in: int) -> None:
+        super().__init__(spec, d_in)
+        self.register_buffer("threshold", torch.zeros(spec.d_sae))
+        self.log_step = nn.Parameter(torch.zeros(spec.d_sae))
+
+    def encode_rows(self, x_ND: Tensor) -> SparseCodes:
+        """Codes of rows [N, D]: every pre-activation above its threshold."""
+        return self.attach_gradients(x_ND, self.above(x_ND, self.threshold, self.b_enc))
+
+    def loss(self, batch: Batch) -> LossTerms:
+        bandwidth = self.spec.bandwidth
+        near = self.above(batch.x_ND, self.threshold * (1 - bandwidth / 2), self.b_enc)
+        pre_S = self.attach_gradients(batch.x_ND, near).values
+        threshold_S = at_entries(self.threshold * self.log_step.exp(), near)
+        z_S, active_S = jump(pre_S, threshold_S, bandwidth)
+        codes = near.with_values(z_S)
+        x_hat_ND = decode_codes(codes, self.W_dec, self.b_dec)
+        objective = (batch.x_ND - x_hat_ND).square().mean()
+        return self.steered(batch, codes, x_hat_ND, objective, active_S.sum() / codes.n_rows)
+
+    @torch.no_grad()
+    def after_step(self, batch: Batch, terms: LossTerms) -> None:
+        self.threshold.mul_((THRESHOLD_RATE * self.log_step).exp())
+        self.log_step.zero_()
+        super().after_step(batch, terms)
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        """As in every SAE; thresholds are compared with codes and shrink as they do."""
+        super().fold_scale(scale)
+        self.threshold.div_(scale)
+
+    def set_threshold(self, threshold: Tensor) -> None:
+        self.b_enc.zero_()
+        self.threshold.copy_(threshold)
+
+    def log_coefficient_of(self, threshold: Tensor) -> Tensor:
+        """(a - z)^2 / d_in + c H(z) is smaller at z = a than at z = 0 when a^2 > c d_in."""
+        return 2 * threshold.log() - math.log(self.d_in)
+
+    def scale_codes(self, factor: float) -> None:
+        self.W_enc_MD.mul_(factor)
+        self.b_enc.mul_(factor)
+        self.threshold.mul_(factor)
+
+    def margins(self, x_ND: Tensor, slack: float) -> Tensor:
+        """Logarithms of pre-activations over thresholds."""
+        near = self.above(x_ND, self.threshold * math.exp(-slack), self.b_enc)
+        return near.values.log() - self.threshold.log()[near.indices]
+
+    def raise_thresholds(self, amount: Tensor) -> None:
+        self.threshold.mul_(amount.exp())
+
+    def shrink_thresholds(self, share_M: Tensor) -> None:
+        self.threshold.sub_(self.threshold * share_M)
+
+
+def jump(pre_S: Tensor, threshold_S: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+    """``pre * H(pre - threshold)`` and ``H(pre - threshold)``, with the gradients stated at `JumpReluSAE`."""
+    z_S, active_S = _Jump.apply(pre_S, threshold_S, bandwidth)  # type: ignore[no-untyped-call]
+    return z_S, active_S
+
+
+class _Jump(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre_S: Tensor, threshold_S: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+        active_S = (pre_S > threshold_S).to(pre_S.dtype)
+        ctx.bandwidth = bandwidth
+        ctx.save_for_backward(pre_S, threshold_S, active_S)
+        return pre_S * active_S, active_S
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_z_S, d_active_S = grads
+        pre_S, threshold_S, active_S = ctx.saved_tensors
+        eps_S = ctx.bandwidth * threshold_S
+        inside_S = (pre_S - threshold_S).abs() < eps_S / 2
+        d_threshold_S = -(threshold_S * d_z_S + d_active_S) / eps_S * inside_S
+        return d_z_S * active_S, d_threshold_S, None
