@@ -23,6 +23,9 @@ ARCHITECTURES = {
     "feature-choice": "saebench.saes.feature_choice:FeatureChoiceSAE",
     "gradient": "saebench.saes.gradient:GradientSAE",
     "matryoshka": "saebench.saes.matryoshka:MatryoshkaSAE",
+    "jumprelu": "saebench.saes.jumprelu:JumpReluSAE",
+    "gated": "saebench.saes.gated:GatedSAE",
+    "relu": "saebench.saes.relu:ReluSAE",
 }
 """Name -> where the class is. A new architecture is one file in saebench/saes and one line here."""
 ALIASES = {"batchtopk": "mutual-choice"}
