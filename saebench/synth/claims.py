@@ -9,7 +9,7 @@ equal when their difference is within the spread, or below ``EQUAL_VARIANCE``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from saebench.synth.scores import Score, exceeds
 from saebench.synth.variants import BETAS
@@ -79,7 +79,12 @@ def _equal_where_it_does_not(known: Scores, sae: str) -> Claim:
         apart = exceeds(a, b, "explained_variance") or exceeds(b, a, "explained_variance")
         return not apart or difference < EQUAL_VARIANCE
 
-    return _at_equal_l0(known, "zipf-constant", sae, text, equal)
+    claim = _at_equal_l0(known, "zipf-constant", sae, text, equal)
+    found = known.get("zipf-constant", sae, "topk")
+    if claim.holds is not False or found is None:
+        return claim
+    better = max(found, key=lambda score: score.mean("explained_variance")).sae
+    return replace(claim, evidence=f"{claim.evidence}; {better} is better")
 
 
 def _at_equal_l0(

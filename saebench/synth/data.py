@@ -54,7 +54,7 @@ class DataSet:
     @property
     def test_rows(self) -> int:
         """Rows to measure on; training sees none of them."""
-        return min(MOST_TEST_ROWS, self.tokens // 5)
+        return min(MOST_TEST_ROWS, self.tokens // 20)
 
     def describe(self) -> dict[str, Any]:
         """Plain JSON values that say how the rows are made and trained on."""
@@ -68,12 +68,12 @@ def data_sets(kinds: Sequence[SyntheticData], *, full: bool, tokens: int | None 
     made: list[DataSet] = []
     if "tree" in kinds:
         # The authors take 15,000 steps of 200 rows; the full suite takes as many rows in larger batches.
-        size = {"tokens": tokens or (3_000_000 if full else 400_000), "batch_size": 2000 if full else 1000}
+        size = _size(full, tokens, (3_000_000, 2000))
         made += [
             DataSet(name=f"tree-{level}", kind="tree", world=TreeWorld(level=level), k=2, **size)
             for level in (FULL_LEVELS if full else SMALL_LEVELS)
         ]
-    size = {"tokens": tokens or (2_000_000 if full else 400_000), "batch_size": 2000 if full else 1000}
+    size = _size(full, tokens, (1_000_000, 1000))
     if "zipf" in kinds:
         twin = ZipfWorld(difficulty="constant")
         made += [
@@ -86,6 +86,12 @@ def data_sets(kinds: Sequence[SyntheticData], *, full: bool, tokens: int | None 
         world = SuperpositionWorld()
         made.append(DataSet(name="superposition", kind="superposition", world=world, k=10, **size))
     return made
+
+
+def _size(full: bool, tokens: int | None, of_full: tuple[int, int]) -> dict[str, int]:
+    """Rows to train on, and in a step."""
+    rows, batch_size = of_full if full else (150_000, 500)
+    return {"tokens": tokens or rows, "batch_size": batch_size}
 
 
 def claim_directory(data: DataSet, directory: Path) -> None:

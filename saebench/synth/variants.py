@@ -14,7 +14,7 @@ from saebench.synth.data import DataSet
 BETAS = (0.3, 1.0, 3.0, 10.0)
 """Of the gradient SAE."""
 TREE_TOLERANCE = 0.05
-"""Residual norm, in the units of the data, at which the authors of the tree stop matching pursuit."""
+"""Residual norm, in the units of the data, at which matching pursuit's authors stop it on the tree."""
 SCALE_ROWS = 8192
 
 
@@ -38,8 +38,9 @@ class Variant:
 def variants(names: Sequence[str], data: DataSet) -> list[Variant]:
     """What is trained on ``data``, of the architectures ``names`` (all if there are none).
 
-    Those that need gradients are trained where the data have them, once for each beta. Matching pursuit
-    stops on the tree where its authors stop it. All other settings are the defaults: nothing is tuned.
+    Those that need gradients are trained where the data have them, once for each beta. On the tree, matching
+    pursuit is that of its authors, which makes picks until the residual is small or a pick is repeated; one
+    of at most k picks is trained beside it. All other settings are the defaults: nothing is tuned.
     """
     made = []
     for name in dict.fromkeys(ALIASES.get(name, name) for name in names or ARCHITECTURES):
@@ -56,7 +57,10 @@ def variants(names: Sequence[str], data: DataSet) -> list[Variant]:
                     for beta in BETAS
                 ]
         elif name == "matching-pursuit" and data.kind == "tree":
-            made.append(Variant(name=name, sae=name, settings={"tolerance": _tree_tolerance(data)}))
+            stop: dict[str, Any] = {"tolerance": _tree_tolerance(data)}
+            own = {**stop, "k": data.d_sae, "stop_on_repeat": True}
+            made.append(Variant(name=name, sae=name, settings=own))
+            made.append(Variant(name=f"{name}-k{data.k}", sae=name, settings=stop))
         else:
             made.append(Variant(name=name, sae=name))
     return made

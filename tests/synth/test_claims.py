@@ -49,6 +49,12 @@ class TestReconstruction:
         assert verdict(text, topk) is None
 
 
+def test_who_is_better_where_none_should_be():
+    scores = [score("zipf-constant", "topk"), score("zipf-constant", "mutual-choice", explained_variance=0.6)]
+    (claim,) = [claim for claim in claims(scores) if claim.text.startswith("mutual-choice reconstructs as")]
+    assert claim.holds is False and claim.evidence.endswith("; mutual-choice is better")
+
+
 def test_fewest_dead_over_all_data_together():
     text = "feature-choice leaves the fewest"
 

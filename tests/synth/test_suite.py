@@ -15,7 +15,7 @@ TINY = {
     "tokens": 10_000,
     "quiet": True,
 }
-"""Two, two and ten SAEs of ten steps each."""
+"""Two, two and ten SAEs of twenty steps each."""
 
 
 def words(out, **settings):
@@ -62,7 +62,7 @@ def test_it_leaves_runs_and_results(finished, capsys):
 def test_the_markdown_has_a_table_for_each_data_set_and_every_claim(finished):
     text = (finished / "results.md").read_text()
     for name in ("zipf", "zipf-constant", "readout"):
-        assert f"\n## {name} (k 8, 2 seeds, 2,000 test rows)\n" in text
+        assert f"\n## {name} (k 8, 2 seeds, 500 test rows)\n" in text
     assert (
         text.count("\n| holds |") + text.count("\n| does not hold |") + text.count("\n| not tested |") == 16
     )
