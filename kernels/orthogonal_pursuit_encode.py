@@ -10,11 +10,13 @@ from torch import Tensor
 
 from saebench_kernels.matching_pursuit_encode import accept, best_atoms, pad_atoms
 
-_CHUNK_ELEMENTS = 1 << 20
-"""Correlations, and elements of the bases, made at once: 4 MiB; 64 times that on a GPU."""
+_CHUNK_ELEMENTS = 1 << 22
+"""Correlations made at once, and elements of 64 basis vectors a row: 16 MiB; 16 times that on a GPU. Not by
+k: rows that are scanned together with others come out with other last bits."""
 _DEPENDENT = 1e-2
-"""A row ends at a best atom whose part outside the span of those picked is shorter than this: no atom left
-correlates more than that with the residual, and coefficients would grow to a hundred times the input."""
+"""A row ends at a best atom whose part outside the span of those picked is shorter than this: then no atom
+correlates more than that with the residual. It keeps an atom from being picked twice, coefficients below a
+hundred times the input, and one Gram-Schmidt pass accurate."""
 
 
 def orthogonal_pursuit_encode(
@@ -28,13 +30,13 @@ def orthogonal_pursuit_encode(
 ) -> tuple[Tensor, Tensor]:
     """At most k picks for each row of x, whose coefficients are solved for again after every pick.
 
-    As ``matching_pursuit_encode``, but no atom is picked twice, and the coefficients are those of least
-    squares on the atoms picked so far: the residual is orthogonal to all of them. A coefficient may be
-    negative, whatever the sign at which its atom was picked. A row also ends when the best atom left lies
-    within 1% of the span of those it has.
+    As ``matching_pursuit_encode``, but the coefficients are those of least squares on the atoms picked so
+    far: the residual is orthogonal to all of them, so no atom is picked twice. A coefficient may be
+    negative, whatever the sign at which its atom was picked. A row also ends when the best atom lies within
+    1% of the span of those it has.
 
-    The picked atoms are orthonormalised one after the other (Gram-Schmidt, twice), so that a pick changes
-    the residual by one projection; the coefficients come from the triangular factor at the end. Every pick
+    The picked atoms are orthonormalised one after the other (Gram-Schmidt), so that a pick changes the
+    residual by one projection; the coefficients come from the triangular factor at the end. Every pick
     is proposed by a scan in ``scan_dtype``: the correlations change along the new basis vector, of which
     D D^T has no row.
 
@@ -44,28 +46,26 @@ def orthogonal_pursuit_encode(
     n_rows, d_in = x_ND.shape
     atoms_MD = pad_atoms(atoms_MD)
     scan_atoms_DM = atoms_MD.to(scan_dtype).T
-    elements = _CHUNK_ELEMENTS << (6 * x_ND.is_cuda)
-    chunk = max(1, elements // max(len(atoms_MD), k * d_in))
+    elements = _CHUNK_ELEMENTS << (4 * x_ND.is_cuda)
+    chunk = max(1, elements // max(len(atoms_MD), 64 * d_in))
     values_NK = torch.zeros(n_rows, k, device=x_ND.device)
     indices_NK = torch.zeros(n_rows, k, dtype=torch.int64, device=x_ND.device)
     for start in range(0, n_rows, chunk):
         rows = slice(start, min(start + chunk, n_rows))
-        residual_nD, picks_nK = x_ND[rows].clone(), indices_NK[rows]
+        residual_nD = x_ND[rows].clone()
         going_n1 = torch.ones_like(residual_nD[:, :1], dtype=torch.bool)
         basis_nKD = residual_nD.new_zeros(len(residual_nD), k, d_in)
         factor_nKK = torch.eye(k, device=x_ND.device).repeat(len(residual_nD), 1, 1)
         along_nK1 = residual_nD.new_zeros(len(residual_nD), k, 1)
         for t in range(k):
             scores = residual_nD.to(scan_dtype) @ scan_atoms_DM
-            scores = scores.abs_() if absolute else scores
-            picks_n = best_atoms(scores.scatter_(1, picks_nK[:, :t], -torch.inf))
+            picks_n = best_atoms(scores.abs_() if absolute else scores)
             picked_nD = atoms_MD.index_select(0, picks_n)
             gain_n1 = accept(residual_nD, picked_nD, tolerance=tolerance, absolute=absolute)
-            before_nTD, new_nD = basis_nKD[:, :t], picked_nD
-            for _ in range(2):
-                shares_nT1 = torch.bmm(before_nTD, new_nD[:, :, None])
-                new_nD = new_nD - torch.bmm(shares_nT1.mT, before_nTD)[:, 0]
-                factor_nKK[:, :t, t] += shares_nT1[:, :, 0]
+            before_nTD = basis_nKD[:, :t]
+            shares_nT1 = torch.bmm(before_nTD, picked_nD[:, :, None])
+            new_nD = picked_nD - torch.bmm(shares_nT1.mT, before_nTD)[:, 0]
+            factor_nKK[:, :t, t] = shares_nT1[:, :, 0]
             length_n1 = new_nD.norm(dim=1, keepdim=True)
             going_n1 &= (gain_n1 != 0) & (length_n1 > _DEPENDENT)
             new_nD = torch.where(going_n1, new_nD / length_n1, 0.0)
@@ -73,7 +73,7 @@ def orthogonal_pursuit_encode(
             along_nK1[:, t] = (residual_nD * new_nD).sum(1, keepdim=True)
             residual_nD.addcmul_(new_nD, along_nK1[:, t], value=-1)
             basis_nKD[:, t] = new_nD
-            picks_nK[:, t] = picks_n
+            indices_NK[rows, t] = picks_n
             if not x_ND.is_cuda and not going_n1.any():
                 break
         values_nK1 = torch.linalg.solve_triangular(factor_nKK, along_nK1, upper=True)
