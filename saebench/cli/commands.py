@@ -141,12 +141,16 @@ def comparison_table(comparison: Comparison) -> str:
             return ""
         return f"{mean:.4f}" if sd is None else f"{mean:.4f} ±{sd:.4f}"
 
-    columns = ("l0", "explained_variance", "ce_loss_score", "kl", "dead_fraction")
+    columns = ["l0", "explained_variance", "ce_loss_score", "kl", "dead_fraction"]
+    heads = ["l0", "expl. var.", "CE score", "KL", "dead"]
+    if any(row.mean["picks_changed"] is not None for row in comparison.rows):
+        columns.append("picks_changed")
+        heads.append("not TopK's picks")
     lines = [
         (row.label, row.d_sae, row.k, len(row.runs), *(measure(row, name) for name in columns))
         for row in comparison.rows
     ]
-    return table(("sae", "d_sae", "k", "seeds", "l0", "expl. var.", "CE score", "KL", "dead"), lines)
+    return table(("sae", "d_sae", "k", "seeds", *heads), lines)
 
 
 def index(config: IndexConfig) -> Result:

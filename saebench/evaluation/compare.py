@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -15,11 +16,21 @@ from saebench.errors import UserError
 from saebench.evaluation.report import inference_label
 from saebench.fields import station
 from saebench.files import atomic_file, read_json, require_writable, write_bytes_atomic, write_json_atomic
+from saebench.saes.base import read_description
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-MEASURES = ("l0", "fvu", "explained_variance", "ce_loss_score", "ce_delta", "kl", "dead_fraction")
+MEASURES = (
+    "l0",
+    "fvu",
+    "explained_variance",
+    "ce_loss_score",
+    "ce_delta",
+    "kl",
+    "dead_fraction",
+    "picks_changed",
+)
 PLOTTED = {
     "fvu": "FVU",
     "ce_loss_score": "CE loss score",
@@ -27,6 +38,7 @@ PLOTTED = {
     "dead_fraction": "dead latents, share",
 }
 SIZE = (1100, 800)
+_MEASURED_ON = ("inference", "n_tokens", "n_tokens_model")
 _NOT_OF_THE_KIND = (
     "seed", "order_seed", "cache", "device", "memory", "checkpoint_every", "log_every",
     "tensorboard", "wandb",
@@ -38,7 +50,8 @@ class Compared:
     """Runs that differ in nothing but their seeds, and the mean of what was measured on them."""
 
     label: str
-    """Architecture, with the way of choosing latents where it has several."""
+    """Architecture, the way of choosing latents where it has several, and the settings in which the runs of
+    one architecture differ beside d_sae and k."""
     sae: str
     inference: str | None
     d_sae: int
@@ -70,7 +83,7 @@ class Comparison:
         )
         labels = list(dict.fromkeys(row.label for row in self.rows))
         for i, name in enumerate(shown):
-            for label, colour in zip(labels, qualitative.D3 * len(labels), strict=False):
+            for label, colour in zip(labels, itertools.cycle(qualitative.Dark24), strict=False):
                 points = [row for row in self.rows if row.label == label and row.mean[name] is not None]
                 points.sort(key=lambda row: row.mean["l0"] or 0.0)
                 figure.add_trace(
@@ -105,9 +118,15 @@ def compare(config: CompareConfig) -> Comparison:
     """
     reports = [report for run in config.runs for report in _reports(run)]
     groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    settings: dict[str, dict[str, Any]] = {}
     for run, report in reports:
-        groups.setdefault(_kind(run, report), []).append((run, report))
-    rows = sorted((_row(group) for group in groups.values()), key=lambda row: (row.label, row.d_sae, row.k))
+        own = _settings(run)
+        kind = json.dumps([own, *(report.get(name) for name in _MEASURED_ON)], sort_keys=True)
+        groups.setdefault(kind, []).append((run, report))
+        settings[kind] = own
+    told = _told_apart(list(settings.values()))
+    rows = [_row(group, told[settings[kind]["sae"]], settings[kind]) for kind, group in groups.items()]
+    rows.sort(key=lambda row: (row.label, row.d_sae, row.k))
     comparison = Comparison(tuple(rows), tuple(_warnings(report for _, report in reports)))
     if config.out is not None:
         _write(comparison, config.out)
@@ -125,17 +144,28 @@ def _reports(run: Path) -> list[tuple[Path, dict[str, Any]]]:
     return reports
 
 
-def _kind(run: Path, report: dict[str, Any]) -> str:
-    """Equal for runs that differ in nothing but their seeds."""
+def _settings(run: Path) -> dict[str, Any]:
+    """What was learned depends on, but for the seeds; runs that agree in it are of one kind."""
     if not (run / "run.json").exists():
-        return json.dumps([str(run), report.get("inference")])
+        return {"sae": read_description(run)["sae"], "run": str(run)}
     facts = read_json(run / "run.json", what="the run description")
-    settings = {n: v for n, v in facts["train"].items() if n not in _NOT_OF_THE_KIND}
-    measured = [report.get(name) for name in ("inference", "n_tokens", "n_tokens_model")]
-    return json.dumps([settings, facts["sae"], facts["cache_hash"], measured], sort_keys=True)
+    training = {name: value for name, value in facts["train"].items() if name not in _NOT_OF_THE_KIND}
+    return {**training, **facts["sae"], "sae": facts["sae"]["name"], "cache_hash": facts["cache_hash"]}
 
 
-def _row(group: Sequence[tuple[Path, dict[str, Any]]]) -> Compared:
+def _told_apart(kinds: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Architecture -> the settings, beside d_sae and k, in which its runs differ."""
+    told = {}
+    for sae in {kind["sae"] for kind in kinds}:
+        own = [kind for kind in kinds if kind["sae"] == sae]
+        names = {name: None for kind in own for name in kind if name not in ("d_sae", "k", "cache_hash")}
+        told[sae] = [name for name in names if len({json.dumps(kind.get(name)) for kind in own}) > 1]
+    return told
+
+
+def _row(
+    group: Sequence[tuple[Path, dict[str, Any]]], told: Sequence[str], settings: dict[str, Any]
+) -> Compared:
     first = group[0][1]
     means: dict[str, float | None] = {}
     deviations: dict[str, float | None] = {}
@@ -147,7 +177,13 @@ def _row(group: Sequence[tuple[Path, dict[str, Any]]]) -> Compared:
         deviations[name] = statistics.stdev(known) if complete and len(known) > 1 else None
     inference = first.get("inference")
     return Compared(
-        label=", ".join(filter(None, [first["sae"], inference_label(inference)])),
+        label=", ".join(
+            [
+                first["sae"],
+                *(f"{name} {settings.get(name)}" for name in told),
+                *filter(None, [inference_label(inference)]),
+            ]
+        ),
         sae=first["sae"],
         inference=inference,
         d_sae=first["d_sae"],

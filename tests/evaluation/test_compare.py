@@ -18,10 +18,10 @@ REPORT = {
 }  # fmt: skip
 
 
-def write(run: Path, *, file: str = "eval.json", seed: int = 0, **report: object) -> Path:
+def write(run: Path, *, file: str = "eval.json", seed: int = 0, beta: float = 1.0, **report: object) -> Path:
     run.mkdir(exist_ok=True)
     (run / file).write_text(json.dumps(REPORT | report))
-    sae = {"name": (REPORT | report)["sae"], "k": (REPORT | report)["k"]}
+    sae = {"name": (REPORT | report)["sae"], "k": (REPORT | report)["k"], "beta": beta}
     facts = {"format_version": 1, "train": {"seed": seed, "lr": 0.1}, "sae": sae, "cache_hash": "c"}
     (run / "run.json").write_text(json.dumps(facts))
     return run
@@ -41,6 +41,12 @@ def test_seeds_become_one_row_and_ways_of_choosing_rows_of_their_own(tmp_path: P
     assert topk.mean["fvu"] == pytest.approx(0.5) and topk.sd["fvu"] == pytest.approx(0.1)
     assert made.rows[3].sd["fvu"] is None
     assert not made.warnings
+
+
+def test_runs_of_one_architecture_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+    runs = [write(tmp_path / f"b{beta}", sae="gradient", beta=beta) for beta in (0.3, 3.0)]
+    made = compare(runs=(*runs, write(tmp_path / "t", beta=7.0), write(tmp_path / "t8", beta=7.0, k=8)))
+    assert [row.label for row in made.rows] == ["gradient, beta 0.3", "gradient, beta 3.0", "topk", "topk"]
 
 
 def test_what_is_hard_to_compare_is_said(tmp_path: Path) -> None:
