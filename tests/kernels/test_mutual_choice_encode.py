@@ -82,6 +82,18 @@ def test_any_hint_gives_the_same_bits(device, scan_dtype):
 
 
 @on_every_device
+def test_a_hint_that_hides_what_rounding_moved_below_it_does_no_harm(device):
+    """Enough entries of the scan exceed it, but not all that are among the largest in float32."""
+    x_ND, W_MD, b_M = gaussian(600, 24, 4001, 0, device)
+    hint, nothing = torch.tensor(9.6875, device=device), torch.tensor(0.0, device=device)
+    budget = int((x_ND.bfloat16() @ W_MD.bfloat16().T > hint).sum()) - 5
+    expected, got = (
+        mutual_choice_encode(x_ND, W_MD, b_M, budget, h, scan_dtype=torch.bfloat16) for h in (nothing, hint)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@on_every_device
 @pytest.mark.parametrize("scan_dtype", [torch.bfloat16, torch.float16])
 def test_a_low_precision_scan_only_proposes(device, scan_dtype):
     """The choice and the values are those of float32: the slack is wider than the scan's error."""

@@ -200,6 +200,16 @@ def test_densities_are_learned_and_the_law_is_fitted_once_when_mutual_choice_end
     assert fitted == sae.zipf_law(60) == tuple(sae.law.tolist()) != ZipfLaw(1.0, 0.0)
 
 
+def test_the_law_can_count_matches_or_ranks():
+    density_M = ZipfLaw(0.5, 0.0).weights(40).float() / 3
+    density_M[25:] /= 30  # the rare end falls off
+    of_density, of_rank = (
+        make_sae(density=density_M, zipf_weights=by, zipf_shift=0.0).zipf_law(200).exponent
+        for by in ("density", "rank")
+    )
+    assert abs(of_density - 0.5) < 0.25 and of_rank > 1
+
+
 def test_thresholds_follow_the_smallest_match_of_each_column():
     sae, batch = make_sae(), late(60)
     with torch.no_grad():
