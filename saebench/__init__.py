@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from saebench.errors import UserError
     from saebench.evaluation import EvalReport, evaluate
     from saebench.evaluation.compare import compare
+    from saebench.formats import export_sae, import_sae
     from saebench.saes import load
     from saebench.saes.base import SAE
     from saebench.store import index, open_store
@@ -31,8 +32,10 @@ _HOMES = {
     "UserError": "saebench.errors",
     "compare": "saebench.evaluation.compare",
     "evaluate": "saebench.evaluation",
+    "export_sae": "saebench.formats",
     "harvest": "saebench.activations.harvest",
     "import_activations": "saebench.activations.importing",
+    "import_sae": "saebench.formats",
     "index": "saebench.store",
     "load": "saebench.saes",
     "load_model": "saebench.activations.models",
@@ -52,8 +55,10 @@ __all__ = [  # noqa: RUF022
     "__version__",
     "compare",
     "evaluate",
+    "export_sae",
     "harvest",
     "import_activations",
+    "import_sae",
     "index",
     "load",
     "load_model",
