@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saebench_kernels.row_chunks import map_chunks
+
 _CPU_CHUNK_ELEMENTS = 1 << 20
 """Correlations kept at once on a CPU: few enough that k picks find them in its cache. Sixteen times as many
 where each pick scans anew: then the product wants many rows."""
@@ -40,35 +42,36 @@ def matching_pursuit_encode(
     Returns:
         ``values_NK`` float32 and ``indices_NK`` int64, in the order of the picks.
     """
-    n_rows, use_gram = len(x_ND), uses_gram(len(x_ND), len(atoms_MD))
+    n_rows, device, use_gram = len(x_ND), x_ND.device, uses_gram(len(x_ND), len(atoms_MD))
     atoms_MD = pad_atoms(atoms_MD)
     gram_MM = atoms_MD @ atoms_MD.T if use_gram else None
     scan_dtype = torch.float32 if use_gram else scan_dtype
     scan_atoms_DM = atoms_MD.to(scan_dtype).T
-    elements = _CPU_CHUNK_ELEMENTS << (0 if use_gram else 4)
-    chunk = max(1, n_rows if x_ND.is_cuda else min(n_rows, elements // len(atoms_MD)))
-    scores_nM = torch.empty(chunk, len(atoms_MD), dtype=scan_dtype, device=x_ND.device)
-    gathered_nM = torch.empty_like(scores_nM) if use_gram else None
-    values_NK = torch.zeros(n_rows, k, device=x_ND.device)
-    indices_NK = torch.zeros(n_rows, k, dtype=torch.int64, device=x_ND.device)
-    for start in range(0, n_rows, chunk):
-        rows = slice(start, min(start + chunk, n_rows))
-        residual_nD, scores = x_ND[rows].clone(), scores_nM[: rows.stop - start]
-        torch.mm(residual_nD.to(scan_dtype), scan_atoms_DM, out=scores)
+    values_NK = torch.zeros(n_rows, k, device=device)
+    indices_NK = torch.zeros(n_rows, k, dtype=torch.int64, device=device)
+
+    def pursue(rows: slice) -> None:
+        residual_nD = x_ND[rows].clone()
+        scores_nM = torch.mm(residual_nD.to(scan_dtype), scan_atoms_DM)
+        gathered_nM = torch.empty_like(scores_nM) if use_gram else None
         for t in range(k):
-            picks_n = best_atoms(scores.abs() if absolute else scores)
+            picks_n = best_atoms(scores_nM.abs() if absolute else scores_nM)
             picked_nD = atoms_MD.index_select(0, picks_n)
             values_n1 = accept(residual_nD, picked_nD, tolerance=tolerance, absolute=absolute)
             residual_nD.addcmul_(picked_nD, values_n1, value=-1)
             values_NK[rows, t] = values_n1[:, 0]
             indices_NK[rows, t] = picks_n
-            if t + 1 == k or (not x_ND.is_cuda and not values_n1.any()):
+            if t + 1 == k or (device.type == "cpu" and not values_n1.any()):
                 break
             if gram_MM is None or gathered_nM is None:
-                torch.mm(residual_nD.to(scan_dtype), scan_atoms_DM, out=scores)
+                torch.mm(residual_nD.to(scan_dtype), scan_atoms_DM, out=scores_nM)
             else:
-                gathered = torch.index_select(gram_MM, 0, picks_n, out=gathered_nM[: len(scores)])
-                scores.addcmul_(gathered, values_n1, value=-1)
+                torch.index_select(gram_MM, 0, picks_n, out=gathered_nM)
+                scores_nM.addcmul_(gathered_nM, values_n1, value=-1)
+
+    elements = _CPU_CHUNK_ELEMENTS << (0 if use_gram else 4)
+    chunk = n_rows if device.type != "cpu" else elements // len(atoms_MD)
+    list(map_chunks(pursue, n_rows, max(1, chunk), device))
     return values_NK, indices_NK.masked_fill_(values_NK == 0, 0)
 
 
@@ -86,7 +89,7 @@ def uses_gram(n_rows: int, n_atoms: int) -> bool:
 def pad_atoms(atoms_MD: Tensor) -> Tensor:
     """The atoms with zeros after them, so that ``best_atoms`` can part them in groups: never of use."""
     missing = -len(atoms_MD) % _GROUP
-    return torch.nn.functional.pad(atoms_MD, (0, 0, 0, missing))
+    return torch.nn.functional.pad(atoms_MD.detach(), (0, 0, 0, missing))
 
 
 def best_atoms(scores_nM: Tensor) -> Tensor:

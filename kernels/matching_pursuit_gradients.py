@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from saebench_kernels.latent_sums import group_by_latent, latent_sums
+from saebench_kernels.row_chunks import map_chunks
 
 _CHUNK_ELEMENTS = 1 << 22
 """Elements of [n, K, D] made at once: 16 MiB, sixteen times that on a GPU, or as many as the atoms have."""
@@ -34,14 +35,12 @@ def matching_pursuit_gradients(
     A value of 0 passes nothing on: its row had ended. Sums over rows are taken in a fixed order, without
     atomics.
     """
-    n_rows, k = indices_NK.shape
+    (n_rows, k), d_in, device = indices_NK.shape, x_ND.shape[1], x_ND.device
     d_x_ND, d_atoms_MD = torch.zeros_like(x_ND), torch.zeros_like(atoms_MD)
-    elements = max(_CHUNK_ELEMENTS << (4 * x_ND.is_cuda), atoms_MD.numel())
-    chunk = max(1, min(n_rows, elements // (k * x_ND.shape[1])))
-    for start in range(0, n_rows, chunk):
-        rows = slice(start, min(start + chunk, n_rows))
+
+    def gradients(rows: slice) -> Tensor:
         indices_S, values_nK = indices_NK[rows].reshape(-1), values_NK[rows]
-        picked_nKD = atoms_MD.index_select(0, indices_S).view(-1, k, x_ND.shape[1])
+        picked_nKD = atoms_MD.index_select(0, indices_S).view(-1, k, d_in)
         overlaps_nKK = torch.bmm(picked_nKD, picked_nKD.mT)
         d_values_nK1 = (d_values_NK[rows] * (values_nK != 0))[:, :, None]
         gamma_nK1 = torch.linalg.solve_triangular(overlaps_nKK, d_values_nK1, upper=True, unitriangular=True)
@@ -49,8 +48,11 @@ def matching_pursuit_gradients(
         d_picked_nKD = gamma_nK1 * x_ND[rows, None, :]
         d_picked_nKD.baddbmm_(lower_nKK + lower_nKK.mT, picked_nKD, alpha=-1)
         d_x_ND[rows] = torch.bmm(gamma_nK1.mT, picked_nKD)[:, 0]
-        entries_S = torch.arange(len(indices_S), device=x_ND.device)
+        entries_S = torch.arange(len(indices_S), device=device)
         groups = group_by_latent(indices_S, entries_S, len(atoms_MD))
-        ones_S = torch.ones_like(indices_S, dtype=x_ND.dtype)
-        d_atoms_MD += latent_sums(groups, ones_S, d_picked_nKD.view(-1, x_ND.shape[1]))
+        return latent_sums(groups, torch.ones(len(indices_S), device=device), d_picked_nKD.view(-1, d_in))
+
+    elements = max(_CHUNK_ELEMENTS << (0 if device.type == "cpu" else 4), atoms_MD.numel())
+    for d_some_MD in map_chunks(gradients, n_rows, max(1, elements // (k * d_in)), device):
+        d_atoms_MD += d_some_MD
     return d_x_ND, d_atoms_MD

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saebench_kernels.matching_pursuit_encode import accept, best_atoms, pad_atoms
+from saebench_kernels.row_chunks import map_chunks
 
 _CHUNK_ELEMENTS = 1 << 22
 """Correlations made at once, and elements of 64 basis vectors a row: 16 MiB; 16 times that on a GPU. Not by
@@ -43,19 +44,17 @@ def orthogonal_pursuit_encode(
     Returns:
         ``values_NK`` float32 and ``indices_NK`` int64, in the order of the picks.
     """
-    n_rows, d_in = x_ND.shape
+    (n_rows, d_in), device = x_ND.shape, x_ND.device
     atoms_MD = pad_atoms(atoms_MD)
     scan_atoms_DM = atoms_MD.to(scan_dtype).T
-    elements = _CHUNK_ELEMENTS << (4 * x_ND.is_cuda)
-    chunk = max(1, elements // max(len(atoms_MD), 64 * d_in))
-    values_NK = torch.zeros(n_rows, k, device=x_ND.device)
-    indices_NK = torch.zeros(n_rows, k, dtype=torch.int64, device=x_ND.device)
-    for start in range(0, n_rows, chunk):
-        rows = slice(start, min(start + chunk, n_rows))
+    values_NK = torch.zeros(n_rows, k, device=device)
+    indices_NK = torch.zeros(n_rows, k, dtype=torch.int64, device=device)
+
+    def pursue(rows: slice) -> None:
         residual_nD = x_ND[rows].clone()
         going_n1 = torch.ones_like(residual_nD[:, :1], dtype=torch.bool)
         basis_nKD = residual_nD.new_zeros(len(residual_nD), k, d_in)
-        factor_nKK = torch.eye(k, device=x_ND.device).repeat(len(residual_nD), 1, 1)
+        factor_nKK = torch.eye(k, device=device).repeat(len(residual_nD), 1, 1)
         along_nK1 = residual_nD.new_zeros(len(residual_nD), k, 1)
         for t in range(k):
             scores = residual_nD.to(scan_dtype) @ scan_atoms_DM
@@ -74,8 +73,12 @@ def orthogonal_pursuit_encode(
             residual_nD.addcmul_(new_nD, along_nK1[:, t], value=-1)
             basis_nKD[:, t] = new_nD
             indices_NK[rows, t] = picks_n
-            if not x_ND.is_cuda and not going_n1.any():
+            if device.type == "cpu" and not going_n1.any():
                 break
         values_nK1 = torch.linalg.solve_triangular(factor_nKK, along_nK1, upper=True)
         values_NK[rows] = values_nK1[:, :, 0]
+
+    elements = _CHUNK_ELEMENTS << (0 if device.type == "cpu" else 4)
+    chunk = elements // max(len(atoms_MD), 64 * d_in)
+    list(map_chunks(pursue, n_rows, max(1, chunk), device))
     return values_NK, indices_NK.masked_fill_(values_NK == 0, 0)

@@ -227,7 +227,7 @@ def test_the_first_two_orthogonal_picks_leave_no_more_than_those_of_plain_pursui
 
 @on_every_device
 @pytest.mark.parametrize("threads", [1, 2])
-def test_everything_repeats_bit_for_bit(device, threads):
+def test_everything_repeats_bit_for_bit(device, threads, monkeypatch, small_chunks):
     x_ND, atoms_MD = problem(500, 32, 300, 9, device)
 
     def all_ops():
@@ -239,7 +239,34 @@ def test_everything_repeats_bit_for_bit(device, threads):
     torch.set_num_threads(threads)
     try:
         first, *others = [all_ops() for _ in range(3)]
+        assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 64 rows for 300 atoms, so that there are several."""
+    monkeypatch.setattr(MODULE, "_CPU_CHUNK_ELEMENTS", 64 * 320)
+    orthogonal = sys.modules[orthogonal_pursuit_encode.__module__]
+    monkeypatch.setattr(orthogonal, "_CHUNK_ELEMENTS", 64 * 64 * 32)
+
+
+@pytest.mark.parametrize("encode", [matching_pursuit_encode, orthogonal_pursuit_encode])
+def test_threads_work_on_weights_that_learn_and_in_inference_mode(encode, small_chunks):
+    x_ND, atoms_MD = problem(500, 32, 300, 10)
+    alone = encode(x_ND, atoms_MD, 5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        learning = encode(x_ND, atoms_MD.requires_grad_(), 5)
+        with torch.inference_mode():
+            inferring = encode(x_ND, atoms_MD, 5)
+    finally:
+        torch.set_num_threads(before)
+    assert not learning[0].requires_grad
+    for other in (learning, inferring):
+        assert torch.equal(other[1], alone[1])
+        torch.testing.assert_close(other[0], alone[0], rtol=1e-4, atol=1e-5)
