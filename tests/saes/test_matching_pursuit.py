@@ -14,7 +14,13 @@ from saebench.saes.matching_pursuit import MatchingPursuitSAE, MatchingPursuitSp
 from saebench.training import train
 from saebench.training.metrics import step_metrics
 
-OPTIONS = [{}, {"selection": "absolute"}, {"orthogonal": True}, {"tolerance": 2.0}]
+OPTIONS = [
+    {},
+    {"selection": "absolute"},
+    {"orthogonal": True},
+    {"tolerance": 2.0},
+    {"stop_on_repeat": True},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +126,19 @@ def test_atoms_picked_again_are_one_latent():
     assert torch.equal((codes.to_dense() != 0).sum(1), counts_N)
     picks = (values_NK != 0).sum()
     assert (picks - counts_N.sum()) / picks > 0.4, "a random dictionary of 48 in 16 dimensions repeats often"
+
+
+def test_stopping_at_a_repeat_keeps_the_picks_up_to_and_with_it():
+    atoms_MD, x_ND = F.normalize(rows(48, 16, 3), dim=1), rows(300, 16, 4)
+    indices_NK, values_NK = with_atoms(atoms_MD, 40).encode(x_ND).rectangular()
+    stopped_NK = with_atoms(atoms_MD, 40, stop_on_repeat=True).encode(x_ND).rectangular()[1]
+    lengths = []
+    for index_K, value_K, stopped_K in zip(indices_NK, values_NK, stopped_NK, strict=True):
+        picks = index_K[value_K != 0].tolist()
+        repeats = [t for t, i in enumerate(picks) if i in picks[:t]]
+        lengths.append(repeats[0] + 1 if repeats else len(picks))
+        assert torch.equal(stopped_K, value_K * (torch.arange(40) < lengths[-1]))
+    assert min(lengths) < 5 < max(lengths)
 
 
 def test_the_metrics_of_a_step_count_an_atom_picked_again_once():
