@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import torch
 
 from saebench.config import SaeSpec, SynthConfig, TrainConfig
 from saebench.device import pick_device
@@ -65,7 +68,8 @@ def _train(data: DataSet, chosen: Sequence[Variant], config: SynthConfig) -> lis
     make_cache(data, directory, quiet=config.quiet)
     _say(f"{data.name}: {len(plans)} SAEs", config)
     try:
-        train_all(plans)
+        with _threads(data):
+            train_all(plans)
     except UserError as error:
         if not any(_is_trained(training.out, spec) for training, spec in plans):
             raise
@@ -74,16 +78,17 @@ def _train(data: DataSet, chosen: Sequence[Variant], config: SynthConfig) -> lis
 
 
 def _plan(data: DataSet, variant: Variant, seed: int, config: SynthConfig) -> Plan:
+    run = _run(data, variant, seed, config.out)
     training = TrainConfig(
         cache=config.out / data.name / "cache",
-        out=_run(data, variant, seed, config.out),
+        out=run,
         sae=variant.sae,
         tokens=data.tokens,
         batch_size=data.batch_size,
         seed=seed,
         order_seed=ROW_ORDER_SEED,
         checkpoint_every=STEPS_BETWEEN_CHECKPOINTS,
-        resume=True,
+        resume=run.exists(),
         device=config.device,
         quiet=config.quiet,
     )
@@ -103,6 +108,18 @@ def _measure(data: DataSet, chosen: Sequence[Variant], config: SynthConfig) -> l
             label = variant.name if len(variant.inferences) == 1 else f"{variant.name} ({inference})"
             scores.append(Score(data=data.name, sae=label, k=data.k, test_rows=data.test_rows, values=values))
     return scores
+
+
+@contextlib.contextmanager
+def _threads(data: DataSet) -> Iterator[None]:
+    """One thread for the tree: its arrays are so small that a second one only waits for the first."""
+    before = torch.get_num_threads()
+    if data.kind == "tree":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _run(data: DataSet, variant: Variant, seed: int, out: Path) -> Path:
