@@ -5,7 +5,7 @@ import torch
 
 from saebench.config import architecture
 from saebench.evaluation.synthetic import ReadoutWorld, TreeWorld, ZipfWorld
-from saebench.synth.measure import COMMON, SPECIFIC, measure
+from saebench.synth.measure import COMMON, SPECIFIC, measure, read
 
 
 def planted(name, truth, k, **settings):
@@ -53,3 +53,11 @@ def test_reading_with_the_gradient_finds_the_small_features():
         assert found["changed_picks"] > 0.2 and found["small_recall"] > 0.5
         assert found["ce_damage"] < plain["ce_damage"] and found["kl"] < plain["kl"]
         assert found["explained_variance"] < plain["explained_variance"]
+
+
+def test_every_row_is_read_with_its_own_gradient():
+    truth = ReadoutWorld().sample(5000, part="test")
+    sae = planted("gradient", truth, 8, beta=3.0)
+    sae.gradient_scale.fill_(1.0)
+    at_once = sae.encode(truth.x_ND, inference="oracle", gradient=truth.gradient_ND)
+    assert torch.equal(read(sae, truth, "oracle").to_dense() != 0, at_once.to_dense() != 0)
