@@ -78,8 +78,8 @@ class SAE(nn.Module):
     """The ways of choosing latents that ``encode(x, inference=...)`` knows, the default first; () if one."""
     weight_names: ClassVar[tuple[str, ...]] = ("W_enc_MD", "W_dec", "b_enc", "b_dec")
     tied: ClassVar[bool] = False
-    """Whether the dictionary is also the encoder: then ``W_enc_MD`` is no parameter, and the subclass has it as
-    a property; so with ``b_enc`` where it is not among ``weight_names``."""
+    """Whether the dictionary is also the encoder: then ``W_enc_MD`` is no parameter, and the subclass has it
+    as a property; so with ``b_enc`` where it is not among ``weight_names``."""
     tokens_since_fired: Tensor
 
     def __init__(self, spec: SaeSpec, d_in: int) -> None:
