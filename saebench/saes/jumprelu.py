@@ -21,6 +21,8 @@ from saebench.saes.target_l0 import TargetL0SAE, TargetL0Spec
 
 THRESHOLD_RATE = 10.0
 """Thresholds learn this many times as fast as weights, on a logarithmic scale."""
+SMALLEST_THRESHOLD = 1e-30
+"""From 0 there would be no way back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +63,14 @@ class JumpReluSAE(TargetL0SAE):
         threshold <- threshold * exp(10 log_step),  log_step <- 0,
 
     which is to train log(threshold) at ten times the learning rate, while ``threshold`` stays what it says.
-    Calibration multiplies all thresholds by one factor.
+    Only thresholds feel the penalty, and Adam keeps them slow for long after their gradient was large: a
+    coefficient alone would overshoot. So after every step all thresholds are also multiplied by
+    (L0 / k)^0.05, which is 1 once the coefficient is right. Calibration multiplies them by one factor too.
     """
 
     Spec = JumpReluSpec
     spec: JumpReluSpec
+    threshold_gain = 0.05
     weight_names = (*TargetL0SAE.weight_names, "threshold")
     threshold: Tensor
     """[M] float32: what a pre-activation must exceed."""
@@ -95,6 +100,7 @@ class JumpReluSAE(TargetL0SAE):
         self.threshold.mul_((THRESHOLD_RATE * self.log_step).exp())
         self.log_step.zero_()
         super().after_step(batch, terms)
+        self.threshold.clamp_(SMALLEST_THRESHOLD, 1 / SMALLEST_THRESHOLD)
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:

@@ -1,11 +1,12 @@
 """SAEs whose sparsity comes from a penalty, steered so that k latents of a token are active in the mean.
 
-Shapes: N rows, D = d_in, M = d_sae latents, K kept a row, C candidates.
+Shapes: N rows, D = d_in, M = d_sae latents, S entries kept, C candidates.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from saebench.saes.auxiliary import AuxSpec
 from saebench.saes.base import PROBE_ROWS, Batch, LossTerms
 from saebench.saes.choice import ChoiceSAE
 from saebench.saes.mutual_choice import just_below
-from saebench_kernels import threshold_encode, topk_encode
+from saebench_kernels import mutual_choice_encode, threshold_encode
 
 INTEGRAL_GAIN = 0.05
 PROPORTIONAL_GAIN = 1.0
@@ -61,6 +62,8 @@ class TargetL0SAE(ChoiceSAE):
     """
 
     spec: TargetL0Spec
+    threshold_gain: ClassVar[float] = 0.0
+    """How much of e is added to the thresholds themselves after a step."""
     log_multiplier: Tensor
     """Scalar float32, the integral part I."""
     l0_error: Tensor
@@ -138,6 +141,7 @@ class TargetL0SAE(ChoiceSAE):
         super().after_step(batch, terms)
         l0 = (terms.codes.values != 0).sum() / terms.codes.n_rows
         error = (l0 / self.k).log().clamp(-LARGEST_ERROR, LARGEST_ERROR)
+        self.raise_thresholds(self.threshold_gain * error)
         self.l0_error.lerp_(error, 1 / AVERAGED_STEPS)
         self.log_multiplier.add_(INTEGRAL_GAIN * error).clamp_(-LARGEST_LOG, LARGEST_LOG)
         dead_M = self.tokens_since_fired >= self.dead_after
@@ -167,12 +171,15 @@ class TargetL0SAE(ChoiceSAE):
         self.b_dec.copy_(sample.x_ND.double().mean(0))
         probe = sample[:PROBE_ROWS]
         centred_ND = probe.x_ND - self.b_dec
-        values_NK, _ = topk_encode(
-            centred_ND, self.W_enc_MD, torch.zeros_like(self.b_enc), min(4 * self.k, self.d_sae)
+        values_S, _, _ = mutual_choice_encode(
+            centred_ND,
+            self.W_enc_MD,
+            torch.zeros_like(self.b_enc),
+            self.k * len(centred_ND),
+            torch.zeros_like(centred_ND[0, 0]),
+            scan_dtype=self.compute_dtype,
         )
-        n_inactive = values_NK.numel() - self.k * len(values_NK)
-        threshold = values_NK.flatten().kthvalue(max(1, n_inactive)).values
-        threshold = threshold.clamp_min(torch.finfo(torch.float32).tiny)
+        threshold = just_below(values_S.min()).clamp_min(torch.finfo(torch.float32).tiny)
         self.set_threshold(threshold)
         self.log_multiplier.copy_(self.log_coefficient_of(threshold))
         offset_ND = (self.loss(probe).x_hat - self.b_dec).double()

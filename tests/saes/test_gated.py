@@ -95,3 +95,12 @@ def test_closing_gates_changes_no_magnitude():
     after_NM = sae.encode(x_ND).to_dense()
     assert (after_NM > 0).sum() < (before_NM > 0).sum()
     torch.testing.assert_close(after_NM[after_NM > 0], before_NM[after_NM > 0], rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_does_not_count_gates_that_open_on_nothing():
+    sae, x_ND = make_sae(k=4), rows(500)
+    with torch.no_grad():
+        sae.b_mag.sub_(0.4)
+    sae.calibrate(x_ND)
+    assert abs(sae.encode(x_ND).l0().double().mean() - 4) <= 2 / 500
+    assert (sae.open_gates(x_ND).values > 0).sum() > 4.2 * 500

@@ -97,7 +97,9 @@ def test_a_step_moves_the_threshold_and_leaves_no_step_behind():
     with torch.no_grad():
         sae.log_step.copy_(torch.linspace(-0.02, 0.02, 40))
     sae.after_step(batch, terms)
-    moved_M = before_M * (THRESHOLD_RATE * torch.linspace(-0.02, 0.02, 40)).exp()
+    all_by = (terms.codes.l0().double().mean() / 5) ** sae.threshold_gain
+    moved_M = all_by.float() * before_M * (THRESHOLD_RATE * torch.linspace(-0.02, 0.02, 40)).exp()
+    assert abs(all_by - 1) > 1e-3
     torch.testing.assert_close(sae.threshold, moved_M)
     assert (sae.log_step == 0).all()
 

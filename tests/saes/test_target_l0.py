@@ -10,7 +10,7 @@ from saebench.config import TrainConfig, architecture
 from saebench.errors import UserError
 from saebench.saes.base import Batch, LossTerms
 from saebench.saes.entries import at_entries
-from saebench.saes.target_l0 import INTEGRAL_GAIN, LARGEST_LOG
+from saebench.saes.target_l0 import AVERAGED_STEPS, INTEGRAL_GAIN, LARGEST_LOG, PROPORTIONAL_GAIN
 from saebench.training.optimizer import learning_rate, make_optimizer, optimizer_step
 
 NAMES = ("relu", "gated", "jumprelu")
@@ -94,6 +94,8 @@ def test_the_coefficient_rises_above_k_falls_below_it_and_rests_at_it(name):
     assert sae.coefficient().item() == pytest.approx(start, rel=1e-6)
     tell(sae, 10)
     high = sae.coefficient().item()
+    gain = INTEGRAL_GAIN + PROPORTIONAL_GAIN / AVERAGED_STEPS
+    assert high == pytest.approx(start * 2**gain, rel=1e-5)
     tell(sae, 10)
     assert sae.coefficient().item() > high > start
     before = sae.log_multiplier.item()
@@ -111,6 +113,9 @@ def test_a_k_that_is_never_reached_ends_in_numbers(name):
         tell(sae, l0, times=3000)
         assert abs(sae.log_multiplier) == LARGEST_LOG and abs(sae.l0_error) <= 1
         assert sae.loss(Batch(sparse_rows(50, seed=1))).total.isfinite()
+        sae.calibrate(sparse_rows(500, seed=2))
+        assert all(tensor.isfinite().all() for tensor in sae.state_dict().values())
+        assert abs(sae.encode(sparse_rows(500, seed=2)).l0().double().mean() - 5) < 0.01
 
 
 @every_one
@@ -162,7 +167,9 @@ def test_a_dead_latent_fires_again_and_no_other_threshold_moves(name):
     others[[2, 9]] = False
     assert len(sae.dead_latents()) == 0
     alive = others & (sae.encode(x_ND).to_dense() > 0).any(0)
-    assert torch.equal(thresholds[alive], before_M[alive])
+    moved_M = (thresholds / before_M)[alive]  # A JumpReLU's move together, while L0 is not k.
+    torch.testing.assert_close(moved_M, moved_M[0].expand_as(moved_M), rtol=1e-4, atol=0)
+    assert name == "jumprelu" or (moved_M == 1).all()
 
 
 @every_one
@@ -170,7 +177,7 @@ def test_revival_can_be_switched_off(name):
     sae = make_sae(name, revival=0.0)
     sae.tokens_since_fired.fill_(sae.dead_after)
     before = {n: t.clone() for n, t in sae.state_dict().items() if n in sae.weight_names}
-    tell(sae, 0, times=5)
+    tell(sae, sae.k, times=5)
     assert all(torch.equal(sae.state_dict()[n], t) for n, t in before.items())
     with pytest.raises(UserError, match="revival is"):
         type(sae.spec)(revival=-0.1)
