@@ -22,10 +22,12 @@ from saebench.bench.peer import Peer
 from saebench.evaluation.synthetic import GroundTruth, World
 from saebench.evaluation.synthetic.recovery import absolute_cosines, mcc_hungarian
 from saebench.formats.saelens.names import WEIGHTS_FILE
+from saebench.saes.base import SAE
 from saebench.training import sweep
 
-PEER_LEARNING_RATES = (3e-4, 1e-3, 3e-3)
-"""SAELens's default and larger ones; it is measured at whichever suits it best."""
+LEARNING_RATES = (3e-3, 1e-2, 3e-2)
+"""Each side is measured at whichever of these suits it best; SAELens's default, 3e-4, suits runs of many more
+steps."""
 WARMUP, DECAY = 0.05, 0.3
 """Shares of the steps, ours by default; SAELens gets the same schedule."""
 
@@ -49,7 +51,7 @@ class Quality:
     """Of one architecture on one side; one number a seed."""
 
     name: str
-    lr: float | str
+    lr: float
     explained_variance: list[float]
     """1 - sum |x - x_hat|^2 / sum |x - mean x|^2 over test rows."""
     mcc_hungarian: list[float]
@@ -72,9 +74,9 @@ def compare_quality(
 ) -> list[tuple[Quality, Quality]]:
     """Train each of ours and SAELens's counterpart for as many steps on the same rows: (ours, theirs).
 
-    Rows are scaled to unit variance beforehand, so that neither side has to. Ours learn at the rate that
-    'auto' gives; SAELens at the best for it of ``PEER_LEARNING_RATES``, chosen by explained variance on the
-    test rows, which is a favour.
+    Rows are scaled to unit variance beforehand, so that neither side has to. Both have the same schedule and
+    the same clipping (SAELens clips the gradient of its loss, which is d_in times ours, to norm 1), and each
+    architecture has the learning rate that is best for it, by the explained variance of the first seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     truth = contest.world.sample(contest.test_rows, part="test")
@@ -103,28 +105,30 @@ def _write_rows(contest: Contest, folder: Path) -> tuple[ActivationCache, float]
 def _train_ours(
     name: str, contest: Contest, cache: ActivationCache, truth: GroundTruth, scale: float, folder: Path
 ) -> Quality:
-    runs = sweep(
-        {"seed": list(contest.seeds)},
-        cache=cache.path,
-        out=folder / name,
-        sae=name,
-        d_sae=contest.d_sae,
-        k=contest.k,
-        tokens=contest.tokens,
-        batch_size=contest.batch_size,
-        warmup=WARMUP,
-        decay=DECAY,
-        device="cpu",
-        quiet=True,
-    )
-    measured = []
-    for run in runs:
-        sae, x_ND = run.sae, truth.x_ND * scale
-        with torch.no_grad():
-            codes = sae.encode(x_ND)
-            l0 = codes.l0().double().mean().item()
-            measured.append(_measure(x_ND, sae.decode(codes), sae.W_dec.detach(), l0, truth))
-    return _quality(f"saebench {name}", "auto", measured)
+    def trained(grid: dict[str, Sequence[Any]], **settings: Any) -> list[dict[str, float]]:
+        runs = sweep(
+            grid,
+            cache=cache.path,
+            out=folder / f"{name}-{'-'.join(grid)}",
+            sae=name,
+            d_sae=contest.d_sae,
+            k=contest.k,
+            tokens=contest.tokens,
+            batch_size=contest.batch_size,
+            warmup=WARMUP,
+            decay=DECAY,
+            grad_clip=1 / truth.d_in,
+            device="cpu",
+            quiet=True,
+            **settings,
+        )
+        return [_measure_run(run.sae, truth, scale) for run in runs]
+
+    first, *others = contest.seeds
+    by_rate = dict(zip(LEARNING_RATES, trained({"lr": LEARNING_RATES}, seed=first), strict=True))
+    best = max(by_rate, key=lambda lr: by_rate[lr]["explained_variance"])
+    measured = [by_rate[best], *(trained({"seed": others}, lr=best) if others else [])]
+    return _quality(f"saebench {name}", best, measured)
 
 
 def _train_theirs(
@@ -152,10 +156,18 @@ def _train_theirs(
         peer.ask("encode", folder=str(made), data=str(folder / "test.npy"), out=str(made))
         return _measure_folder(made, truth, scale)
 
-    first = {lr: trained(contest.seeds[0], lr) for lr in PEER_LEARNING_RATES}
-    best = max(first, key=lambda lr: first[lr]["explained_variance"])
-    measured = [first[best], *(trained(seed, best) for seed in contest.seeds[1:])]
+    first, *others = contest.seeds
+    by_rate = {lr: trained(first, lr) for lr in LEARNING_RATES}
+    best = max(by_rate, key=lambda lr: by_rate[lr]["explained_variance"])
+    measured = [by_rate[best], *(trained(seed, best) for seed in others)]
     return _quality(f"sae-lens {theirs['architecture']}", best, measured)
+
+
+@torch.no_grad()
+def _measure_run(sae: SAE, truth: GroundTruth, scale: float) -> dict[str, float]:
+    x_ND = truth.x_ND * scale
+    codes = sae.encode(x_ND)
+    return _measure(x_ND, sae.decode(codes), sae.W_dec, codes.l0().double().mean().item(), truth)
 
 
 def _measure_folder(made: Path, truth: GroundTruth, scale: float) -> dict[str, float]:
@@ -179,7 +191,7 @@ def _measure(
     }
 
 
-def _quality(name: str, lr: float | str, measured: Sequence[dict[str, float]]) -> Quality:
+def _quality(name: str, lr: float, measured: Sequence[dict[str, float]]) -> Quality:
     return Quality(
         name=name,
         lr=lr,

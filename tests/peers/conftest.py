@@ -14,5 +14,5 @@ ENVIRONMENT = Path(__file__).parents[2] / ".venv-peers"
 
 @pytest.fixture(scope="session")
 def saelens() -> Iterator[Peer]:
-    with running_peer(ENVIRONMENT, threads=1) as peer:
+    with running_peer(ENVIRONMENT, threads=2) as peer:
         yield peer

@@ -21,11 +21,7 @@ def test_ours_are_at_least_as_good(name, saelens, tmp_path, capsys):
     contest = CONTESTS[name]
     pairs = compare_quality(contest, saelens, tmp_path, said=lambda text: None)
     metrics = ("explained_variance", "mcc_hungarian", "l0")
-    lines = [
-        (side.name, f"{side.lr:g}" if isinstance(side.lr, float) else side.lr, *map(side.shown, metrics))
-        for pair in pairs
-        for side in pair
-    ]
+    lines = [(side.name, f"{side.lr:g}", *map(side.shown, metrics)) for pair in pairs for side in pair]
     with capsys.disabled():
         print(f"\n\n{name}: {contest.tokens:,} rows, batches of {contest.batch_size:,}, "
               f"{contest.d_sae:,} latents, k {contest.k}, {len(contest.seeds)} seeds")  # fmt: skip
