@@ -76,7 +76,7 @@ def compare_quality(
 
     Rows are scaled to unit variance beforehand, so that neither side has to. Both have the same schedule and
     the same clipping (SAELens clips the gradient of its loss, which is d_in times ours, to norm 1), and each
-    architecture has the learning rate that is best for it, by the explained variance of the first seed.
+    architecture has the learning rate that is best for it: by explained variance plus MCC of the first seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     truth = contest.world.sample(contest.test_rows, part="test")
@@ -126,7 +126,7 @@ def _train_ours(
 
     first, *others = contest.seeds
     by_rate = dict(zip(LEARNING_RATES, trained({"lr": LEARNING_RATES}, seed=first), strict=True))
-    best = max(by_rate, key=lambda lr: by_rate[lr]["explained_variance"])
+    best = max(by_rate, key=lambda lr: _merit(by_rate[lr]))
     measured = [by_rate[best], *(trained({"seed": others}, lr=best) if others else [])]
     return _quality(f"saebench {name}", best, measured)
 
@@ -158,7 +158,7 @@ def _train_theirs(
 
     first, *others = contest.seeds
     by_rate = {lr: trained(first, lr) for lr in LEARNING_RATES}
-    best = max(by_rate, key=lambda lr: by_rate[lr]["explained_variance"])
+    best = max(by_rate, key=lambda lr: _merit(by_rate[lr]))
     measured = [by_rate[best], *(trained(seed, best) for seed in others)]
     return _quality(f"sae-lens {theirs['architecture']}", best, measured)
 
@@ -168,6 +168,10 @@ def _measure_run(sae: SAE, truth: GroundTruth, scale: float) -> dict[str, float]
     x_ND = truth.x_ND * scale
     codes = sae.encode(x_ND)
     return _measure(x_ND, sae.decode(codes), sae.W_dec, codes.l0().double().mean().item(), truth)
+
+
+def _merit(numbers: dict[str, float]) -> float:
+    return numbers["explained_variance"] + numbers["mcc_hungarian"]
 
 
 def _measure_folder(made: Path, truth: GroundTruth, scale: float) -> dict[str, float]:
