@@ -1,4 +1,4 @@
-"""Encode and keep the k latents of each row that are both active and influential: the eager reference.
+"""Encode and keep the k latents of each row that are both active and influential.
 
 Shapes: N rows, D = d_in, M = d_sae latents, K kept a row.
 """
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from saebench_kernels.gathered_dots import gathered_dots
+from saebench_kernels.rounded import rounded
+from saebench_kernels.routes import is_fused
 
 _CPU_CHUNK_ELEMENTS = 1 << 20
 """Scores made at once on a CPU: few enough to be in its cache when the top k are looked for."""
@@ -27,15 +29,46 @@ def gradient_topk_encode(
 ) -> tuple[Tensor, Tensor]:
     """``z = relu(x W_enc^T + b_enc)`` at the k largest of ``z (1 + weight |g W_dec^T|)`` in each row.
 
-    x, g and the weights are float32. The scan over all latents is done in ``scan_dtype``. When that is not
-    float32 it only proposes: the values of the latents picked are computed again in float32. The score
-    multiplies z, so a latent of z = 0 is never picked ahead of a positive one: a row with fewer than k
-    positive latents is filled up with zeros, whose indices mean nothing. The order within a row is
-    unspecified; so is which of several equal scores at the border is kept.
+    x and g are of any float type, the weights are float32; the scan over all latents is done in
+    ``scan_dtype``. The score multiplies z, so a latent of z = 0 is never picked ahead of a positive one: a
+    row with fewer than k positive latents is filled up with zeros, whose indices mean nothing.
+
+    Fused (see routes.py), both products are made in one kernel, and the choice is exact on its scores,
+    rounded to ``scan_dtype``: the largest, of equals those with the smaller index. Eager, a scan that is
+    not in float32 only proposes: values are computed again in float32; order and ties are unspecified.
 
     Returns:
-        ``values_NK`` float32 (z, not the score) and ``indices_NK`` int64.
+        ``values_NK`` float32 (z, not the score) and ``indices_NK``, int32 or int64.
     """
+    if is_fused("gradient_topk_encode", x_ND.device, scan_dtype, k=k, d_sae=len(W_enc_MD)):
+        from saebench_kernels.fused.scan import scan
+        from saebench_kernels.fused.select import select_topk
+
+        scanned = scan(
+            rounded(x_ND, scan_dtype),
+            rounded(W_enc_MD, scan_dtype),
+            b_enc_M,
+            g_ND=rounded(g_ND * weight, scan_dtype),
+            W_dec_MD=rounded(W_dec_MD, scan_dtype),
+        )
+        return select_topk(scanned, k, len(W_enc_MD))
+    return gradient_topk_encode_eager(
+        x_ND.float(), g_ND.float(), W_enc_MD, W_dec_MD, b_enc_M, k, weight, scan_dtype=scan_dtype
+    )
+
+
+def gradient_topk_encode_eager(
+    x_ND: Tensor,
+    g_ND: Tensor,
+    W_enc_MD: Tensor,
+    W_dec_MD: Tensor,
+    b_enc_M: Tensor,
+    k: int,
+    weight: Tensor | float,
+    *,
+    scan_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """``gradient_topk_encode`` in plain torch."""
     n_rows, d_sae = x_ND.shape[0], W_enc_MD.shape[0]
     scan_x_ND, scan_W_enc_DM, scan_b_M = (
         x_ND.to(scan_dtype),

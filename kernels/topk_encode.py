@@ -1,4 +1,4 @@
-"""Encode and keep the k largest pre-activations of each row: the eager reference.
+"""Encode and keep the k largest pre-activations of each row.
 
 Shapes: N rows, D = d_in, M = d_sae latents, K kept a row.
 """
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from saebench_kernels.gathered_dots import gathered_dots
+from saebench_kernels.rounded import rounded
+from saebench_kernels.routes import is_fused
 
 _CPU_CHUNK_ELEMENTS = 1 << 20
 """Pre-activations made at once on a CPU: few enough to be in its cache when the top k are looked for."""
@@ -17,16 +19,32 @@ _CPU_CHUNK_ELEMENTS = 1 << 20
 def topk_encode(
     x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, k: int, *, scan_dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """The k largest of ``relu(x W_enc^T + b_enc)`` in each row; x and the weights are float32.
+    """The k largest of ``relu(x W_enc^T + b_enc)`` in each row.
 
-    The scan over all latents is done in ``scan_dtype``. When that is not float32 it only proposes: the
-    values of the latents picked are computed again in float32. A row with fewer than k positive
-    pre-activations is filled up with zeros, whose indices mean nothing. The order within a row is
-    unspecified; so is which of several equal values at the border is kept.
+    x is of any float type, the weights are float32; the scan over all latents is done in ``scan_dtype``. A
+    row with fewer than k positive pre-activations is filled up with zeros, whose indices mean nothing.
+
+    Fused (see routes.py), the choice is exact on the pre-activations of the scan, rounded to its type: the
+    largest, of equals those with the smaller index, in the order of their indices; the values are these
+    rounded ones, and NaN is above all. Eager, a scan that is not in float32 only proposes: the values of
+    the latents picked are computed again in float32; order and ties are unspecified.
 
     Returns:
-        ``values_NK`` float32 and ``indices_NK`` int64.
+        ``values_NK`` float32 and ``indices_NK``, int32 or int64.
     """
+    if is_fused("topk_encode", x_ND.device, scan_dtype, k=k, d_sae=len(W_enc_MD)):
+        from saebench_kernels.fused.scan import scan
+        from saebench_kernels.fused.select import select_topk
+
+        scanned = scan(rounded(x_ND, scan_dtype), rounded(W_enc_MD, scan_dtype), b_enc_M)
+        return select_topk(scanned, k, len(W_enc_MD))
+    return topk_encode_eager(x_ND.float(), W_enc_MD, b_enc_M, k, scan_dtype=scan_dtype)
+
+
+def topk_encode_eager(
+    x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, k: int, *, scan_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """``topk_encode`` in plain torch."""
     n_rows, d_sae = x_ND.shape[0], W_enc_MD.shape[0]
     scan_x_ND, scan_W_DM, scan_b_M = x_ND.to(scan_dtype), W_enc_MD.to(scan_dtype).T, b_enc_M.to(scan_dtype)
     chunk = max(1, n_rows if x_ND.is_cuda else min(n_rows, _CPU_CHUNK_ELEMENTS // d_sae))

@@ -1,0 +1,42 @@
+"""Scaling rows and taking an offset away while changing their type, in one pass.
+
+Shapes: N rows, D = d_in.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _centre(x, offset, out, scale, n, d_in, OFFSET: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    rows = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * scale
+    if OFFSET:
+        rows -= tl.load(offset + at % d_in, mask=inside, other=0.0)
+    tl.store(out + at, rows.to(out.dtype.element_ty), mask=inside)
+
+
+def centre(x_ND: Tensor, offset_D: Tensor | None, dtype: torch.dtype, *, scale: float = 1.0) -> Tensor:
+    """``scale x - offset`` in ``dtype``, computed in float32."""
+    x_ND = x_ND.contiguous()
+    out_ND = torch.empty(x_ND.shape, dtype=dtype, device=x_ND.device)
+    n = x_ND.numel()
+    _centre[(triton.cdiv(n, _BLOCK),)](
+        x_ND,
+        offset_D if offset_D is not None else x_ND,
+        out_ND,
+        scale,
+        n,
+        x_ND.shape[-1],
+        OFFSET=offset_D is not None,
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
+    return out_ND

@@ -1,0 +1,247 @@
+"""The scan of all latents: a matrix product that leaves, beside its result, the largest of every few latents.
+
+relu(x W_enc^T + b_enc) is rounded to the type of x and stored once; what chooses among the latents of a row
+afterwards reads maxima and then only the groups that can hold something chosen. That is exact: if an entry of
+the k largest sat outside the k groups with the largest maxima, each of those groups would hold an entry that
+is at least as large. Groups are runs of neighbouring latents, so "at least as large" may be read in the total
+order (value descending, index ascending), and ties come out right, too. There are groups of two sizes, one
+within the other, so that a choice looks at a few hundred numbers three times and never at thousands.
+
+Shapes: N rows, D = d_in, M = d_sae latents, P = M rounded up to whole large groups.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+GROUP = 16
+"""Latents in a small group: a sector of memory (32 bytes) of half-precision numbers."""
+LARGE_GROUP = 128
+
+
+class Tiles(NamedTuple):
+    """How the product is cut up."""
+
+    rows: int
+    latents: int
+    depth: int
+    warps: int
+    stages: int
+    abreast: int
+    """Tiles of rows that are worked on side by side, for the sake of the cache."""
+    resident: int
+    """Programs on a multiprocessor; each takes one tile after the other."""
+
+
+HOPPER = Tiles(rows=128, latents=256, depth=64, warps=8, stages=4, abreast=32, resident=1)
+AMPERE = Tiles(rows=128, latents=128, depth=32, warps=8, stages=3, abreast=16, resident=1)
+
+
+def tiles_of(device: torch.device) -> Tiles:
+    """The tiles for a GPU; found by measuring on an H100 (see NOTES.md), and fixed."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return HOPPER
+    return AMPERE
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _finish(
+    z, effect, bias, floor, pre, score, maxima, large, row0, col0, n_rows, d_sae, n_padded,
+    ROWS: tl.constexpr, LATENTS: tl.constexpr, TMA: tl.constexpr, GRADIENT: tl.constexpr, FLOOR: tl.constexpr,
+    SIZE: tl.constexpr, LARGE: tl.constexpr,
+):  # fmt: skip
+    """Bias, ReLU or floor, score, maxima; and store the tile."""
+    rows = row0 + tl.arange(0, ROWS)
+    cols = col0 + tl.arange(0, LATENTS)
+    z += tl.load(bias + cols, mask=cols < d_sae, other=0.0)[None, :]
+    if FLOOR:
+        z = tl.where(z <= tl.load(floor + cols, mask=cols < d_sae, other=0.0)[None, :], 0.0, z)
+    else:
+        z = tl.where(z <= 0, 0.0, z)
+    kept = z
+    if GRADIENT:
+        kept = z * (1 + tl.abs(effect))
+    # Rounding keeps the order, so the rounded maximum is the maximum of the rounded.
+    best = tl.reduce(tl.reshape(kept, (ROWS, LATENTS // SIZE, SIZE)), 2, _larger)
+    groups = col0 // SIZE + tl.arange(0, LATENTS // SIZE)
+    at = rows.to(tl.int64)[:, None] * (n_padded // SIZE) + groups[None, :]
+    inside = (rows < n_rows)[:, None] & (groups < n_padded // SIZE)[None, :]
+    tl.store(maxima + at, best.to(maxima.dtype.element_ty), mask=inside)
+    best = tl.reduce(tl.reshape(best, (ROWS, LATENTS // LARGE, LARGE // SIZE)), 2, _larger)
+    groups = col0 // LARGE + tl.arange(0, LATENTS // LARGE)
+    at = rows.to(tl.int64)[:, None] * (n_padded // LARGE) + groups[None, :]
+    inside = (rows < n_rows)[:, None] & (groups < n_padded // LARGE)[None, :]
+    tl.store(large + at, best.to(large.dtype.element_ty), mask=inside)
+    if TMA:
+        pre.store([row0, col0], z.to(pre.dtype))
+        if GRADIENT:
+            score.store([row0, col0], kept.to(score.dtype))
+    else:
+        at = rows.to(tl.int64)[:, None] * n_padded + cols[None, :]
+        inside = (rows < n_rows)[:, None] & (cols < n_padded)[None, :]
+        tl.store(pre + at, z.to(pre.dtype.element_ty), mask=inside)
+        if GRADIENT:
+            tl.store(score + at, kept.to(score.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _load(
+    x, w, row0, col0, d, n_rows, d_in, d_sae,
+    ROWS: tl.constexpr, LATENTS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    if TMA:
+        x_tile = x.load([row0, d])
+        w_tile = w.load([col0, d])
+    else:
+        rows = (row0 + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        cols = (col0 + tl.arange(0, LATENTS)).to(tl.int64)[:, None]
+        depth = d + tl.arange(0, DEPTH)[None, :]
+        x_tile = tl.load(x + rows * d_in + depth, mask=(rows < n_rows) & (depth < d_in), other=0.0)
+        w_tile = tl.load(w + cols * d_in + depth, mask=(cols < d_sae) & (depth < d_in), other=0.0)
+    return x_tile, w_tile
+
+
+@triton.jit
+def _dot(x_tile, w_tile, out, EXACT: tl.constexpr, WIDEN: tl.constexpr):
+    if WIDEN:
+        x_tile = x_tile.to(tl.float32)
+        w_tile = w_tile.to(tl.float32)
+    if EXACT:
+        out = tl.dot(x_tile, w_tile.T, out, input_precision="ieee")
+    else:
+        out = tl.dot(x_tile, w_tile.T, out)
+    return out
+
+
+@triton.jit
+def _scan(
+    x, w, g, w_dec, bias, floor, pre, score, maxima, large,
+    n_rows, d_in, d_sae, n_padded,
+    ROWS: tl.constexpr, LATENTS: tl.constexpr, DEPTH: tl.constexpr, ABREAST: tl.constexpr,
+    PROGRAMS: tl.constexpr, TMA: tl.constexpr, EXACT: tl.constexpr,
+    GRADIENT: tl.constexpr, FLOOR: tl.constexpr, SIZE: tl.constexpr, LARGE: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    row_tiles = tl.cdiv(n_rows, ROWS)
+    col_tiles = tl.cdiv(d_sae, LATENTS)
+    # Flattened, the loads of the next tile are under way while this one is being finished.
+    for tile in tl.range(tl.program_id(0), row_tiles * col_tiles, PROGRAMS, flatten=True):
+        band = tile // (ABREAST * col_tiles)
+        in_band = min(row_tiles - band * ABREAST, ABREAST)
+        row0 = (band * ABREAST + tile % (ABREAST * col_tiles) % in_band) * ROWS
+        col0 = tile % (ABREAST * col_tiles) // in_band * LATENTS
+        z = tl.zeros((ROWS, LATENTS), dtype=tl.float32)
+        effect = tl.zeros((ROWS, LATENTS), dtype=tl.float32)
+        for d in tl.range(0, d_in, DEPTH):
+            x_tile, w_tile = _load(x, w, row0, col0, d, n_rows, d_in, d_sae, ROWS, LATENTS, DEPTH, TMA)
+            z = _dot(x_tile, w_tile, z, EXACT, WIDEN)
+            if GRADIENT:
+                g_tile, d_tile = _load(
+                    g, w_dec, row0, col0, d, n_rows, d_in, d_sae, ROWS, LATENTS, DEPTH, TMA
+                )
+                effect = _dot(g_tile, d_tile, effect, EXACT, WIDEN)
+        if LATENTS > LARGE:  # in halves: what is staged for storing takes less room
+            z0, z1 = tl.split(tl.permute(tl.reshape(z, (ROWS, 2, LATENTS // 2)), (0, 2, 1)))
+            _finish(z0, z0, bias, floor, pre, score, maxima, large, row0, col0, n_rows, d_sae, n_padded,
+                    ROWS, LATENTS // 2, TMA, GRADIENT, FLOOR, SIZE, LARGE)  # fmt: skip
+            _finish(z1, z1, bias, floor, pre, score, maxima, large, row0, col0 + LATENTS // 2, n_rows, d_sae,
+                    n_padded, ROWS, LATENTS // 2, TMA, GRADIENT, FLOOR, SIZE, LARGE)  # fmt: skip
+        else:
+            _finish(z, effect, bias, floor, pre, score, maxima, large, row0, col0, n_rows, d_sae, n_padded,
+                    ROWS, LATENTS, TMA, GRADIENT, FLOOR, SIZE, LARGE)  # fmt: skip
+
+
+class Scanned(NamedTuple):
+    """What a scan leaves."""
+
+    pre_NP: Tensor
+    """relu(x W^T + b), rounded; 0 at or below the floor where one was given, and beyond latent M."""
+    score_NP: Tensor
+    """What latents are chosen by; ``pre_NP`` itself unless gradients have a say."""
+    maxima_NG: Tensor
+    """[N, P / 16]: the largest score of every small group."""
+    large_NG: Tensor
+    """[N, P / 128]: of every large one."""
+
+
+def scan(
+    x_ND: Tensor,
+    W_enc_MD: Tensor,
+    b_enc_M: Tensor,
+    *,
+    floor_M: Tensor | None = None,
+    g_ND: Tensor | None = None,
+    W_dec_MD: Tensor | None = None,
+    tiles: Tiles | None = None,
+) -> Scanned:
+    """Scan all latents; x, g and the weights are of one type, contiguous, biases and floors float32.
+
+    With ``g`` and ``W_dec`` the score is z (1 + |g W_dec^T|). NaN
+    passes through: it is neither at nor below a floor, and it is the largest of its group.
+    """
+    (n_rows, d_in), d_sae, device = x_ND.shape, len(W_enc_MD), x_ND.device
+    tiles = tiles or tiles_of(device)
+    n_padded = triton.cdiv(d_sae, LARGE_GROUP) * LARGE_GROUP
+    pre_NP = torch.empty(n_rows, n_padded, dtype=x_ND.dtype, device=device)
+    score_NP = torch.empty_like(pre_NP) if g_ND is not None else pre_NP
+    maxima_NG = torch.empty(n_rows, n_padded // GROUP, dtype=x_ND.dtype, device=device)
+    large_NG = torch.empty(n_rows, n_padded // LARGE_GROUP, dtype=x_ND.dtype, device=device)
+    latents = LARGE_GROUP if g_ND is not None else tiles.latents  # two products share the registers
+    tma = d_in * x_ND.element_size() % 16 == 0 and _has_tma(device)
+    of_x, of_w, of_out = [tiles.rows, tiles.depth], [latents, tiles.depth], [tiles.rows, LARGE_GROUP]
+
+    def described(tensor: Tensor | None, block: list[int]) -> Any:
+        return TensorDescriptor.from_tensor(tensor, block) if tma and tensor is not None else tensor
+
+    n_tiles = triton.cdiv(n_rows, tiles.rows) * triton.cdiv(d_sae, latents)
+    programs = min(n_tiles, tiles.resident * _multiprocessors(device))
+    _scan[(programs,)](
+        described(x_ND, of_x),
+        described(W_enc_MD, of_w),
+        described(g_ND if g_ND is not None else x_ND, of_x),
+        described(W_dec_MD if W_dec_MD is not None else W_enc_MD, of_w),
+        b_enc_M,
+        floor_M if floor_M is not None else b_enc_M,
+        described(pre_NP, of_out),
+        described(score_NP, of_out),
+        maxima_NG,
+        large_NG,
+        n_rows,
+        d_in,
+        d_sae,
+        n_padded,
+        ROWS=tiles.rows,
+        LATENTS=latents,
+        DEPTH=tiles.depth,
+        ABREAST=tiles.abreast,
+        PROGRAMS=programs,
+        TMA=tma,
+        EXACT=x_ND.dtype == torch.float32,
+        GRADIENT=g_ND is not None,
+        FLOOR=floor_M is not None,
+        SIZE=GROUP,
+        LARGE=LARGE_GROUP,
+        WIDEN=triton.knobs.runtime.interpret,  # the interpreter multiplies bfloat16 as if it were integers
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return Scanned(pre_NP, score_NP, maxima_NG, large_NG)
+
+
+def _has_tma(device: torch.device) -> bool:
+    """Whether the GPU copies tiles by itself; the interpreter can pretend to."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -1,0 +1,60 @@
+"""Which road an op takes: the fused kernel or the eager reference.
+
+The choice is a fixed function of device, type and shape, never of a measurement: runs repeat bit for bit.
+
+| op | fused where |
+|---|---|
+| topk_encode, gradient_topk_encode | CUDA; scan in bfloat16 or float16; k <= 1024; d_sae <= 2^20 |
+| mutual_choice_encode, threshold_encode | CUDA; scan in bfloat16 or float16; d_sae <= 2^20 |
+| reconstruct, weight_grads | CUDA; tables in bfloat16 or float16 |
+| centre, fused_adam | CUDA |
+
+Everything else is eager; so is all of it on a GPU older than Ampere, or where Triton is not installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+
+import torch
+
+LARGEST_K = 1024
+LARGEST_D_SAE = 1 << 20
+_HALF = (torch.bfloat16, torch.float16)
+
+logger = logging.getLogger("saebench_kernels")
+
+
+def is_fused(
+    op: str, device: torch.device, dtype: torch.dtype, *, k: int = 1, d_sae: int = 1, floats: bool = False
+) -> bool:
+    """Whether ``op`` has a fused kernel for this; says once why not where it could be expected to."""
+    if device.type != "cuda":
+        return False
+    reason = _hindrance(device.index or 0)
+    if reason is None and not floats and dtype not in _HALF:
+        return False  # float32 was asked for, and gets it
+    if reason is None and k > LARGEST_K:
+        reason = f"k = {k} is above {LARGEST_K}"
+    if reason is None and d_sae > LARGEST_D_SAE:
+        reason = f"d_sae = {d_sae} is above {LARGEST_D_SAE}"
+    if reason is not None:
+        _say(f"{op} takes its eager road: {reason}")
+    return reason is None
+
+
+@functools.cache
+def _hindrance(index: int) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
+    return None
+
+
+@functools.cache
+def _say(text: str) -> None:
+    logger.warning(text)
