@@ -88,4 +88,5 @@ def error_of(sae: SAE, batch: Batch) -> float:
         exact_S = (centred_ND[row_S] * sae.W_enc_MD.double()[latents]).sum(1) + sae.b_enc.double()[latents]
         exact_ND = b_dec_D.expand_as(centred_ND).clone()
         exact_ND.index_add_(0, row_S, exact_S[:, None] * W_dec_MD[latents])
-    return float((terms.x_hat.double() - exact_ND).norm() / exact_ND.norm())
+    x_hat_ND = batch.x_ND.double() - terms.error.double()
+    return float((x_hat_ND - exact_ND).norm() / exact_ND.norm())

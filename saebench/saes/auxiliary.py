@@ -57,13 +57,18 @@ def aux_k(
         return x_ND.new_zeros(())
     centred_ND = (x_ND - sae.b_dec).detach()
     pre_NA = torch.relu(torch.addmm(sae.b_enc[candidates_A], centred_ND, sae.W_enc_MD[candidates_A].T))
-    k_aux = k_aux or max(1, sae.d_in // 2)
+    k_aux = default_k_aux(sae, k_aux)
     if k_aux < candidates_A.numel():
         values_NK, slots_NK = pre_NA.topk(k_aux, dim=1, sorted=False)
         pre_NA = torch.zeros_like(pre_NA).scatter(1, slots_NK, values_NK)
     if weights_A is not None:
         pre_NA = pre_NA * weights_A
     return share_left(error_ND, pre_NA @ sae.W_dec[candidates_A])
+
+
+def default_k_aux(sae: SAE, k_aux: int | None) -> int:
+    """How many dead latents AuxK picks for each token."""
+    return k_aux or max(1, sae.d_in // 2)
 
 
 def share_left(error_ND: Tensor, e_hat_ND: Tensor) -> Tensor:

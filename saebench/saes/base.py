@@ -6,7 +6,7 @@ Shapes: N rows, D = d_in, M = d_sae latents. Weights are latent-major: one row a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,6 +37,8 @@ class Batch:
     """[N, D] gradient of the model's loss at the same rows, as it was harvested."""
     progress: float = 0.0
     """Share of the run's steps done before this one. Schedules are functions of it: a resumed run repeats."""
+    made: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """What a loss has made of the rows and will need again."""
 
     def __getitem__(self, rows: slice) -> Batch:
         """Some of the rows, at the same progress."""
@@ -56,8 +58,8 @@ class LossTerms:
     """Scalar: the architecture's extra loss before its coefficient; 0 when it has none."""
     codes: SparseCodes
     """The codes of the batch."""
-    x_hat: Tensor
-    """[N, D] reconstruction."""
+    error: Tensor
+    """[N, D] x - x_hat, detached; on a GPU in the type of the products."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """Further scalars for the metrics, by name."""
 
@@ -80,6 +82,8 @@ class SAE(nn.Module):
     tied: ClassVar[bool] = False
     """Whether the dictionary is also the encoder: then ``W_enc_MD`` is no parameter, and the subclass has it
     as a property; so with ``b_enc`` where it is not among ``weight_names``."""
+    projects_gradients: ClassVar[bool] = True
+    """Whether a decoder row's gradient loses its part along the row, which giving it unit norm would undo."""
     tokens_since_fired: Tensor
 
     def __init__(self, spec: SaeSpec, d_in: int) -> None:
@@ -175,7 +179,7 @@ class SAE(nn.Module):
         self.b_dec.copy_(sample.x_ND.double().mean(0))
         probe = sample[:PROBE_ROWS]
         error_ND = (probe.x_ND - self.b_dec).double()
-        offset_ND = (self.loss(probe).x_hat - self.b_dec).double()
+        offset_ND = error_ND - self.loss(probe).error.double()
         energy = offset_ND.square().sum()
         if energy > 0:
             self.W_enc_MD.mul_(float((error_ND * offset_ND).sum() / energy))
@@ -187,17 +191,31 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def project_gradients(self) -> None:
-        """Remove from each decoder row's gradient the part along the row: renormalising would undo it."""
-        if self.W_dec.grad is not None:
+        """Remove from each decoder row's gradient its part along the row (see ``projects_gradients``)."""
+        if self.projects_gradients and self.W_dec.grad is not None:
             along_M1 = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
             self.W_dec.grad.sub_(along_M1 * self.W_dec)
 
     @torch.no_grad()
     def count_firing(self, codes: SparseCodes) -> None:
         """Set the counter of every latent that fired in ``codes`` to 0 and add the batch to all others."""
-        fired = codes.indices[codes.values != 0].long()
-        self.tokens_since_fired.add_(codes.n_rows)
-        self.tokens_since_fired[fired] = 0
+        times_M = torch.zeros(self.d_sae, dtype=torch.int32, device=codes.indices.device)
+        times_M.index_add_(0, codes.indices, (codes.values != 0).to(torch.int32))
+        self.tokens_since_fired.add_(codes.n_rows).mul_(times_M == 0)
+
+    def look_for_dead(self, *, again: bool = False) -> None:
+        """Called every few steps on a GPU, where it may wait for the device: renew what depends on the dead.
+
+        ``again`` when a training is resumed: make once more what was made of the state that was saved.
+        """
+
+    def phase(self, progress: float) -> Hashable | None:
+        """What a training step's course depends on beside its tensors, or None if it may wait for the device.
+
+        Steps of one phase run the same kernels on tensors of the same shapes, so that a GPU can repeat the
+        step as a graph.
+        """
+        return None
 
     def dead_latents(self) -> Tensor:
         """Indices of the latents that have not fired for ``dead_after`` tokens, int64."""

@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 
 from saebench.codes import SparseCodes
-from saebench.saes.auxiliary import AuxSpec, aux_k
+from saebench.config import SaeSpec
+from saebench.saes.auxiliary import AuxSpec, aux_k, default_k_aux
 from saebench.saes.base import SAE, Batch, LossTerms
 from saebench.saes.functions import decode_codes, encode_chosen
+from saebench.saes.fused_loss import Revival, fused_loss
+from saebench_kernels import centre, is_fused
+
+CANDIDATE_SLOTS = 256
+"""The list of candidates for AuxK on a GPU has a multiple of this many slots, and of an eighth of its length:
+each new length makes a captured step be captured again."""
 
 
 class ChoiceSAE(SAE):
@@ -20,9 +27,19 @@ class ChoiceSAE(SAE):
 
     A subclass writes ``choose`` (training: the whole batch may be looked at) and ``encode_rows``
     (inference: each row alone).
+
+    On a GPU, in low precision, the loss is one fused function, and the dead latents are those that were
+    dead when `look_for_dead` was last called and still are: a list whose length is known beforehand.
     """
 
     spec: AuxSpec
+    dead_when_looked: Tensor
+    """[M] bool: the candidates of AuxK on a GPU."""
+
+    def __init__(self, spec: SaeSpec, d_in: int) -> None:
+        super().__init__(spec, d_in)
+        self.register_buffer("dead_when_looked", torch.zeros(spec.d_sae, dtype=torch.bool))
+        self._candidates_A: Tensor | None = None
 
     def choose(self, batch: Batch) -> SparseCodes:
         """The entries kept of a training batch and their values; called without gradients."""
@@ -31,9 +48,27 @@ class ChoiceSAE(SAE):
     def loss(self, batch: Batch) -> LossTerms:
         with torch.no_grad():
             chosen = self.choose(batch)
+        if self.fused:
+            return self.fused_terms(batch, chosen)
         codes = self.attach_gradients(batch.x_ND, chosen)
         x_hat_ND = decode_codes(codes, self.W_dec, self.b_dec)
         return self.terms(batch, codes, x_hat_ND, (batch.x_ND - x_hat_ND).square().mean())
+
+    @property
+    def fused(self) -> bool:
+        """Whether the loss takes the fused road."""
+        return not self.tied and is_fused("reconstruct", self.b_dec.device, self.compute_dtype)
+
+    def centred(self, x_ND: Tensor) -> Tensor:
+        """x - b_dec, on the fused road in the type of the products."""
+        return centre(x_ND, self.b_dec, dtype=self.compute_dtype) if self.fused else x_ND - self.b_dec
+
+    @torch.no_grad()
+    def centred_rows(self, batch: Batch) -> Tensor:
+        """``centred`` of a batch's rows, made once for each batch."""
+        if "centred" not in batch.made:
+            batch.made["centred"] = self.centred(batch.x_ND)
+        return batch.made["centred"]
 
     def attach_gradients(self, x_ND: Tensor, chosen: SparseCodes) -> SparseCodes:
         """``chosen`` with the gradients of its values for the encoder's weights."""
@@ -49,8 +84,61 @@ class ChoiceSAE(SAE):
             auxiliary = self.auxiliary_loss(batch, error_ND)
         total = objective + self.spec.aux_coefficient * auxiliary
         reconstruction = error_ND.square().mean()
-        return LossTerms(total, reconstruction, auxiliary.detach(), codes, x_hat_ND.detach(), extra)
+        extra |= self.remarks(batch, codes)
+        return LossTerms(total, reconstruction, auxiliary.detach(), codes, error_ND, extra)
+
+    def fused_terms(self, batch: Batch, chosen: SparseCodes) -> LossTerms:
+        """The same loss, by fused kernels."""
+        centred_ND = self.centred_rows(batch)
+        weights = (self.W_enc_MD, self.b_enc, self.W_dec, self.b_dec)
+        revival = self.revival(batch) if self.spec.aux_coefficient > 0 else None
+        objective, auxiliary, error_ND = fused_loss(batch.x_ND, chosen, centred_ND, weights, revival)
+        total = objective + self.spec.aux_coefficient * auxiliary
+        extra = self.remarks(batch, chosen)
+        batch.made.clear()  # b_dec changes before a batch is looked at again
+        return LossTerms(total, objective.detach(), auxiliary.detach(), chosen, error_ND, extra)
+
+    def remarks(self, batch: Batch, codes: SparseCodes) -> dict[str, Tensor]:
+        """Further scalars of a step for the metrics."""
+        return {}
 
     def auxiliary_loss(self, batch: Batch, error_ND: Tensor) -> Tensor:
         """AuxK over the dead latents."""
         return aux_k(self, batch.x_ND, error_ND, self.dead_latents(), k_aux=self.spec.k_aux)
+
+    # AuxK on a GPU --------------------------------------------------------------------------------
+
+    def revival(self, batch: Batch) -> Revival | None:
+        """What AuxK may use on the fused road; None when nothing was dead."""
+        candidates_A = self._candidates_A
+        if candidates_A is None or len(candidates_A) == 0:
+            return None
+        dead_A = (self.tokens_since_fired >= self.dead_after)[candidates_A] & self.dead_when_looked[
+            candidates_A
+        ]
+        dead_A[1:] &= candidates_A[1:] > 0  # the slots that are left over repeat latent 0
+        return Revival(candidates_A, dead_A.float(), default_k_aux(self, self.spec.k_aux))
+
+    @torch.no_grad()
+    def look_for_dead(self, *, again: bool = False) -> None:
+        """Renew the candidates of AuxK; waits for the GPU, so it is called every few steps.
+
+        ``again`` lists those that were found the last time: a training that is resumed goes on with them.
+        """
+        if not again:
+            self.dead_when_looked.copy_(self.tokens_since_fired >= self.dead_after)
+        candidates_A = self._list_candidates()
+        if self.n_candidates == len(candidates_A) and self._candidates_A is not None:
+            self._candidates_A.copy_(candidates_A)  # a captured step reads it where it is
+        else:
+            self._candidates_A = candidates_A
+
+    @property
+    def n_candidates(self) -> int:
+        """Slots in the list of candidates."""
+        return 0 if self._candidates_A is None else len(self._candidates_A)
+
+    def _list_candidates(self) -> Tensor:
+        dead_A = self.dead_when_looked.nonzero()[:, 0]
+        unit = max(CANDIDATE_SLOTS, 1 << max(0, len(dead_A).bit_length() - 4))
+        return torch.nn.functional.pad(dead_A, (0, -len(dead_A) % unit))

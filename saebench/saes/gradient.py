@@ -7,7 +7,7 @@ Shapes: N rows, D = d_in, M = d_sae latents, K kept a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -114,21 +114,21 @@ class GradientSAE(ChoiceSAE):
         # The same decoder once more: the factor of the encoder should fit the choice that will be made.
         super().initialize(sample, seed=seed)
 
+    def phase(self, progress: float) -> Hashable | None:
+        return self.n_candidates if self.fused else None
+
     def choose(self, batch: Batch) -> SparseCodes:
         """The k largest scores of each row and their values, without gradients."""
-        return self._by_gradient(batch.x_ND, _gradient_of(batch))
+        return self._by_gradient(self.centred_rows(batch), _gradient_of(batch))
 
-    def terms(
-        self, batch: Batch, codes: SparseCodes, x_hat_ND: Tensor, objective: Tensor, **extra: Tensor
-    ) -> LossTerms:
-        """As in every choice SAE, and the share of picks that TopK would not have made (on 256 rows)."""
+    def remarks(self, batch: Batch, codes: SparseCodes) -> dict[str, Tensor]:
+        """The share of picks that TopK would not have made (on 256 rows)."""
         with torch.no_grad():
             rows = slice(SAMPLED_ROWS)
             indices_NK, values_NK = codes.rectangular()
             mine = SparseCodes.from_topk(values_NK[rows], indices_NK[rows], d_sae=self.d_sae)
-            changed, picks = changed_picks(mine, self._plain(batch.x_ND[rows]))
-            extra["picks_changed"] = changed / picks.clamp_min(1)
-        return super().terms(batch, codes, x_hat_ND, objective, **extra)
+            changed, picks = changed_picks(mine, self._plain(self.centred(batch.x_ND[rows])))
+            return {"picks_changed": changed / picks.clamp_min(1)}
 
     @torch.no_grad()
     def after_step(self, batch: Batch, terms: LossTerms) -> None:
@@ -163,16 +163,16 @@ class GradientSAE(ChoiceSAE):
             raise ValueError("inference='oracle' needs gradient=..., and it alone")
         with torch.no_grad():
             if gradient is not None:
-                chosen = self._by_gradient(x_ND, gradient.reshape(x_ND.shape).to(x_ND))
+                chosen = self._by_gradient(self.centred(x_ND), gradient.reshape(x_ND.shape).to(x_ND))
             elif inference == "proxy":
                 chosen = self._by_influence(x_ND)
             else:
-                chosen = self._plain(x_ND)
+                chosen = self._plain(self.centred(x_ND))
         return self.attach_gradients(x_ND, chosen)
 
-    def _by_gradient(self, x_ND: Tensor, gradient_ND: Tensor) -> SparseCodes:
+    def _by_gradient(self, centred_ND: Tensor, gradient_ND: Tensor) -> SparseCodes:
         values_NK, indices_NK = gradient_topk_encode(
-            x_ND - self.b_dec,
+            centred_ND,
             gradient_ND,
             self.W_enc_MD,
             self.W_dec,
@@ -187,7 +187,7 @@ class GradientSAE(ChoiceSAE):
         """A factor for each latent is a TopK of scaled weights."""
         factor_M = 1 + self.weight * self.influence
         values_NK, indices_NK = topk_encode(
-            x_ND - self.b_dec,
+            self.centred(x_ND),
             self.W_enc_MD * factor_M[:, None],
             self.b_enc * factor_M,
             self.k,
@@ -195,9 +195,9 @@ class GradientSAE(ChoiceSAE):
         )
         return SparseCodes.from_topk(values_NK / factor_M[indices_NK], indices_NK, d_sae=self.d_sae)
 
-    def _plain(self, x_ND: Tensor) -> SparseCodes:
+    def _plain(self, centred_ND: Tensor) -> SparseCodes:
         values_NK, indices_NK = topk_encode(
-            x_ND - self.b_dec, self.W_enc_MD, self.b_enc, self.k, scan_dtype=self.compute_dtype
+            centred_ND, self.W_enc_MD, self.b_enc, self.k, scan_dtype=self.compute_dtype
         )
         return SparseCodes.from_topk(values_NK, indices_NK, d_sae=self.d_sae)
 

@@ -71,6 +71,11 @@ class MatchingPursuitSAE(ChoiceSAE):
     Spec = MatchingPursuitSpec
     spec: MatchingPursuitSpec
     tied = True
+    projects_gradients = False
+    """Atoms get unit norm after every step, and their gradients stay whole. Where atoms are tied, the
+    gradient along one is large when it is picked often or overshoots; Adam divides by it, which calms just
+    these. On Zipf data at the rate that suits both best (3e-2) this is worth 1 point of explained variance
+    and 6 of MCC, and on real activations nothing either way."""
     weight_names = ("W_dec", "b_dec", "tolerance")
     tolerance: Tensor
     """Scalar: ``spec.tolerance`` in the units of the activations that this SAE reads; 0 is none."""
@@ -155,14 +160,6 @@ class MatchingPursuitSAE(ChoiceSAE):
         chosen = SparseCodes.from_topk(values_NK, indices_NK, d_sae=len(atoms_AD))
         codes = pursuit_gradients(error_ND, atoms_AD, origin_D, chosen)
         return share_left(error_ND, decode_codes(codes, atoms_AD, origin_D))
-
-    def project_gradients(self) -> None:
-        """Nothing: atoms are projected after every step, and their gradients stay whole.
-
-        Where atoms are tied, the gradient along one is large when it is picked often or overshoots; Adam
-        divides by it, which calms just these. On Zipf data at the rate that suits both best (3e-2) this is
-        worth 1 point of explained variance and 6 of MCC, and on real activations nothing either way.
-        """
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:

@@ -86,7 +86,7 @@ class MutualChoiceSAE(ChoiceSAE):
         if divisor_M is not None:
             W_enc_MD, b_enc_M = W_enc_MD / divisor_M[:, None], b_enc_M / divisor_M
         values_S, indices_S, offsets = mutual_choice_encode(
-            x_ND - self.b_dec,
+            self.centred(x_ND) if scan_dtype == self.compute_dtype else x_ND - self.b_dec,
             W_enc_MD,
             b_enc_M,
             self.k * len(x_ND),
@@ -95,12 +95,9 @@ class MutualChoiceSAE(ChoiceSAE):
         )
         return SparseCodes.from_ragged(values_S, indices_S, offsets, d_sae=self.d_sae)
 
-    def terms(
-        self, batch: Batch, codes: SparseCodes, x_hat_ND: Tensor, objective: Tensor, **extra: Tensor
-    ) -> LossTerms:
-        """As in every choice SAE, and the share of tokens that were left without a match."""
-        empty_tokens = (codes.row_offsets.diff() == 0).float().mean()
-        return super().terms(batch, codes, x_hat_ND, objective, empty_tokens=empty_tokens, **extra)
+    def remarks(self, batch: Batch, codes: SparseCodes) -> dict[str, Tensor]:
+        """The share of tokens that were left without a match."""
+        return {"empty_tokens": (codes.row_offsets.diff() == 0).float().mean()}
 
     @torch.no_grad()
     def initialize(self, sample: Batch, *, seed: int) -> None:

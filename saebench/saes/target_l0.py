@@ -182,7 +182,7 @@ class TargetL0SAE(ChoiceSAE):
         threshold = just_below(values_S.min()).clamp_min(torch.finfo(torch.float32).tiny)
         self.set_threshold(threshold)
         self.log_multiplier.copy_(self.log_coefficient_of(threshold))
-        offset_ND = (self.loss(probe).x_hat - self.b_dec).double()
+        offset_ND = centred_ND.double() - self.loss(probe).error.double()
         energy = offset_ND.square().sum()
         if energy > 0:
             self.scale_codes(float((centred_ND.double() * offset_ND).sum() / energy))

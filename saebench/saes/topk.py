@@ -5,6 +5,7 @@ Shapes: N rows, D = d_in, K kept a row.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -61,18 +62,18 @@ class TopKSAE(ChoiceSAE):
 
     def encode_rows(self, x_ND: Tensor, *, k: int | None = None) -> SparseCodes:
         """Codes of rows [N, D]; ``k`` other than the one trained for keeps more latents, or fewer."""
-        chosen = self.top(x_ND, self.k if k is None else k)
+        chosen = self.top(self.centred(x_ND), self.k if k is None else k)
         return self.attach_gradients(x_ND, chosen)
 
     def choose(self, batch: Batch) -> SparseCodes:
-        return self.top(batch.x_ND, self.k_at(batch.progress))
+        return self.top(self.centred_rows(batch), self.k_at(batch.progress))
 
     def loss(self, batch: Batch) -> LossTerms:
         if not self.spec.multi_topk:
             return super().loss(batch)
         k = self.k_at(batch.progress)
         with torch.no_grad():
-            chosen = self.top(batch.x_ND, min(MULTI_FACTOR * k, self.d_sae))
+            chosen = self.top(self.centred(batch.x_ND), min(MULTI_FACTOR * k, self.d_sae))
         many = self.attach_gradients(batch.x_ND, chosen)
         indices_NK, values_NK = many.rectangular()
         slots_NK = values_NK.detach().topk(k, dim=1, sorted=False).indices
@@ -85,6 +86,11 @@ class TopKSAE(ChoiceSAE):
         objective = objective + MULTI_COEFFICIENT * (batch.x_ND - of_many_ND).square().mean()
         return self.terms(batch, codes, x_hat_ND, objective)
 
+    def phase(self, progress: float) -> Hashable | None:
+        if self.spec.multi_topk or not self.fused:
+            return None
+        return self.k_at(progress), self.n_candidates
+
     def k_at(self, progress: float) -> int:
         """k when this share of the run is done."""
         if self.spec.k_start is None or progress >= self.spec.k_anneal:
@@ -92,8 +98,8 @@ class TopKSAE(ChoiceSAE):
         done = progress / self.spec.k_anneal
         return round(self.spec.k_start + (self.k - self.spec.k_start) * done)
 
-    def top(self, x_ND: Tensor, k: int) -> SparseCodes:
-        """The k largest entries of each row, without gradients.
+    def top(self, centred_ND: Tensor, k: int) -> SparseCodes:
+        """The k largest entries of each row of x - b_dec, without gradients.
 
         Raises:
             ValueError: k is not between 1 and d_sae.
@@ -102,6 +108,6 @@ class TopKSAE(ChoiceSAE):
             raise ValueError(f"k is {k}; it must lie between 1 and d_sae = {self.d_sae}")
         with torch.no_grad():
             values_NK, indices_NK = topk_encode(
-                x_ND - self.b_dec, self.W_enc_MD, self.b_enc, k, scan_dtype=self.compute_dtype
+                centred_ND, self.W_enc_MD, self.b_enc, k, scan_dtype=self.compute_dtype
             )
         return SparseCodes.from_topk(values_NK, indices_NK, d_sae=self.d_sae)

@@ -18,7 +18,7 @@ def step_metrics(
     architecture's own: see LossTerms.
     """
     with torch.no_grad():
-        fvu = (x_ND - terms.x_hat).square().sum() / (x_ND - x_ND.mean(0)).square().sum()
+        fvu = terms.error.float().square().sum() / (x_ND - x_ND.mean(0)).square().sum()
         l0 = terms.codes.l0().float().mean()
         scalars = [terms.total.detach(), terms.auxiliary, fvu, l0, grad_norm, *terms.extra.values()]
         numbers = torch.stack([scalar.float() for scalar in scalars]).tolist()

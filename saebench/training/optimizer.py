@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saebench.config import TrainConfig
 from saebench.saes.base import SAE
+from saebench_kernels import is_fused, kept_copy
 
 
 def peak_learning_rate(config: TrainConfig, d_sae: int) -> float:
@@ -35,7 +36,12 @@ def make_optimizer(sae: SAE) -> torch.optim.Adam:
 
 
 def optimizer_step(
-    sae: SAE, optimizer: torch.optim.Adam, *, lr: float, grad_clip: float, sound: Tensor | None = None
+    sae: SAE,
+    optimizer: torch.optim.Adam,
+    *,
+    lr: float | Tensor,
+    grad_clip: float,
+    sound: Tensor | None = None,
 ) -> Tensor:
     """Project the decoder's gradient, clip the norm of all of it, Adam, renormalise the decoder.
 
@@ -43,8 +49,10 @@ def optimizer_step(
     while it is False nothing is applied: the decision is the device's own, nobody waits for it. Returns the
     norm before clipping, a scalar tensor (reading it would wait for the device).
     """
+    if is_fused("fused_adam", sae.b_dec.device, torch.float32, floats=True):
+        return _fused_step(sae, optimizer, lr=lr, grad_clip=grad_clip, sound=sound)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = float(lr)
     sae.project_gradients()
     norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), grad_clip or math.inf)
     if sound is not None:
@@ -52,4 +60,47 @@ def optimizer_step(
         optimizer.found_inf = (~sound).float()  # type: ignore[attr-defined]  # what GradScaler sets, too
     optimizer.step()
     sae.normalize_decoder()
+    return norm
+
+
+@torch.no_grad()
+def _fused_step(
+    sae: SAE, optimizer: torch.optim.Adam, *, lr: float | Tensor, grad_clip: float, sound: Tensor | None
+) -> Tensor:
+    """The same in two passes over the parameters, on the moments that the optimizer keeps."""
+    from saebench_kernels.fused.adam import fused_adam, gradient_squares
+
+    group = optimizer.param_groups[0]
+    grads = {p: p.grad.contiguous() for p in sae.parameters() if p.grad is not None}
+    projected = sae.W_dec if sae.projects_gradients else None
+    squares = [gradient_squares(grad, unit=p if p is projected else None) for p, grad in grads.items()]
+    norm = torch.cat(squares).sum().sqrt()
+    if sound is None:
+        sound = torch.ones((), dtype=torch.bool, device=norm.device)
+    sound &= norm.isfinite()
+    for parameter in grads:
+        if not (state := optimizer.state[parameter]):
+            state["step"] = torch.zeros((), device=norm.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+    steps = [optimizer.state[parameter]["step"] for parameter in grads]
+    torch._foreach_add_(steps, [sound.float()] * len(steps))
+    step = steps[0].double()
+    of_mean, of_square = (1 - torch.pow(beta, step) for beta in group["betas"])
+    clip = (grad_clip / (norm + 1e-6)).clamp_max(1.0) if grad_clip else torch.ones_like(norm)
+    coefficients_4 = torch.stack([lr / of_mean, of_square.sqrt(), clip.double(), sound.double()]).float()
+    for parameter, grad in grads.items():
+        state = optimizer.state[parameter]
+        fused_adam(
+            parameter,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            grad,
+            coefficients_4,
+            betas=group["betas"],
+            eps=group["eps"],
+            project=parameter is projected,
+            unit_rows=parameter is sae.W_dec,
+            low=kept_copy(parameter),
+        )
     return norm

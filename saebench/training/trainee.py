@@ -8,6 +8,7 @@ Shapes: N rows in a batch, D = d_in.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
@@ -22,10 +23,15 @@ from saebench.config import SaeSpec, TrainConfig, architecture
 from saebench.errors import UserError
 from saebench.saes.base import MIN_DEAD_STEPS, SAE, Batch
 from saebench.training import checkpoint, run
+from saebench.training.captured import Steps, Taken
 from saebench.training.checkpoint import TrainState
 from saebench.training.metrics import step_metrics
 from saebench.training.optimizer import learning_rate, make_optimizer, optimizer_step, peak_learning_rate
 from saebench.training.sinks import Sink, open_sinks
+from saebench_kernels import centre
+
+STEPS_BETWEEN_LOOKS = 32
+"""How often the dead latents are read back from a GPU."""
 
 
 @dataclass(eq=False)
@@ -43,7 +49,11 @@ class Trainee:
     sound_steps: Tensor
     """Scalar int64 on the device: steps of this session before the first that was not finite."""
     first_step: int
+    steps: Steps = field(init=False)
     started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.steps = Steps(self.take, self.state.sae.phase)
 
     @property
     def finished(self) -> bool:
@@ -60,18 +70,13 @@ class Trainee:
             UserError: a step was not finite.
         """
         state, config, sae = self.state, self.config, self.state.sae
-        gradient_ND = rows.gradients.float() if sae.uses_gradients and rows.gradients is not None else None
-        batch = Batch(rows.activations.float() * state.scale, gradient_ND, state.step / self.n_steps)
-        terms = sae.loss(batch)
-        state.optimizer.zero_grad()
-        terms.total.backward()  # type: ignore[no-untyped-call]
         peak = peak_learning_rate(config, self.spec.d_sae)
         lr = learning_rate(config, peak=peak, step=state.step, n_steps=self.n_steps)
-        self.sound &= terms.total.isfinite()
-        grad_norm = optimizer_step(sae, state.optimizer, lr=lr, grad_clip=config.grad_clip, sound=self.sound)
-        self.sound_steps += self.sound
-        with torch.no_grad():
-            sae.after_step(batch, terms)
+        if not sae.uses_gradients:
+            rows = Rows(rows.activations, None)
+        if rows.activations.is_cuda and state.step % STEPS_BETWEEN_LOOKS == 0:
+            sae.look_for_dead()
+        batch, terms, grad_norm = self.steps.take(rows, state.step / self.n_steps, lr)
         state.step += 1
 
         save = self.finished or stopping or state.step % config.checkpoint_every == 0
@@ -90,6 +95,24 @@ class Trainee:
         if save:
             checkpoint.save_checkpoint(config.out, state)
         return note
+
+    def take(self, rows: Rows, progress: float, lr: float | Tensor) -> Taken:
+        """Loss, gradients, optimizer and statistics of one batch; waits for no GPU if the SAE does not."""
+        state, sae = self.state, self.state.sae
+        gradient_ND = rows.gradients.float() if rows.gradients is not None else None
+        batch = Batch(centre(rows.activations, scale=state.scale), gradient_ND, progress)
+        terms = sae.loss(batch)
+        state.optimizer.zero_grad()
+        terms.total.backward()  # type: ignore[no-untyped-call]
+        self.sound &= terms.total.isfinite()
+        grad_norm = optimizer_step(
+            sae, state.optimizer, lr=lr, grad_clip=self.config.grad_clip, sound=self.sound
+        )
+        self.sound_steps += self.sound
+        with torch.no_grad():
+            sae.after_step(batch, terms)
+        # Without its graph, whose nodes would tie a later capture to the stream of today.
+        return Taken(batch, dataclasses.replace(terms, total=terms.total.detach()), grad_norm)
 
     def finish(self, unseen_ND: Tensor, *, hook: str, model: dict[str, Any] | None) -> None:
         """Calibrate on ``unseen`` rows of the cache, undo the scaling of the input, save the SAE."""
@@ -145,6 +168,8 @@ def begin(
     facts = run.begin(config.out, facts)
     if latest := checkpoint.latest_checkpoint(config.out):
         checkpoint.load_checkpoint(latest, state)
+        if device.type == "cuda":
+            state.sae.look_for_dead(again=True)
     return Trainee(
         config=config,
         spec=spec,

@@ -91,7 +91,7 @@ def test_the_error_is_that_of_the_reconstruction(name, monkeypatch):
 
     def wrong(batch):
         terms = right(batch)
-        return dataclasses.replace(terms, x_hat=1.01 * terms.x_hat)
+        return dataclasses.replace(terms, error=terms.error - 0.01 * (batch.x_ND - terms.error))
 
     monkeypatch.setattr(sae, "loss", wrong)
     assert steps.error_of(sae, batch) == pytest.approx(0.01, rel=1e-3)

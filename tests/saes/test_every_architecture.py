@@ -116,7 +116,7 @@ def test_loss_and_gradients_repeat_bit_for_bit_and_change_no_state(name, device)
         sae.zero_grad()
         terms = sae.loss(batch)
         terms.total.backward()
-        return [terms.total.detach(), terms.x_hat, *(p.grad.clone() for p in sae.parameters())]
+        return [terms.total.detach(), terms.error, *(p.grad.clone() for p in sae.parameters())]
 
     before = {n: t.clone() for n, t in sae.state_dict().items()}
     first, second = once(), once()

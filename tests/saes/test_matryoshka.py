@@ -29,7 +29,7 @@ def test_one_prefix_is_mutual_choice_to_the_bit():
         sae.tokens_since_fired[::3] = sae.dead_after
     batch = Batch(rows(50))
     mine, reference = ours.loss(batch), theirs.loss(batch)
-    for name in ("total", "reconstruction", "auxiliary", "x_hat"):
+    for name in ("total", "reconstruction", "auxiliary", "error"):
         assert torch.equal(getattr(mine, name), getattr(reference, name)), name
     mine.total.backward()
     reference.total.backward()
@@ -56,7 +56,7 @@ def test_the_loss_is_the_mean_over_the_prefixes_and_the_report_is_of_the_whole()
     of_prefix = (x_ND - sae.decode_prefixes(sae.choose(Batch(x_ND)))).square().mean((1, 2))
     torch.testing.assert_close(terms.total, of_prefix.mean())
     torch.testing.assert_close(terms.reconstruction, of_prefix[-1])
-    torch.testing.assert_close(terms.x_hat, sae.decode(terms.codes))
+    torch.testing.assert_close(x_ND - terms.error, sae.decode(terms.codes))
     assert of_prefix[0] > of_prefix[-1]
 
 

@@ -1,0 +1,142 @@
+"""The loss of a choice SAE as one differentiable function, with the fused kernels of a GPU.
+
+What ``ChoiceSAE.loss`` puts together from ``encode_chosen``, ``decode_codes`` and ``aux_k`` is here one
+forward and one backward pass in low precision: the rows of the dictionary are gathered once, both weight
+gradients come from one sorted list, and AuxK is dense over the few latents that were dead when last looked.
+Nothing waits for the GPU and every shape is known beforehand, so that a step can be captured as a graph.
+
+Shapes: N rows, S entries of all rows end to end, D = d_in, M = d_sae latents, A candidates of AuxK.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saebench.codes import SparseCodes
+from saebench_kernels import rounded
+
+
+class Revival(NamedTuple):
+    """Which latents AuxK may use, a list of fixed length."""
+
+    candidates_A: Tensor
+    """int64; slots without a candidate repeat latent 0."""
+    weights_A: Tensor
+    """float32: 0 where the slot has none or its latent is alive again, else what its values count."""
+    k_aux: int
+    weighted: bool = False
+    """Whether the weights are others than 0 and 1."""
+
+
+def fused_loss(
+    x_ND: Tensor,
+    chosen: SparseCodes,
+    centred_ND: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor, Tensor],
+    revival: Revival | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``objective`` = mean (x - x_hat)^2, ``auxiliary`` = AuxK, and the error x - x_hat [N, D], detached.
+
+    Differentiable in ``weights`` = (W_enc_MD, b_enc, W_dec, b_dec), the choice held fixed.
+
+    Args:
+        centred_ND: x - b_dec in the type in which products are made (bfloat16 or float16); the error and
+            all that is gathered or multiplied is rounded to it, sums are float32.
+    """
+    found: tuple[Tensor, Tensor, Tensor] = _ChoiceLoss.apply(  # type: ignore[no-untyped-call]
+        x_ND, chosen, centred_ND, revival, *weights
+    )
+    return found
+
+
+class _ChoiceLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        chosen: SparseCodes,
+        centred_ND: Tensor,
+        revival: Revival | None,
+        W_enc_MD: Tensor,
+        b_enc_M: Tensor,
+        W_dec_MD: Tensor,
+        b_dec_D: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from saebench_kernels.fused.reconstruct import reconstruct
+
+        dtype = centred_ND.dtype
+        W_enc_low_MD, W_dec_low_MD = rounded(W_enc_MD, dtype), rounded(W_dec_MD, dtype)
+        error_ND, squared_N, dots_S = reconstruct(
+            chosen.indices, chosen.values, x_ND, W_dec_low_MD, b_dec_D, k=chosen.k, offsets=chosen.offsets
+        )
+        energy = squared_N.sum()
+        sum_D = error_ND.sum(0, dtype=torch.float32)
+        auxiliary, ctx.revived = energy.new_zeros(()), None
+        if revival is not None:
+            variance = energy - sum_D.square().sum() / len(x_ND)
+            auxiliary, ctx.revived = _revive(
+                revival, centred_ND, error_ND, variance, W_enc_low_MD, b_enc_M, W_dec_low_MD
+            )
+        ctx.chosen, ctx.revival = chosen, revival
+        ctx.save_for_backward(centred_ND, error_ND, sum_D, dots_S, W_enc_low_MD)
+        ctx.mark_non_differentiable(error_ND)
+        return energy / x_ND.numel(), auxiliary, error_ND
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from saebench_kernels.fused.weight_grads import sort_pairs, weight_grads
+
+        centred_ND, error_ND, sum_D, dots_S, W_enc_low_MD = ctx.saved_tensors
+        chosen: SparseCodes = ctx.chosen
+        scale = grads[0] * (-2 / error_ND.numel())  # of the error: d objective / d x_hat
+        d_pre_S = torch.where(chosen.values > 0, dots_S * scale, 0.0)
+        pairs = sort_pairs(chosen.indices, chosen.rows(), chosen.d_sae)
+        d_W_dec_MD, d_W_enc_MD, d_b_enc_M = weight_grads(
+            pairs, chosen.values, error_ND, scale, d_pre_S, centred_ND
+        )
+        low_M = d_b_enc_M.to(W_enc_low_MD.dtype)
+        d_b_dec_D = sum_D * scale - (low_M @ W_enc_low_MD).float()
+        if ctx.revived is not None:
+            _add_revival(ctx, grads[1], d_W_enc_MD, d_b_enc_M, d_W_dec_MD)
+        return None, None, None, None, d_W_enc_MD, d_b_enc_M, d_W_dec_MD, d_b_dec_D
+
+
+def _revive(
+    revival: Revival,
+    centred_ND: Tensor,
+    error_ND: Tensor,
+    variance: Tensor,
+    W_enc_MD: Tensor,
+    b_enc_M: Tensor,
+    W_dec_MD: Tensor,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """AuxK as in auxiliary.py, and what its gradient needs."""
+    from saebench_kernels.fused.select import keep_topk
+
+    candidates_A, weights_A, k_aux, weighted = revival
+    b_enc_A = b_enc_M[candidates_A].to(centred_ND.dtype)
+    pre_NA = torch.addmm(b_enc_A, centred_ND, W_enc_MD[candidates_A].T).relu_()
+    pre_NA.mul_(weights_A > 0)
+    if k_aux < len(candidates_A):
+        keep_topk(pre_NA, k_aux)
+    if weighted:
+        pre_NA.mul_(weights_A)
+    left_ND = torch.addmm(error_ND, pre_NA, W_dec_MD[candidates_A], alpha=-1)
+    # Infinity, not a quotient mended afterwards: its gradient would be 0 / 0.
+    variance = torch.where(variance > torch.finfo(torch.float32).tiny, variance, torch.inf)
+    energy = torch.linalg.vector_norm(left_ND, dtype=torch.float32).square()
+    return energy / variance, (centred_ND, pre_NA, left_ND, variance, W_dec_MD)
+
+
+def _add_revival(ctx: Any, grad: Tensor, d_W_enc_MD: Tensor, d_b_enc_M: Tensor, d_W_dec_MD: Tensor) -> None:
+    candidates_A, weights_A = ctx.revival[:2]
+    centred_ND, pre_NA, left_ND, variance, W_dec_MD = ctx.revived
+    scale = grad * -2 / variance
+    d_pre_NA = (left_ND @ W_dec_MD[candidates_A].T).mul_(weights_A).mul_(pre_NA > 0)
+    # Each candidate has one slot of weight above 0, and the others add zeros: the order does not matter.
+    d_W_dec_MD.index_add_(0, candidates_A, (pre_NA.T @ left_ND).float() * scale)
+    d_W_enc_MD.index_add_(0, candidates_A, (d_pre_NA.T @ centred_ND).float() * scale)
+    d_b_enc_M.index_add_(0, candidates_A, d_pre_NA.sum(0, dtype=torch.float32) * scale)
