@@ -1,4 +1,4 @@
-"""Encode and keep the largest pre-activations of a whole batch: the eager reference.
+"""Encode and keep the largest pre-activations of a whole batch.
 
 Shapes: N rows, D = d_in, M = d_sae latents, C candidates, S entries kept, row by row.
 """
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from saebench_kernels.gathered_dots import gathered_dots
+from saebench_kernels.rounded import rounded
+from saebench_kernels.routes import is_fused
 
 _CPU_CHUNK_ELEMENTS = 1 << 20
 """Pre-activations made at once on a CPU: few enough to be in its cache when they are compared."""
@@ -30,23 +32,50 @@ def mutual_choice_encode(
     *,
     scan_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``budget`` (at least 1) largest of the N x M entries of ``relu(x W_enc^T + b_enc)``, all float32.
+    """The ``budget`` (at least 1) largest of the N x M entries of ``relu(x W_enc^T + b_enc)``.
 
-    Exactly ``budget`` entries are kept, or all positive ones when there are fewer. Of equal values at the
-    border those with the smaller flat index n M + m are kept. NaN is never kept.
+    x is of any float type, the weights and ``hint`` are float32; the scan is done in ``scan_dtype``. Exactly
+    ``budget`` entries are kept, or all positive ones when there are fewer. Of equal values at the border
+    those with the smaller flat index n M + m are kept.
 
     ``hint`` (scalar tensor) is a guess a little below the smallest value that will be kept. A good one saves
-    time; the result does not depend on it. One scan, in chunks of rows, gathers what exceeds the hint; when
-    that is less than the budget, a second scan gathers what is positive. Neither holds all N x M
-    pre-activations, and what can no longer be kept is thrown out on the way.
+    time; the result does not depend on it.
+
+    Fused (see routes.py), the choice is exact on the pre-activations of the scan, rounded to its type, and
+    nothing waits for the GPU: the output has ``budget`` entries, and what is left of them belongs to no row
+    and is zero. NaN is above all. Eager, see ``mutual_choice_encode_eager``.
+
+    Returns:
+        ``values_S`` float32, ``indices_S`` int32 or int64, ascending within a row, and ``offsets`` [N + 1]
+        int64: where each row begins.
+    """
+    if is_fused("mutual_choice_encode", x_ND.device, scan_dtype, d_sae=len(W_enc_MD)):
+        from saebench_kernels.fused.ragged import select_largest
+        from saebench_kernels.fused.scan import scan
+
+        scanned = scan(rounded(x_ND, scan_dtype), rounded(W_enc_MD, scan_dtype), b_enc_M)
+        return select_largest(scanned, budget, hint, len(W_enc_MD))
+    return mutual_choice_encode_eager(x_ND.float(), W_enc_MD, b_enc_M, budget, hint, scan_dtype=scan_dtype)
+
+
+def mutual_choice_encode_eager(
+    x_ND: Tensor,
+    W_enc_MD: Tensor,
+    b_enc_M: Tensor,
+    budget: int,
+    hint: Tensor,
+    *,
+    scan_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``mutual_choice_encode`` in plain torch; NaN is never kept.
+
+    One scan, in chunks of rows, gathers what exceeds the hint; when that is less than the budget, a second
+    scan gathers what is positive. Neither holds all N x M pre-activations, and what can no longer be kept is
+    thrown out on the way.
 
     When ``scan_dtype`` is not float32 the scan only proposes: all entries within 3% (bfloat16) of the
     scan's own threshold are computed again in float32, and of these exact values the largest are kept. An
     entry is passed over wrongly only if the scan misjudged it by more than half of that.
-
-    Returns:
-        ``values_S`` float32, ``indices_S`` int64, ascending within a row, and ``offsets`` [N + 1] int64:
-        where each row begins.
     """
     d_sae = W_enc_MD.shape[0]
     problem = x_ND.to(scan_dtype), W_enc_MD.to(scan_dtype).T, b_enc_M.to(scan_dtype)

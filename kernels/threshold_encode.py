@@ -1,4 +1,4 @@
-"""Encode and keep the pre-activations above a threshold: the eager reference.
+"""Encode and keep the pre-activations above a threshold.
 
 Shapes: N rows, n rows at once, D = d_in, M = d_sae latents, C candidates, S entries kept, row by row.
 """
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from saebench_kernels.gathered_dots import gathered_dots
+from saebench_kernels.rounded import rounded
+from saebench_kernels.routes import is_fused
 
 _CPU_CHUNK_ELEMENTS = 1 << 20
 """Pre-activations made at once on a CPU: few enough to be in its cache when they are compared."""
@@ -25,16 +27,39 @@ def threshold_encode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The entries of ``x W_enc^T + b_enc`` that are positive and strictly above their latent's threshold.
 
-    x, weights and thresholds are float32; ``threshold`` has shape [M] or () (one for all), and may be
-    negative or infinite. No more than a chunk of rows of the N x M pre-activations is held.
+    x is of any float type, weights and thresholds are float32; ``threshold`` has shape [M] or () (one for
+    all), and may be negative or infinite.
+
+    Fused (see routes.py), pre-activations are compared before they are rounded to ``scan_dtype``, and the
+    values are rounded. Eager, see ``threshold_encode_eager``.
+
+    Returns:
+        ``values_S`` float32, ``indices_S`` int32 or int64, ascending within a row, and ``offsets`` [N + 1]
+        int64: where each row begins.
+    """
+    if is_fused("threshold_encode", x_ND.device, scan_dtype, d_sae=len(W_enc_MD)):
+        from saebench_kernels.fused.ragged import select_positive
+        from saebench_kernels.fused.scan import scan
+
+        floor_M = threshold_M.clamp_min(0).expand(len(W_enc_MD)).contiguous()
+        scanned = scan(rounded(x_ND, scan_dtype), rounded(W_enc_MD, scan_dtype), b_enc_M, floor_M=floor_M)
+        return select_positive(scanned, len(W_enc_MD))
+    return threshold_encode_eager(x_ND.float(), W_enc_MD, b_enc_M, threshold_M, scan_dtype=scan_dtype)
+
+
+def threshold_encode_eager(
+    x_ND: Tensor,
+    W_enc_MD: Tensor,
+    b_enc_M: Tensor,
+    threshold_M: Tensor,
+    *,
+    scan_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``threshold_encode`` in plain torch. No more than a chunk of rows of the N x M pre-activations is held.
 
     When ``scan_dtype`` is not float32 the scan only proposes: whatever its rounding could have hidden is
     kept, computed again in float32, and compared again. The result does not depend on ``scan_dtype``, up
     to the order in which float32 sums are taken.
-
-    Returns:
-        ``values_S`` float32, ``indices_S`` int64, ascending within a row, and ``offsets`` [N + 1] int64:
-        where each row begins.
     """
     d_sae = W_enc_MD.shape[0]
     floor_M = threshold_M.clamp_min(0).expand(d_sae)

@@ -21,7 +21,8 @@ class SparseCodes:
     ``indices`` [S] int32 and ``values`` [S] float hold row 0's entries, then row 1's, and so on. With
     ``k`` set every row has exactly k slots, so the offsets are arithmetic and need no tensor; otherwise
     ``offsets`` [N + 1] int64 says where each row begins. A value of zero is padding: it counts neither in
-    ``l0`` nor in gradients, and its index means nothing. Order within a row is unspecified unless the SAE
+    ``l0`` nor in gradients, and its index means nothing (ragged codes made on a GPU may have more room than
+    entries: the rest is padding behind the last row's). Order within a row is unspecified unless the SAE
     says so. ``leading_shape`` is the shape of the input without its last axis: () for one vector,
     (N,) or (B, T).
     """
@@ -94,6 +95,12 @@ class SparseCodes:
         """[S] int64: the row of every stored entry, padding included."""
         if self.k is not None:
             return torch.arange(self.n_rows, device=self.values.device).repeat_interleave(self.k)
+        if (
+            self.values.is_cuda
+        ):  # room to spare at the end belongs to no row, and is said to be the last one's
+            places_S = torch.arange(self.values.numel(), device=self.values.device)
+            rows_S = torch.searchsorted(self.row_offsets[1:], places_S, right=True)
+            return rows_S.clamp_max(max(0, self.n_rows - 1))
         return torch.repeat_interleave(self.row_offsets.diff(), output_size=self.values.numel())
 
     @property

@@ -13,6 +13,10 @@ import torch
 from saebench.activations.cache import ActivationCache
 from saebench.activations.importing import import_activations
 
+# Without a GPU, Triton's interpreter runs the fused kernels; it is asked for before they are made.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 TINY_HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
 TINY_VOCABULARY = 400
 

@@ -19,7 +19,8 @@ _BLOCK = 1024
 @triton.jit
 def _squares(g, w, out, d, n, D: tl.constexpr, PROJECT: tl.constexpr):
     """Squared norm of each row of g, without its part along the row of w."""
-    row = tl.program_id(0).to(tl.int64)
+    # From the end to the beginning: what was written last is still in the cache.
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     cols = tl.arange(0, D)
     at = row * d + cols
     inside = (cols < d) & (at < n)
@@ -63,10 +64,54 @@ def _adam(
             tl.store(low + at, weight.to(low.dtype.element_ty), mask=inside)
 
 
-def gradient_squares(grad: Tensor, unit: Tensor | None = None) -> Tensor:
+@triton.jit
+def _coefficients(squares, n_squares, lr, limit, beta1, beta2, step, sound, norm, out, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in tl.range(0, n_squares, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(squares + at, mask=at < n_squares, other=0.0)
+    length = tl.sqrt(tl.sum(total))
+    fine = (tl.load(sound) != 0) & (length < float("inf"))  # NaN is not below infinity
+    t = tl.load(step) + fine.to(tl.float32)
+    clip = 1.0
+    if limit > 0:
+        clip = tl.minimum(limit / (length + 1e-6), 1.0)
+    of_mean = 1 - tl.exp(t.to(tl.float64) * tl.log(tl.load(beta1)))
+    of_square = 1 - tl.exp(t.to(tl.float64) * tl.log(tl.load(beta2)))
+    tl.store(norm, length)
+    tl.store(sound, fine)
+    tl.store(out, (tl.load(lr) / of_mean).to(tl.float32))
+    tl.store(out + 1, tl.sqrt(of_square).to(tl.float32))
+    tl.store(out + 2, clip)
+    tl.store(out + 3, fine.to(tl.float32))
+
+
+def adam_coefficients(
+    squares: Tensor, step: Tensor, sound: Tensor, lr: Tensor, betas_2: Tensor, *, grad_clip: float
+) -> tuple[Tensor, Tensor]:
+    """What `fused_adam` needs for step ``step`` + 1, and the norm of the gradient before clipping (scalar).
+
+    ``squares`` are those of `gradient_squares`, end to end. ``sound`` (scalar bool) becomes False when the
+    norm is not finite. ``lr`` and ``betas`` are float64, on the device; ``grad_clip`` 0 does not clip.
+    """
+    norm, out_4 = squares.new_empty(()), squares.new_empty(4)
+    _coefficients[(1,)](
+        squares, len(squares), lr, grad_clip, betas_2[:1], betas_2[1:], step, sound, norm, out_4, BLOCK=4096,
+        num_warps=8,
+    )  # fmt: skip
+    return out_4, norm
+
+
+def n_pieces(grad: Tensor, *, whole_rows: bool) -> int:
+    """How many squared norms `gradient_squares` writes."""
+    return _pieces(grad, whole_rows=whole_rows)[0]
+
+
+def gradient_squares(grad: Tensor, unit: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """Squared norms of pieces of a gradient, to be added up; with ``unit`` rows, of its part across them."""
     rows, d, width = _pieces(grad, whole_rows=unit is not None)
-    out = torch.empty(rows, dtype=torch.float32, device=grad.device)
+    if out is None:
+        out = torch.empty(rows, dtype=torch.float32, device=grad.device)
     _squares[(rows,)](
         grad, unit if unit is not None else grad, out, d, grad.numel(), D=width, PROJECT=unit is not None,
         num_warps=_warps(width),

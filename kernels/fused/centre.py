@@ -1,4 +1,4 @@
-"""Scaling rows and taking an offset away while changing their type, in one pass.
+"""Scaling rows and taking an offset away while changing their type, in one pass; and sums over rows.
 
 Shapes: N rows, D = d_in.
 """
@@ -40,3 +40,25 @@ def centre(x_ND: Tensor, offset_D: Tensor | None, dtype: torch.dtype, *, scale: 
         num_warps=4,
     )
     return out_ND
+
+
+_SUM_ROWS, _SUM_COLS = 128, 128
+
+
+@triton.jit
+def _column_sums(x, out, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+    tile = tl.load(x + rows[:, None] * n_cols + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + tl.program_id(0) * n_cols + cols, tl.sum(tile, 0), mask=cols < n_cols)
+
+
+def column_sums(x_NC: Tensor) -> Tensor:
+    """[C] float32: the sum over rows, in a fixed order."""
+    n_rows, n_cols = x_NC.shape
+    pieces = triton.cdiv(n_rows, _SUM_ROWS)
+    out_PC = torch.empty(pieces, n_cols, dtype=torch.float32, device=x_NC.device)
+    grid = (pieces, triton.cdiv(n_cols, _SUM_COLS))
+    _column_sums[grid](x_NC, out_PC, n_rows, n_cols, ROWS=_SUM_ROWS, COLS=_SUM_COLS, num_warps=4)
+    return out_PC.sum(0)

@@ -31,6 +31,7 @@ class Tiles(NamedTuple):
     rows: int
     latents: int
     depth: int
+    """Of numbers of two bytes; half as many of four."""
     warps: int
     stages: int
     abreast: int
@@ -39,15 +40,16 @@ class Tiles(NamedTuple):
     """Programs on a multiprocessor; each takes one tile after the other."""
 
 
-HOPPER = Tiles(rows=128, latents=256, depth=64, warps=8, stages=4, abreast=32, resident=1)
-AMPERE = Tiles(rows=128, latents=128, depth=32, warps=8, stages=3, abreast=16, resident=1)
+_HOPPER = Tiles(rows=128, latents=256, depth=64, warps=8, stages=4, abreast=32, resident=1)
+_HOPPER_GRADIENT = Tiles(rows=128, latents=256, depth=64, warps=8, stages=3, abreast=32, resident=1)
+_AMPERE = Tiles(rows=128, latents=128, depth=32, warps=8, stages=3, abreast=16, resident=1)
 
 
-def tiles_of(device: torch.device) -> Tiles:
+def tiles_of(device: torch.device, *, gradient: bool = False) -> Tiles:
     """The tiles for a GPU; found by measuring on an H100 (see NOTES.md), and fixed."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        return HOPPER
-    return AMPERE
+        return _HOPPER_GRADIENT if gradient else _HOPPER
+    return _AMPERE
 
 
 @triton.jit
@@ -56,8 +58,14 @@ def _larger(a, b):
 
 
 @triton.jit
+def scored(z, effect):
+    """z (1 + |effect|) of rounded numbers, in float32: whoever has the two computes the same."""
+    return z.to(tl.float32) * (1 + tl.abs(effect.to(tl.float32)))
+
+
+@triton.jit
 def _finish(
-    z, effect, bias, floor, pre, score, maxima, large, row0, col0, n_rows, d_sae, n_padded,
+    z, effect, bias, floor, pre, maxima, large, row0, col0, n_rows, d_sae, n_padded,
     ROWS: tl.constexpr, LATENTS: tl.constexpr, TMA: tl.constexpr, GRADIENT: tl.constexpr, FLOOR: tl.constexpr,
     SIZE: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
@@ -69,9 +77,12 @@ def _finish(
         z = tl.where(z <= tl.load(floor + cols, mask=cols < d_sae, other=0.0)[None, :], 0.0, z)
     else:
         z = tl.where(z <= 0, 0.0, z)
-    kept = z
     if GRADIENT:
-        kept = z * (1 + tl.abs(effect))
+        at = rows.to(tl.int64)[:, None] * d_sae + cols[None, :]
+        inside = (rows < n_rows)[:, None] & (cols < d_sae)[None, :]
+        kept = scored(z.to(maxima.dtype.element_ty), tl.load(effect + at, mask=inside, other=0.0))
+    else:
+        kept = z
     # Rounding keeps the order, so the rounded maximum is the maximum of the rounded.
     best = tl.reduce(tl.reshape(kept, (ROWS, LATENTS // SIZE, SIZE)), 2, _larger)
     groups = col0 // SIZE + tl.arange(0, LATENTS // SIZE)
@@ -85,14 +96,10 @@ def _finish(
     tl.store(large + at, best.to(large.dtype.element_ty), mask=inside)
     if TMA:
         pre.store([row0, col0], z.to(pre.dtype))
-        if GRADIENT:
-            score.store([row0, col0], kept.to(score.dtype))
     else:
         at = rows.to(tl.int64)[:, None] * n_padded + cols[None, :]
         inside = (rows < n_rows)[:, None] & (cols < n_padded)[None, :]
         tl.store(pre + at, z.to(pre.dtype.element_ty), mask=inside)
-        if GRADIENT:
-            tl.store(score + at, kept.to(score.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -126,7 +133,7 @@ def _dot(x_tile, w_tile, out, EXACT: tl.constexpr, WIDEN: tl.constexpr):
 
 @triton.jit
 def _scan(
-    x, w, g, w_dec, bias, floor, pre, score, maxima, large,
+    x, w, effect, bias, floor, pre, maxima, large,
     n_rows, d_in, d_sae, n_padded,
     ROWS: tl.constexpr, LATENTS: tl.constexpr, DEPTH: tl.constexpr, ABREAST: tl.constexpr,
     PROGRAMS: tl.constexpr, TMA: tl.constexpr, EXACT: tl.constexpr,
@@ -141,23 +148,17 @@ def _scan(
         row0 = (band * ABREAST + tile % (ABREAST * col_tiles) % in_band) * ROWS
         col0 = tile % (ABREAST * col_tiles) // in_band * LATENTS
         z = tl.zeros((ROWS, LATENTS), dtype=tl.float32)
-        effect = tl.zeros((ROWS, LATENTS), dtype=tl.float32)
         for d in tl.range(0, d_in, DEPTH):
             x_tile, w_tile = _load(x, w, row0, col0, d, n_rows, d_in, d_sae, ROWS, LATENTS, DEPTH, TMA)
             z = _dot(x_tile, w_tile, z, EXACT, WIDEN)
-            if GRADIENT:
-                g_tile, d_tile = _load(
-                    g, w_dec, row0, col0, d, n_rows, d_in, d_sae, ROWS, LATENTS, DEPTH, TMA
-                )
-                effect = _dot(g_tile, d_tile, effect, EXACT, WIDEN)
         if LATENTS > LARGE:  # in halves: what is staged for storing takes less room
             z0, z1 = tl.split(tl.permute(tl.reshape(z, (ROWS, 2, LATENTS // 2)), (0, 2, 1)))
-            _finish(z0, z0, bias, floor, pre, score, maxima, large, row0, col0, n_rows, d_sae, n_padded,
+            _finish(z0, effect, bias, floor, pre, maxima, large, row0, col0, n_rows, d_sae, n_padded,
                     ROWS, LATENTS // 2, TMA, GRADIENT, FLOOR, SIZE, LARGE)  # fmt: skip
-            _finish(z1, z1, bias, floor, pre, score, maxima, large, row0, col0 + LATENTS // 2, n_rows, d_sae,
+            _finish(z1, effect, bias, floor, pre, maxima, large, row0, col0 + LATENTS // 2, n_rows, d_sae,
                     n_padded, ROWS, LATENTS // 2, TMA, GRADIENT, FLOOR, SIZE, LARGE)  # fmt: skip
         else:
-            _finish(z, effect, bias, floor, pre, score, maxima, large, row0, col0, n_rows, d_sae, n_padded,
+            _finish(z, effect, bias, floor, pre, maxima, large, row0, col0, n_rows, d_sae, n_padded,
                     ROWS, LATENTS, TMA, GRADIENT, FLOOR, SIZE, LARGE)  # fmt: skip
 
 
@@ -166,8 +167,8 @@ class Scanned(NamedTuple):
 
     pre_NP: Tensor
     """relu(x W^T + b), rounded; 0 at or below the floor where one was given, and beyond latent M."""
-    score_NP: Tensor
-    """What latents are chosen by; ``pre_NP`` itself unless gradients have a say."""
+    effect_NM: Tensor | None
+    """g W_dec^T, rounded, where gradients have a say: then z (1 + |effect|) is the score, else z is."""
     maxima_NG: Tensor
     """[N, P / 16]: the largest score of every small group."""
     large_NG: Tensor
@@ -186,34 +187,33 @@ def scan(
 ) -> Scanned:
     """Scan all latents; x, g and the weights are of one type, contiguous, biases and floors float32.
 
-    With ``g`` and ``W_dec`` the score is z (1 + |g W_dec^T|). NaN
+    With ``g`` and ``W_dec`` the score is z (1 + |g W_dec^T|), the product rounded to the type of g. NaN
     passes through: it is neither at nor below a floor, and it is the largest of its group.
     """
     (n_rows, d_in), d_sae, device = x_ND.shape, len(W_enc_MD), x_ND.device
-    tiles = tiles or tiles_of(device)
+    tiles = tiles or tiles_of(device, gradient=g_ND is not None)
+    # cuBLAS makes the second product: in one kernel the two leave each other too few stages (see NOTES.md).
+    effect_NM = None if g_ND is None or W_dec_MD is None else g_ND @ W_dec_MD.T
     n_padded = triton.cdiv(d_sae, LARGE_GROUP) * LARGE_GROUP
     pre_NP = torch.empty(n_rows, n_padded, dtype=x_ND.dtype, device=device)
-    score_NP = torch.empty_like(pre_NP) if g_ND is not None else pre_NP
     maxima_NG = torch.empty(n_rows, n_padded // GROUP, dtype=x_ND.dtype, device=device)
     large_NG = torch.empty(n_rows, n_padded // LARGE_GROUP, dtype=x_ND.dtype, device=device)
-    latents = LARGE_GROUP if g_ND is not None else tiles.latents  # two products share the registers
+    depth = tiles.depth * 2 // x_ND.element_size()  # bytes are what there is room for
     tma = d_in * x_ND.element_size() % 16 == 0 and _has_tma(device)
-    of_x, of_w, of_out = [tiles.rows, tiles.depth], [latents, tiles.depth], [tiles.rows, LARGE_GROUP]
+    of_x, of_w, of_out = [tiles.rows, depth], [tiles.latents, depth], [tiles.rows, LARGE_GROUP]
 
     def described(tensor: Tensor | None, block: list[int]) -> Any:
         return TensorDescriptor.from_tensor(tensor, block) if tma and tensor is not None else tensor
 
-    n_tiles = triton.cdiv(n_rows, tiles.rows) * triton.cdiv(d_sae, latents)
+    n_tiles = triton.cdiv(n_rows, tiles.rows) * triton.cdiv(d_sae, tiles.latents)
     programs = min(n_tiles, tiles.resident * _multiprocessors(device))
     _scan[(programs,)](
         described(x_ND, of_x),
         described(W_enc_MD, of_w),
-        described(g_ND if g_ND is not None else x_ND, of_x),
-        described(W_dec_MD if W_dec_MD is not None else W_enc_MD, of_w),
+        effect_NM if effect_NM is not None else b_enc_M,
         b_enc_M,
         floor_M if floor_M is not None else b_enc_M,
         described(pre_NP, of_out),
-        described(score_NP, of_out),
         maxima_NG,
         large_NG,
         n_rows,
@@ -221,8 +221,8 @@ def scan(
         d_sae,
         n_padded,
         ROWS=tiles.rows,
-        LATENTS=latents,
-        DEPTH=tiles.depth,
+        LATENTS=tiles.latents,
+        DEPTH=depth,
         ABREAST=tiles.abreast,
         PROGRAMS=programs,
         TMA=tma,
@@ -235,7 +235,7 @@ def scan(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    return Scanned(pre_NP, score_NP, maxima_NG, large_NG)
+    return Scanned(pre_NP, effect_NM, maxima_NG, large_NG)
 
 
 def _has_tma(device: torch.device) -> bool:

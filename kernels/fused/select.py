@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saebench_kernels.fused.scan import GROUP, LARGE_GROUP, Scanned
+from saebench_kernels.fused.scan import GROUP, LARGE_GROUP, Scanned, scored
 
 KEYS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 """The integers by which numbers of a type are compared."""
 LARGEST_K = 1024
 """Above this a row's candidates do not fit into one program."""
-_ALL = {torch.int16: 0x7FFF, torch.int32: 0x7FFFFFFF}
+ALL_BITS = {torch.int16: 0x7FFF, torch.int32: 0x7FFFFFFF}
 """Every bit but the sign."""
 
 
@@ -51,7 +51,7 @@ def places(keys, least, k):
 
 
 @triton.jit
-def _keys(numbers, ALL: tl.constexpr):
+def order_keys(numbers, ALL: tl.constexpr):
     """Integers in the order of numbers that are not negative; NaN of either sign is above infinity."""
     return tl.minimum(numbers.to(tl.int32) & ALL, ALL - 1)
 
@@ -65,13 +65,13 @@ def _members(
     inside = slots // RATIO < n_chosen
     members = tl.load(chosen + slots // RATIO, mask=inside, other=0) * RATIO + slots % RATIO
     inside &= members < most
-    keys = _keys(tl.load(maxima + row * n + members, mask=inside, other=0), ALL)
+    keys = order_keys(tl.load(maxima + row * n + members, mask=inside, other=0), ALL)
     return members, tl.where(inside, keys, -1)
 
 
 @triton.jit
 def _select(
-    score, pre, maxima, large, chosen, values, indices, d_sae, n_padded, k,
+    pre, effect, maxima, large, chosen, values, indices, d_sae, n_padded, k,
     LARGE_WIDTH: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, LARGE: tl.constexpr,
     ALL: tl.constexpr, SCORED: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,7 @@ def _select(
     n_large = n_padded // LARGE
     n_small = n_padded // SIZE
     groups = tl.arange(0, LARGE_WIDTH)
-    keys = _keys(tl.load(large + row * n_large + groups, mask=groups < n_large, other=0), ALL)
+    keys = order_keys(tl.load(large + row * n_large + groups, mask=groups < n_large, other=0), ALL)
     keys = tl.where(groups < n_large, keys, -1)
     most = tl.max(keys) + 1
     n_chosen = min(k, n_large)
@@ -97,13 +97,18 @@ def _select(
     tl.debug_barrier()
     tl.store(chosen + row * k + at, groups, mask=at >= 0)
     tl.debug_barrier()
-    latents, keys = _members(score, chosen + row * k, row, n_padded, n_chosen, d_sae, ALL, K * SIZE, SIZE)
+    slots = tl.arange(0, K * SIZE)
+    inside = slots // SIZE < n_chosen
+    latents = tl.load(chosen + row * k + slots // SIZE, mask=inside, other=0) * SIZE + slots % SIZE
+    inside &= latents < d_sae
+    z = tl.load(pre + row * n_padded + latents, mask=inside, other=0.0)
+    score = z
+    if SCORED:
+        # As the scan did for the maxima: these are keys of the very same numbers.
+        score = scored(z, tl.load(effect + row * d_sae + latents, mask=inside, other=0.0)).to(z.dtype)
+    keys = tl.where(inside, order_keys(score.to(maxima.dtype.element_ty, bitcast=True), ALL), -1)
     least = kth_largest(keys, tl.where(n_chosen < k, 0, least), most, k)
     at = places(keys, least, k)
-    if SCORED:
-        z = tl.load(pre + row * n_padded + latents, mask=at >= 0, other=0.0)
-    else:
-        z = keys.to(score.dtype.element_ty).to(pre.dtype.element_ty, bitcast=True)
     tl.store(values + row * k + at, z.to(tl.float32), mask=at >= 0)
     tl.store(indices + row * k + at, latents, mask=at >= 0)
 
@@ -114,7 +119,7 @@ def select_topk(scanned: Scanned, k: int, d_sae: int) -> tuple[Tensor, Tensor]:
     Best by score descending, then index ascending; NaN is above all. A row with fewer than k positive
     entries is filled up with zeros.
     """
-    pre_NP, score_NP, maxima_NG, large_NG = scanned
+    pre_NP, effect_NM, maxima_NG, large_NG = scanned
     n_rows, n_padded = pre_NP.shape
     keys = KEYS[pre_NP.dtype]
     chosen_NK = torch.empty(n_rows, k, dtype=torch.int32, device=pre_NP.device)
@@ -122,8 +127,8 @@ def select_topk(scanned: Scanned, k: int, d_sae: int) -> tuple[Tensor, Tensor]:
     indices_NK = torch.empty_like(chosen_NK)
     width, slots = triton.next_power_of_2(large_NG.shape[1]), triton.next_power_of_2(k)
     _select[(n_rows,)](
-        score_NP.view(keys),
         pre_NP,
+        effect_NM if effect_NM is not None else pre_NP,
         maxima_NG.view(keys),
         large_NG.view(keys),
         chosen_NK,
@@ -136,8 +141,8 @@ def select_topk(scanned: Scanned, k: int, d_sae: int) -> tuple[Tensor, Tensor]:
         K=slots,
         SIZE=GROUP,
         LARGE=LARGE_GROUP,
-        ALL=_ALL[keys],
-        SCORED=score_NP is not pre_NP,
+        ALL=ALL_BITS[keys],
+        SCORED=effect_NM is not None,
         num_warps=min(8, max(1, max(width, slots * GROUP) // 1024)),
     )
     return values_NK, indices_NK
@@ -149,7 +154,7 @@ def _keep(pre, keys_of, n_columns, k, WIDTH: tl.constexpr, ALL: tl.constexpr):
     cols = tl.arange(0, WIDTH)
     inside = cols < n_columns
     at = row * n_columns + cols
-    keys = tl.where(inside, _keys(tl.load(keys_of + at, mask=inside, other=0), ALL), -1)
+    keys = tl.where(inside, order_keys(tl.load(keys_of + at, mask=inside, other=0), ALL), -1)
     most = tl.max(keys) + 1
     kept = places(keys, kth_largest(keys, most * 0, most, k), k) >= 0
     tl.store(pre + at, 0.0, mask=inside & (kept == 0))
@@ -164,4 +169,6 @@ def keep_topk(pre_NA: Tensor, k: int) -> None:
     keys = KEYS[pre_NA.dtype]
     width = triton.next_power_of_2(n_columns)
     warps = min(16, max(1, width // 1024))
-    _keep[(n_rows,)](pre_NA, pre_NA.view(keys), n_columns, k, WIDTH=width, ALL=_ALL[keys], num_warps=warps)
+    _keep[(n_rows,)](
+        pre_NA, pre_NA.view(keys), n_columns, k, WIDTH=width, ALL=ALL_BITS[keys], num_warps=warps
+    )

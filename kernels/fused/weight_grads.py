@@ -28,8 +28,9 @@ class SortedPairs(NamedTuple):
 
     order_S: Tensor
     """Place of each sorted entry among the entries as they were, int64."""
-    rows_S: Tensor
-    """Row of each sorted entry, int32."""
+    rows_S: Tensor | None
+    """Row of each entry as they were; None where entry s is of row s // k."""
+    k: int
     starts: Tensor
     """[M + 1] int32: where each latent's entries begin."""
     extra: Tensor
@@ -38,27 +39,36 @@ class SortedPairs(NamedTuple):
     """Latent of each chunk beyond the first, int32; M where there is none."""
 
 
-def sort_pairs(indices_S: Tensor, rows_S: Tensor, d_sae: int) -> SortedPairs:
-    """Sort entries by latent; stable, so that sums repeat bit for bit. Waits for nothing."""
+def sort_pairs(
+    indices_S: Tensor, d_sae: int, *, k: int | None = None, rows_S: Tensor | None = None
+) -> SortedPairs:
+    """Sort entries by latent; stable, so that sums repeat bit for bit. Waits for nothing.
+
+    Entry s is of row s // k, or of row rows[s].
+    """
     device = indices_S.device
-    latents_S, order_S = torch.sort(indices_S, stable=True)
-    bounds = torch.arange(d_sae + 1, device=device, dtype=indices_S.dtype)
-    starts = torch.searchsorted(latents_S, bounds, out_int32=True)
+    if d_sae <= 1 << 16:  # half as many bits, half as many passes
+        shift, dtype = 1 << 15, torch.int16
+    else:
+        shift, dtype = 0, torch.int32
+    latents_S, order_S = torch.sort((indices_S - shift).to(dtype), stable=True)
+    bounds = torch.arange(-shift, d_sae - shift, device=device, dtype=dtype)
+    starts = torch.full((d_sae + 1,), len(indices_S), dtype=torch.int32, device=device)
+    torch.searchsorted(latents_S, bounds, out_int32=True, out=starts[:-1])
     extra = torch.zeros(d_sae + 1, dtype=torch.int32, device=device)
     n_extra_M = (starts.diff() - 1).clamp_min(0) // CHUNK
     torch.cumsum(n_extra_M, 0, dtype=torch.int32, out=extra[1:])
     chunks_E = torch.arange(len(indices_S) // CHUNK, device=device, dtype=torch.int32)
     owner_E = torch.searchsorted(extra[1:], chunks_E, right=True, out_int32=True)
-    return SortedPairs(order_S, rows_S.to(torch.int32)[order_S], starts, extra, owner_E)
+    return SortedPairs(order_S, rows_S, k or 1, starts, extra, owner_E)
 
 
 @triton.jit
 def _sums(
-    order, rows, starts, extra, owner,
-    a_weights, a_table, a_out, a_extra, a_scale,
-    b_weights, b_table, b_out, b_extra, total_out, total_extra,
+    order, rows, starts, extra, owner, values, dots, scale,
+    a_table, a_out, a_extra, b_table, b_out, b_extra, total_out, total_extra,
     n_latents, d_in,
-    COLS: tl.constexpr, SIZE: tl.constexpr,
+    K: tl.constexpr, COLS: tl.constexpr, SIZE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -76,13 +86,21 @@ def _sums(
         b = tl.zeros((COLS,), dtype=tl.float32)
         total = 0.0
         for at in tl.range(start, stop):
-            entry = tl.load(order + at)
-            place = tl.load(rows + at).to(tl.int64) * d_in + cols
-            b_weight = tl.load(b_weights + entry)
-            a += tl.load(a_weights + entry) * tl.load(a_table + place, mask=inside, other=0.0).to(tl.float32)
-            b += b_weight * tl.load(b_table + place, mask=inside, other=0.0).to(tl.float32)
-            total += b_weight
-        a *= tl.load(a_scale)
+            entry = tl.load(order + at).to(tl.int32)
+            if RAGGED:
+                row = tl.load(rows + entry)
+            else:
+                row = entry // K
+            place = row.to(tl.int64) * d_in + cols
+            value = tl.load(values + entry)
+            dot = tl.where(value > 0, tl.load(dots + entry), 0.0)
+            a += value * tl.load(a_table + place, mask=inside, other=0.0).to(tl.float32)
+            b += dot * tl.load(b_table + place, mask=inside, other=0.0).to(tl.float32)
+            total += dot
+        factor = tl.load(scale)
+        a *= factor
+        b *= factor
+        total *= factor
         if program < n_latents:
             tl.store(a_out + latent.to(tl.int64) * d_in + cols, a, mask=inside)
             tl.store(b_out + latent.to(tl.int64) * d_in + cols, b, mask=inside)
@@ -112,7 +130,7 @@ def _add_chunks(
             b = tl.load(b_out + place, mask=inside, other=0.0)
             total = tl.load(total_out + latent)
             for other in tl.range(first, tl.load(extra + latent + 1)):
-                at = other.to(tl.int64) * d_in + cols
+                at = other * d_in + cols
                 a += tl.load(a_extra + at, mask=inside, other=0.0)
                 b += tl.load(b_extra + at, mask=inside, other=0.0)
                 total += tl.load(total_extra + other)
@@ -122,20 +140,15 @@ def _add_chunks(
 
 
 def weight_grads(
-    pairs: SortedPairs,
-    dec_weights_S: Tensor,
-    dec_table_ND: Tensor,
-    dec_scale: Tensor,
-    enc_weights_S: Tensor,
-    enc_table_ND: Tensor,
+    pairs: SortedPairs, values_S: Tensor, dots_S: Tensor, error_ND: Tensor, x_ND: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each latent m, over its pairs (n, m) with entry s:
+    """For each latent m, over its pairs (n, m) with entry s, all times ``scale`` (a scalar tensor):
 
-    ``d_W_dec[m] = dec_scale * sum dec_weights[s] dec_table[n]``, ``d_W_enc[m] = sum enc_weights[s]
-    enc_table[n]`` and ``d_b_enc[m] = sum enc_weights[s]``, all float32. ``dec_scale`` is a scalar tensor.
+    ``d_W_dec[m] = sum values[s] error[n]``, ``d_W_enc[m] = sum dots[s] x[n]`` and ``d_b_enc[m] = sum
+    dots[s]``, all float32, the latter two over the entries with a value above 0.
     """
-    d_in, n_latents, n_extra = dec_table_ND.shape[1], len(pairs.starts) - 1, len(pairs.owner_E)
-    device = dec_table_ND.device
+    d_in, n_latents, n_extra = error_ND.shape[1], len(pairs.starts) - 1, len(pairs.owner_E)
+    device = error_ND.device
     d_W_dec_MD = torch.empty(n_latents, d_in, dtype=torch.float32, device=device)
     d_W_enc_MD = torch.empty_like(d_W_dec_MD)
     d_b_enc_M = torch.empty(n_latents, dtype=torch.float32, device=device)
@@ -147,25 +160,27 @@ def weight_grads(
     warps = max(1, min(8, width // 256))
     _sums[(n_latents + n_extra, triton.cdiv(d_in, cols))](
         pairs.order_S,
-        pairs.rows_S,
+        pairs.rows_S if pairs.rows_S is not None else pairs.order_S,
         pairs.starts,
         pairs.extra,
         pairs.owner_E,
-        dec_weights_S,
-        dec_table_ND,
+        values_S,
+        dots_S,
+        scale,
+        error_ND,
         d_W_dec_MD,
         dec_extra_ED,
-        dec_scale,
-        enc_weights_S,
-        enc_table_ND,
+        x_ND,
         d_W_enc_MD,
         enc_extra_ED,
         d_b_enc_M,
         b_extra_E,
         n_latents,
         d_in,
+        K=pairs.k,
         COLS=cols,
         SIZE=CHUNK,
+        RAGGED=pairs.rows_S is not None,
         num_warps=1,
     )
     if n_extra:

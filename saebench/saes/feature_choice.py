@@ -5,6 +5,7 @@ Shapes: N rows, D = d_in, M = d_sae latents, A under-used latents.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,8 +16,9 @@ from saebench.codes import SparseCodes
 from saebench.config import SaeSpec
 from saebench.errors import UserError
 from saebench.fields import at_least
-from saebench.saes.auxiliary import aux_k
+from saebench.saes.auxiliary import aux_k, default_k_aux
 from saebench.saes.base import Batch, LossTerms
+from saebench.saes.fused_loss import Revival
 from saebench.saes.mutual_choice import MutualChoiceSAE, MutualChoiceSpec, just_below, rate_after
 from saebench.saes.zipf import ZipfLaw, budgets_by_rank, fit_zipf
 from saebench_kernels import feature_choice_encode
@@ -116,6 +118,9 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         """Whether latents choose when this share of the run is done; before, choice is mutual."""
         return progress >= self.spec.mutual_share
 
+    def phase(self, progress: float) -> Hashable | None:
+        return None  # budgets are read back
+
     @torch.no_grad()
     def choose(self, batch: Batch) -> SparseCodes:
         """The m_i largest positive entries of every column, without gradients; k N at first."""
@@ -182,6 +187,17 @@ class FeatureChoiceSAE(MutualChoiceSAE):
             self, batch.x_ND, error_ND, candidates_A, k_aux=self.spec.k_aux, weights_A=under_M[candidates_A]
         )
 
+    def revival(self, batch: Batch) -> Revival | None:
+        """The same on the fused road."""
+        if not self.by_feature(batch.progress):
+            return super().revival(batch)
+        under_M = self.under_use(len(batch.x_ND))
+        candidates_A = under_M.nonzero()[:, 0]
+        if len(candidates_A) == 0:
+            return None
+        k_aux = default_k_aux(self, self.spec.k_aux)
+        return Revival(candidates_A, under_M[candidates_A], k_aux, weighted=True)
+
     @torch.no_grad()
     def after_step(self, batch: Batch, terms: LossTerms) -> None:
         n_rows = len(batch.x_ND)
@@ -223,5 +239,5 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         """
         largest = self.threshold.max()
         threshold_M = self.threshold.clamp_min(SMALLEST_THRESHOLD * torch.where(largest > 0, largest, 1.0))
-        chosen = self.largest(x_ND, torch.ones_like(largest), divisor_M=threshold_M)
+        chosen = self.largest(x_ND - self.b_dec, torch.ones_like(largest), divisor_M=threshold_M)
         self.threshold.copy_(just_below(self.smallest_of(chosen)) * threshold_M)

@@ -65,6 +65,7 @@ class _ChoiceLoss(torch.autograd.Function):
         W_dec_MD: Tensor,
         b_dec_D: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        from saebench_kernels.fused.centre import column_sums
         from saebench_kernels.fused.reconstruct import reconstruct
 
         dtype = centred_ND.dtype
@@ -73,7 +74,7 @@ class _ChoiceLoss(torch.autograd.Function):
             chosen.indices, chosen.values, x_ND, W_dec_low_MD, b_dec_D, k=chosen.k, offsets=chosen.offsets
         )
         energy = squared_N.sum()
-        sum_D = error_ND.sum(0, dtype=torch.float32)
+        sum_D = column_sums(error_ND)
         auxiliary, ctx.revived = energy.new_zeros(()), None
         if revival is not None:
             variance = energy - sum_D.square().sum() / len(x_ND)
@@ -92,10 +93,10 @@ class _ChoiceLoss(torch.autograd.Function):
         centred_ND, error_ND, sum_D, dots_S, W_enc_low_MD = ctx.saved_tensors
         chosen: SparseCodes = ctx.chosen
         scale = grads[0] * (-2 / error_ND.numel())  # of the error: d objective / d x_hat
-        d_pre_S = torch.where(chosen.values > 0, dots_S * scale, 0.0)
-        pairs = sort_pairs(chosen.indices, chosen.rows(), chosen.d_sae)
+        rows_S = chosen.rows() if chosen.k is None else None
+        pairs = sort_pairs(chosen.indices, chosen.d_sae, k=chosen.k, rows_S=rows_S)
         d_W_dec_MD, d_W_enc_MD, d_b_enc_M = weight_grads(
-            pairs, chosen.values, error_ND, scale, d_pre_S, centred_ND
+            pairs, chosen.values, dots_S, error_ND, centred_ND, scale
         )
         low_M = d_b_enc_M.to(W_enc_low_MD.dtype)
         d_b_dec_D = sum_D * scale - (low_M @ W_enc_low_MD).float()
@@ -117,9 +118,8 @@ def _revive(
     from saebench_kernels.fused.select import keep_topk
 
     candidates_A, weights_A, k_aux, weighted = revival
-    b_enc_A = b_enc_M[candidates_A].to(centred_ND.dtype)
+    b_enc_A = torch.where(weights_A > 0, b_enc_M[candidates_A], -torch.inf).to(centred_ND.dtype)
     pre_NA = torch.addmm(b_enc_A, centred_ND, W_enc_MD[candidates_A].T).relu_()
-    pre_NA.mul_(weights_A > 0)
     if k_aux < len(candidates_A):
         keep_topk(pre_NA, k_aux)
     if weighted:
@@ -132,11 +132,15 @@ def _revive(
 
 
 def _add_revival(ctx: Any, grad: Tensor, d_W_enc_MD: Tensor, d_b_enc_M: Tensor, d_W_dec_MD: Tensor) -> None:
-    candidates_A, weights_A = ctx.revival[:2]
+    from saebench_kernels.fused.centre import column_sums
+
+    candidates_A, weights_A, _, weighted = ctx.revival
     centred_ND, pre_NA, left_ND, variance, W_dec_MD = ctx.revived
     scale = grad * -2 / variance
-    d_pre_NA = (left_ND @ W_dec_MD[candidates_A].T).mul_(weights_A).mul_(pre_NA > 0)
+    d_pre_NA = torch.ops.aten.threshold_backward(left_ND @ W_dec_MD[candidates_A].T, pre_NA, 0)
+    if weighted:
+        d_pre_NA.mul_(weights_A)
     # Each candidate has one slot of weight above 0, and the others add zeros: the order does not matter.
     d_W_dec_MD.index_add_(0, candidates_A, (pre_NA.T @ left_ND).float() * scale)
     d_W_enc_MD.index_add_(0, candidates_A, (d_pre_NA.T @ centred_ND).float() * scale)
-    d_b_enc_M.index_add_(0, candidates_A, d_pre_NA.sum(0, dtype=torch.float32) * scale)
+    d_b_enc_M.index_add_(0, candidates_A, column_sums(d_pre_NA) * scale)

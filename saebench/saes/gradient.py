@@ -21,7 +21,7 @@ from saebench.fields import at_least
 from saebench.saes.auxiliary import AuxSpec
 from saebench.saes.base import Batch, LossTerms
 from saebench.saes.choice import ChoiceSAE
-from saebench_kernels import gradient_topk_encode, topk_encode
+from saebench_kernels import gradient_topk_encode, rounded, topk_encode
 
 SAMPLED_ROWS = 256
 """Rows of each training batch that statistics are taken from: on all of them they would cost another scan."""
@@ -135,7 +135,8 @@ class GradientSAE(ChoiceSAE):
         """Also carry on the running mean of each latent's influence, from 256 rows of each batch."""
         super().after_step(batch, terms)
         self.steps_seen += 1
-        mean_M = (_gradient_of(batch[:SAMPLED_ROWS]) @ self.W_dec.T).abs().mean(0)
+        W_dec_MD = rounded(self.W_dec, self.compute_dtype)
+        mean_M = (_gradient_of(batch[:SAMPLED_ROWS]).to(W_dec_MD) @ W_dec_MD.T).float().abs().mean(0)
         rate = (1 + self.steps_seen).float().reciprocal().clamp_min(INFLUENCE_RATE)
         self.influence.lerp_(mean_M, rate)
 

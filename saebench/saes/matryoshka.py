@@ -8,6 +8,7 @@ Shapes: G prefixes, N rows, S entries, D = d_in, M = d_sae latents.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -59,6 +60,9 @@ class MatryoshkaSAE(MutualChoiceSAE):
 
     Spec = MatryoshkaSpec
     spec: MatryoshkaSpec
+
+    def phase(self, progress: float) -> Hashable | None:
+        return None
 
     def loss(self, batch: Batch) -> LossTerms:
         with torch.no_grad():

@@ -7,6 +7,7 @@ Shapes: N rows, D = d_in, M = d_sae latents.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +23,7 @@ from saebench_kernels import mutual_choice_encode, threshold_encode
 
 STATISTICS_RATE = 0.01
 """Weight of a new batch in the running statistics, which so remember about 100 steps."""
-HINT_SHARE = 0.9
+HINT_SHARE = 0.95
 """The scan of a batch gathers what exceeds this share of the batch before's smallest match."""
 
 
@@ -64,20 +65,25 @@ class MutualChoiceSAE(ChoiceSAE):
 
     # Training -------------------------------------------------------------------------------------
 
+    def phase(self, progress: float) -> Hashable | None:
+        return self.n_candidates if self.fused else None
+
     @torch.no_grad()
     def choose(self, batch: Batch) -> SparseCodes:
         """The k N largest entries of the batch, without gradients."""
-        return self.largest(batch.x_ND, self.smallest_match, scan_dtype=self.compute_dtype)
+        return self.largest(self.centred_rows(batch), self.smallest_match, scan_dtype=self.compute_dtype)
 
     def largest(
         self,
-        x_ND: Tensor,
+        centred_ND: Tensor,
         expected: Tensor,
         *,
         divisor_M: Tensor | None = None,
         scan_dtype: torch.dtype = torch.float32,
     ) -> SparseCodes:
-        """The k N largest of ``relu(W_enc (x - b_dec) + b_enc)``, each latent divided by its ``divisor``.
+        """The k N largest of ``relu(W_enc (x - b_dec) + b_enc)`` for rows x - b_dec.
+
+        Each latent's are divided by its ``divisor``.
 
         The nearer ``expected`` is to the smallest of them the faster they are found.
         """
@@ -86,10 +92,10 @@ class MutualChoiceSAE(ChoiceSAE):
         if divisor_M is not None:
             W_enc_MD, b_enc_M = W_enc_MD / divisor_M[:, None], b_enc_M / divisor_M
         values_S, indices_S, offsets = mutual_choice_encode(
-            self.centred(x_ND) if scan_dtype == self.compute_dtype else x_ND - self.b_dec,
+            centred_ND,
             W_enc_MD,
             b_enc_M,
-            self.k * len(x_ND),
+            self.k * len(centred_ND),
             HINT_SHARE * expected,
             scan_dtype=scan_dtype,
         )
@@ -120,7 +126,7 @@ class MutualChoiceSAE(ChoiceSAE):
         """The smallest value of codes that use up their budget, else 0: all that is positive was kept."""
         if codes.values.numel() < self.k * codes.n_rows:
             return codes.values.new_zeros(())
-        return codes.values.detach().min()
+        return codes.values.detach().min()  # with room to spare there is padding, whose 0 is right
 
     # Inference ------------------------------------------------------------------------------------
 
@@ -128,7 +134,7 @@ class MutualChoiceSAE(ChoiceSAE):
         """Codes of rows [N, D]: the pre-activations above the threshold, as many as there are."""
         with torch.no_grad():
             values_S, indices_S, offsets = threshold_encode(
-                x_ND - self.b_dec, self.W_enc_MD, self.b_enc, self.threshold, scan_dtype=self.compute_dtype
+                self.centred(x_ND), self.W_enc_MD, self.b_enc, self.threshold, scan_dtype=self.compute_dtype
             )
         chosen = SparseCodes.from_ragged(values_S, indices_S, offsets, d_sae=self.d_sae)
         return self.attach_gradients(x_ND, chosen)
@@ -139,7 +145,7 @@ class MutualChoiceSAE(ChoiceSAE):
 
         Inference then keeps k of a row in the mean, exactly so on these rows (up to ties).
         """
-        chosen = self.largest(x_ND, self.smallest_match)
+        chosen = self.largest(x_ND - self.b_dec, self.smallest_match)
         self.threshold.copy_(just_below(self.smallest_of(chosen)))
 
     @torch.no_grad()

@@ -68,27 +68,30 @@ def _fused_step(
     sae: SAE, optimizer: torch.optim.Adam, *, lr: float | Tensor, grad_clip: float, sound: Tensor | None
 ) -> Tensor:
     """The same in two passes over the parameters, on the moments that the optimizer keeps."""
-    from saebench_kernels.fused.adam import fused_adam, gradient_squares
+    from saebench_kernels.fused.adam import adam_coefficients, fused_adam, gradient_squares, n_pieces
 
-    group = optimizer.param_groups[0]
+    group, device = optimizer.param_groups[0], sae.b_dec.device
     grads = {p: p.grad.contiguous() for p in sae.parameters() if p.grad is not None}
     projected = sae.W_dec if sae.projects_gradients else None
-    squares = [gradient_squares(grad, unit=p if p is projected else None) for p, grad in grads.items()]
-    norm = torch.cat(squares).sum().sqrt()
-    if sound is None:
-        sound = torch.ones((), dtype=torch.bool, device=norm.device)
-    sound &= norm.isfinite()
+    sizes = [n_pieces(grad, whole_rows=p is projected) for p, grad in grads.items()]
+    squares = torch.empty(sum(sizes), device=device)
+    for (p, grad), out in zip(grads.items(), torch.split(squares, sizes), strict=True):
+        gradient_squares(grad, unit=p if p is projected else None, out=out)
     for parameter in grads:
         if not (state := optimizer.state[parameter]):
-            state["step"] = torch.zeros((), device=norm.device)
+            state["step"] = torch.zeros((), device=device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
     steps = [optimizer.state[parameter]["step"] for parameter in grads]
-    torch._foreach_add_(steps, [sound.float()] * len(steps))
-    step = steps[0].double()
-    of_mean, of_square = (1 - torch.pow(beta, step) for beta in group["betas"])
-    clip = (grad_clip / (norm + 1e-6)).clamp_max(1.0) if grad_clip else torch.ones_like(norm)
-    coefficients_4 = torch.stack([lr / of_mean, of_square.sqrt(), clip.double(), sound.double()]).float()
+    if sound is None:
+        sound = torch.ones((), dtype=torch.bool, device=device)
+    if not isinstance(lr, Tensor):
+        lr = torch.full((), lr, dtype=torch.float64, device=device)
+    betas_2 = torch.stack(
+        [torch.full((), beta, dtype=torch.float64, device=device) for beta in group["betas"]]
+    )
+    coefficients_4, norm = adam_coefficients(squares, steps[0], sound, lr, betas_2, grad_clip=grad_clip)
+    torch._foreach_add_(steps, [coefficients_4[3]] * len(steps))
     for parameter, grad in grads.items():
         state = optimizer.state[parameter]
         fused_adam(
