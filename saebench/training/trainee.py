@@ -67,7 +67,7 @@ class Trainee:
         metrics are next read or a checkpoint is due. Returns a note for the progress display.
 
         Raises:
-            UserError: a step was not finite.
+            UserError: a step, or what it made of the weights, was not finite; the step is not counted.
         """
         state, config, sae = self.state, self.config, self.state.sae
         peak = peak_learning_rate(config, self.spec.d_sae)
@@ -77,13 +77,15 @@ class Trainee:
         if rows.activations.is_cuda and state.step % STEPS_BETWEEN_LOOKS == 0:
             sae.look_for_dead()
         batch, terms, grad_norm = self.steps.take(rows, state.step / self.n_steps, lr)
-        state.step += 1
-
-        save = self.finished or stopping or state.step % config.checkpoint_every == 0
-        log = self.finished or state.step % config.log_every == 0
+        done = state.step + 1
+        save = done == self.n_steps or stopping or done % config.checkpoint_every == 0
+        log = done == self.n_steps or done % config.log_every == 0
         note = ""
         if save or log:
             self._check_sound(lr)
+        if save:
+            self._check_weights(lr)
+        state.step = done
         if log:
             tokens = state.step * config.batch_size
             metrics = step_metrics(
@@ -147,6 +149,17 @@ class Trainee:
                 f"training diverged: the loss or its gradient is not finite at step {batch + 1} of "
                 f"{self.config.out} (batch {batch}); that step was not applied and {kept_at}; "
                 f"lower --lr (now {lr:.2g})"
+            )
+
+    def _check_weights(self, lr: float) -> None:
+        """A finite gradient may still overflow the weights or Adam's moments: no state to go on from."""
+        state = self.state
+        moments = [moment for kept in state.optimizer.state.values() for moment in kept.values()]
+        tensors = [*state.sae.state_dict().values(), *moments]
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            raise UserError(
+                f"training diverged: the weights or the moments of Adam are not finite after step "
+                f"{state.step + 1} of {self.config.out}; lower --lr (now {lr:.2g})"
             )
 
 

@@ -1,6 +1,7 @@
 """The loop as a whole: it learns, it repeats itself bit for bit, it refuses what cannot work."""
 
 import csv
+import dataclasses
 import inspect
 import json
 
@@ -150,6 +151,42 @@ def test_divergence_ends_in_a_sentence_and_keeps_no_broken_checkpoint(settings):
         train(**settings | {"lr": 1e30, "grad_clip": 0, "warmup": 0})
     assert not (settings["out"] / "sae.json").exists()
     assert not list((settings["out"] / "checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize("first_bad", [55, 59])
+def test_a_run_that_diverges_at_its_end_is_not_finished(settings, monkeypatch, first_bad):
+    """Noticed at the last step alone; the weights are finite, since no bad step is applied."""
+    loss = TopKSAE.loss
+
+    def bad_at_the_end(self, batch):
+        terms = loss(self, batch)
+        bad = batch.progress >= first_bad / 60
+        return dataclasses.replace(terms, total=terms.total * (float("nan") if bad else 1.0))
+
+    monkeypatch.setattr(TopKSAE, "loss", bad_at_the_end)
+    patient = settings | {"log_every": 1000, "checkpoint_every": 1000}
+    for resume in (False, True):
+        with pytest.raises(UserError, match=rf"diverged.* at step {first_bad + 1} of"):
+            train(**patient | {"resume": resume})
+        assert not (settings["out"] / "sae.json").exists()
+        assert not list(settings["out"].glob("checkpoints/*"))
+    with pytest.raises(UserError, match="has not finished"):
+        load(settings["out"])
+
+
+def test_weights_that_overflow_in_the_last_step_are_not_saved(settings, monkeypatch):
+    after_step = TopKSAE.after_step
+
+    def overflow(self, batch, terms):
+        after_step(self, batch, terms)
+        if batch.progress >= 59 / 60:
+            self.b_dec.data.fill_(float("inf"))
+
+    monkeypatch.setattr(TopKSAE, "after_step", overflow)
+    with pytest.raises(UserError, match=r"diverged.* not finite after step 60 of .*lower --lr"):
+        train(**settings)
+    assert not (settings["out"] / "sae.json").exists()
+    assert [p.name for p in settings["out"].glob("checkpoints/*")] == ["step-000000050.safetensors"]
 
 
 def test_constant_activations_are_refused(settings, make_cache, tmp_path):

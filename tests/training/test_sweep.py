@@ -1,5 +1,6 @@
 """A sweep: every SAE ends with the bytes of a training of its own, and dies alone."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -64,6 +65,20 @@ def test_an_sae_that_diverges_dies_alone(settings, tmp_path, files_of, capsys):
         alone = train(**bad | {"lr": lr, "out": tmp_path / str(lr)})
         assert files_of(alone.path) == files_of(tmp_path / "runs" / f"lr{lr}")
     assert not (tmp_path / "runs" / "lr1e+30" / "sae.json").exists()
+
+
+def test_an_sae_that_diverges_at_the_last_step_is_not_among_the_finished(settings, tmp_path, monkeypatch):
+    loss = TopKSAE.loss
+
+    def bad_at_the_end(self, batch):
+        terms = loss(self, batch)
+        bad = self.k == 4 and batch.progress >= 59 / 60
+        return dataclasses.replace(terms, total=terms.total * (float("nan") if bad else 1.0))
+
+    monkeypatch.setattr(TopKSAE, "loss", bad_at_the_end)
+    with pytest.raises(UserError, match=r"diverged.* step 60 of .*k4.*\(1 others finished\)"):
+        sweep({"k": [3, 4]}, **settings | {"out": tmp_path / "runs"})
+    assert [run.name for run in (tmp_path / "runs").iterdir() if (run / "sae.json").exists()] == ["k3"]
 
 
 def test_resumed_from_checkpoints_of_different_steps_it_ends_with_the_same_bytes(
