@@ -19,6 +19,7 @@ from saebench.config import SaeSpec, architecture
 from saebench.errors import UserError
 from saebench.fields import from_flat, to_flat
 from saebench.files import read_json, write_bytes_atomic, write_json_atomic
+from saebench.runfile import RUN_FILE
 
 SPEC_FILE = "sae.json"
 WEIGHTS_FILE = "sae.safetensors"
@@ -262,7 +263,7 @@ def load(path: Path | str, *, device: str | torch.device = "cpu") -> SAE:
     """
     directory = Path(path)
     if not (directory / SPEC_FILE).exists():
-        if (directory / "run.json").exists():
+        if (directory / RUN_FILE).exists():
             raise UserError(f"the run {directory} has not finished; go on with saebench train ... --resume")
         raise UserError(f"{directory} holds no SAE (no {SPEC_FILE}); name a run directory")
     description = read_description(directory)
