@@ -93,10 +93,10 @@ def cache_import(config: ImportConfig) -> Result:
 
 def train(settings: Mapping[str, Any], source: str) -> Result:
     from saebench.training.loop import train_all
-    from saebench.training.sweep import parse_grid, plan
+    from saebench.training.sweep import parse_grid, plan, words_of
 
-    words = settings.get("sweep", ())
-    runs = train_all(plan(settings, parse_grid([words] if isinstance(words, str) else words), source=source))
+    words = words_of(settings)
+    runs = train_all(plan(settings, parse_grid(words), source=source))
     rows = [_trained(run) for run in runs]
     if not words:
         return Result(rows[0], pairs(rows[0]) + f"\n\nNext: saebench eval {runs[0].path}")
