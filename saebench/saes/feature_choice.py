@@ -21,6 +21,8 @@ from saebench.saes.mutual_choice import MutualChoiceSAE, MutualChoiceSpec, just_
 from saebench.saes.zipf import ZipfLaw, budgets_by_rank, fit_zipf
 from saebench_kernels import feature_choice_encode
 
+LARGEST_EXPONENT = 1000.0
+"""Of Zipf's law: far beyond it float64 cannot tell the weights' logarithms apart."""
 SMALLEST_THRESHOLD = 1e-6
 """Of the largest; a latent that does not use up its budget has threshold 0, which no factor would move."""
 
@@ -60,6 +62,11 @@ class FeatureChoiceSpec(MutualChoiceSpec):
         for name in ("zipf_exponent", "zipf_shift"):
             if getattr(self, name) != "fit":
                 at_least(self, **{name: 0})
+        if self.zipf_exponent != "fit" and self.zipf_exponent > LARGEST_EXPONENT:
+            raise UserError(
+                f"zipf_exponent is {self.zipf_exponent}; give 'fit' or at most {LARGEST_EXPONENT:g}, where "
+                "the first latents already take all matches that a batch has for them"
+            )
 
     def check(self, *, batch_size: int) -> None:
         matches = self.k * batch_size
