@@ -204,7 +204,8 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> str:
 
 
 def _fresh_state(config: TrainConfig, spec: SaeSpec, sample: Batch, device: torch.device) -> TrainState:
-    scale = _input_scale(sample.x_ND) if config.normalize else 1.0
+    unit_scale = _input_scale(sample.x_ND)
+    scale = unit_scale if config.normalize else 1.0
     sae: SAE = architecture(spec.name)(spec, sample.x_ND.shape[1]).to(device)
     sae.compute_dtype = torch.bfloat16 if compute_dtype(config, device) == "bf16" else torch.float32
     window = min(getattr(spec, "dead_tokens", sae.dead_after), config.tokens // 10)

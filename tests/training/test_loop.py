@@ -10,7 +10,7 @@ import torch
 
 from saebench.activations.cache import open_cache
 from saebench.codes import SparseCodes
-from saebench.config import TrainConfig
+from saebench.config import ARCHITECTURES, TrainConfig, architecture
 from saebench.errors import UserError
 from saebench.saes.base import load
 from saebench.saes.topk import TopKSAE, TopKSpec
@@ -189,10 +189,13 @@ def test_weights_that_overflow_in_the_last_step_are_not_saved(settings, monkeypa
     assert [p.name for p in settings["out"].glob("checkpoints/*")] == ["step-000000050.safetensors"]
 
 
-def test_constant_activations_are_refused(settings, make_cache, tmp_path):
-    cache = make_cache(tmp_path / "flat", torch.ones(500, 4))
-    with pytest.raises(UserError, match="all activations in the cache are equal"):
-        train(**settings | {"cache": cache.path})
+@pytest.mark.parametrize("sae", [name for name in ARCHITECTURES if not architecture(name).uses_gradients])
+def test_constant_activations_are_refused(settings, make_cache, tmp_path, sae):
+    for value in (0.0, 1.0):
+        cache = make_cache(tmp_path / f"flat{value}", torch.full((500, 4), value))
+        for normalize in (True, False):
+            with pytest.raises(UserError, match="all activations in the cache are equal"):
+                train(**settings | {"cache": cache.path, "sae": sae, "normalize": normalize})
     train(**settings)  # the refusal left the directory free
 
 
