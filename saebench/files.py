@@ -146,6 +146,14 @@ def require_writable(directory: Path, *, what: str) -> None:
         raise UserError(f"{what} {directory} is not writable; choose another --out")
 
 
+def require_writable_file(path: Path, *, what: str) -> None:
+    """Prove that the file ``path`` can be written, before the work whose result it is to hold."""
+    path = Path(path)
+    require_writable(path.parent, what=f"the directory of {what}")
+    if path.is_dir():
+        raise UserError(f"{what} {path} is a directory; give --out the name of a file")
+
+
 def require_disk(directory: Path, n_bytes: int, *, what: str) -> None:
     """Raise a UserError when the file system of ``directory`` has less than ``n_bytes`` free."""
     existing = Path(directory).absolute()
