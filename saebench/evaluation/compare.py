@@ -153,7 +153,13 @@ def _reports(run: Path) -> list[tuple[Path, dict[str, Any]]]:
         raise UserError(f"{run} has no evaluation; run saebench eval {run} --model cache first")
     reports = [(Path(run), read_json(file, what="the evaluation")) for file in files]
     for file, (_, report) in zip(files, reports, strict=True):
-        if not isinstance(report, dict) or not {"sae", "k", "l0", "fvu"} <= set(report):
+        numbers = ("d_sae", "k", "n_tokens", "l0", "fvu")
+        if (
+            not isinstance(report, dict)
+            or not isinstance(report.get("sae"), str)
+            or not all(isinstance(report.get(name), int | float) for name in numbers)
+            or not all(isinstance(report.get(name), int | float | None) for name in MEASURES)
+        ):
             raise UserError(f"{file} is not an evaluation; run saebench eval {run} again")
     return reports
 

@@ -116,3 +116,13 @@ def test_bad_runs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "eval.json").write_text("[1]")
     with pytest.raises(UserError, match="is not an evaluation"):
         compare(runs=(tmp_path / "a",))
+    for damage in ({"l0": "many"}, {"kl": [1]}, {"n_tokens": None}, {"sae": 3}):
+        write(tmp_path / "a")
+        (tmp_path / "a" / "eval.json").write_text(json.dumps(REPORT | damage))
+        with pytest.raises(UserError, match="is not an evaluation"):
+            compare(runs=(tmp_path / "a",))
+    facts = json.loads((write(tmp_path / "a") / "run.json").read_text())
+    for name in ("train", "sae", "cache_hash"):
+        (tmp_path / "a" / "run.json").write_text(json.dumps({**facts, name: None}))
+        with pytest.raises(UserError, match=f"damaged: {name} is None"):
+            compare(runs=(tmp_path / "a",))

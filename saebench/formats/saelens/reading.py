@@ -144,6 +144,8 @@ def _active(config: _Config, k: int | None, notes: list[str]) -> int:
     if config.architecture == "topk":
         if config.k is None:
             raise UserError(f"a topk SAE needs k, which its {CONFIG_FILE} does not say")
+        if not float(config.k).is_integer():
+            raise UserError(f"k in {CONFIG_FILE} is {config.k}; a topk SAE needs a whole number")
         return int(config.k)
     details = config.metadata.get("training_architecture_details")
     trained = details.get("k") if isinstance(details, dict) else None
@@ -169,7 +171,7 @@ def _read_config(file: Path) -> _Config:
     version = raw.get("metadata", {}).get("sae_lens_version") or raw.get("sae_lens_version")
     if not version or str(version).split(".")[0] in {"0", "1", "2", "3", "4", "5"}:
         raw = _since_6(raw, file)
-    if raw.get("architecture") not in _READABLE:
+    if not isinstance(raw.get("architecture"), str) or raw["architecture"] not in _READABLE:
         raise UserError(
             f"{file} says architecture {raw.get('architecture')!r}; saebench reads {', '.join(_READABLE)}"
         )
