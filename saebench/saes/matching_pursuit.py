@@ -25,6 +25,7 @@ class MatchingPursuitSpec(AuxSpec):
     """Settings of a matching pursuit SAE."""
 
     name: ClassVar[str] = "matching-pursuit"
+    repeats: ClassVar[bool] = True
 
     selection: Literal["signed", "absolute"] = "signed"
     """Pick the largest r . d_i, or the largest |r . d_i| (codes may then be negative)."""
@@ -41,6 +42,10 @@ class MatchingPursuitSpec(AuxSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_tolerance(self.tolerance)
+        if self.k_aux is not None and self.k_aux > self.d_sae:
+            raise UserError(
+                f"k_aux is {self.k_aux} but d_sae is only {self.d_sae} latents; lower --k-aux or leave it out"
+            )
 
 
 class MatchingPursuitSAE(ChoiceSAE):
