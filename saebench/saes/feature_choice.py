@@ -74,7 +74,7 @@ class FeatureChoiceSpec(MutualChoiceSpec):
             raise UserError(
                 f"k = {self.k} times batch_size = {batch_size:,} is {matches:,} matches, too few for each of "
                 f"d_sae = {self.d_sae:,} latents to get floor = {self.floor}; raise --batch-size or --k, "
-                "lower --d-sae, or pass --floor 0"
+                "lower --d-sae, or, in saebench train, pass --floor 0"
             )
 
 
