@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from saebench.activations.cache import open_cache
+from saebench.cli import main
 from saebench.codes import SparseCodes
 from saebench.config import ARCHITECTURES, TrainConfig, architecture
 from saebench.errors import UserError
@@ -59,6 +60,20 @@ def test_neither_logging_nor_checkpoints_change_the_result(settings, tmp_path, f
     )
     assert files_of(plain.path)["sae.safetensors"] == files_of(chatty.path)["sae.safetensors"]
     assert list((chatty.path / "tensorboard").iterdir())
+
+
+def test_batches_of_one_row_have_no_fvu_and_the_metrics_are_json_all_the_same(settings, capsys):
+    words = ["train", "--json"]
+    for name, value in (settings | {"batch_size": 1, "tokens": 9}).items():
+        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert main(words) == 0
+    lines = (settings["out"] / "metrics.jsonl").read_text().splitlines()
+    told = [json.loads(line, parse_constant=refuse) for line in (*lines, capsys.readouterr().out)]
+    assert len(told) == 3 and all(line["fvu"] is None and line["l0"] > 0 for line in told)
 
 
 def test_the_config_objects_and_the_keywords_are_the_same_call(settings, tmp_path, files_of):
