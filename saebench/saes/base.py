@@ -143,8 +143,12 @@ class SAE(nn.Module):
         """Take note of a step that has been applied: which latents fired, running statistics."""
         self.count_firing(terms.codes)
 
-    def calibrate(self, x_ND: Tensor) -> None:
-        """Set what inference needs, from rows [N, D] that training did not see; called once, at the end."""
+    def calibrate(self, x_ND: Tensor) -> float | None:
+        """Set what inference needs, from rows [N, D] that training did not see; called once, at the end.
+
+        Returns their mean L0, if k is a mean that was aimed at and may be missed.
+        """
+        return None
 
     # What all share -------------------------------------------------------------------------------
 

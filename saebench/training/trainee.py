@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,8 @@ from saebench.training.optimizer import learning_rate, make_optimizer, optimizer
 from saebench.training.sinks import Sink, open_sinks
 from saebench_kernels import centre
 
+MISSED_L0 = 0.05
+"""Share of k by which a mean L0 at inference may miss it without a word."""
 STEPS_BETWEEN_LOOKS = 32
 """How often the dead latents are read back from a GPU."""
 
@@ -120,7 +123,13 @@ class Trainee:
         """Calibrate on ``unseen`` rows of the cache, undo the scaling of the input, save the SAE."""
         state, config = self.state, self.config
         with torch.no_grad():
-            state.sae.calibrate(unseen_ND.float() * state.scale)
+            l0 = state.sae.calibrate(unseen_ND.float() * state.scale)
+        if l0 is not None and abs(l0 / self.spec.k - 1) > MISSED_L0:
+            print(
+                f"warning: {config.out} has {l0:.4g} active latents in the mean where k = {self.spec.k}: no "
+                "thresholds reach that; lower --k",
+                file=sys.stderr,
+            )
         state.sae.fold_scale(state.scale)
         tokens = self.n_steps * config.batch_size
         state.sae.save(config.out, hook_name=hook, model=model, tokens=tokens, seed=config.seed)
