@@ -154,10 +154,16 @@ class Trainee:
             batch = self.first_step + int(self.sound_steps)
             kept = checkpoint.latest_checkpoint(self.config.out)
             kept_at = f"the checkpoint {kept.name} is kept" if kept else "there is no checkpoint before it"
+            way_out = f"lower --lr (now {lr:.2g})"
+            if batch == 0:  # no rate has had a part in it yet
+                way_out = "the scale of the activations may be the reason, " + (
+                    "harvest them again or look for outliers in the cache"
+                    if self.config.normalize
+                    else "drop --no-normalize"
+                )
             raise UserError(
                 f"training diverged: the loss or its gradient is not finite at step {batch + 1} of "
-                f"{self.config.out} (batch {batch}); that step was not applied and {kept_at}; "
-                f"lower --lr (now {lr:.2g})"
+                f"{self.config.out} (batch {batch}); that step was not applied and {kept_at}; {way_out}"
             )
 
     def _check_weights(self, lr: float) -> None:

@@ -168,6 +168,24 @@ def test_divergence_ends_in_a_sentence_and_keeps_no_broken_checkpoint(settings):
     assert not list((settings["out"] / "checkpoints").glob("*"))
 
 
+def test_what_overflows_at_once_is_not_blamed_on_the_learning_rate(
+    settings, make_cache, sparse_rows, tmp_path, monkeypatch
+):
+    cache = make_cache(tmp_path / "huge", 1e30 * sparse_rows)
+    with pytest.raises(
+        UserError, match=r"diverged.* step 1 .*scale of the activations.*drop --no-normalize"
+    ) as told:
+        train(**settings | {"cache": cache.path, "normalize": False})
+    assert "--lr" not in str(told.value)
+    train(**settings | {"cache": cache.path, "out": tmp_path / "normalized"})
+    loss = TopKSAE.loss
+    monkeypatch.setattr(
+        TopKSAE, "loss", lambda *a: dataclasses.replace(t := loss(*a), total=t.total * float("nan"))
+    )
+    with pytest.raises(UserError, match=r"step 1 .*look for outliers in the cache"):
+        train(**settings | {"out": tmp_path / "spoilt"})
+
+
 @pytest.mark.parametrize("first_bad", [55, 59])
 def test_a_run_that_diverges_at_its_end_is_not_finished(settings, monkeypatch, first_bad):
     """Noticed at the last step alone; the weights are finite, since no bad step is applied."""
