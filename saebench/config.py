@@ -325,6 +325,8 @@ class ExportConfig:
     """Directory to write; it must be empty or not exist."""
     format: ForeignFormat = "saelens"
     """Whose form: 'saelens'."""
+    quiet: bool = False
+    """No progress display, as everywhere; an export has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +341,8 @@ class ImportSaeConfig:
     """Whose form: 'saelens'."""
     k: int | None = None
     """Active latents a token, for an SAE that does not say it (a note: what is computed stays the same)."""
+    quiet: bool = False
+    """No progress display, as everywhere; an import has none."""
 
     def __post_init__(self) -> None:
         if self.k is not None:

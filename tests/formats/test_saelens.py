@@ -188,6 +188,13 @@ def test_a_k_that_decides_what_is_computed_is_not_replaced(name, budget, tmp_pat
     assert import_sae(tmp_path / "theirs", out=tmp_path / "ours", k=K).k == K
 
 
+def test_both_ways_take_quiet_as_other_stations_do(tmp_path):
+    write_folder(tmp_path / "theirs", "topk", k=K)
+    ours, back = str(tmp_path / "ours"), str(tmp_path / "back")
+    assert main(["import", str(tmp_path / "theirs"), "--out", ours, "--quiet"]) == 0
+    assert main(["export", ours, back, "--quiet"]) == 0
+
+
 def test_a_k_above_the_number_of_latents_is_refused(tmp_path):
     write_folder(tmp_path / "theirs", "standard")
     with pytest.raises(UserError, match=f"--k {D_SAE + 1} is more than the SAE's {D_SAE} latents"):
