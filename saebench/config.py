@@ -143,8 +143,8 @@ class SaeSpec:
         if not self.repeats:
             self._check_k()
 
-    def check(self, *, batch_size: int) -> None:
-        """Raise a UserError when this SAE cannot be trained in batches of that many rows."""
+    def check(self, *, batch_size: int, n_steps: int) -> None:
+        """Raise a UserError when this SAE cannot be trained in that many batches of that many rows."""
         self._check_k()
 
     def _check_k(self) -> None:

@@ -151,7 +151,7 @@ def _plans(config: DemoConfig, cache: Path, runs: dict[str, Path]) -> list[Plan]
         for name, run in runs.items()
     ]  # fmt: skip
     for _, spec in plans:
-        spec.check(batch_size=config.batch_size)
+        spec.check(batch_size=config.batch_size, n_steps=tokens // config.batch_size)
     return plans
 
 

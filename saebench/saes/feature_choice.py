@@ -68,7 +68,17 @@ class FeatureChoiceSpec(MutualChoiceSpec):
                 "the first latents already take all matches that a batch has for them"
             )
 
-    def check(self, *, batch_size: int) -> None:
+    def by_feature(self, progress: float) -> bool:
+        """Whether latents choose when this share of the run is done; before, choice is mutual."""
+        return progress >= self.mutual_share
+
+    def check(self, *, batch_size: int, n_steps: int) -> None:
+        super().check(batch_size=batch_size, n_steps=n_steps)
+        if not self.by_feature((n_steps - 1) / n_steps):
+            raise UserError(
+                f"mutual_share is {self.mutual_share}, which leaves none of the {n_steps:,} steps to feature "
+                "choice; raise --tokens or, in saebench train, lower --mutual-share"
+            )
         matches = self.k * batch_size
         if self.floor * self.d_sae > matches:
             raise UserError(
@@ -121,7 +131,7 @@ class FeatureChoiceSAE(MutualChoiceSAE):
 
     def by_feature(self, progress: float) -> bool:
         """Whether latents choose when this share of the run is done; before, choice is mutual."""
-        return progress >= self.spec.mutual_share
+        return self.spec.by_feature(progress)
 
     @torch.no_grad()
     def choose(self, batch: Batch) -> SparseCodes:

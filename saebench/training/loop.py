@@ -100,7 +100,7 @@ def train_all(plans: Sequence[Plan]) -> list[Run]:
     n_steps = common.tokens // common.batch_size
     with_gradients = any(architecture(spec.name).uses_gradients for _, spec in plans)
     for _, spec in plans:
-        spec.check(batch_size=common.batch_size)
+        spec.check(batch_size=common.batch_size, n_steps=n_steps)
     loader = Loader(
         cache,
         hook,

@@ -281,12 +281,22 @@ def test_thresholds_are_saved_and_scaled_with_the_codes(tmp_path):
 
 def test_budgets_that_cannot_be_met_are_refused_before_anything_is_read(tmp_path):
     spec = FeatureChoiceSpec(d_sae=4096, k=8)
-    spec.check(batch_size=512)
+    spec.check(batch_size=512, n_steps=9)
     with pytest.raises(
         UserError, match="8 times batch_size = 511 is 4,088 matches, too few for each of d_sae"
     ):
-        spec.check(batch_size=511)
-    FeatureChoiceSpec(d_sae=4096, k=8, floor=0).check(batch_size=1)
+        spec.check(batch_size=511, n_steps=9)
+    FeatureChoiceSpec(d_sae=4096, k=8, floor=0).check(batch_size=1, n_steps=9)
+
+
+def test_a_run_without_a_step_of_feature_choice_is_refused():
+    for share, n_steps in ((0.9999, 10), (0.91, 11), (0.75, 3), (0.5, 1)):
+        with pytest.raises(
+            UserError, match=f"mutual_share is {share}, which leaves none of the {n_steps} steps"
+        ):
+            FeatureChoiceSpec(mutual_share=share).check(batch_size=4096, n_steps=n_steps)
+    for share, n_steps in ((0.9, 10), (0.75, 4), (0.0, 1)):
+        FeatureChoiceSpec(mutual_share=share).check(batch_size=4096, n_steps=n_steps)
 
 
 @pytest.mark.parametrize(("exponent", "shift"), [(1000.0, 0.0), (500.0, "fit"), ("fit", 1e308), (2.0, 1e308)])
