@@ -15,6 +15,11 @@ _CPU_CHUNK_ELEMENTS = 1 << 20
 where each pick scans anew: then the product wants many rows."""
 _GRAM_LARGEST = 16_384
 """Atoms above which the Gram matrix is not made: it would take more than 1 GiB."""
+_ROUNDING = 8 * torch.finfo(torch.float32).eps
+"""Of |x|: a correlation up to this may be rounding alone. r <- r - c d and r . d each round by eps / 2 of
+what is summed, at first |x| and then ever less, and an atom whose squared norm is off by a few eps leaves as
+much of c. Rows that are sums of up to 30 of 8 to 768 orthonormal atoms were left with up to 1.9 eps |x| where
+no correlation is positive, and with 3.8 where the atoms were as float32's QR leaves them."""
 _GROUP = 64
 """Correlations that lie side by side in the vectorised half of the search for the largest."""
 
@@ -32,7 +37,8 @@ def matching_pursuit_encode(
 
     From r = x, again and again: i = argmax_i r . d_i, c = max(0, r . d_i), r <- r - c d_i. ``absolute``
     takes the argmax of |r . d_i| and c = r . d_i. A row ends after k picks, when |r| < ``tolerance``, or
-    when c is 0; what is left of it is zeros at index 0. One atom may be picked several times.
+    when |c| is no more than float32 leaves of a correlation that is 0 (8 eps |x|, whatever k is); what is
+    left of it is zeros at index 0. One atom may be picked several times.
 
     Every c is computed in float32 from the float32 residual, so |x|^2 = sum c^2 + |r|^2 whatever proposed
     the pick. Two routes propose it, and ``uses_gram`` tells which by the shapes alone: after one
@@ -52,12 +58,15 @@ def matching_pursuit_encode(
 
     def pursue(rows: slice) -> None:
         residual_nD = x_ND[rows].clone()
+        floor_n1 = rounding_of(residual_nD)
         scores_nM = torch.mm(residual_nD.to(scan_dtype), scan_atoms_DM)
         gathered_nM = torch.empty_like(scores_nM) if use_gram else None
         for t in range(k):
             picks_n = best_atoms(scores_nM.abs() if absolute else scores_nM)
             picked_nD = atoms_MD.index_select(0, picks_n)
-            values_n1 = accept(residual_nD, picked_nD, tolerance=tolerance, absolute=absolute)
+            values_n1 = accept(
+                residual_nD, picked_nD, floor_n1=floor_n1, tolerance=tolerance, absolute=absolute
+            )
             residual_nD.addcmul_(picked_nD, values_n1, value=-1)
             values_NK[rows, t] = values_n1[:, 0]
             indices_NK[rows, t] = picks_n
@@ -106,11 +115,23 @@ def best_atoms(scores_nM: Tensor) -> Tensor:
     return members_nG.argmax(1) * _GROUP + best_n11[:, 0, 0]
 
 
-def accept(residual_nD: Tensor, picked_nD: Tensor, *, tolerance: Tensor | float, absolute: bool) -> Tensor:
+def rounding_of(x_nD: Tensor) -> Tensor:
+    """[n, 1]: the largest correlation with what a pursuit leaves of these rows that may be rounding alone."""
+    norm_n1: Tensor = torch.linalg.vector_norm(x_nD, dim=1, keepdim=True, dtype=torch.float64)
+    return (_ROUNDING * norm_n1).to(x_nD.dtype)
+
+
+def accept(
+    residual_nD: Tensor,
+    picked_nD: Tensor,
+    *,
+    floor_n1: Tensor,
+    tolerance: Tensor | float,
+    absolute: bool,
+) -> Tensor:
     """[n, 1]: the coefficient of the atom picked for each row, 0 where the row has ended."""
     values_n1 = (residual_nD * picked_nD).sum(1, keepdim=True)
-    if not absolute:
-        values_n1 = values_n1.relu_()
+    ended_n1 = (values_n1.abs() if absolute else values_n1) <= floor_n1
     if isinstance(tolerance, Tensor) or tolerance > 0:
-        values_n1 = torch.where(residual_nD.norm(dim=1, keepdim=True) < tolerance, 0.0, values_n1)
-    return values_n1
+        ended_n1 |= residual_nD.norm(dim=1, keepdim=True) < tolerance
+    return values_n1.masked_fill_(ended_n1, 0.0)

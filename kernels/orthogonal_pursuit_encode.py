@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saebench_kernels.matching_pursuit_encode import accept, best_atoms, pad_atoms
+from saebench_kernels.matching_pursuit_encode import accept, best_atoms, pad_atoms, rounding_of
 from saebench_kernels.row_chunks import map_chunks
 
 _CHUNK_ELEMENTS = 1 << 22
@@ -52,6 +52,7 @@ def orthogonal_pursuit_encode(
 
     def pursue(rows: slice) -> None:
         residual_nD = x_ND[rows].clone()
+        floor_n1 = rounding_of(residual_nD)
         going_n1 = torch.ones_like(residual_nD[:, :1], dtype=torch.bool)
         basis_nKD = residual_nD.new_zeros(len(residual_nD), k, d_in)
         factor_nKK = torch.eye(k, device=device).repeat(len(residual_nD), 1, 1)
@@ -60,7 +61,9 @@ def orthogonal_pursuit_encode(
             scores = residual_nD.to(scan_dtype) @ scan_atoms_DM
             picks_n = best_atoms(scores.abs_() if absolute else scores)
             picked_nD = atoms_MD.index_select(0, picks_n)
-            gain_n1 = accept(residual_nD, picked_nD, tolerance=tolerance, absolute=absolute)
+            gain_n1 = accept(
+                residual_nD, picked_nD, floor_n1=floor_n1, tolerance=tolerance, absolute=absolute
+            )
             before_nTD = basis_nKD[:, :t]
             shares_nT1 = torch.bmm(before_nTD, picked_nD[:, :, None])
             new_nD = picked_nD - torch.bmm(shares_nT1.mT, before_nTD)[:, 0]

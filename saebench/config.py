@@ -130,6 +130,8 @@ class SaeSpec:
     """What every architecture has; the rest is in the file of each."""
 
     name: ClassVar[str] = ""
+    # Whether a token may choose a latent again: then k may exceed d_sae, though not in training.
+    repeats: ClassVar[bool] = False
 
     d_sae: int = 4096
     """Number of latents."""
@@ -138,13 +140,18 @@ class SaeSpec:
 
     def __post_init__(self) -> None:
         at_least(self, d_sae=1, k=1)
+        if not self.repeats:
+            self._check_k()
+
+    def check(self, *, batch_size: int, n_steps: int) -> None:
+        """Raise a UserError when this SAE cannot be trained in that many batches of that many rows."""
+        self._check_k()
+
+    def _check_k(self) -> None:
         if self.k > self.d_sae:
             raise UserError(
                 f"k is {self.k} but d_sae is only {self.d_sae} latents; lower --k or raise --d-sae"
             )
-
-    def check(self, *, batch_size: int) -> None:
-        """Raise a UserError when this SAE cannot be trained in batches of that many rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +325,8 @@ class ExportConfig:
     """Directory to write; it must be empty or not exist."""
     format: ForeignFormat = "saelens"
     """Whose form: 'saelens'."""
+    quiet: bool = False
+    """No progress display, as everywhere; an export has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,6 +341,8 @@ class ImportSaeConfig:
     """Whose form: 'saelens'."""
     k: int | None = None
     """Active latents a token, for an SAE that does not say it (a note: what is computed stays the same)."""
+    quiet: bool = False
+    """No progress display, as everywhere; an import has none."""
 
     def __post_init__(self) -> None:
         if self.k is not None:

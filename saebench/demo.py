@@ -29,6 +29,7 @@ from saebench.files import directory_lock, read_json, write_json_atomic
 if TYPE_CHECKING:
     from saebench.evaluation.compare import Comparison
     from saebench.store.query import FeatureStore
+    from saebench.training.sweep import Plan
 
 DIARY = "demo.json"
 STAGES = ("harvest", "train", "eval", "index")
@@ -85,9 +86,13 @@ def demo(config: DemoConfig) -> DemoReport:
     Raises:
         UserError: ``out`` holds a demo of other settings, or anything that the stages refuse.
     """
+    from saebench.training.loop import train_all
+
     cache, store = config.out / "cache", config.out / "store"
     names = MAIN_ARCHITECTURES if config.all else ("topk",)
     runs = tuple(config.out / "runs" / f"{name}-{config.d_sae}-k{config.k}" for name in names)
+    named = dict(zip(names, runs, strict=True))
+    _plans(config, cache, named)  # refused before anything is harvested
     with directory_lock(config.out, what="the demo"):
         diary = _Diary(config)
         with diary.stage("harvest", leaves=(cache / "manifest.json",)) as wanted:
@@ -95,7 +100,7 @@ def demo(config: DemoConfig) -> DemoReport:
                 _harvest(config, cache)
         with diary.stage("train", leaves=[run / "sae.json" for run in runs]) as wanted:
             if wanted:
-                _train(config, cache, dict(zip(names, runs, strict=True)))
+                train_all(_plans(config, cache, named))
         with diary.stage("eval", leaves=[run / "eval.json" for run in runs]) as wanted:
             for run in runs if wanted else ():
                 _evaluate(config, cache, run)
@@ -127,23 +132,27 @@ def _harvest(config: DemoConfig, cache: Path) -> None:
     )  # fmt: skip
 
 
-def _train(config: DemoConfig, cache: Path, runs: dict[str, Path]) -> None:
-    from saebench.training.loop import train_all
+def _plans(config: DemoConfig, cache: Path, runs: dict[str, Path]) -> list[Plan]:
+    """The trainings.
 
+    Raises:
+        UserError: one of them cannot be had with these settings.
+    """
     tokens = config.tokens if config.tokens is not None else TOKENS_OF_ALL if config.all else TOKENS
-    train_all(
-        [
-            (
-                TrainConfig(
-                    cache=cache, out=run, sae=name, tokens=tokens, batch_size=config.batch_size,
-                    seed=config.seed, checkpoint_every=STEPS_BETWEEN_CHECKPOINTS, resume=run.exists(),
-                    device=config.device, quiet=config.quiet,
-                ),
-                architecture(name).Spec(d_sae=config.d_sae, k=config.k),
-            )
-            for name, run in runs.items()
-        ]
-    )  # fmt: skip
+    plans: list[Plan] = [
+        (
+            TrainConfig(
+                cache=cache, out=run, sae=name, tokens=tokens, batch_size=config.batch_size,
+                seed=config.seed, checkpoint_every=STEPS_BETWEEN_CHECKPOINTS, resume=run.exists(),
+                device=config.device, quiet=config.quiet,
+            ),
+            architecture(name).Spec(d_sae=config.d_sae, k=config.k),
+        )
+        for name, run in runs.items()
+    ]  # fmt: skip
+    for _, spec in plans:
+        spec.check(batch_size=config.batch_size, n_steps=tokens // config.batch_size)
+    return plans
 
 
 def _evaluate(config: DemoConfig, cache: Path, run: Path) -> None:

@@ -10,6 +10,7 @@ import inspect
 import os
 import textwrap
 from collections.abc import Callable, Mapping
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -127,6 +128,21 @@ def station(config_class: type[Any]) -> Callable[[Callable[[Any], ResultT]], Cal
         return call
 
     return decorate
+
+
+def whole_number(text: str) -> int:
+    """An int, also when it is written 2e6, 2.5e6 or 2_000_000.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    try:
+        number = Decimal(text)
+        if number != number.to_integral_value():
+            raise ValueError
+        return int(number)
+    except (InvalidOperation, ValueError, OverflowError):
+        raise ValueError(f'"{text}" is not a whole number') from None
 
 
 def at_least(config: Any, **smallest: float) -> None:

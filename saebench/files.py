@@ -6,9 +6,10 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -90,6 +91,15 @@ def write_json_atomic(path: Path, value: object) -> None:
     write_bytes_atomic(path, (text + "\n").encode())
 
 
+def finite(value: Any) -> Any:
+    """``value`` with None for every number, however deep, that JSON does not have: NaN and the infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(item) for name, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def read_json(path: Path, *, what: str) -> Any:
     """Read a JSON file; ``what`` names it in the error ("the cache manifest")."""
     try:
@@ -144,6 +154,14 @@ def require_writable(directory: Path, *, what: str) -> None:
         raise UserError(f"cannot create {what} {directory}: {error.strerror}; choose another --out") from None
     if not os.access(directory, os.W_OK | os.X_OK):
         raise UserError(f"{what} {directory} is not writable; choose another --out")
+
+
+def require_writable_file(path: Path, *, what: str) -> None:
+    """Prove that the file ``path`` can be written, before the work whose result it is to hold."""
+    path = Path(path)
+    require_writable(path.parent, what=f"the directory of {what}")
+    if path.is_dir():
+        raise UserError(f"{what} {path} is a directory; give --out the name of a file")
 
 
 def require_disk(directory: Path, n_bytes: int, *, what: str) -> None:

@@ -16,7 +16,6 @@ import pytest
 
 import saebench
 from saebench.cli import app, commands, main
-from saebench.cli.flags import whole_number
 from saebench.cli.output import cell, pairs, table
 from saebench.config import (
     DemoConfig,
@@ -27,7 +26,7 @@ from saebench.config import (
     TrainConfig,
     architecture,
 )
-from saebench.fields import field_docs
+from saebench.fields import field_docs, whole_number
 from saebench.training.sweep import plan
 
 COMMAND = [sys.executable, "-m", "saebench.cli"]
@@ -120,12 +119,7 @@ def test_a_wheel_at_hand_takes_the_place_of_the_network(
     ],
 )
 def test_whole_numbers_may_be_scientific(text: str, value: int) -> None:
-    class Token:
-        pass
-
-    token = Token()
-    token.value = text  # type: ignore[attr-defined]
-    number = whole_number(int, [token])
+    number = whole_number(text)
     assert number == value
     assert type(number) is int
 
@@ -146,6 +140,19 @@ def test_flags_reach_the_station(monkeypatch: pytest.MonkeyPatch) -> None:
             out=Path("c"), hook=("a", "b"), tokens=2_000_000, dtype="fp32", keep_first=True, text="t.txt"
         )
     ]
+
+
+def test_a_flag_of_several_values_takes_all_that_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(commands, "harvest", lambda c: seen.append(c.hook) or commands.Result({}, ""))
+    monkeypatch.setattr(commands, "train", lambda got, _: seen.append(got) or commands.Result({}, ""))
+    assert main("harvest --hook a b --out c".split()) == 0
+    words = "train --cache c --sae matryoshka --prefixes 0.25 0.5 1 --out o"
+    assert main(words.split()) == 0
+    assert main("train --cache c --sweep sae=topk,gradient beta=1,2 --out o".split()) == 0
+    assert seen[0] == ("a", "b")
+    assert seen[1]["prefixes"] == (0.25, 0.5, 1)
+    assert seen[2]["sweep"] == ("sae=topk,gradient", "beta=1,2")
 
 
 def test_positional_arguments_and_the_architectures_own_flags(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +197,17 @@ def test_flags_win_over_the_settings_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert spec == architecture("topk").Spec(d_sae=64, k=5)
 
 
+def test_flags_win_over_a_sweep_in_the_settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(commands, "train", lambda got, _: seen.append(got) or commands.Result({}, ""))
+    file = tmp_path / "run.toml"
+    file.write_text('cache = "c"\nout = "o"\nk = 8\nsweep = ["sae=topk,relu", "lr=1e-3,2e-3"]\n')
+    assert main(["train", "--config", str(file), "--sae", "gradient", "--beta", "2"]) == 0
+    assert main(["train", "--config", str(file), "--sweep", "k=2,4"]) == 0
+    assert seen[0]["sae"] == "gradient" and seen[0]["sweep"] == ("lr=1e-3,2e-3",)
+    assert seen[1]["sweep"] == ("k=2,4",) and "k" not in seen[1]
+
+
 def test_a_settings_file_serves_other_commands_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(commands, "harvest", lambda c: seen.append(c) or commands.Result({}, ""))
@@ -208,6 +226,7 @@ def test_a_settings_file_serves_other_commands_too(tmp_path: Path, monkeypatch: 
         ('k = "many"', ["'k'", "'many'"]),
         ('sae = "topp"', ["'topp'", "topk"]),
         ("k = 9000", ["9000", "4096"]),
+        ("sweep = [1]", ["sweep is [1]", "k=16,32,64"]),
     ],
 )
 def test_a_wrong_settings_file_is_named(

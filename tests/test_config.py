@@ -37,8 +37,9 @@ CONFIGS = {
     },
     ImportConfig: {"source": NAMES, "out": NAMES, "dtype": st.none() | st.sampled_from(["bf16", "fp32"])},
     TrainConfig: {
-        "cache": NAMES, "out": NAMES, "lr": st.just("auto") | st.floats(1e-6, 1), "seed": st.integers(0),
-        "warmup": st.floats(0, 0.5), "decay": st.floats(0, 0.5), "memory": st.floats(0.01, 64),
+        "cache": NAMES, "out": NAMES, "lr": st.just("auto") | st.floats(1e-6, 1),
+        "seed": st.integers(0, 2**63 - 1), "warmup": st.floats(0, 0.5),
+        "decay": st.floats(0, 0.5), "memory": st.floats(0.01, 64),
     },
     EvalConfig: {"run": NAMES, "cache": st.none() | NAMES, "rows": st.sampled_from(["held-out", "all"])},
     IndexConfig: {"run": NAMES, "cache": NAMES, "out": NAMES, "window": st.integers(1)},

@@ -108,6 +108,24 @@ def test_killed_in_training_it_goes_on_and_ends_the_same(
     assert (tmp_path / "out" / weights).read_bytes() == (finished / weights).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--all --d-sae 2048 --k 4 --batch-size 32", "raise --batch-size or --k, lower --d-sae, or"),
+        ("--tokens 100", "lower --batch-size or raise --tokens"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_harvested(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, sentence: str
+) -> None:
+    given = [
+        word for pair in zip(words[1::2], words[2::2], strict=True) if pair[0] not in flags for word in pair
+    ]
+    assert main(["demo", *given, *flags.split(), "--out", str(tmp_path / "out")]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_snippet_marks_its_token() -> None:
     pieces = [f" {i}" for i in range(30)]
     assert _snippet(pieces, 10, around=2) == "8 9[ 10] 11 12"

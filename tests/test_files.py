@@ -239,3 +239,13 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> 
 )
 def test_sizes_for_people(n: int, text: str) -> None:
     assert files.human_bytes(n) == text
+
+
+def test_numbers_that_json_lacks_become_none_however_deep() -> None:
+    nan, inf = float("nan"), float("inf")
+    given = {"a": nan, "b": [1, 2.5, (inf, "x")], "c": {"d": -inf, "e": None, "f": True}}
+    assert files.finite(given) == {
+        "a": None,
+        "b": [1, 2.5, [None, "x"]],
+        "c": {"d": None, "e": None, "f": True},
+    }

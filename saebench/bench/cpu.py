@@ -22,7 +22,7 @@ from saebench.bench.timing import Timed, Timing, take_turns
 from saebench.config import BenchConfig
 from saebench.errors import UserError
 from saebench.fields import station, to_flat
-from saebench.files import write_json_atomic
+from saebench.files import require_writable_file, write_json_atomic
 from saebench.progress import progress
 from saebench.saes.base import SAE, Batch
 
@@ -98,10 +98,13 @@ def bench(config: BenchConfig) -> BenchReport:
     numbers. Nothing is dead, so no auxiliary loss is paid on either side.
 
     Raises:
-        UserError: nothing was asked for that can be measured, or the peers' environment is broken.
+        UserError: nothing was asked for that can be measured, ``out`` cannot be written, or the peers'
+            environment is broken.
     """
     if not config.cpu:
         raise UserError("say what to measure on: saebench bench --cpu")
+    if config.out is not None:
+        require_writable_file(config.out, what="the results")
     n_contestants = 1 + len(OURS) + (len(THEIRS) if peer.python_of(config.peers) else 0)
     total = (config.turns + 1) * n_contestants + SWEEP_PARTS
     with (

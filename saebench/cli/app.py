@@ -141,11 +141,12 @@ def _station(
         flags |= dict(zip(positional, arguments, strict=False))
         as_json = flags.pop("as_json", False)
         flags.pop("config", None)
-        values: Mapping[str, Any] = {**given, **flags}
         source = settings_file or "the command line"
         if config_class is TrainConfig:
-            return _answer(act, values, source, as_json=as_json)
-        return _answer(act, from_flat(config_class, values, source=source), as_json=as_json)
+            from saebench.training.sweep import settle
+
+            return _answer(act, settle(given, flags), source, as_json=as_json)
+        return _answer(act, from_flat(config_class, {**given, **flags}, source=source), as_json=as_json)
 
     made: list[inspect.Parameter] = []
     for c in classes:
@@ -162,11 +163,15 @@ def _station(
 
 def _specs(argv: Sequence[str], given: Mapping[str, Any]) -> list[type[Any]]:
     """The settings classes of the architectures that a training is asked for."""
-    from saebench.training.sweep import architectures, parse_grid
+    from saebench.training.sweep import architectures, parse_grid, settle, words_of
 
-    words = values_in(argv, "--sweep") or given.get("sweep", ())
-    settings = {"sae": value_in(argv, "--sae") or given.get("sae", TrainConfig.sae)}
-    names = architectures(settings, parse_grid([words] if isinstance(words, str) else words))
+    flags: dict[str, Any] = {}
+    if words := values_in(argv, "--sweep"):
+        flags["sweep"] = words
+    if (sae := value_in(argv, "--sae")) is not None:
+        flags["sae"] = sae
+    settings = settle(given, flags)
+    names = architectures(settings, parse_grid(words_of(settings)))
     return list(dict.fromkeys(architecture(name).Spec for name in names))
 
 

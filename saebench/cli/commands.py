@@ -37,6 +37,7 @@ STORE_FACTS = (
     "n_tokens", "n_contexts", "n_activations", "n_dead", "n_dense",
 )  # fmt: skip
 SETTINGS = Group("Settings", sort_key=0)
+PICKS_CHANGED = "not TopK's picks"
 DEMO_SCORES = ("n_tokens", "explained_variance", "l0", "dead_fraction", "ce_loss_score", "kl")
 
 
@@ -93,15 +94,18 @@ def cache_import(config: ImportConfig) -> Result:
 
 def train(settings: Mapping[str, Any], source: str) -> Result:
     from saebench.training.loop import train_all
-    from saebench.training.sweep import parse_grid, plan
+    from saebench.training.sweep import parse_grid, plan, words_of
 
-    words = settings.get("sweep", ())
-    runs = train_all(plan(settings, parse_grid([words] if isinstance(words, str) else words), source=source))
+    words = words_of(settings)
+    runs = train_all(plan(settings, parse_grid(words), source=source))
     rows = [_trained(run) for run in runs]
     if not words:
         return Result(rows[0], pairs(rows[0]) + f"\n\nNext: saebench eval {runs[0].path}")
-    columns = ("path", "sae", "d_sae", "k", "step", "fvu", "l0", "dead")
-    text = table(columns, [[row.get(name) for name in columns] for row in rows])
+    columns = {name: name for name in ("path", "sae", "d_sae", "k", "step", "fvu", "l0", "dead")}
+    if any("picks_changed" in row for row in rows):
+        columns["picks_changed"] = PICKS_CHANGED
+    lines = [["" if row.get(name) is None else row[name] for name in columns] for row in rows]
+    text = table(list(columns.values()), lines)
     return Result({"runs": rows}, text + f"\n\nNext: saebench eval {runs[0].path}")
 
 
@@ -145,7 +149,7 @@ def comparison_table(comparison: Comparison) -> str:
     heads = ["l0", "expl. var.", "CE score", "KL", "dead"]
     if any(row.mean["picks_changed"] is not None for row in comparison.rows):
         columns.append("picks_changed")
-        heads.append("not TopK's picks")
+        heads.append(PICKS_CHANGED)
     lines = [
         (row.label, row.d_sae, row.k, len(row.runs), *(measure(row, name) for name in columns))
         for row in comparison.rows

@@ -7,14 +7,13 @@ import difflib
 import inspect
 import tomllib
 from collections.abc import Mapping, Sequence
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter
 
 from saebench.errors import UserError
-from saebench.fields import field_docs
+from saebench.fields import field_docs, whole_number
 
 CONFIG_FLAG = "--config"
 
@@ -46,8 +45,9 @@ def parameters(
         how = Parameter(
             help=docs.get(field.name, ""),
             group=group,
-            converter=whole_number if int in (types[field.name], *get_args(types[field.name])) else None,
+            converter=_whole_number if int in (types[field.name], *get_args(types[field.name])) else None,
             negative=None if default is True else (),
+            consume_multiple=get_origin(types[field.name]) is tuple,
             show_default=False
             if any(default is absent for absent in (None, False, (), inspect.Parameter.empty))
             else _written,
@@ -70,20 +70,8 @@ def _written(default: object) -> str:
     return " ".join(map(str, default)) if isinstance(default, tuple | list) else str(default)
 
 
-def whole_number(kind: object, tokens: Sequence[Any]) -> int:
-    """An int, also when it is written 2e6, 2.5e6 or 2_000_000.
-
-    Raises:
-        ValueError: it is no whole number.
-    """
-    text = tokens[0].value
-    try:
-        number = Decimal(text)
-        if number != number.to_integral_value():
-            raise ValueError
-        return int(number)
-    except (InvalidOperation, ValueError, OverflowError):
-        raise ValueError(f'"{text}" is not a whole number') from None
+def _whole_number(kind: object, tokens: Sequence[Any]) -> int:
+    return whole_number(tokens[0].value)
 
 
 def values_in(argv: Sequence[str], flag: str) -> list[str]:

@@ -8,27 +8,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from saebench.files import finite
+
 
 @dataclass(frozen=True)
 class Result:
     """What a command found out."""
 
     data: Mapping[str, Any]
-    """Plain JSON values, for --json."""
+    """Plain JSON values, for --json; a number that is NaN or infinite becomes null there."""
     text: str
     """The same for a person."""
     complaint: str | None = None
     """One sentence on what the user must change; makes the exit code 2."""
 
     def render(self, *, as_json: bool) -> str:
-        return json.dumps(self.data, indent=1, ensure_ascii=False, default=plain) if as_json else self.text
+        if not as_json:
+            return self.text
+        return json.dumps(finite(self.data), indent=1, ensure_ascii=False, default=plain)
 
 
 def plain(value: Any) -> Any:
     """What JSON does not know: dataclasses and numbers of other libraries as they are, the rest as text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return value.item() if hasattr(value, "item") else str(value)
+        return finite(dataclasses.asdict(value))
+    return finite(value.item()) if hasattr(value, "item") else str(value)
 
 
 def pairs(rows: Mapping[str, object] | Iterable[tuple[str, object]]) -> str:

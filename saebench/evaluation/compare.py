@@ -16,6 +16,7 @@ from saebench.errors import UserError
 from saebench.evaluation.report import inference_label
 from saebench.fields import station
 from saebench.files import atomic_file, read_json, require_writable, write_bytes_atomic, write_json_atomic
+from saebench.runfile import RUN_FILE, read_run
 from saebench.saes.base import read_description
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Compared:
     n_tokens: int
     """Rows measured on each."""
     runs: tuple[str, ...]
+    """One for each seed."""
     mean: dict[str, float | None]
     """Measure -> mean over runs; None when one of them was not measured with the model."""
     sd: dict[str, float | None]
@@ -111,23 +113,35 @@ def compare(config: CompareConfig) -> Comparison:
     """Gather the evaluations of runs; with ``out`` also write compare.json, compare.html and compare.png.
 
     Every report of a run counts, each way of choosing latents as a row of its own. Runs whose settings
-    differ in nothing but the seed become one row, mean and standard deviation.
+    differ in nothing but the seed become one row, mean and standard deviation. A run that is named twice
+    counts once, and so do runs that agree in the seed too: their spread would say nothing.
 
     Raises:
         UserError: a run was not evaluated, or its report is damaged.
     """
-    reports = [report for run in config.runs for report in _reports(run)]
-    groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    runs = {run.resolve(): run for run in reversed(config.runs)}.values()
+    reports = [report for run in reversed(runs) for report in _reports(run)]
+    groups: dict[str, dict[str, tuple[Path, dict[str, Any]]]] = {}
     settings: dict[str, dict[str, Any]] = {}
+    repeated: dict[Path, Path] = {}
     for run, report in reports:
-        own = _settings(run)
+        own, seeds = _settings(run)
         kind = json.dumps([own, *(report.get(name) for name in _MEASURED_ON)], sort_keys=True)
-        groups.setdefault(kind, []).append((run, report))
+        first, _ = groups.setdefault(kind, {}).setdefault(json.dumps(seeds), (run, report))
+        if first != run:
+            repeated[run] = first
         settings[kind] = own
     told = _told_apart(list(settings.values()))
-    rows = [_row(group, told[settings[kind]["sae"]], settings[kind]) for kind, group in groups.items()]
+    rows = [
+        _row(list(group.values()), told[settings[kind]["sae"]], settings[kind])
+        for kind, group in groups.items()
+    ]
     rows.sort(key=lambda row: (row.label, row.d_sae, row.k))
-    comparison = Comparison(tuple(rows), tuple(_warnings(report for _, report in reports)))
+    warnings = _warnings(report for _, report in reports)
+    warnings += [
+        f"{run} has the settings and the seed of {first} and is left out" for run, first in repeated.items()
+    ]
+    comparison = Comparison(tuple(rows), tuple(warnings))
     if config.out is not None:
         _write(comparison, config.out)
     return comparison
@@ -139,18 +153,25 @@ def _reports(run: Path) -> list[tuple[Path, dict[str, Any]]]:
         raise UserError(f"{run} has no evaluation; run saebench eval {run} --model cache first")
     reports = [(Path(run), read_json(file, what="the evaluation")) for file in files]
     for file, (_, report) in zip(files, reports, strict=True):
-        if not isinstance(report, dict) or not {"sae", "k", "l0", "fvu"} <= set(report):
+        numbers = ("d_sae", "k", "n_tokens", "l0", "fvu")
+        if (
+            not isinstance(report, dict)
+            or not isinstance(report.get("sae"), str)
+            or not all(isinstance(report.get(name), int | float) for name in numbers)
+            or not all(isinstance(report.get(name), int | float | None) for name in MEASURES)
+        ):
             raise UserError(f"{file} is not an evaluation; run saebench eval {run} again")
     return reports
 
 
-def _settings(run: Path) -> dict[str, Any]:
-    """What was learned depends on, but for the seeds; runs that agree in it are of one kind."""
-    if not (run / "run.json").exists():
-        return {"sae": read_description(run)["sae"], "run": str(run)}
-    facts = read_json(run / "run.json", what="the run description")
+def _settings(run: Path) -> tuple[dict[str, Any], list[Any]]:
+    """What was learned depends on: settings, in which runs of one kind agree, and the seeds."""
+    if not (run / RUN_FILE).exists():
+        return {"sae": read_description(run)["sae"], "run": str(run)}, []
+    facts = read_run(run)
     training = {name: value for name, value in facts["train"].items() if name not in _NOT_OF_THE_KIND}
-    return {**training, **facts["sae"], "sae": facts["sae"]["name"], "cache_hash": facts["cache_hash"]}
+    settings = {**training, **facts["sae"], "sae": facts["sae"]["name"], "cache_hash": facts["cache_hash"]}
+    return settings, [facts["train"].get(name) for name in ("seed", "order_seed")]
 
 
 def _told_apart(kinds: Sequence[dict[str, Any]]) -> dict[str, list[str]]:

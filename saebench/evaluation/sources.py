@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saebench.errors import UserError
 from saebench.evaluation.faithfulness import Contexts
-from saebench.files import read_json
+from saebench.runfile import RUN_FILE, read_run
 from saebench.saes.base import read_description
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def read_origin(run: Path) -> Origin:
     """From ``sae.json`` and, in a run directory, ``run.json``."""
     facts = read_description(run)
     cache = None
-    if (run / "run.json").exists():
-        settings = read_json(run / "run.json", what="the run description").get("train", {})
+    if (run / RUN_FILE).exists():
+        settings = read_run(run, needs=("train",))["train"]
         cache = Path(settings["cache"]) if "cache" in settings else None
     return Origin(facts.get("hook_name"), cache, facts.get("model"))
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from saebench.config import architecture
 from saebench.errors import UserError
 from saebench.fields import from_flat
-from saebench.saes.base import SAE, check_tensors
+from saebench.saes.base import SAE
+from saebench.tensors import check_tensors, read_safetensors
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,11 @@ def read_tensors(
         UserError: no such file, a damaged one, a tensor too few or too many, of another shape, of integers,
             or with values that are not finite.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(file)
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist; copy the whole folder") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); check the path") from None
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{file} is no safetensors file or a damaged one ({error}); copy it again") from None
+    tensors = read_safetensors(file, way_out="copy the whole folder")
     for name, tensor in tensors.items():
         if name not in expected and name not in optional:
             raise UserError(f"{file} holds {name!r}, which is no part of this SAE; check its architecture")
         if not tensor.is_floating_point():
             raise UserError(f"{file}: {name} holds {tensor.dtype}; weights are floating-point numbers")
-    check_tensors(tensors, dict(expected), file)
+    check_tensors(tensors, expected, file)
     return tensors

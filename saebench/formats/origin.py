@@ -7,6 +7,7 @@ from typing import Any
 
 from saebench.errors import UserError
 from saebench.files import read_json
+from saebench.runfile import RUN_FILE, read_run
 from saebench.saes.base import read_description
 
 _OF_AN_IMPORT = ("model_name", "context_size", "prepend_bos", "seqpos_slice", "dataset_path", "l0")
@@ -33,9 +34,9 @@ def _contexts(run: Path) -> dict[str, Any]:
     """From the cache that the run was trained on; nothing where it is gone or was made of an array."""
     from saebench.activations.cache import open_cache
 
-    if not (run / "run.json").exists():
+    if not (run / RUN_FILE).exists():
         return {}
-    settings = read_json(run / "run.json", what="the run description").get("train", {})
+    settings = read_run(run, needs=("train",))["train"]
     try:
         made_from = open_cache(Path(settings["cache"])).manifest["made_from"]
     except (UserError, KeyError):

@@ -5,8 +5,7 @@ Shapes: N rows, D = d_in, M = d_sae latents. Weights are latent-major: one row a
 
 from __future__ import annotations
 
-import json
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,10 +18,21 @@ from saebench.config import SaeSpec, architecture
 from saebench.errors import UserError
 from saebench.fields import from_flat, to_flat
 from saebench.files import read_json, write_bytes_atomic, write_json_atomic
+from saebench.runfile import RUN_FILE
+from saebench.tensors import check_tensors, read_safetensors
 
 SPEC_FILE = "sae.json"
 WEIGHTS_FILE = "sae.safetensors"
 FORMAT_VERSION = 1
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "sae": str,
+    "d_in": int,
+    "spec": dict,
+    "hook_name": (str, type(None)),
+    "model": (dict, type(None)),
+    "imported": (dict, type(None)),
+}
+"""Kinds of the values of a description that are read again."""
 MIN_DEAD_STEPS = 50
 PROBE_ROWS = 4096
 
@@ -133,8 +143,12 @@ class SAE(nn.Module):
         """Take note of a step that has been applied: which latents fired, running statistics."""
         self.count_firing(terms.codes)
 
-    def calibrate(self, x_ND: Tensor) -> None:
-        """Set what inference needs, from rows [N, D] that training did not see; called once, at the end."""
+    def calibrate(self, x_ND: Tensor) -> float | None:
+        """Set what inference needs, from rows [N, D] that training did not see; called once, at the end.
+
+        Returns their mean L0, if k is a mean that was aimed at and may be missed.
+        """
+        return None
 
     # What all share -------------------------------------------------------------------------------
 
@@ -262,14 +276,18 @@ def load(path: Path | str, *, device: str | torch.device = "cpu") -> SAE:
     """
     directory = Path(path)
     if not (directory / SPEC_FILE).exists():
-        if (directory / "run.json").exists():
+        if (directory / RUN_FILE).exists():
             raise UserError(f"the run {directory} has not finished; go on with saebench train ... --resume")
         raise UserError(f"{directory} holds no SAE (no {SPEC_FILE}); name a run directory")
     description = read_description(directory)
-    sae_class = architecture(description["sae"])
+    sae_class, d_in = architecture(description["sae"]), description["d_in"]
     spec = from_flat(sae_class.Spec, description["spec"], source=str(directory / SPEC_FILE))
-    sae: SAE = sae_class(spec, int(description["d_in"]))
-    _load_weights(sae, directory / WEIGHTS_FILE)
+    file = directory / WEIGHTS_FILE
+    weights = read_safetensors(file, way_out="train it again or restore a copy")
+    check_tensors(weights, {"W_dec": (spec.d_sae, d_in)}, file)  # before memory of that size is taken
+    sae: SAE = sae_class(spec, d_in)
+    check_tensors(weights, {name: tuple(getattr(sae, name).shape) for name in sae.weight_names}, file)
+    sae.load_state_dict(weights, strict=False)
     return sae.to(device).eval()
 
 
@@ -284,34 +302,8 @@ def read_description(directory: Path) -> dict[str, Any]:
         raise UserError(
             f"{file} has format {version}; this saebench reads up to {FORMAT_VERSION}: update saebench"
         )
+    for name, kinds in _KINDS.items():
+        value = description.get(name)
+        if not isinstance(value, kinds) or (isinstance(value, int) and value < 1):
+            raise UserError(f"{file} is damaged: {name} is {value!r:.60}; train it again or restore a copy")
     return dict(description)
-
-
-def _load_weights(sae: SAE, file: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        weights = load_file(file)
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist; the SAE was not saved completely: train it again") from None
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{file} is damaged ({error}); train it again or restore a copy") from None
-    check_tensors(weights, {name: tuple(getattr(sae, name).shape) for name in sae.weight_names}, file)
-    sae.load_state_dict(weights, strict=False)
-
-
-def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], file: Path) -> None:
-    """Refuse a safetensors file that does not hold exactly the tensors ``expected``, all finite."""
-    if missing := _first(name for name in expected if name not in tensors):
-        raise UserError(f"{file} has no tensor {missing!r}; it does not belong to this SAE")
-    for name, shape in expected.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape:
-            raise UserError(f"{file}: {name} has shape {tuple(tensor.shape)} where {shape} is expected")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{file}: {name} holds values that are not finite; restore an earlier copy")
-
-
-def _first(names: Iterable[str]) -> str | None:
-    return next(iter(names), None)

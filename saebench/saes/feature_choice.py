@@ -23,6 +23,8 @@ from saebench.saes.mutual_choice import MutualChoiceSAE, MutualChoiceSpec, just_
 from saebench.saes.zipf import ZipfLaw, budgets_by_rank, fit_zipf
 from saebench_kernels import feature_choice_encode
 
+LARGEST_EXPONENT = 1000.0
+"""Of Zipf's law: far beyond it float64 cannot tell the weights' logarithms apart."""
 SMALLEST_THRESHOLD = 1e-6
 """Of the largest; a latent that does not use up its budget has threshold 0, which no factor would move."""
 
@@ -62,14 +64,29 @@ class FeatureChoiceSpec(MutualChoiceSpec):
         for name in ("zipf_exponent", "zipf_shift"):
             if getattr(self, name) != "fit":
                 at_least(self, **{name: 0})
+        if self.zipf_exponent != "fit" and self.zipf_exponent > LARGEST_EXPONENT:
+            raise UserError(
+                f"zipf_exponent is {self.zipf_exponent}; give 'fit' or at most {LARGEST_EXPONENT:g}, where "
+                "the first latents already take all matches that a batch has for them"
+            )
 
-    def check(self, *, batch_size: int) -> None:
+    def by_feature(self, progress: float) -> bool:
+        """Whether latents choose when this share of the run is done; before, choice is mutual."""
+        return progress >= self.mutual_share
+
+    def check(self, *, batch_size: int, n_steps: int) -> None:
+        super().check(batch_size=batch_size, n_steps=n_steps)
+        if not self.by_feature((n_steps - 1) / n_steps):
+            raise UserError(
+                f"mutual_share is {self.mutual_share}, which leaves none of the {n_steps:,} steps to feature "
+                "choice; raise --tokens or, in saebench train, lower --mutual-share"
+            )
         matches = self.k * batch_size
         if self.floor * self.d_sae > matches:
             raise UserError(
                 f"k = {self.k} times batch_size = {batch_size:,} is {matches:,} matches, too few for each of "
                 f"d_sae = {self.d_sae:,} latents to get floor = {self.floor}; raise --batch-size or --k, "
-                "lower --d-sae, or pass --floor 0"
+                "lower --d-sae, or, in saebench train, pass --floor 0"
             )
 
 
@@ -116,7 +133,7 @@ class FeatureChoiceSAE(MutualChoiceSAE):
 
     def by_feature(self, progress: float) -> bool:
         """Whether latents choose when this share of the run is done; before, choice is mutual."""
-        return progress >= self.spec.mutual_share
+        return self.spec.by_feature(progress)
 
     def phase(self, progress: float) -> Hashable | None:
         return None  # budgets are read back

@@ -147,11 +147,16 @@ class GradientSAE(ChoiceSAE):
 
         Raises:
             ValueError: the last axis is not d_in, an unknown ``inference``, or a ``gradient`` that is
-                missing, of another shape than ``x``, or given although only ``oracle`` reads it.
+                missing, of another shape than ``x``, not finite, or given although only ``oracle`` reads it.
         """
         gradient = how.get("gradient")
         if gradient is not None and gradient.shape != x.shape:
             raise ValueError(f"gradient has shape {tuple(gradient.shape)}, x has {tuple(x.shape)}")
+        if gradient is not None and not gradient.isfinite().all():
+            raise UserError(
+                "gradient holds NaN or infinity, by which no latent can be chosen; "
+                "harvest again with --gradients"
+            )
         return super().encode(x, **how)
 
     def encode_rows(

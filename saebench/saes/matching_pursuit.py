@@ -25,6 +25,7 @@ class MatchingPursuitSpec(AuxSpec):
     """Settings of a matching pursuit SAE."""
 
     name: ClassVar[str] = "matching-pursuit"
+    repeats: ClassVar[bool] = True
 
     selection: Literal["signed", "absolute"] = "signed"
     """Pick the largest r . d_i, or the largest |r . d_i| (codes may then be negative)."""
@@ -41,6 +42,10 @@ class MatchingPursuitSpec(AuxSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_tolerance(self.tolerance)
+        if self.k_aux is not None and self.k_aux > self.d_sae:
+            raise UserError(
+                f"k_aux is {self.k_aux} but d_sae is only {self.d_sae} latents; lower --k-aux or leave it out"
+            )
 
 
 class MatchingPursuitSAE(ChoiceSAE):
@@ -52,10 +57,11 @@ class MatchingPursuitSAE(ChoiceSAE):
 
     The dictionary D = W_dec, unit rows, is encoder and decoder: ``W_enc_MD`` is W_dec and ``b_enc`` is 0.
     A token ends after k picks, when |r| < ``tolerance`` (an absolute norm, as in the authors' code and in
-    SAELens; it is checked before the first pick too), or when no correlation is positive. Codes keep the
-    order of the picks, padding last: those with k are the beginning of those with k + 1. An atom may be
-    picked again, which adds to its coefficient: ``to_dense`` adds up, ``l0`` counts it once; with
-    ``stop_on_repeat`` that pick is the token's last.
+    SAELens; it is checked before the first pick too), or when no correlation is positive beyond rounding
+    (8 eps |x - b_dec|, with the eps of float32). Codes keep the order of the picks, padding last: those
+    with k are the beginning of those with k + 1. An atom may be picked again, which adds to its
+    coefficient: ``to_dense`` adds up, ``l0`` counts it once; with ``stop_on_repeat`` that pick is the
+    token's last.
 
     ``selection="absolute"`` takes the largest |r . d_i| and c = r . d_i. ``orthogonal=True`` is orthogonal
     matching pursuit: no atom twice, and after every pick the coefficients are those of least squares on

@@ -52,7 +52,8 @@ class TargetL0SAE(ChoiceSAE):
     To have mean L0 = k as a constraint, I is the multiplier of the method of multipliers (on a log scale, so
     that it stays positive) and P takes the place of the quadratic penalty: unlike a quadratic penalty alone
     it leaves no steady error. What is left at the end of training (the constraint moves on while the
-    dictionary improves, and the mean over training rows is not that over others) is removed by `calibrate`.
+    dictionary improves, and the mean over training rows is not that over others) is removed by `calibrate`,
+    unless k is out of reach.
 
     Nothing has to warm up: thresholds begin where k latents of a token are active, and the coefficient
     where such thresholds are the best ones for orthogonal atoms.
@@ -148,18 +149,22 @@ class TargetL0SAE(ChoiceSAE):
         self.shrink_thresholds(dead_M * min(1.0, self.spec.revival))
 
     @torch.no_grad()
-    def calibrate(self, x_ND: Tensor) -> None:
-        """Move all thresholds together, until k N entries of these N rows are active, or all there are."""
+    def calibrate(self, x_ND: Tensor) -> float:
+        """Move all thresholds together, until k N entries of these N rows are active; returns the mean L0.
+
+        Where no more than k N entries could be active (a gated or JumpReLU latent needs a positive
+        pre-activation, and no threshold reaches all entries), thresholds stay where training has left them.
+        """
         wanted = self.k * x_ND.shape[0]
         for slack in SLACKS:
             margins_C = self.margins(x_ND, slack)
             if margins_C.numel() > wanted:
                 break
-        n_found = margins_C.numel()
-        if n_found > wanted:
-            self.raise_thresholds(margins_C.kthvalue(n_found - wanted).values)
-        elif n_found > 0:
-            self.raise_thresholds(just_below(margins_C.min()))
+        amount = margins_C.new_zeros(())
+        if margins_C.numel() > wanted:
+            amount = margins_C.kthvalue(margins_C.numel() - wanted).values
+            self.raise_thresholds(amount)
+        return int((margins_C > amount).sum()) / x_ND.shape[0]
 
     @torch.no_grad()
     def initialize(self, sample: Batch, *, seed: int) -> None:

@@ -21,9 +21,9 @@ class ZipfLaw(NamedTuple):
     exponent: float
     shift: float
 
-    def weights(self, n: int) -> Tensor:
-        """[n] float64: of the ranks 1 to n, up to a factor."""
-        return (torch.arange(1, n + 1, dtype=torch.float64) + self.shift).pow(-self.exponent)
+    def log_weights(self, n: int) -> Tensor:
+        """[n] float64: of the ranks 1 to n, up to a constant. The weights themselves could underflow."""
+        return -self.exponent * (torch.arange(1, n + 1, dtype=torch.float64) + self.shift).log()
 
 
 def fit_zipf(
@@ -52,7 +52,8 @@ def fit_zipf(
     t_CL = (torch.arange(1, n_live + 1) + shift_C[:, None]).log()
     y_L, t_CL = y_L - weight_L @ y_L, t_CL - (t_CL @ weight_L)[:, None]
     if exponent is None:
-        exponent_C = (-(t_CL * y_L) @ weight_L / (t_CL.square() @ weight_L)).clamp_min(0)
+        # 0 / 0 where a shift is so large that all ranks are one: then no exponent does anything.
+        exponent_C = (-(t_CL * y_L) @ weight_L / (t_CL.square() @ weight_L)).nan_to_num(0.0).clamp_min(0)
     else:
         exponent_C = torch.full_like(shift_C, exponent)
     error_C = (y_L + exponent_C[:, None] * t_CL).square() @ weight_L
@@ -66,22 +67,21 @@ def budgets_by_rank(law: ZipfLaw, n: int, *, total: int, floor: int, cap: int) -
 
     See `share_out` and `round_to_sum`. Do not write into them: they are kept for the next call.
     """
-    expected = share_out(law.weights(n), total=total, floor=floor, cap=cap)
+    expected = share_out(law.log_weights(n), total=total, floor=floor, cap=cap)
     return expected, round_to_sum(expected, total)
 
 
-def share_out(weights_M: Tensor, *, total: int, floor: int, cap: int) -> Tensor:
-    """float64 [M] in proportion to positive ``weights``, but each within [floor, cap]; they sum to ``total``.
+def share_out(log_weights_M: Tensor, *, total: int, floor: int, cap: int) -> Tensor:
+    """float64 [M] in proportion to weights, but each within [floor, cap]; they sum to ``total``.
 
-    This is clamp(c weights, floor, cap) for the one c that gives the sum, found by bisection.
+    This is clamp(c weights, floor, cap) for the one c that gives the sum, found by bisection of log c.
 
     Raises:
         ValueError: the total is not between M floor and M cap.
     """
-    n = weights_M.numel()
+    n = log_weights_M.numel()
     if not n * floor <= total <= n * cap:
         raise ValueError(f"{n} budgets between {floor} and {cap} cannot sum to {total}")
-    log_weights_M = weights_M.double().log()
     low = math.log(max(floor, 1e-9)) - float(log_weights_M.max()) - 1.0
     high = math.log(cap) - float(log_weights_M.min()) + 1.0
     for _ in range(100):

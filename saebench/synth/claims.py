@@ -3,7 +3,9 @@
 The rules were fixed before the first full run and are these. A difference counts only when it exceeds the
 spread over seeds (``scores.exceeds``). Reconstructions are compared at equal L0: an SAE whose L0 at inference
 misses k by more than 5% cannot support a claim about reconstruction at equal L0. Two explained variances are
-equal when their difference is within the spread, or below ``EQUAL_VARIANCE``.
+equal when their difference is within the spread, or below ``EQUAL_VARIANCE``. The fewest dead latents are
+fewer than TopK's by more than the spread, while no other SAE has fewer by more than the spread. (At first a
+tie with TopK was enough, which claims nothing; this rule alone was made stricter later.)
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from saebench.evaluation.reading import ORACLE
 from saebench.synth.scores import Score, exceeds
 from saebench.synth.variants import BETAS
 
@@ -61,7 +64,7 @@ def claims(scores: Sequence[Score]) -> list[Claim]:
     made = [_better_where_difficulty_varies(known, sae) for sae in MORE_OF]
     made += [_equal_where_it_does_not(known, sae) for sae in MORE_OF]
     made += [_fewest_dead(known)]
-    made += [_less_damage(known, inference, beta) for inference in ("plain", "oracle") for beta in BETAS]
+    made += [_less_damage(known, inference, beta) for inference in ("plain", ORACLE) for beta in BETAS]
     made += [_keeps_orthogonality(known, rival) for rival in ("topk", "mutual-choice")]
     return [*made, _nearer_to_the_tree(known)]
 
@@ -100,23 +103,28 @@ def _at_equal_l0(
 
 
 def _fewest_dead(known: Scores) -> Claim:
-    """On all data together: no other SAE has fewer dead latents, added up, by more than the spread."""
-    text = "feature-choice leaves the fewest dead latents"
+    """On all data together, dead latents added up; SAEs that were shown the labels are no rivals."""
+    text = "feature-choice leaves the fewest dead latents: fewer than topk, and no other SAE leaves fewer"
     own = [score for score in known.all if score.sae == "feature-choice" and score.n_seeds > 1]
-    rivals = {score.sae for score in known.all} - {"feature-choice"}
+    rivals = {score.sae for score in known.all if not score.sae.endswith(f"({ORACLE})")} - {"feature-choice"}
     totals = {}
     for label in sorted(rivals):
         found = [known.get(score.data, label) for score in own]
         if own and all(found):
             totals[label] = _total_dead([score for scores in found if scores for score in scores], label)
-    if not totals:
-        return _not_tested(text, "feature-choice and others on the same data")
+    if "topk" not in totals:
+        return _not_tested(text, "feature-choice and topk on the same data")
     ours = _total_dead(own, "feature-choice")
     ordered = sorted(totals.values(), key=lambda score: score.mean("dead"))
     evidence = f"on {', '.join(score.data for score in own)} together: " + ", ".join(
         f"{score.sae} {_value(score, 'dead')}" for score in (ours, *ordered)
     )
-    return Claim(text, not any(exceeds(ours, other, "dead") for other in ordered), evidence)
+    fewer = [other.sae for other in ordered if exceeds(ours, other, "dead")]
+    tied = [other.sae for other in ordered if other.sae not in fewer and not exceeds(other, ours, "dead")]
+    for sae_names, what in ((fewer, "fewer"), (tied, "no difference beyond the spread")):
+        if sae_names:
+            evidence += f"; {what}: {', '.join(sae_names)}"
+    return Claim(text, not fewer and "topk" not in tied, evidence)
 
 
 def _total_dead(scores: Sequence[Score], label: str) -> Score:
@@ -125,7 +133,8 @@ def _total_dead(scores: Sequence[Score], label: str) -> Score:
 
 
 def _less_damage(known: Scores, inference: str, beta: float) -> Claim:
-    text = f"gradient with beta {beta:g}, read {inference}, damages the readout less than topk at equal k"
+    how = f"{inference} (which sees the labels)" if inference == ORACLE else inference
+    text = f"gradient with beta {beta:g}, read {how}, damages the readout less than topk at equal k"
     found = known.get("readout", f"gradient-beta{beta:g} ({inference})", "topk")
     if found is None:
         return _not_tested(text, "readout data with gradient and topk")

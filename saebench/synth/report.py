@@ -12,6 +12,7 @@ from typing import Any
 
 import saebench
 from saebench.config import SynthConfig
+from saebench.evaluation.reading import ORACLE
 from saebench.files import write_bytes_atomic, write_json_atomic
 from saebench.synth.claims import Claim
 from saebench.synth.scores import L0_TOLERANCE, Score
@@ -41,7 +42,8 @@ LEGEND = (
     "Mean \u00b1 standard deviation over seeds, on test rows. EV: explained variance; MCC: mean |cos| of the "
     "best one-to-one matching; uniqueness, precision, recall, F1: as in saebench.evaluation.synthetic; "
     f"L0: at inference, * where it misses k by more than {L0_TOLERANCE:.0%}; dead: latents that fire on no "
-    "test row."
+    f"test row. ({ORACLE}): latents are chosen by the gradient of the loss, which sees the labels; compare "
+    "such rows with nothing but each other."
 )
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saebench.errors import UserError
 from saebench.files import write_bytes_atomic
-from saebench.saes.base import SAE, check_tensors
+from saebench.saes.base import SAE
+from saebench.tensors import check_tensors, read_safetensors
 
 FOLDER = "checkpoints"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -75,14 +75,6 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     Raises:
         UserError: the file is damaged or belongs to other shapes.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise UserError(
-            f"the checkpoint {path} is damaged ({error}); delete it to start this run again from zero"
-        ) from None
+    tensors = read_safetensors(path, way_out="delete it to start this run again from zero")
     check_tensors(tensors, {name: tuple(t.shape) for name, t in state.tensors().items()}, path)
     state.restore(tensors)

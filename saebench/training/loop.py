@@ -24,6 +24,7 @@ from saebench.errors import UserError
 from saebench.fields import show_settings, to_flat
 from saebench.files import directory_lock, human_bytes, require_disk
 from saebench.progress import progress
+from saebench.runfile import FORMAT_VERSION
 from saebench.saes.base import Batch
 from saebench.training import run, trainee
 from saebench.training.interrupts import StopRequest
@@ -76,7 +77,8 @@ def sweep(grid: Mapping[str, Sequence[Any]], /, **settings: Any) -> list[Run]:
     ``sweep({"sae": ["topk", "mutual-choice"], "k": [16, 32]}, cache="cache", out="runs")`` leaves the runs
     runs/topk-k16, runs/topk-k32, ...; each has the bytes that `train` with its settings would leave (its own
     ``run.json`` says them), and its own resume. The grid may vary the architecture and its settings, lr,
-    seed, warmup, decay, grad_clip and normalize. An SAE that diverges ends alone; the others go on.
+    seed, warmup, decay, grad_clip and normalize; an architecture that lacks a setting is trained once for
+    all its values. An SAE that diverges ends alone; the others go on.
 
     Returns:
         The runs in grid order, the last named setting varying fastest.
@@ -84,6 +86,8 @@ def sweep(grid: Mapping[str, Sequence[Any]], /, **settings: Any) -> list[Run]:
     Raises:
         UserError: as `train`; and, once the others have finished, if any SAE diverged.
     """
+    if settings.get("sweep"):
+        raise UserError(f"sweep is {settings['sweep']!r} beside a grid; write its values into the grid")
     return train_all(plan(settings, grid_of(grid), source="the call of sweep"))
 
 
@@ -96,7 +100,7 @@ def train_all(plans: Sequence[Plan]) -> list[Run]:
     n_steps = common.tokens // common.batch_size
     with_gradients = any(architecture(spec.name).uses_gradients for _, spec in plans)
     for _, spec in plans:
-        spec.check(batch_size=common.batch_size)
+        spec.check(batch_size=common.batch_size, n_steps=n_steps)
     loader = Loader(
         cache,
         hook,
@@ -275,7 +279,7 @@ def _facts(
     config: TrainConfig, spec: SaeSpec, cache: ActivationCache, hook: str, n_steps: int
 ) -> dict[str, Any]:
     return {
-        "format_version": run.FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "train": {name: v for name, v in to_flat(config).items() if name not in run.OF_THE_CALL},
         "sae": {"name": spec.name, **to_flat(spec)},
         "d_in": cache.d_in(hook),

@@ -13,12 +13,13 @@ def step_metrics(
 ) -> dict[str, float]:
     """Numbers of one step; reading them waits for the device, so this is called every ``log_every`` steps.
 
-    ``fvu`` = sum |x - x_hat|^2 / sum |x - mean x|^2 over the batch, ``l0`` = mean different latents a row,
-    ``dead`` = latents that have not fired for ``sae.dead_after`` tokens; ``loss``, ``aux`` and the
-    architecture's own: see LossTerms.
+    ``fvu`` = sum |x - x_hat|^2 / sum |x - mean x|^2 over the batch, NaN where the rows do not vary (a single
+    one, or all equal), ``l0`` = mean different latents a row, ``dead`` = latents that have not fired for
+    ``sae.dead_after`` tokens; ``loss``, ``aux`` and the architecture's own: see LossTerms.
     """
     with torch.no_grad():
-        fvu = terms.error.float().square().sum() / (x_ND - x_ND.mean(0)).square().sum()
+        variance = (x_ND - x_ND.mean(0)).square().sum()
+        fvu = terms.error.float().square().sum() / torch.where(variance > 0, variance, torch.nan)
         l0 = terms.codes.l0().float().mean()
         scalars = [terms.total.detach(), terms.auxiliary, fvu, l0, grad_norm, *terms.extra.values()]
         numbers = torch.stack([scalar.float() for scalar in scalars]).tolist()

@@ -8,11 +8,10 @@ from typing import Any
 
 from saebench.config import SaeSpec, TrainConfig
 from saebench.errors import UserError
-from saebench.files import is_leftover, read_json, remove_leftovers, write_json_atomic
+from saebench.files import is_leftover, remove_leftovers, write_json_atomic
+from saebench.runfile import RUN_FILE, read_run
 from saebench.saes.base import SAE, SPEC_FILE, load
 
-FORMAT_VERSION = 1
-RUN_FILE = "run.json"
 OF_THE_CALL = {"resume", "quiet", "out", "sweep"}
 """Settings of one call of ``train``; they are not written into ``run.json``."""
 _MAY_CHANGE = {
@@ -77,20 +76,6 @@ def begin(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
     if not (directory / RUN_FILE).exists():
         write_json_atomic(directory / RUN_FILE, facts)
     return read_run(directory)
-
-
-def read_run(directory: Path) -> dict[str, Any]:
-    """The facts in ``run.json``: train, sae, d_in, hook_name, model, cache_hash, n_steps."""
-    facts = read_json(directory / RUN_FILE, what="the run description")
-    version = facts.get("format_version") if isinstance(facts, dict) else None
-    if not isinstance(version, int):
-        raise UserError(f"{directory / RUN_FILE} is not the description of a run; choose another --out")
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"{directory / RUN_FILE} has format {version}; this saebench reads up to {FORMAT_VERSION}: "
-            "update saebench"
-        )
-    return dict(facts)
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from saebench.config import TrainConfig
 from saebench.errors import UserError
-from saebench.files import atomic_file, sentence_for_os_errors, sha256_json
+from saebench.files import atomic_file, finite, sentence_for_os_errors, sha256_json
 
 Metrics = dict[str, float]
 
@@ -43,7 +43,7 @@ def open_sinks(
 
 
 class Jsonl:
-    """One JSON object a line."""
+    """One JSON object a line; null for a number that is not finite."""
 
     def __init__(self, path: Path, step: int) -> None:
         _keep_lines(path, lambda line: int(json.loads(line)["step"]) <= step)
@@ -52,7 +52,7 @@ class Jsonl:
 
     def write(self, metrics: Metrics) -> None:
         with sentence_for_os_errors(self._path):
-            self._file.write(json.dumps(metrics) + "\n")
+            self._file.write(json.dumps(finite(metrics)) + "\n")
             self._file.flush()
 
     def close(self) -> None:

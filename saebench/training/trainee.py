@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,8 @@ from saebench.training.optimizer import learning_rate, make_optimizer, optimizer
 from saebench.training.sinks import Sink, open_sinks
 from saebench_kernels import centre
 
+MISSED_L0 = 0.05
+"""Share of k by which a mean L0 at inference may miss it without a word."""
 STEPS_BETWEEN_LOOKS = 32
 """How often the dead latents are read back from a GPU."""
 
@@ -67,7 +70,7 @@ class Trainee:
         metrics are next read or a checkpoint is due. Returns a note for the progress display.
 
         Raises:
-            UserError: a step was not finite.
+            UserError: a step, or what it made of the weights, was not finite; the step is not counted.
         """
         state, config, sae = self.state, self.config, self.state.sae
         peak = peak_learning_rate(config, self.spec.d_sae)
@@ -77,13 +80,15 @@ class Trainee:
         if rows.activations.is_cuda and state.step % STEPS_BETWEEN_LOOKS == 0:
             sae.look_for_dead()
         batch, terms, grad_norm = self.steps.take(rows, state.step / self.n_steps, lr)
-        state.step += 1
-
-        save = self.finished or stopping or state.step % config.checkpoint_every == 0
-        log = self.finished or state.step % config.log_every == 0
+        done = state.step + 1
+        save = done == self.n_steps or stopping or done % config.checkpoint_every == 0
+        log = done == self.n_steps or done % config.log_every == 0
         note = ""
         if save or log:
             self._check_sound(lr)
+        if save:
+            self._check_weights(lr)
+        state.step = done
         if log:
             tokens = state.step * config.batch_size
             metrics = step_metrics(
@@ -118,7 +123,13 @@ class Trainee:
         """Calibrate on ``unseen`` rows of the cache, undo the scaling of the input, save the SAE."""
         state, config = self.state, self.config
         with torch.no_grad():
-            state.sae.calibrate(unseen_ND.float() * state.scale)
+            l0 = state.sae.calibrate(unseen_ND.float() * state.scale)
+        if l0 is not None and abs(l0 / self.spec.k - 1) > MISSED_L0:
+            print(
+                f"warning: {config.out} has {l0:.4g} active latents in the mean where k = {self.spec.k}: no "
+                "thresholds reach that; lower --k",
+                file=sys.stderr,
+            )
         state.sae.fold_scale(state.scale)
         tokens = self.n_steps * config.batch_size
         state.sae.save(config.out, hook_name=hook, model=model, tokens=tokens, seed=config.seed)
@@ -143,10 +154,27 @@ class Trainee:
             batch = self.first_step + int(self.sound_steps)
             kept = checkpoint.latest_checkpoint(self.config.out)
             kept_at = f"the checkpoint {kept.name} is kept" if kept else "there is no checkpoint before it"
+            way_out = f"lower --lr (now {lr:.2g})"
+            if batch == 0:  # no rate has had a part in it yet
+                way_out = "the scale of the activations may be the reason, " + (
+                    "harvest them again or look for outliers in the cache"
+                    if self.config.normalize
+                    else "drop --no-normalize"
+                )
             raise UserError(
                 f"training diverged: the loss or its gradient is not finite at step {batch + 1} of "
-                f"{self.config.out} (batch {batch}); that step was not applied and {kept_at}; "
-                f"lower --lr (now {lr:.2g})"
+                f"{self.config.out} (batch {batch}); that step was not applied and {kept_at}; {way_out}"
+            )
+
+    def _check_weights(self, lr: float) -> None:
+        """A finite gradient may still overflow the weights or Adam's moments: no state to go on from."""
+        state = self.state
+        moments = [moment for kept in state.optimizer.state.values() for moment in kept.values()]
+        tensors = [*state.sae.state_dict().values(), *moments]
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            raise UserError(
+                f"training diverged: the weights or the moments of Adam are not finite after step "
+                f"{state.step + 1} of {self.config.out}; lower --lr (now {lr:.2g})"
             )
 
 
@@ -191,7 +219,8 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> str:
 
 
 def _fresh_state(config: TrainConfig, spec: SaeSpec, sample: Batch, device: torch.device) -> TrainState:
-    scale = _input_scale(sample.x_ND) if config.normalize else 1.0
+    unit_scale = _input_scale(sample.x_ND)
+    scale = unit_scale if config.normalize else 1.0
     sae: SAE = architecture(spec.name)(spec, sample.x_ND.shape[1]).to(device)
     sae.compute_dtype = torch.bfloat16 if compute_dtype(config, device) == "bf16" else torch.float32
     window = min(getattr(spec, "dead_tokens", sae.dead_after), config.tokens // 10)

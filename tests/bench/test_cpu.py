@@ -119,6 +119,16 @@ def test_nothing_to_measure_and_broken_environments_are_sentences(tmp_path, caps
         pass
 
 
+def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(cpu, "_steps", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path, tmp_path / "file" / "b.json"):
+        assert main(["bench", "--cpu", "--out", str(out), "--quiet"]) == 2
+        assert str(tmp_path) in capsys.readouterr().err
+
+
 def test_the_goals_name_contestants():
     names = {f"saebench {name}" for name in OURS} | set(cpu._peer_names())
     assert {name for slower, faster, *_ in cpu.GOALS for name in (slower, faster)} <= names

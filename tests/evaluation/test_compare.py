@@ -49,6 +49,26 @@ def test_runs_of_one_architecture_are_told_apart_by_what_differs(tmp_path: Path)
     assert [row.label for row in made.rows] == ["gradient, beta 0.3", "gradient, beta 3.0", "topk", "topk"]
 
 
+def test_a_run_counts_once_however_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = write(Path("a"))
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    made = compare(runs=(run, tmp_path / "a", Path("b/../a"), Path("link")))
+    assert [row.runs for row in made.rows] == [("a",)]
+    assert made.rows[0].sd["fvu"] is None and not made.warnings
+
+
+def test_runs_of_one_seed_are_no_seeds(tmp_path: Path) -> None:
+    runs = [
+        write(tmp_path / name, seed=seed, fvu=fvu)
+        for name, seed, fvu in (("a", 0, 0.4), ("b", 1, 0.6), ("copy", 0, 0.4))
+    ]
+    made = compare(runs=tuple(runs))
+    assert [row.runs for row in made.rows] == [(str(runs[0]), str(runs[1]))]
+    assert made.rows[0].mean["fvu"] == pytest.approx(0.5)
+    assert made.warnings == (f"{runs[2]} has the settings and the seed of {runs[0]} and is left out",)
+
+
 def test_what_is_hard_to_compare_is_said(tmp_path: Path) -> None:
     runs = (write(tmp_path / "a"), write(tmp_path / "b", k=8, n_tokens=7, rows="all", kl=None))
     made = compare(runs=runs)
@@ -96,3 +116,13 @@ def test_bad_runs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "eval.json").write_text("[1]")
     with pytest.raises(UserError, match="is not an evaluation"):
         compare(runs=(tmp_path / "a",))
+    for damage in ({"l0": "many"}, {"kl": [1]}, {"n_tokens": None}, {"sae": 3}):
+        write(tmp_path / "a")
+        (tmp_path / "a" / "eval.json").write_text(json.dumps(REPORT | damage))
+        with pytest.raises(UserError, match="is not an evaluation"):
+            compare(runs=(tmp_path / "a",))
+    facts = json.loads((write(tmp_path / "a") / "run.json").read_text())
+    for name in ("train", "sae", "cache_hash"):
+        (tmp_path / "a" / "run.json").write_text(json.dumps({**facts, name: None}))
+        with pytest.raises(UserError, match=f"damaged: {name} is None"):
+            compare(runs=(tmp_path / "a",))

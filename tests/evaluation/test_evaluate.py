@@ -120,3 +120,11 @@ def test_what_does_not_fit_is_refused_and_the_last_report_stays(
     refused("activation of row 49 of those evaluated is NaN")
     with pytest.raises(UserError, match="holds no SAE"):
         evaluate(run=tmp_path / "nowhere", quiet=True)
+
+
+def test_a_run_whose_description_is_damaged_is_refused(tmp_path: Path) -> None:
+    save_run(tmp_path / "run", cache=tmp_path / "cache")
+    for train in ({"cache": 5}, []):
+        (tmp_path / "run" / "run.json").write_text(json.dumps({"format_version": 1, "train": train}))
+        with pytest.raises(UserError, match="damaged: train"):
+            evaluate(run=tmp_path / "run", quiet=True)

@@ -170,6 +170,37 @@ def test_matching_pursuit_that_stops_at_a_repeated_atom(tmp_path):
     assert picks_N.max() < 30 and torch.equal(picks_N - 1, sae.encode(rows()).l0())
 
 
+def test_matching_pursuit_may_make_more_picks_than_there_are_latents(tmp_path):
+    settings = {"residual_threshold": 1e-3, "stop_on_duplicate_support": False}
+    weights = write_folder(tmp_path / "theirs", "matching_pursuit", max_iterations=D_SAE + 20, **settings)
+    made = import_sae(tmp_path / "theirs", out=tmp_path / "ours")
+    sae = load(tmp_path / "ours")
+    assert made.k == sae.k == D_SAE + 20
+    x_hat_ND = dense_pursuit(weights, rows(), k=D_SAE + 20, tolerance=1e-3)
+    torch.testing.assert_close(sae(rows()).double(), x_hat_ND, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "budget"), [("topk", "k"), ("matching_pursuit", "max_iterations")])
+def test_a_k_that_decides_what_is_computed_is_not_replaced(name, budget, tmp_path):
+    write_folder(tmp_path / "theirs", name, **{budget: K})
+    with pytest.raises(UserError, match=f"--k {K + 1} is not the k = {K} by which the SAE in"):
+        import_sae(tmp_path / "theirs", out=tmp_path / "ours", k=K + 1)
+    assert import_sae(tmp_path / "theirs", out=tmp_path / "ours", k=K).k == K
+
+
+def test_both_ways_take_quiet_as_other_stations_do(tmp_path):
+    write_folder(tmp_path / "theirs", "topk", k=K)
+    ours, back = str(tmp_path / "ours"), str(tmp_path / "back")
+    assert main(["import", str(tmp_path / "theirs"), "--out", ours, "--quiet"]) == 0
+    assert main(["export", ours, back, "--quiet"]) == 0
+
+
+def test_a_k_above_the_number_of_latents_is_refused(tmp_path):
+    write_folder(tmp_path / "theirs", "standard")
+    with pytest.raises(UserError, match=f"--k {D_SAE + 1} is more than the SAE's {D_SAE} latents"):
+        import_sae(tmp_path / "theirs", out=tmp_path / "ours", k=D_SAE + 1)
+
+
 def test_matching_pursuit_that_is_not_centred_adds_no_bias(tmp_path):
     settings = {"max_iterations": K, "residual_threshold": 0.0, "stop_on_duplicate_support": False}
     weights = write_folder(tmp_path / "theirs", "matching_pursuit", **settings, **RAW)

@@ -66,6 +66,67 @@ def test_every_pick_is_the_best_atom_for_the_residual_that_it_met(device, absolu
         torch.testing.assert_close(after_N, energy_N, rtol=0, atol=1e-5 * float(x_ND.square().sum(1).max()))
 
 
+def orthonormal(d, seed, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    q_DD = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    return q_DD.float().to(device)
+
+
+@on_every_device
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("encode", [matching_pursuit_encode, orthogonal_pursuit_encode])
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@settings(max_examples=15, deadline=None)
+@given(d=st.integers(1, 70), n_atoms=st.integers(0, 70), seed=st.integers(0, 999))
+def test_rows_of_orthonormal_atoms_end_with_them(device, encode, absolute, scale, d, n_atoms, seed):
+    """No pick but those that the row is made of: what float32 leaves of it afterwards is no correlation."""
+    atoms_MD = orthonormal(d, seed, device)
+    generator = torch.Generator().manual_seed(seed)
+    order_NM = torch.rand(20, d, generator=generator).argsort(dim=1)
+    codes_NM = (order_NM < n_atoms) * (1 + torch.rand(20, d, generator=generator))
+    if absolute:
+        codes_NM *= torch.randint(2, (20, d), generator=generator) * 2 - 1
+    codes_NM = (scale * codes_NM).to(device)
+    k = min(d, n_atoms) + 5
+    values_NK, indices_NK = encode(
+        (codes_NM.double() @ atoms_MD.double()).float(), atoms_MD, k, absolute=absolute
+    )
+    assert torch.equal((values_NK != 0).sum(1), (codes_NM != 0).sum(1))
+    found_NM = torch.zeros_like(codes_NM).scatter_add_(1, indices_NK, values_NK)
+    assert ((found_NM != 0) == (codes_NM != 0)).all()
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("encode", [matching_pursuit_encode, orthogonal_pursuit_encode])
+def test_atoms_that_are_of_norm_1_but_for_rounding_are_not_picked_again(encode):
+    generator = torch.Generator().manual_seed(0)
+    for d in (16, 64):
+        atoms_MD = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
+        codes_NM = torch.rand(2000, d, generator=generator).argsort(dim=1) < 2
+        x_ND = codes_NM * (1 + torch.rand(2000, d, generator=generator)) @ atoms_MD
+        assert ((encode(x_ND, atoms_MD, 8)[0] != 0).sum(1) == 2).all()
+
+
+@on_every_device
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("encode", [matching_pursuit_encode, orthogonal_pursuit_encode])
+def test_an_orthonormal_dictionary_gives_each_positive_correlation_once(device, encode):
+    """In at most d picks, the largest first; fewer picks are the beginning of more, to the last bit."""
+    atoms_MD, (x_ND, _) = orthonormal(48, 0, device), problem(300, 48, 1, 1, device)
+    values_NK, indices_NK = encode(x_ND, atoms_MD, 60)
+    expected_NM = (x_ND.double() @ atoms_MD.double().T).clamp_min(0)
+    sorted_NM = expected_NM.sort(dim=1, descending=True).values
+    assert torch.equal((values_NK > 0).sum(1), (expected_NM > 1e-6).sum(1))
+    torch.testing.assert_close(values_NK[:, :48].double(), sorted_NM, rtol=0, atol=1e-5)
+    assert (values_NK[:, 48:] == 0).all()
+    for k in (1, 7, 30):
+        fewer_NK, fewer_indices_NK = encode(x_ND, atoms_MD, k)
+        assert torch.equal(fewer_indices_NK, indices_NK[:, :k])
+        if encode is matching_pursuit_encode:
+            assert torch.equal(fewer_NK, values_NK[:, :k])
+
+
 @on_every_device
 @pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("absolute", [False, True])

@@ -152,4 +152,4 @@ def test_dead_latents_get_a_gradient_from_the_auxiliary_loss_and_none_without(na
 def test_k_must_be_possible(name):
     for k in (0, D_SAE + 1):
         with pytest.raises(UserError, match="k is"):
-            architecture(name).Spec(d_sae=D_SAE, k=k)
+            architecture(name).Spec(d_sae=D_SAE, k=k).check(batch_size=4096, n_steps=99)

@@ -73,7 +73,7 @@ def test_budgets_of_all_rows_make_it_a_dense_relu():
 
 
 def test_the_more_a_latent_fires_the_larger_its_budget():
-    density_M = ZipfLaw(0.8, 0.0).weights(40)[torch.randperm(40)].float()
+    density_M = ZipfLaw(0.8, 0.0).log_weights(40).exp()[torch.randperm(40)].float()
     sae = make_sae(density=density_M / density_M.sum() * 5)
     budgets_M = sae.budgets(200)
     assert (budgets_M[density_M.argsort(descending=True)].diff() <= 0).all()
@@ -201,7 +201,7 @@ def test_densities_are_learned_and_the_law_is_fitted_once_when_mutual_choice_end
 
 
 def test_the_law_can_count_matches_or_ranks():
-    density_M = ZipfLaw(0.5, 0.0).weights(40).float() / 3
+    density_M = ZipfLaw(0.5, 0.0).log_weights(40).exp().float() / 3
     density_M[25:] /= 30  # the rare end falls off
     of_density, of_rank = (
         make_sae(density=density_M, zipf_weights=by, zipf_shift=0.0).zipf_law(200).exponent
@@ -281,12 +281,33 @@ def test_thresholds_are_saved_and_scaled_with_the_codes(tmp_path):
 
 def test_budgets_that_cannot_be_met_are_refused_before_anything_is_read(tmp_path):
     spec = FeatureChoiceSpec(d_sae=4096, k=8)
-    spec.check(batch_size=512)
+    spec.check(batch_size=512, n_steps=9)
     with pytest.raises(
         UserError, match="8 times batch_size = 511 is 4,088 matches, too few for each of d_sae"
     ):
-        spec.check(batch_size=511)
-    FeatureChoiceSpec(d_sae=4096, k=8, floor=0).check(batch_size=1)
+        spec.check(batch_size=511, n_steps=9)
+    FeatureChoiceSpec(d_sae=4096, k=8, floor=0).check(batch_size=1, n_steps=9)
+
+
+def test_a_run_without_a_step_of_feature_choice_is_refused():
+    for share, n_steps in ((0.9999, 10), (0.91, 11), (0.75, 3), (0.5, 1)):
+        with pytest.raises(
+            UserError, match=f"mutual_share is {share}, which leaves none of the {n_steps} steps"
+        ):
+            FeatureChoiceSpec(mutual_share=share).check(batch_size=4096, n_steps=n_steps)
+    for share, n_steps in ((0.9, 10), (0.75, 4), (0.0, 1)):
+        FeatureChoiceSpec(mutual_share=share).check(batch_size=4096, n_steps=n_steps)
+
+
+@pytest.mark.parametrize(("exponent", "shift"), [(1000.0, 0.0), (500.0, "fit"), ("fit", 1e308), (2.0, 1e308)])
+def test_extreme_laws_give_whole_budgets(exponent, shift):
+    density_M = torch.linspace(0.01, 0.2, 40)
+    sae = make_sae(density=density_M, zipf_exponent=exponent, zipf_shift=shift)
+    budgets_M = sae.budgets(200)
+    assert int(budgets_M.sum()) == 5 * 200 and budgets_M.min() >= 1 and budgets_M.max() <= 200
+    assert sae.zipf_law(200) == sae.zipf_law(200), "no NaN"
+    if shift == 1e308:
+        assert (budgets_M == 25).all(), "all ranks weigh the same"
 
 
 def test_a_run_whose_budgets_cannot_be_met_leaves_nothing(make_cache, tmp_path):
@@ -314,6 +335,7 @@ def test_a_run_whose_budgets_cannot_be_met_leaves_nothing(make_cache, tmp_path):
         ({"floor": -1}, "floor is -1"),
         ({"zipf_exponent": -1.0}, "zipf_exponent is -1.0"),
         ({"zipf_shift": -0.5}, "zipf_shift is -0.5"),
+        ({"zipf_exponent": 1e300}, r"zipf_exponent is 1e\+300; give .fit. or at most 1000"),
     ],
 )
 def test_impossible_specs_are_refused(settings, message):

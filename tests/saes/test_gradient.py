@@ -217,6 +217,7 @@ def test_the_three_ways_of_inference():
         ({"inference": "proxy", "gradient": rows()}, "and it alone"),
         ({"gradient": rows()}, "and it alone"),
         ({"inference": "best"}, "there is plain, proxy, oracle"),
+        ({"inference": "oracle", "gradient": rows() / 0}, "gradient holds NaN or infinity"),
         ({"inference": "oracle", "gradient": rows(29)}, r"gradient has shape \(29, 12\), x has \(30, 12\)"),
     ],
 )

@@ -322,6 +322,11 @@ def test_aux_of_a_residual_that_does_not_vary_is_zero_and_so_is_its_gradient():
     [
         (lambda: MatchingPursuitSpec(k=0), "k is 0"),
         (lambda: MatchingPursuitSpec(tolerance=0.0), "tolerance is 0.0; give a positive"),
+        (lambda: MatchingPursuitSpec(d_sae=8, k=4, k_aux=9), "k_aux is 9 but d_sae is only 8 latents"),
+        (
+            lambda: MatchingPursuitSpec(d_sae=8, k=9).check(batch_size=4, n_steps=9),
+            "k is 9 but d_sae is only 8",
+        ),
         (lambda: MatchingPursuitSpec(tolerance=-1), "tolerance is -1"),
         (lambda: MatchingPursuitSpec(tolerance=float("nan")), "tolerance is nan"),
         (lambda: MatchingPursuitSpec(tolerance=float("inf")), "tolerance is inf"),

@@ -240,15 +240,43 @@ def test_damaged_folders_end_in_a_sentence(tmp_path):
     with pytest.raises(UserError, match="damaged"):
         load(tmp_path)
     (tmp_path / "sae.safetensors").unlink()
-    with pytest.raises(UserError, match="not saved completely"):
+    with pytest.raises(UserError, match=r"sae\.safetensors does not exist"):
         load(tmp_path)
     make_sae(d_in=13).save(tmp_path / "other")
     (tmp_path / "sae.safetensors").write_bytes((tmp_path / "other" / "sae.safetensors").read_bytes())
-    with pytest.raises(UserError, match="W_enc_MD has shape"):
+    with pytest.raises(UserError, match="W_dec has shape"):
         load(tmp_path)
     description = json.loads((tmp_path / "sae.json").read_text())
     (tmp_path / "sae.json").write_text(json.dumps(description | {"format_version": 99}))
     with pytest.raises(UserError, match="update saebench"):
+        load(tmp_path)
+    (tmp_path / "sae.safetensors").unlink()
+    (tmp_path / "sae.safetensors").mkdir()
+    (tmp_path / "sae.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="cannot be read"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"d_in": "x"}, "damaged: d_in is 'x'"),
+        ({"d_in": None}, "damaged: d_in is None"),
+        ({"d_in": -4}, "damaged: d_in is -4"),
+        ({"d_in": 10**12}, r"W_dec has shape \(40, 12\) where \(40, 1000000000000\)"),
+        ({"spec": {"d_sae": 10**12}}, r"W_dec has shape \(40, 12\)"),
+        ({"spec": [1]}, r"damaged: spec is \[1\]"),
+        ({"sae": ["topk"]}, r"damaged: sae is \['topk'\]"),
+        ({"sae": "topkk"}, "'topkk' is not an SAE architecture"),
+        ({"model": "demo"}, "damaged: model is 'demo'"),
+        ({"hook_name": 7}, "damaged: hook_name is 7"),
+    ],
+)
+def test_a_description_with_damaged_values_ends_in_a_sentence(tmp_path, damage, message):
+    make_sae().save(tmp_path)
+    description = json.loads((tmp_path / "sae.json").read_text())
+    (tmp_path / "sae.json").write_text(json.dumps(description | damage))
+    with pytest.raises(UserError, match=message):
         load(tmp_path)
 
 

@@ -63,18 +63,33 @@ def test_fewest_dead_over_all_data_together():
         return [*own, *(score(data, "topk", dead=dead) for data, dead in zip("ab", topk, strict=True))]
 
     assert verdict(text, *at((0, 0), (3, 0))) is True
-    assert verdict(text, *at((0, 0), (0, 0))) is True
     assert verdict(text, *at((0, 2), (3, 0))) is True
     assert verdict(text, *at((4, 0), (0, 3))) is False
-    # An SAE that is not trained on the same data is no rival.
+    # A tie with TopK is no claim, one with another SAE leaves it standing, and one with fewer ends it.
+    assert verdict(text, *at((0, 0), (0, 0))) is False
+    assert verdict(text, *at((0, 0), (0.003, 0))) is False, "2 x 0.002 is the spread of the sums"
+    for other, holds in ((0, True), (2, True), (-1, False)):
+        rivals = [score("a", "mutual-choice", dead=other), score("b", "mutual-choice", dead=0)]
+        assert verdict(text, *at((0, 0), (3, 0)), *rivals) is holds
+    # An SAE that is not trained on the same data is no rival, nor one that saw the labels.
     assert verdict(text, *at((4, 0), (9, 9)), score("a", "gradient-beta1 (plain)", dead=0)) is True
+    oracle = [score(data, "gradient-beta1 (oracle)", dead=0) for data in "ab"]
+    assert verdict(text, *at((4, 0), (9, 9)), *oracle) is True
     assert verdict(text, score("a", "topk")) is None
     assert verdict(text, score("a", "feature-choice")) is None
+    assert verdict(text, score("a", "feature-choice"), score("a", "relu", dead=9)) is None
+
+
+def test_ties_in_dead_latents_are_told():
+    scores = [score("a", sae) for sae in ("feature-choice", "topk", "relu")]
+    (claim,) = [claim for claim in claims(scores) if claim.text.startswith("feature-choice leaves")]
+    assert claim.evidence.endswith("; no difference beyond the spread: relu, topk")
 
 
 @pytest.mark.parametrize("inference", ["plain", "oracle"])
 def test_less_damage_is_judged_for_each_beta_and_way_of_reading(inference):
-    text = f"gradient with beta 3, read {inference},"
+    seen = {"plain": "", "oracle": " (which sees the labels)"}[inference]
+    text = f"gradient with beta 3, read {inference}{seen}, damages"
     topk = score("readout", "topk")
     label = f"gradient-beta3 ({inference})"
     assert verdict(text, topk, score("readout", label, ce_damage=0.9)) is True

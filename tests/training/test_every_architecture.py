@@ -67,3 +67,15 @@ def test_one_sweep_holds_them_all(all_settings, tmp_path, files_of):
     for run in runs:
         alone = train(**all_settings | {"out": tmp_path / run.path.name}, sae=run.path.name)
         assert files_of(alone.path) == files_of(run.path)
+
+
+@pytest.mark.parametrize(("name", "k"), [("relu", 64), ("gated", 60), ("jumprelu", 60)])
+def test_a_mean_l0_that_is_out_of_reach_is_told_once(name, k, all_settings, sparse_rows, tmp_path, capsys):
+    out = tmp_path / "within"
+    train(**all_settings | {"out": out}, sae=name)
+    assert capsys.readouterr().err == ""
+    run = train(**all_settings | {"k": k}, sae=name)
+    (warning,) = capsys.readouterr().err.splitlines()
+    l0 = run.sae.encode(sparse_rows[-300:]).l0().float().mean().item()
+    assert warning.startswith(f"warning: {run.path} has ") and f"where k = {k}: no thresholds" in warning
+    assert abs(float(warning.split(" has ")[1].split()[0]) - l0) < 0.1 and l0 < 0.95 * k

@@ -1,6 +1,7 @@
 """The loop as a whole: it learns, it repeats itself bit for bit, it refuses what cannot work."""
 
 import csv
+import dataclasses
 import inspect
 import json
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from saebench.activations.cache import open_cache
+from saebench.cli import main
 from saebench.codes import SparseCodes
-from saebench.config import TrainConfig
+from saebench.config import ARCHITECTURES, TrainConfig, architecture
 from saebench.errors import UserError
 from saebench.saes.base import load
 from saebench.saes.topk import TopKSAE, TopKSpec
@@ -58,6 +60,20 @@ def test_neither_logging_nor_checkpoints_change_the_result(settings, tmp_path, f
     )
     assert files_of(plain.path)["sae.safetensors"] == files_of(chatty.path)["sae.safetensors"]
     assert list((chatty.path / "tensorboard").iterdir())
+
+
+def test_batches_of_one_row_have_no_fvu_and_the_metrics_are_json_all_the_same(settings, capsys):
+    words = ["train", "--json"]
+    for name, value in (settings | {"batch_size": 1, "tokens": 9}).items():
+        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert main(words) == 0
+    lines = (settings["out"] / "metrics.jsonl").read_text().splitlines()
+    told = [json.loads(line, parse_constant=refuse) for line in (*lines, capsys.readouterr().out)]
+    assert len(told) == 3 and all(line["fvu"] is None and line["l0"] > 0 for line in told)
 
 
 def test_the_config_objects_and_the_keywords_are_the_same_call(settings, tmp_path, files_of):
@@ -152,10 +168,67 @@ def test_divergence_ends_in_a_sentence_and_keeps_no_broken_checkpoint(settings):
     assert not list((settings["out"] / "checkpoints").glob("*"))
 
 
-def test_constant_activations_are_refused(settings, make_cache, tmp_path):
-    cache = make_cache(tmp_path / "flat", torch.ones(500, 4))
-    with pytest.raises(UserError, match="all activations in the cache are equal"):
-        train(**settings | {"cache": cache.path})
+def test_what_overflows_at_once_is_not_blamed_on_the_learning_rate(
+    settings, make_cache, sparse_rows, tmp_path, monkeypatch
+):
+    cache = make_cache(tmp_path / "huge", 1e30 * sparse_rows)
+    with pytest.raises(
+        UserError, match=r"diverged.* step 1 .*scale of the activations.*drop --no-normalize"
+    ) as told:
+        train(**settings | {"cache": cache.path, "normalize": False})
+    assert "--lr" not in str(told.value)
+    train(**settings | {"cache": cache.path, "out": tmp_path / "normalized"})
+    loss = TopKSAE.loss
+    monkeypatch.setattr(
+        TopKSAE, "loss", lambda *a: dataclasses.replace(t := loss(*a), total=t.total * float("nan"))
+    )
+    with pytest.raises(UserError, match=r"step 1 .*look for outliers in the cache"):
+        train(**settings | {"out": tmp_path / "spoilt"})
+
+
+@pytest.mark.parametrize("first_bad", [55, 59])
+def test_a_run_that_diverges_at_its_end_is_not_finished(settings, monkeypatch, first_bad):
+    """Noticed at the last step alone; the weights are finite, since no bad step is applied."""
+    loss = TopKSAE.loss
+
+    def bad_at_the_end(self, batch):
+        terms = loss(self, batch)
+        bad = batch.progress >= first_bad / 60
+        return dataclasses.replace(terms, total=terms.total * (float("nan") if bad else 1.0))
+
+    monkeypatch.setattr(TopKSAE, "loss", bad_at_the_end)
+    patient = settings | {"log_every": 1000, "checkpoint_every": 1000}
+    for resume in (False, True):
+        with pytest.raises(UserError, match=rf"diverged.* at step {first_bad + 1} of"):
+            train(**patient | {"resume": resume})
+        assert not (settings["out"] / "sae.json").exists()
+        assert not list(settings["out"].glob("checkpoints/*"))
+    with pytest.raises(UserError, match="has not finished"):
+        load(settings["out"])
+
+
+def test_weights_that_overflow_in_the_last_step_are_not_saved(settings, monkeypatch):
+    after_step = TopKSAE.after_step
+
+    def overflow(self, batch, terms):
+        after_step(self, batch, terms)
+        if batch.progress >= 59 / 60:
+            self.b_dec.data.fill_(float("inf"))
+
+    monkeypatch.setattr(TopKSAE, "after_step", overflow)
+    with pytest.raises(UserError, match=r"diverged.* not finite after step 60 of .*lower --lr"):
+        train(**settings)
+    assert not (settings["out"] / "sae.json").exists()
+    assert [p.name for p in settings["out"].glob("checkpoints/*")] == ["step-000000050.safetensors"]
+
+
+@pytest.mark.parametrize("sae", [name for name in ARCHITECTURES if not architecture(name).uses_gradients])
+def test_constant_activations_are_refused(settings, make_cache, tmp_path, sae):
+    for value in (0.0, 1.0):
+        cache = make_cache(tmp_path / f"flat{value}", torch.full((500, 4), value))
+        for normalize in (True, False):
+            with pytest.raises(UserError, match="all activations in the cache are equal"):
+                train(**settings | {"cache": cache.path, "sae": sae, "normalize": normalize})
     train(**settings)  # the refusal left the directory free
 
 

@@ -1,5 +1,6 @@
 """Killed at any instant and resumed, a run ends with the bytes of one that was never disturbed."""
 
+import json
 import multiprocessing
 import signal
 
@@ -81,6 +82,15 @@ def test_a_torn_line_of_metrics_is_cut_off(settings, tmp_path, files_of):
         file.write("43,12")
     train(**again | {"resume": True})
     assert files_of(again["out"]) == files_of(settings["out"])
+
+
+@pytest.mark.parametrize("damage", [{"train": []}, {"sae": None}, {"cache_hash": 5}, {"train": {"cache": 5}}])
+def test_a_damaged_description_ends_in_a_sentence(settings, damage):
+    train(**settings)
+    file = settings["out"] / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    with pytest.raises(UserError, match=rf"run\.json is damaged: {next(iter(damage))}"):
+        train(**settings | {"resume": True})
 
 
 def test_a_damaged_checkpoint_ends_in_a_sentence(settings):

@@ -1,5 +1,6 @@
 """A sweep: every SAE ends with the bytes of a training of its own, and dies alone."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,9 +12,15 @@ from saebench.activations.loader import Loader
 from saebench.errors import UserError
 from saebench.saes.topk import TopKSAE
 from saebench.training import sweep, train
-from saebench.training.sweep import parse_grid, plan
+from saebench.training.sweep import parse_grid, plan, settle, words_of
 
 GRID = {"k": [3, 4], "lr": [1e-3, 3e-3]}
+
+
+@pytest.fixture
+def settings(settings):
+    """As those of a training, without what the sweeps of this file vary."""
+    return {name: value for name, value in settings.items() if name not in ("k", "lr")}
 
 
 def without_settings(files):
@@ -66,6 +73,20 @@ def test_an_sae_that_diverges_dies_alone(settings, tmp_path, files_of, capsys):
     assert not (tmp_path / "runs" / "lr1e+30" / "sae.json").exists()
 
 
+def test_an_sae_that_diverges_at_the_last_step_is_not_among_the_finished(settings, tmp_path, monkeypatch):
+    loss = TopKSAE.loss
+
+    def bad_at_the_end(self, batch):
+        terms = loss(self, batch)
+        bad = self.k == 4 and batch.progress >= 59 / 60
+        return dataclasses.replace(terms, total=terms.total * (float("nan") if bad else 1.0))
+
+    monkeypatch.setattr(TopKSAE, "loss", bad_at_the_end)
+    with pytest.raises(UserError, match=r"diverged.* step 60 of .*k4.*\(1 others finished\)"):
+        sweep({"k": [3, 4]}, **settings | {"out": tmp_path / "runs"})
+    assert [run.name for run in (tmp_path / "runs").iterdir() if (run / "sae.json").exists()] == ["k3"]
+
+
 def test_resumed_from_checkpoints_of_different_steps_it_ends_with_the_same_bytes(
     settings, tmp_path, files_of, monkeypatch
 ):
@@ -111,6 +132,9 @@ def _stop_at(step, settings, monkeypatch):
         ({"d_sea": [1, 2]}, "cannot vary 'd_sea'"),
         ({"k": []}, "give a list of values"),
         ({"k": "16"}, "give a list of values"),
+        ({"k": 5}, "gives k as 5; give a list of values"),
+        ({"k": (n for n in (16, 32))}, "give a list of values"),
+        (5, "the grid is 5; give settings and their values"),
         ({"k": [16, 16]}, "twice"),
         ({"k": [16, "many"]}, "'k' in .* is 'many'"),
         ({"k": [16, 65]}, "d_sae is only 64"),
@@ -123,10 +147,62 @@ def test_bad_grids_end_in_a_sentence_before_anything_is_written(settings, tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_setting_that_an_architecture_lacks_does_not_multiply_its_runs(settings, tmp_path):
+    grid = {"sae": ["topk", "gradient"], "beta": [1, 2], "seed": [0, 1]}
+    plans = plan({"cache": "c", "out": "o", "tokens": 5000}, grid, source="here")
+    assert [config.out.name for config, _ in plans] == [
+        "topk-seed0", "topk-seed1",
+        "gradient-beta1-seed0", "gradient-beta1-seed1", "gradient-beta2-seed0", "gradient-beta2-seed1",
+    ]  # fmt: skip
+    runs = sweep({"sae": ["topk", "relu"], "revival": [0.0, 0.1]}, **settings | {"out": tmp_path / "runs"})
+    names = ["topk", "relu-revival0.0", "relu-revival0.1"]
+    assert [run.path.name for run in runs] == names
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"k": ["2", "2.0"]},
+        {"k": [2, 2.0]},
+        {"lr": ["1e-3", "0.001"]},
+        {"sae": ["batchtopk", "mutual-choice"]},
+    ],
+)
+def test_one_training_in_two_spellings_is_refused(grid):
+    (name, (first, second)) = next(iter(grid.items()))
+    with pytest.raises(UserError, match=f"one training as {name}={first} and as {name}={second}; name each"):
+        plan({"cache": "c", "out": "o", "tokens": 5000}, grid, source="here")
+
+
+def test_whole_numbers_of_a_sweep_are_written_as_those_of_flags():
+    plans = plan({"cache": "c", "out": "o", "tokens": 5000}, parse_grid(["d_sae=4e1,50"]), source="here")
+    assert [(config.out.name, spec.d_sae) for config, spec in plans] == [("d-sae40", 40), ("d-sae50", 50)]
+
+
+def test_a_value_beside_values_of_the_sweep_is_refused(settings, tmp_path):
+    with pytest.raises(UserError, match="k is 4 and, in the sweep, 2, 4; leave one of the two out"):
+        sweep({"k": [2, 4]}, **settings | {"out": tmp_path / "runs", "k": 4})
+    with pytest.raises(UserError, match="write its values into the grid"):
+        sweep({"lr": [1e-3]}, **settings | {"out": tmp_path / "runs", "sweep": ("k=2,4",)})
+
+
+def test_a_flag_wins_over_a_settings_file_whichever_of_the_two_sweeps():
+    file = {"k": 8, "sae": "relu", "sweep": ["lr=1e-3,2e-3", "d_sae=64,128"]}
+    assert settle(file, {}) == {**file, "sweep": ("lr=1e-3,2e-3", "d_sae=64,128")}
+    assert settle(file, {"d_sae": 32}) == {**file, "d_sae": 32, "sweep": ("lr=1e-3,2e-3",)}
+    assert settle(file, {"sweep": ("k=2,4",)}) == {"sae": "relu", "sweep": ("k=2,4",)}
+    assert settle({"sweep": "sae=topk,relu"}, {"sae": "gated"}) == {"sae": "gated", "sweep": ()}
+
+
 def test_words_of_a_sweep():
     assert parse_grid(["k=16, 32", "d-sae=64"]) == {"k": ["16", "32"], "d_sae": ["64"]}
     plans = plan({"cache": "c", "out": "o", "tokens": 5000}, parse_grid(["k=16,32"]), source="here")
     assert [(config.out, spec.k) for config, spec in plans] == [(Path("o/k16"), 16), (Path("o/k32"), 32)]
+    assert words_of({"sweep": "k=1,2"}) == ("k=1,2",) and words_of({}) == ()
+    for damaged in ([1], 1, {"k": 1}):
+        with pytest.raises(UserError, match=r"sweep is .*; give text like"):
+            words_of({"sweep": damaged})
     for words in (["k"], ["k="], ["=3"], ["k=1,,2"], ["k=1,1"], ["k=1", "k=2"]):
         with pytest.raises(UserError, match="--sweep"):
             parse_grid(words)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from saebench.cli import main
 from saebench.errors import UserError
 from saebench.saes.base import load
 from saebench.training import sweep, train
@@ -35,6 +36,17 @@ def test_every_line_of_metrics_tells_how_many_picks_are_not_topk_s(gradient_sett
     assert sae.gradient_scale > 0 and sae.influence.shape == (64,)
     first, others = sae.W_dec[:, :2].norm(dim=1), sae.influence
     assert torch.corrcoef(torch.stack([first, others]))[0, 1] > 0.9
+
+
+def test_the_table_of_a_sweep_tells_it_too(gradient_settings, capsys):
+    words = ["train", "--sweep", "sae=topk,gradient", "--quiet", "--cache", str(gradient_settings["cache"])]
+    for name in ("out", "d_sae", "k", "tokens", "batch_size", "device"):
+        words += [f"--{name.replace('_', '-')}", str(gradient_settings[name])]
+    assert main(words) == 0
+    head, topk, gradient = capsys.readouterr().out.splitlines()[:3]
+    assert head.endswith("  not TopK's picks") and len(topk) < head.index("not TopK's")
+    last = (gradient_settings["out"] / "gradient" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert gradient.split()[-1] == f"{json.loads(last)['picks_changed']:.4f}"
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bytes(gradient_settings, tmp_path, files_of):

@@ -75,7 +75,8 @@ def read(directory: Path, *, k: int | None = None) -> Foreign:
     ``k`` is the mean number of active latents, for a folder that does not say it.
 
     Raises:
-        UserError: no such folder, a damaged file, or an SAE that none of ours computes.
+        UserError: no such folder, a damaged file, an SAE that none of ours computes, or a ``k`` that is not
+            the one by which the SAE computes.
     """
     config = _read_config(directory / CONFIG_FILE)
     ours, encoder = _READABLE[config.architecture]
@@ -84,8 +85,11 @@ def read(directory: Path, *, k: int | None = None) -> Foreign:
     notes: list[str] = []
     if ours == "matching-pursuit":
         settings = _pursuit_settings(weights, config, scale)
+        _require_same(k, settings["k"], directory)
     else:
         settings = {"k": _active(config, k, notes)}
+        if config.architecture == "topk":
+            _require_same(k, settings["k"], directory)
         weights = _fold_encoder(weights, config, notes)
     facts = {name: config.metadata[name] for name in _ORIGIN if _is_plain(config.metadata.get(name))}
     return Foreign(
@@ -139,12 +143,23 @@ def _pursuit_settings(weights: Weights, config: _Config, scale: float) -> dict[s
     }
 
 
+def _require_same(asked: int | None, known: int, directory: Path) -> None:
+    if asked is not None and asked != known:
+        raise UserError(
+            f"--k {asked} is not the k = {known} by which the SAE in {directory} computes; leave --k out"
+        )
+
+
 def _active(config: _Config, k: int | None, notes: list[str]) -> int:
     """k where it decides what is computed; elsewhere the mean number of active latents, if that is known."""
     if config.architecture == "topk":
         if config.k is None:
             raise UserError(f"a topk SAE needs k, which its {CONFIG_FILE} does not say")
+        if not float(config.k).is_integer():
+            raise UserError(f"k in {CONFIG_FILE} is {config.k}; a topk SAE needs a whole number")
         return int(config.k)
+    if k is not None and k > config.d_sae:
+        raise UserError(f"--k {k} is more than the SAE's {config.d_sae} latents; give a smaller one")
     details = config.metadata.get("training_architecture_details")
     trained = details.get("k") if isinstance(details, dict) else None
     for known in (k, config.metadata.get("l0"), config.k, trained):
@@ -169,7 +184,7 @@ def _read_config(file: Path) -> _Config:
     version = raw.get("metadata", {}).get("sae_lens_version") or raw.get("sae_lens_version")
     if not version or str(version).split(".")[0] in {"0", "1", "2", "3", "4", "5"}:
         raw = _since_6(raw, file)
-    if raw.get("architecture") not in _READABLE:
+    if not isinstance(raw.get("architecture"), str) or raw["architecture"] not in _READABLE:
         raise UserError(
             f"{file} says architecture {raw.get('architecture')!r}; saebench reads {', '.join(_READABLE)}"
         )
