@@ -387,24 +387,28 @@ class SynthConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """Time training steps: ours, those of SAELens, and the bare matrix product, in turns."""
+    """Time training steps against others and against the bare matrix product, in turns.
+
+    On a GPU: encoders and steps at two fixed sizes, beside plain torch. With --cpu: ours and SAELens's.
+    """
 
     cpu: bool = False
-    """Measure on the CPU."""
+    """Measure on the CPU, even where there is a GPU."""
     peers: Path = Path(".venv-peers")
-    """Virtual environment with sae-lens, as 'make peers' builds it; without one its rows stay empty."""
+    """With --cpu: virtual environment with sae-lens, as 'make peers' builds it; without one its rows stay
+    empty."""
     d_in: int = 256
-    """Width of an activation."""
+    """With --cpu: width of an activation."""
     d_sae: int = 4096
-    """Number of latents."""
+    """With --cpu: number of latents."""
     k: int = 32
-    """Active latents a token."""
+    """With --cpu: active latents a token."""
     batch_size: int = 4096
-    """Rows in a step."""
+    """With --cpu: rows in a step."""
     threads: int = 2
-    """Threads of each process."""
+    """With --cpu: threads of each process."""
     turns: int = 5
-    """How often everyone is measured, two steps each time."""
+    """How often everyone is measured, twice each time."""
     out: Path | None = None
     """JSON file for the results."""
     quiet: bool = False

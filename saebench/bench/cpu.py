@@ -20,10 +20,7 @@ from saebench.bench.steps import LEARNING_RATE, encoder_product, error_of, step_
 from saebench.bench.sweeping import SWEEP_PARTS, SweepGain, sweep_gains
 from saebench.bench.timing import Timed, Timing, take_turns
 from saebench.config import BenchConfig
-from saebench.errors import UserError
-from saebench.fields import station, to_flat
-from saebench.files import require_writable_file, write_json_atomic
-from saebench.progress import progress
+from saebench.fields import to_flat
 from saebench.saes.base import SAE, Batch
 
 PRODUCT = "encoder product"
@@ -88,34 +85,27 @@ class BenchReport:
     ratios: list[Ratio]
     sweep: list[SweepGain]
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        data = dataclasses.asdict(self)
+        for shown, ratio in zip(data["ratios"], self.ratios, strict=True):
+            shown["met"] = ratio.met
+        for shown, gain in zip(data["sweep"], self.sweep, strict=True):
+            shown["gain"] = gain.gain
+        return data
 
-@station(BenchConfig)
-def bench(config: BenchConfig) -> BenchReport:
-    """Time training steps; see `saebench.bench.timing.take_turns` for how.
+
+def measure(config: BenchConfig, said: Callable[[str], None]) -> BenchReport:
+    """Time training steps on the CPU.
 
     A step is everything that the training loop does with a batch in memory: forward, loss, backward,
     clipping, Adam, decoder norm, counters; SAELens's is its own trainer's ``step``. Rows are random normal
     numbers. Nothing is dead, so no auxiliary loss is paid on either side.
 
     Raises:
-        UserError: nothing was asked for that can be measured, ``out`` cannot be written, or the peers'
-            environment is broken.
+        UserError: the peers' environment is broken.
     """
-    if not config.cpu:
-        raise UserError("say what to measure on: saebench bench --cpu")
-    if config.out is not None:
-        require_writable_file(config.out, what="the results")
-    n_contestants = 1 + len(OURS) + (len(THEIRS) if peer.python_of(config.peers) else 0)
-    total = (config.turns + 1) * n_contestants + SWEEP_PARTS
-    with (
-        _threads(config.threads),
-        tempfile.TemporaryDirectory() as folder,
-        progress("bench", total=total, unit="part", quiet=config.quiet) as bar,
-    ):
-
-        def said(what: str) -> None:
-            bar.update(1, what)
-
+    with _threads(config.threads), tempfile.TemporaryDirectory() as folder:
         rows, versions = _steps(config, Path(folder), said)
         gains = sweep_gains(config, Path(folder), said=said)
     median = {row.name: row.timing.median for row in rows if row.timing is not None}
@@ -129,7 +119,7 @@ def bench(config: BenchConfig) -> BenchReport:
         )
         for slower, faster, bound, goal in GOALS
     ]
-    report = BenchReport(
+    return BenchReport(
         device=f"{_processor()}, {config.threads} threads",
         versions=versions,
         settings=to_flat(config),
@@ -138,19 +128,12 @@ def bench(config: BenchConfig) -> BenchReport:
         ratios=ratios,
         sweep=gains,
     )
-    if config.out is not None:
-        write_json_atomic(config.out, as_json(report))
-    return report
 
 
-def as_json(report: BenchReport) -> dict[str, Any]:
-    """Plain JSON values of a report."""
-    data = dataclasses.asdict(report)
-    for shown, ratio in zip(data["ratios"], report.ratios, strict=True):
-        shown["met"] = ratio.met
-    for shown, gain in zip(data["sweep"], report.sweep, strict=True):
-        shown["gain"] = gain.gain
-    return data
+def n_parts(config: BenchConfig) -> int:
+    """How often `measure` says what it is at."""
+    n_contestants = 1 + len(OURS) + (len(THEIRS) if peer.python_of(config.peers) else 0)
+    return (config.turns + 1) * n_contestants + SWEEP_PARTS
 
 
 def _steps(

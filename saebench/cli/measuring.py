@@ -2,20 +2,65 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from saebench.cli.output import Result, pairs, table
 from saebench.config import BenchConfig
 
+if TYPE_CHECKING:
+    from saebench.bench import BenchReport, GpuReport
+
+MET = {None: "", True: "met", False: "missed"}
+
 
 def bench(config: BenchConfig) -> Result:
-    from saebench.bench import as_json, peer
+    from saebench.bench import GpuReport
     from saebench.bench import bench as measure
 
     report = measure(config)
+    shown = of_gpu(report) if isinstance(report, GpuReport) else of_cpu(report)
+    return Result(report.as_json(), shown)
+
+
+def of_gpu(report: GpuReport) -> str:
+    parts = [pairs({"device": report.device, **report.versions})]
+    for size in report.sizes:
+        rows = [row for row in report.rows if row.size == size.name]
+        lines = [
+            (
+                row.name,
+                *(
+                    f"{1e3 * seconds:.3f}"
+                    for seconds in (row.timing.median, row.timing.smallest, row.timing.largest)
+                ),
+                f"{row.products:.2f}",
+                "" if row.memory_gib is None else f"{row.memory_gib:.2f}",
+                "" if row.goal_ms is None else f"{row.goal_ms:g}",
+                "" if row.goal_ms is None else MET[1e3 * row.timing.median <= row.goal_ms],
+            )
+            for row in rows
+        ]
+        goals = [
+            (f"{ratio.slower} / {ratio.faster}", f"{ratio.value:.3f}", f"at most {ratio.goal:g}",
+             MET[ratio.value <= ratio.goal])
+            for ratio in report.ratios
+            if ratio.size == size.name
+        ]  # fmt: skip
+        what = f"{size.name}: N {size.batch_size}, d_in {size.d_in}, d_sae {size.d_sae}, k {size.k}"
+        parts.append(what)
+        parts.append(table(("", "median ms", "min", "max", "x product", "GiB", "goal ms", ""), lines))
+        parts.append(table(("times as long", "ratio", "goal", ""), goals))
+    return "\n\n".join(parts)
+
+
+def of_cpu(report: BenchReport) -> str:
+    from saebench.bench.peer import MISSING
+
     product = next(row.timing.median for row in report.rows if row.timing is not None)
     lines: list[tuple[str, ...]] = []
     for row in report.rows:
         if row.timing is None:
-            lines.append((row.name, peer.MISSING, "", "", "", ""))
+            lines.append((row.name, MISSING, "", "", "", ""))
             continue
         times = (row.timing.median, row.timing.smallest, row.timing.largest)
         shown = [f"{1e3 * seconds:,.0f}" for seconds in times]
@@ -26,7 +71,7 @@ def bench(config: BenchConfig) -> Result:
             f"{ratio.slower} / {ratio.faster}",
             "" if ratio.value is None else f"{ratio.value:.2f}",
             f"{ratio.bound} {ratio.goal:g}",
-            {None: "", True: "met", False: "missed"}[ratio.met],
+            MET[ratio.met],
         )
         for ratio in report.ratios
     ]
@@ -41,4 +86,4 @@ def bench(config: BenchConfig) -> Result:
         table(("times as long", "ratio", "goal", ""), goals),
         table(("topk SAEs", "apart s", "in a sweep s", "gain"), sweeps),
     ]
-    return Result(as_json(report), "\n\n".join(parts))
+    return "\n\n".join(parts)

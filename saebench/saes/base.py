@@ -47,8 +47,8 @@ class Batch:
     """[N, D] gradient of the model's loss at the same rows, as it was harvested."""
     progress: float = 0.0
     """Share of the run's steps done before this one. Schedules are functions of it: a resumed run repeats."""
-    made: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    """What a loss has made of the rows and will need again."""
+    made: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    """What a loss has made of the rows and will need again; no longer than it lasts."""
 
     def __getitem__(self, rows: slice) -> Batch:
         """Some of the rows, at the same progress."""

@@ -5,6 +5,8 @@ Shapes: N rows, D = d_in, M = d_sae latents.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,7 @@ class ChoiceSAE(SAE):
         raise NotImplementedError(f"{type(self).__name__} does not say what it chooses")
 
     def loss(self, batch: Batch) -> LossTerms:
+        batch = replace(batch, made={})
         with torch.no_grad():
             chosen = self.choose(batch)
         if self.fused:
@@ -65,7 +68,9 @@ class ChoiceSAE(SAE):
 
     @torch.no_grad()
     def centred_rows(self, batch: Batch) -> Tensor:
-        """``centred`` of a batch's rows, made once for each batch."""
+        """``centred`` of a batch's rows, made once in a loss."""
+        if batch.made is None:
+            return self.centred(batch.x_ND)
         if "centred" not in batch.made:
             batch.made["centred"] = self.centred(batch.x_ND)
         return batch.made["centred"]
@@ -95,7 +100,6 @@ class ChoiceSAE(SAE):
         objective, auxiliary, error_ND = fused_loss(batch.x_ND, chosen, centred_ND, weights, revival)
         total = objective + self.spec.aux_coefficient * auxiliary
         extra = self.remarks(batch, chosen)
-        batch.made.clear()  # b_dec changes before a batch is looked at again
         return LossTerms(total, objective.detach(), auxiliary.detach(), chosen, error_ND, extra)
 
     def remarks(self, batch: Batch, codes: SparseCodes) -> dict[str, Tensor]:

@@ -192,7 +192,7 @@ def begin(
 
     ``sample`` holds rows as they are in the cache. Sinks are closed with ``stack``.
     """
-    state = _fresh_state(config, spec, sample, device)
+    state = fresh_state(config, spec, sample, device)
     facts = run.begin(config.out, facts)
     if latest := checkpoint.latest_checkpoint(config.out):
         checkpoint.load_checkpoint(latest, state)
@@ -218,7 +218,8 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
-def _fresh_state(config: TrainConfig, spec: SaeSpec, sample: Batch, device: torch.device) -> TrainState:
+def fresh_state(config: TrainConfig, spec: SaeSpec, sample: Batch, device: torch.device) -> TrainState:
+    """The state before the first step: weights from the seed and ``sample``, rows as in the cache."""
     unit_scale = _input_scale(sample.x_ND)
     scale = unit_scale if config.normalize else 1.0
     sae: SAE = architecture(spec.name)(spec, sample.x_ND.shape[1]).to(device)
