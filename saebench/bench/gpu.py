@@ -212,7 +212,11 @@ def _as_graph(once: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         once()
-    return graph.replay
+
+    def replay(kept: Callable[[], object] = once) -> None:  # with it, the tensors that the graph reads
+        graph.replay()
+
+    return replay
 
 
 def _product(size: Size, rows_BND: Tensor) -> Callable[[], object]:

@@ -9,6 +9,7 @@ from saebench.saes.base import Batch
 from saebench.saes.mutual_choice import MutualChoiceSAE, MutualChoiceSpec
 from saebench.saes.topk import TopKSAE, TopKSpec
 from saebench.training import optimizer as optimizing
+from tests.kernels.fused.problems import DEVICE
 
 N, D_IN, D_SAE, K = 24, 12, 40, 4
 
@@ -20,11 +21,11 @@ def _sae(kind, **settings):
     for parameter in sae.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
     sae.normalize_decoder()
-    return sae
+    return sae.to(DEVICE)
 
 
 def _batch(seed=1):
-    return Batch(torch.randn(N, D_IN, generator=torch.Generator().manual_seed(seed)))
+    return Batch(torch.randn(N, D_IN, generator=torch.Generator().manual_seed(seed)).to(DEVICE))
 
 
 def _gradients(sae, terms):
@@ -39,7 +40,7 @@ def test_loss_and_gradients_are_those_of_the_eager_road(kind, n_dead):
     sae, batch = _sae(kind, k_aux=6), _batch()
     with torch.no_grad():
         chosen = sae.choose(batch)
-    quiet = torch.ones(D_SAE, dtype=torch.bool)
+    quiet = torch.ones(D_SAE, dtype=torch.bool, device=DEVICE)
     quiet[chosen.indices.long()] = False
     assert quiet.sum() >= n_dead
     sae.tokens_since_fired[quiet.nonzero()[:n_dead, 0]] = sae.dead_after
@@ -94,7 +95,7 @@ def test_the_fused_optimizer_step_equals_the_separate_ones(grad_clip):
     fused = copy.deepcopy(eager)
     steps = {eager: optimizing.optimizer_step, fused: optimizing._fused_step}
     optimizers = {sae: optimizing.make_optimizer(sae) for sae in steps}
-    sound = torch.ones((), dtype=torch.bool)
+    sound = torch.ones((), dtype=torch.bool, device=DEVICE)
     for seed in range(5):
         norms = []
         for sae, step in steps.items():
