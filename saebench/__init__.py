@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from saebench.activations.harvest import harvest
     from saebench.activations.importing import import_activations
     from saebench.activations.models import load_model
+    from saebench.analysis.interventions import Steering, ablate, steer
+    from saebench.analysis.prompts import compare_prompts, features_of
     from saebench.codes import SparseCodes
     from saebench.errors import UserError
     from saebench.evaluation import EvalReport, evaluate
@@ -29,10 +31,14 @@ _HOMES = {
     "FeatureStore": "saebench.store.query",
     "SAE": "saebench.saes.base",
     "SparseCodes": "saebench.codes",
+    "Steering": "saebench.analysis.interventions",
     "UserError": "saebench.errors",
+    "ablate": "saebench.analysis.interventions",
     "compare": "saebench.evaluation.compare",
+    "compare_prompts": "saebench.analysis.prompts",
     "evaluate": "saebench.evaluation",
     "export_sae": "saebench.formats",
+    "features_of": "saebench.analysis.prompts",
     "harvest": "saebench.activations.harvest",
     "import_activations": "saebench.activations.importing",
     "import_sae": "saebench.formats",
@@ -41,6 +47,7 @@ _HOMES = {
     "load_model": "saebench.activations.models",
     "open_cache": "saebench.activations.cache",
     "open_store": "saebench.store",
+    "steer": "saebench.analysis.interventions",
     "sweep": "saebench.training",
     "train": "saebench.training",
 }
@@ -51,11 +58,15 @@ __all__ = [  # noqa: RUF022
     "FeatureStore",
     "SAE",
     "SparseCodes",
+    "Steering",
     "UserError",
     "__version__",
+    "ablate",
     "compare",
+    "compare_prompts",
     "evaluate",
     "export_sae",
+    "features_of",
     "harvest",
     "import_activations",
     "import_sae",
@@ -64,6 +75,7 @@ __all__ = [  # noqa: RUF022
     "load_model",
     "open_cache",
     "open_store",
+    "steer",
     "sweep",
     "train",
 ]

@@ -119,6 +119,17 @@ class SparseCodes:
         real = self.values != 0
         return self.rows()[real], self.indices[real], self.values[real]
 
+    def merged(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``(row, index, value)`` as `coo`, sorted by row and index, repeated latents added up.
+
+        Exactly the entries of ``to_dense()`` that are not zero, without forming it.
+        """
+        row, index, value = self.coo()
+        key, entry = torch.unique(row * self.d_sae + index.long(), return_inverse=True)
+        summed = value.new_zeros(len(key)).index_add_(0, entry, value)
+        key, summed = key[summed != 0], summed[summed != 0]
+        return key.div(self.d_sae, rounding_mode="floor"), key % self.d_sae, summed
+
     def l0(self) -> Tensor:
         """[*leading_shape] int64: how many different latents are active (repeated picks count once)."""
         row, index, _ = self.coo()

@@ -45,6 +45,10 @@ def check_against_dense(codes: SparseCodes, entries: list[list[tuple[int, float]
     expected = [(n, i, v) for n, row in enumerate(entries) for i, v in row if v]
     row, index, value = codes.coo()
     assert list(zip(row.tolist(), index.tolist(), value.tolist(), strict=True)) == expected
+    row, index, value = codes.merged()
+    where = np.nonzero(dense(entries))
+    np.testing.assert_array_equal(np.stack([row, index]), where)
+    np.testing.assert_array_equal(value, dense(entries)[where])
     assert codes.rows().tolist() == [n for n, row in enumerate(entries) for _ in row]
     assert codes.row_offsets.tolist() == [0, *np.cumsum([len(row) for row in entries], dtype=int)]
 

@@ -102,6 +102,9 @@ def test_rooms_know_only_whom_they_may_know() -> None:
         for above in ("saebench.store", "saebench.cli", "saebench_app"):
             assert not knows(f"saebench/{layer}", above), f"{layer} imports {above}"
     assert not knows("saebench/store", "saebench.training")
+    assert not any(
+        knows("saebench/analysis", above) for above in ("saebench.cli", "saebench.training", "saebench_app")
+    )
     assert not knows("saebench/saes", "saebench.activations")
     for folder in ROOMS:
         assert not any(knows(folder, bare) for bare in ("app", "data", "kernels"))

@@ -57,7 +57,7 @@ def test_links_lead_to_files() -> None:
 
 
 def test_the_example_runs(tmp_path: Path) -> None:
-    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = "".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))  # the later go on from the first
     for number, smaller in SMALLER.items():
         assert number in code
         code = code.replace(number, smaller)
@@ -66,4 +66,6 @@ def test_the_example_runs(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"explained variance 0\.\d{3}, CE loss score -?\d+\.\d{3}", done.stdout)
+    assert done.stdout.count("We must") == 2
+    assert re.search(r"without feature \d+: KL \d\.\d\d nats", done.stdout)
     assert {path.name for path in tmp_path.iterdir()} == {"cache", "runs", "store"}

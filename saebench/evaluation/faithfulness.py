@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from saebench.errors import UserError
 
@@ -139,16 +140,16 @@ def faithfulness_metrics(
         scored = batch.scored()
         n_tokens += len(scored[0])
         clean_BTV = model.logits(batch.tokens_BT)
-        ce["clean"] += _sum_cross_entropy(clean_BTV, scored)
+        ce["clean"] += cross_entropies(clean_BTV, scored).sum().item()
         if reconstruct is not None and gradients:
             gradient_BTD = model.gradients(batch.tokens_BT, batch.length_B, [hook])[1][hook]
             gradient_PD = gradient_BTD[batch.keep_BT.to(gradient_BTD.device)]
             ablations["spliced"] = _with_second(reconstruct, gradient_PD)
         for name, ablation in ablations.items():
-            logits_BTV = model.logits(batch.tokens_BT, edit={hook: _replace(batch.keep_BT, ablation)})
-            ce[name] += _sum_cross_entropy(logits_BTV, scored)
+            logits_BTV = model.logits(batch.tokens_BT, edit={hook: replace_at(batch.keep_BT, ablation)})
+            ce[name] += cross_entropies(logits_BTV, scored).sum().item()
             if name == "spliced":
-                kl += _sum_kl(clean_BTV, logits_BTV, scored)
+                kl += kl_divergences(clean_BTV, logits_BTV, scored).sum().item()
             del logits_BTV
     if n_tokens == 0:
         raise UserError(
@@ -167,8 +168,8 @@ def _with_second(function: Callable[..., Tensor], second: Tensor) -> Callable[[T
     return lambda first: function(first, second)
 
 
-def _replace(keep_BT: Tensor, new: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """An edit of the activations [B, T, D] at a hook that touches exactly the kept positions."""
+def replace_at(keep_BT: Tensor, new: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """An edit for `Model.logits`: ``new(rows [P, D])`` at the kept positions, nothing at the others."""
 
     def edit(x_BTD: Tensor) -> Tensor:
         keep = keep_BT.to(x_BTD.device)
@@ -179,21 +180,24 @@ def _replace(keep_BT: Tensor, new: Callable[[Tensor], Tensor]) -> Callable[[Tens
     return edit
 
 
-def _sum_cross_entropy(logits_BTV: Tensor, scored: tuple[Tensor, Tensor, Tensor]) -> float:
-    total = torch.zeros((), dtype=torch.float64, device=logits_BTV.device)
-    for context, position, target in _blocks(logits_BTV, scored):
-        rows = logits_BTV[context, position].float()
-        total += torch.nn.functional.cross_entropy(rows, target, reduction="none").double().sum()
-    return total.item()
+def cross_entropies(logits_BTV: Tensor, scored: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """[S] float64: -log p(next token) of every scored prediction (see `Contexts.scored`), in nats."""
+    return torch.cat(
+        [
+            cross_entropy(logits_BTV[context, position].float(), target, reduction="none").double()
+            for context, position, target in _blocks(logits_BTV, scored)
+        ]
+    )
 
 
-def _sum_kl(clean_BTV: Tensor, other_BTV: Tensor, scored: tuple[Tensor, Tensor, Tensor]) -> float:
-    total = torch.zeros((), dtype=torch.float64, device=clean_BTV.device)
+def kl_divergences(clean_BTV: Tensor, other_BTV: Tensor, scored: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """[S] float64: KL(clean || other) of every scored prediction, in nats."""
+    found = []
     for context, position, _ in _blocks(clean_BTV, scored):
         clean = clean_BTV[context, position].float().log_softmax(-1)
         other = other_BTV[context, position].float().log_softmax(-1)
-        total += (clean.exp() * (clean - other)).sum(-1).double().sum()
-    return total.item()
+        found.append((clean.exp() * (clean - other)).sum(-1).double())
+    return torch.cat(found)
 
 
 def _blocks(

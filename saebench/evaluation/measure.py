@@ -81,7 +81,7 @@ def _on_cache(config: EvalConfig, reading: Reading, origin: Origin, device: torc
     if hook is None and len(cache.hooks) > 1:
         raise UserError(f"{config.run} does not say its hook; pass --hook, one of {', '.join(cache.hooks)}")
     hook = cache.resolve_hook(hook)
-    _require_width(cache.d_in(hook), sae, hook, cache.path)
+    require_width(cache.d_in(hook), sae, hook, cache.path)
     gradients_ND = cache.gradients(hook) if reading.needs_gradients else None
     row_N = choose_rows(cache, rows=config.rows, tokens=config.tokens)
     contexts = cache_contexts(cache, row_N) if config.model is not None else None
@@ -181,13 +181,14 @@ def _load_model(
             f"cache says {recorded['hash'][:12]}...); name that model, or name a text with --text"
         )
     info.check_hook(hook)
-    _require_width(info.usual_hooks().get(hook, sae.d_in), sae, hook, name)
+    require_width(info.usual_hooks().get(hook, sae.d_in), sae, hook, name)
     model = load_model(name, revision=revision, device=device)
-    _require_width(model.hook_dim(hook), sae, hook, name)
+    require_width(model.hook_dim(hook), sae, hook, name)
     return model
 
 
-def _require_width(width: int, sae: SAE, hook: str, place: object) -> None:
+def require_width(width: int, sae: SAE, hook: str, place: object) -> None:
+    """Raise a UserError unless ``hook`` of ``place`` (a model or a cache) is as wide as the SAE."""
     if width != sae.d_in:
         raise UserError(
             f"the SAE reads {sae.d_in} dimensions but {hook} of {place} has {width}; "

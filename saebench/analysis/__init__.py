@@ -1,0 +1,1 @@
+"""Questions about an SAE: what fires in a prompt (prompts.py), what latents cause (interventions.py)."""

@@ -1,0 +1,306 @@
+"""What latents cause: change their values inside the model, leave all else alone, see what it predicts.
+
+An SAE is spliced in at its hook with its error term kept: with codes z of an activation x and z' as edited,
+
+    x' = x + decode(z') - decode(z),
+
+so that what the SAE does not explain passes untouched, and no edit leaves the model's logits as they are.
+
+Shapes: B = 1 context, T positions, P edited ones, D = d_in, F latents, V vocabulary, S scored predictions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from saebench.analysis.mounting import Mounted, Positions, Prompt, check_features, check_positions, mount
+from saebench.codes import SparseCodes
+from saebench.errors import UserError
+from saebench.evaluation.faithfulness import cross_entropies, kl_divergences, replace_at
+from saebench.fields import at_least
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from saebench.activations.models import Model
+    from saebench.saes.base import SAE
+
+MODES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "add": lambda values, strength: values + strength,
+    "clamp": lambda values, strength: torch.full_like(values, strength),
+    "scale": lambda values, strength: values * strength,
+}
+"""How a latent's value becomes another one."""
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What `steer` found."""
+
+    effects: pd.DataFrame
+    """strength and the columns of `ablate`: a row for each strength and position of the prompt."""
+    texts: pd.DataFrame
+    """strength, clean, steered: how the model goes on after the prompt."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is done to the values of ``features``, and where."""
+
+    features: list[int]
+    mode: str
+    strength: float
+    positions: list[int]
+    onwards: range | None = None
+    """Positions behind the prompt that are edited as well, as they are generated."""
+
+    def spliced(self, mounted: Mounted, length: int) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The edit for `Model.logits` over one context of ``length`` tokens."""
+        keep_BT = torch.zeros(1, length, dtype=torch.bool)
+        keep_BT[0, self.positions] = True
+        if self.onwards is not None:
+            keep_BT[0, [position for position in self.onwards if position < length]] = True
+        return {mounted.hook: replace_at(keep_BT, lambda x_PD: self.apply(mounted.sae, x_PD))}
+
+    def apply(self, sae: SAE, x_PD: Tensor) -> Tensor:
+        """x + decode(z') - decode(z) of rows, [P, D] float32; decoding is linear but for b_dec."""
+        codes = sae.encode(x_PD.to(sae.W_dec.device))
+        values_PF = latent_values(codes, self.features)
+        change_PF = MODES[self.mode](values_PF, self.strength) - values_PF
+        return x_PD.float() + (change_PF @ sae.W_dec[self.features]).to(x_PD.device)
+
+
+def latent_values(codes: SparseCodes, features: Sequence[int]) -> Tensor:
+    """The values [N, F] of a few latents in ``codes`` of N rows; repeated picks are added up."""
+    slot_M = torch.full((codes.d_sae,), -1, device=codes.values.device)
+    slot_M[list(features)] = torch.arange(len(features), device=slot_M.device)
+    row, index, value = codes.coo()
+    slot = slot_M[index.long()]
+    found = slot >= 0
+    values = value.new_zeros(codes.n_rows * len(features))
+    values.index_add_(0, row[found] * len(features) + slot[found], value[found])
+    return values.view(codes.n_rows, len(features))
+
+
+@torch.no_grad()
+def ablate(
+    text: str,
+    features: int | Iterable[int],
+    sae: SAE | str | Path,
+    model: Model | str = "cache",
+    hook: str | None = None,
+    *,
+    positions: Positions = None,
+    bos: bool | None = None,
+) -> pd.DataFrame:
+    """Set latents to 0 in the model's activations on ``text``: what changes in its predictions.
+
+    A row for each position: pos, token, edited (whether latents were set to 0 here), next_token,
+    logp_clean and logp_edited (log-probability of the next token of the text, in nats; unknown at the last),
+    difference (edited minus clean), kl (KL(clean || edited) of the prediction made here, in nats).
+
+    >>> effects = sb.ablate("The Congress of the United States", [3, 7], run, model)
+    >>> bool((effects.kl[~effects.edited & (effects.pos == 0)] == 0).all())
+    True
+
+    Args:
+        text: one prompt, tokenised as a harvest does.
+        features: one or many latents, set to 0 together.
+        sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
+        model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
+        hook: where the SAE reads; by default where it was trained.
+        positions: where in the text: a position, several, or a slice; by default all but position 0.
+        bos: whether the text begins with the BOS token; by default as in the SAE's cache.
+
+    Raises:
+        UserError: an unknown latent, a position outside the text, an empty or too long text, no such SAE,
+            model or hook, or another model than the SAE's.
+    """
+    mounted = mount(sae, model, hook, bos)
+    prompt = mounted.read(text)
+    edit = Edit(check_features(features, mounted.sae), "clamp", 0.0, check_positions(positions, len(prompt)))
+    if not edit.positions:
+        raise _nothing_to_edit(positions, len(prompt))
+    return _effects(mounted, prompt, _logits(mounted, prompt.ids), edit)
+
+
+@torch.no_grad()
+def steer(
+    text: str,
+    features: int | Iterable[int],
+    sae: SAE | str | Path,
+    model: Model | str = "cache",
+    hook: str | None = None,
+    *,
+    strength: float | Iterable[float],
+    mode: str = "add",
+    positions: Positions = None,
+    new_tokens: int = 20,
+    temperature: float = 0.0,
+    seed: int = 0,
+    bos: bool | None = None,
+) -> Steering:
+    """Change latents while the model reads ``text`` and goes on: its predictions, and what it writes.
+
+    >>> found = sb.steer("The Congress", 3, run, model, strength=[0, 5], new_tokens=4)
+    >>> found.texts.columns.tolist()
+    ['strength', 'clean', 'steered']
+    >>> bool(found.texts.steered[0] == found.texts.clean[0])
+    True
+
+    Args:
+        text: one prompt, tokenised as a harvest does.
+        features: one or many latents, all changed in the same way.
+        sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
+        model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
+        hook: where the SAE reads; by default where it was trained.
+        strength: a number in units of the latent's value, or several to be tried one after the other.
+        mode: with v the latent's value, 'add' makes it v + strength, 'clamp' strength, 'scale' v * strength.
+        positions: where in the text: a position, several, or a slice; by default all but position 0. The
+            default and a slice without an end also hold for the tokens that are generated.
+        new_tokens: at most so many are generated; the end-of-text token ends a text sooner.
+        temperature: 0 takes the likeliest token; above 0 they are drawn from softmax(logits / temperature),
+            with the same random numbers for all texts.
+        seed: of these numbers.
+        bos: whether the text begins with the BOS token; by default as in the SAE's cache.
+
+    Raises:
+        UserError: a strength, mode, temperature or number of tokens that makes no sense, and what `ablate`
+            raises.
+    """
+    import pandas as pd
+
+    strengths = _check_strengths(strength)
+    if mode not in MODES:
+        raise UserError(f"mode is {mode!r}; give {', '.join(map(repr, MODES))}")
+    generation = Generation(new_tokens, temperature, seed)
+    mounted = mount(sae, model, hook, bos)
+    prompt = mounted.read(text, room=new_tokens)
+    chosen = check_features(features, mounted.sae)
+    at, onwards = check_positions(positions, len(prompt)), _onwards(positions, len(prompt), new_tokens)
+    if not at and not onwards:
+        raise _nothing_to_edit(positions, len(prompt))
+    clean_BTV = _logits(mounted, prompt.ids)
+    clean = mounted.text(generation.run(mounted, prompt, None))
+    effects, texts = [], []
+    for value in strengths:
+        edit = Edit(chosen, mode, value, at, onwards)
+        effect = _effects(mounted, prompt, clean_BTV, edit)
+        effect.insert(0, "strength", value)
+        effects.append(effect)
+        steered = mounted.text(generation.run(mounted, prompt, edit))
+        texts.append({"strength": value, "clean": clean, "steered": steered})
+    return Steering(pd.concat(effects, ignore_index=True), pd.DataFrame(texts))
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a text goes on; see `steer`."""
+
+    new_tokens: int
+    temperature: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.new_tokens, int):
+            raise UserError(f"new_tokens is {self.new_tokens!r:.60}; give a whole number")
+        at_least(self, new_tokens=0, temperature=0, seed=0)
+
+    def run(self, mounted: Mounted, prompt: Prompt, edit: Edit | None) -> list[int]:
+        """The new token ids; deterministic."""
+        generator = torch.Generator().manual_seed(self.seed)
+        ids = list(prompt.ids)
+        for _ in range(self.new_tokens):
+            scores_V = _logits(mounted, ids, edit)[0, -1].double().cpu()
+            if self.temperature > 0:  # the largest of logits and Gumbel noise is a sample of their softmax
+                noise_V = -torch.empty_like(scores_V).exponential_(generator=generator).log()
+                scores_V = scores_V / self.temperature + noise_V
+            new = int(scores_V.argmax())
+            if new == mounted.model.tokens.separator:
+                break
+            ids.append(new)
+        return ids[len(prompt) :]
+
+
+def _logits(mounted: Mounted, ids: Sequence[int], edit: Edit | None = None) -> Tensor:
+    """[1, T, V]; raises a UserError when they are not finite."""
+    edits = edit.spliced(mounted, len(ids)) if edit is not None else None
+    logits_BTV = mounted.model.logits(torch.tensor([ids]), edit=edits)
+    if not logits_BTV.isfinite().all():
+        if edit is None:
+            raise UserError(
+                f"the predictions of {mounted.model.name} hold NaN or infinity on this text; "
+                "load the model in fp32, or get its weights again"
+            )
+        raise UserError(
+            f"with strength {edit.strength:g} the predictions hold NaN or infinity; give a smaller one"
+        )
+    return logits_BTV
+
+
+def _effects(mounted: Mounted, prompt: Prompt, clean_BTV: Tensor, edit: Edit) -> pd.DataFrame:
+    """The report of `ablate` on an edit."""
+    import pandas as pd
+
+    length = len(prompt)
+    edited_BTV = _logits(mounted, prompt.ids, edit)
+    position_S = torch.arange(length)
+    scored = (torch.zeros_like(position_S), position_S, prompt.ids_1T[0].roll(-1))
+    frame = pd.DataFrame(
+        {
+            "pos": range(length),
+            "token": prompt.tokens,
+            "edited": False,
+            "next_token": [*prompt.tokens[1:], None],
+            "logp_clean": -cross_entropies(clean_BTV, scored).cpu().numpy(),
+            "logp_edited": -cross_entropies(edited_BTV, scored).cpu().numpy(),
+        }
+    )
+    frame.loc[edit.positions, "edited"] = True
+    frame.loc[length - 1, ["logp_clean", "logp_edited"]] = math.nan  # no token follows the last
+    frame["difference"] = frame["logp_edited"] - frame["logp_clean"]
+    frame["kl"] = kl_divergences(clean_BTV, edited_BTV, scored).cpu().numpy()
+    return frame
+
+
+def _check_strengths(strength: float | Iterable[float]) -> list[float]:
+    listed = list(strength) if isinstance(strength, Iterable) else [strength]
+    try:
+        values = [float(value) for value in listed]
+    except (TypeError, ValueError):
+        raise UserError(f"strength is {strength!r:.60}; give a number or several") from None
+    if not values:
+        raise UserError("strength is empty; give a number or several")
+    for value in values:
+        if not abs(value) <= torch.finfo(torch.float32).max:
+            raise UserError(f"strength is {value}; give a finite number, at most 3.4e38")
+    return values
+
+
+def _onwards(positions: Positions, length: int, new_tokens: int) -> range | None:
+    """Positions of the ``new_tokens`` that are edited too."""
+    if positions is None:
+        positions = slice(None)
+    if not isinstance(positions, slice) or positions.stop is not None or (positions.step or 1) < 0:
+        return None
+    start, _, step = positions.indices(length)
+    all_of_them = range(start, length + new_tokens, step)
+    return all_of_them[len(range(start, length, step)) :]
+
+
+def _nothing_to_edit(positions: Positions, length: int) -> UserError:
+    if positions is None:
+        return UserError(
+            "text is one token, and position 0 is left alone unless it is named; "
+            "give a longer one or positions=[0]"
+        )
+    return UserError(
+        f"positions {positions} names none of the {length} tokens of the text; give 0 to {length - 1}"
+    )

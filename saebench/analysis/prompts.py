@@ -1,0 +1,130 @@
+"""Which latents fire on which token of a prompt.
+
+Shapes: T tokens of a prompt, D = d_in, E entries of its codes that are not zero.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from saebench.analysis.mounting import Mounted, mount
+from saebench.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from saebench.activations.models import Model
+    from saebench.saes.base import SAE
+
+MEASURES = ("max", "mean")
+
+
+def features_of(
+    text: str,
+    sae: SAE | str | Path,
+    model: Model | str = "cache",
+    hook: str | None = None,
+    *,
+    top: int | None = None,
+    bos: bool | None = None,
+) -> pd.DataFrame:
+    """The latents that fire on each token of ``text``: pos, token, feature, value, first.
+
+    Sorted by position, then from the largest value down. Values are those of ``sae.encode``, exactly.
+    ``first`` marks position 0, which is shown but on which SAEs are neither trained nor measured.
+
+    >>> found = sb.features_of("The Congress of the United States", run, model, top=3)
+    >>> found.columns.tolist()
+    ['pos', 'token', 'feature', 'value', 'first']
+
+    Args:
+        text: one prompt, tokenised as a harvest does.
+        sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
+        model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
+        hook: where the SAE reads; by default where it was trained.
+        top: only that many of the strongest on each token.
+        bos: whether the text begins with the BOS token; by default as in the SAE's cache.
+
+    Raises:
+        UserError: an empty or too long text, no such SAE, model or hook, another model than the SAE's, or
+            ``top`` below 1.
+    """
+    if top is not None and top < 1:
+        raise UserError(f"top is {top}; it must be at least 1, or None for all")
+    return _features(text, mount(sae, model, hook, bos), top)
+
+
+def compare_prompts(
+    a: str,
+    b: str,
+    sae: SAE | str | Path,
+    model: Model | str = "cache",
+    hook: str | None = None,
+    *,
+    by: str = "max",
+    keep_first: bool = False,
+    bos: bool | None = None,
+) -> pd.DataFrame:
+    """What fires otherwise in ``b`` than in ``a``: feature, max_a, mean_a, max_b, mean_b, difference.
+
+    ``difference`` is that of the ``by`` ('max' or 'mean'), b minus a; rows are sorted by its absolute value,
+    the largest first. Means are over all tokens of the prompt, also those where the latent is silent.
+    Position 0 is left out unless ``keep_first``. Other arguments and errors are those of `features_of`.
+
+    >>> found = sb.compare_prompts("the rights of man", "the price of corn", run, model)
+    >>> bool((found.difference == found.max_b - found.max_a).all())
+    True
+
+    Raises:
+        UserError: also for another ``by``, or a prompt with nothing beyond position 0.
+    """
+    import pandas as pd
+
+    if by not in MEASURES:
+        raise UserError(f"by is {by!r}; give {' or '.join(map(repr, MEASURES))}")
+    mounted = mount(sae, model, hook, bos)
+    sides = []
+    for name, text in (("a", a), ("b", b)):
+        n_tokens = len(mounted.read(text)) - (not keep_first)
+        if n_tokens == 0:
+            raise UserError(
+                f"prompt {name} is {text!r}, one token, and position 0 is left out; "
+                "give a longer one or keep_first=True"
+            )
+        fires = _features(text, mounted, None)
+        values = fires[~fires["first"] | keep_first].groupby("feature")["value"]
+        sides.append(pd.DataFrame({f"max_{name}": values.max(), f"mean_{name}": values.sum() / n_tokens}))
+    both = sides[0].join(sides[1], how="outer").fillna(0.0)
+    both["difference"] = both[f"{by}_b"] - both[f"{by}_a"]
+    order = both.reset_index().sort_values("feature", kind="stable")
+    return order.sort_values("difference", key=abs, ascending=False, kind="stable", ignore_index=True)
+
+
+@torch.no_grad()
+def _features(text: str, mounted: Mounted, top: int | None) -> pd.DataFrame:
+    import pandas as pd
+
+    prompt, sae = mounted.read(text), mounted.sae
+    x_TD = mounted.model.run_to(prompt.ids_1T, [mounted.hook])[mounted.hook][0]
+    if not x_TD.isfinite().all():
+        raise UserError(
+            f"the activations of {mounted.model.name} at {mounted.hook} hold NaN or infinity on this text; "
+            "load the model in fp32, or get its weights again"
+        )
+    pos_E, feature_E, value_E = sae.encode(x_TD.to(sae.W_dec.device)).merged()
+    frame = pd.DataFrame(
+        {
+            "pos": pos_E.cpu().numpy(),
+            "token": [prompt.tokens[pos] for pos in pos_E.tolist()],
+            "feature": feature_E.cpu().numpy(),
+            "value": value_E.cpu().numpy(),
+            "first": (pos_E == 0).cpu().numpy(),
+        }
+    )
+    frame = frame.sort_values(
+        ["pos", "value", "feature"], ascending=[True, False, True], kind="stable", ignore_index=True
+    )
+    return frame if top is None else frame.groupby("pos").head(top).reset_index(drop=True)
