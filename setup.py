@@ -27,6 +27,7 @@ setup(
     ],
     package_data={
         "saebench_app": ["*.css", "static/*", ".streamlit/*"],
+        "saebench_kernels": ["*.md"],
         "saebench_data": ["*.md", "LICENSES/*", "demo_model/*", "text/*"],
     },
 )
