@@ -40,7 +40,7 @@ def gradient_topk_encode(
     Returns:
         ``values_NK`` float32 (z, not the score) and ``indices_NK``, int32 or int64.
     """
-    if is_fused("gradient_topk_encode", x_ND.device, scan_dtype, k=k, d_sae=len(W_enc_MD)):
+    if len(x_ND) and is_fused("gradient_topk_encode", x_ND.device, scan_dtype, k=k, d_sae=len(W_enc_MD)):
         from saebench_kernels.fused.scan import scan
         from saebench_kernels.fused.select import select_topk
 

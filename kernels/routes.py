@@ -6,10 +6,11 @@ The choice is a fixed function of device, type and shape, never of a measurement
 |---|---|
 | topk_encode, gradient_topk_encode | CUDA; scan in bfloat16 or float16; k <= 1024; d_sae <= 2^20 |
 | mutual_choice_encode, threshold_encode | CUDA; scan in bfloat16 or float16; d_sae <= 2^20 |
-| reconstruct, weight_grads | CUDA; tables in bfloat16 or float16 |
+| reconstruct, weight_grads | CUDA; tables in bfloat16 or float16; where the encoders are fused |
 | centre, fused_adam | CUDA |
 
-Everything else is eager; so is all of it on a GPU older than Ampere, or where Triton is not installed.
+Everything else is eager; so is all of it on a GPU older than Ampere, on one that is not torch's current GPU,
+where Triton is not installed, and for a batch without rows.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def is_fused(
     """Whether ``op`` has a fused kernel for this; says once why not where it could be expected to."""
     if device.type != "cuda":
         return False
-    reason = _hindrance(device.index or 0)
+    current = torch.cuda.current_device()
+    reason = _hindrance(current)
+    if reason is None and device.index not in (None, current):
+        reason = f"{device} is not the current GPU; call torch.cuda.set_device({device.index}) first"
     if reason is None and not floats and dtype not in _HALF:
         return False  # float32 was asked for, and gets it
     if reason is None and k > LARGEST_K:

@@ -37,7 +37,7 @@ def threshold_encode(
         ``values_S`` float32, ``indices_S`` int32 or int64, ascending within a row, and ``offsets`` [N + 1]
         int64: where each row begins.
     """
-    if is_fused("threshold_encode", x_ND.device, scan_dtype, d_sae=len(W_enc_MD)):
+    if len(x_ND) and is_fused("threshold_encode", x_ND.device, scan_dtype, d_sae=len(W_enc_MD)):
         from saebench_kernels.fused.ragged import select_positive
         from saebench_kernels.fused.scan import scan
 

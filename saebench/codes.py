@@ -130,6 +130,11 @@ class SparseCodes:
         key, summed = key[summed != 0], summed[summed != 0]
         return key.div(self.d_sae, rounding_mode="floor"), key % self.d_sae, summed
 
+    def firings(self) -> Tensor:
+        """[d_sae] int32: in how many entries each latent is active."""
+        times_M = torch.zeros(self.d_sae, dtype=torch.int32, device=self.indices.device)
+        return times_M.index_add_(0, self.indices, (self.values != 0).to(torch.int32))
+
     def l0(self) -> Tensor:
         """[*leading_shape] int64: how many different latents are active (repeated picks count once)."""
         row, index, _ = self.coo()

@@ -8,7 +8,7 @@ from saebench.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' is the first GPU if there is one, else the CPU.
+    """'auto' is the first GPU if there is one, else the CPU. A GPU that is named becomes the current one.
 
     Raises:
         UserError: an unknown name, or a GPU that is not there.
@@ -23,4 +23,6 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; use --device cpu")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # kernels are launched, and graphs captured, on the current one
     return device

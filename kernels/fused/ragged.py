@@ -97,7 +97,9 @@ def _find(
 def _judge(counters, last, spare, budget, N: tl.constexpr):
     """The last key kept, and how many entries of it are; 0 and 0 where all that is positive is kept."""
     keys = tl.arange(0, N)
-    counts = tl.where(keys > 0, tl.load(counters + keys), 0)
+    counts = tl.where(
+        keys > 0, tl.load(counters + keys), 0
+    )  # int64: all positive entries of a batch together
     from_here = tl.sum(counts) - tl.cumsum(counts, 0) + counts
     key = tl.sum((from_here >= budget).to(tl.int32)) - 1
     enough = key > 0
@@ -268,7 +270,7 @@ def select_largest(scanned: Scanned, budget: int, hint: Tensor, d_sae: int) -> t
     wanted = found.n_counted_N.sum() < budget
     found.find(one, counters_CK, again=(wanted.to(torch.int32), floor))
     last, spare = torch.empty(2, dtype=torch.int32, device=device).unbind()
-    _judge[(1,)](counters_CK.sum(0, dtype=torch.int32), last, spare, budget, N=N_KEYS, num_warps=16)
+    _judge[(1,)](counters_CK.sum(0), last, spare, budget, N=N_KEYS, num_warps=16)
     above_N, equal_N = found.count(last)
     before_N = equal_N.cumsum(0) - equal_N
     equal_N = torch.minimum((spare - before_N).clamp_min(0), equal_N).to(torch.int32)

@@ -100,6 +100,7 @@ def reconstruct(
         ``dots``).
     """
     n_rows, d_in = x_ND.shape
+    x_ND, W_dec_MD = x_ND.contiguous(), W_dec_MD.contiguous()
     several = triton.next_power_of_2(k) if k is not None else 32
     once = k is not None and several <= _MOST_ENTRIES
     several = min(several, _MOST_ENTRIES)

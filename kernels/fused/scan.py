@@ -46,8 +46,11 @@ _AMPERE = Tiles(rows=128, latents=128, depth=32, warps=8, stages=3, abreast=16, 
 
 
 def tiles_of(device: torch.device, *, gradient: bool = False) -> Tiles:
-    """The tiles for a GPU; found by measuring on an H100 (see NOTES.md), and fixed."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+    """The tiles for a GPU; found by measuring on an H100 (see NOTES.md), and fixed.
+
+    Data centre GPUs from Hopper on have the shared memory for large ones, others do not.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10):
         return _HOPPER_GRADIENT if gradient else _HOPPER
     return _AMPERE
 
@@ -185,12 +188,13 @@ def scan(
     W_dec_MD: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> Scanned:
-    """Scan all latents; x, g and the weights are of one type, contiguous, biases and floors float32.
+    """Scan all latents; x, g and the weights are of one type, biases and floors float32.
 
     With ``g`` and ``W_dec`` the score is z (1 + |g W_dec^T|), the product rounded to the type of g. NaN
     passes through: it is neither at nor below a floor, and it is the largest of its group.
     """
     (n_rows, d_in), d_sae, device = x_ND.shape, len(W_enc_MD), x_ND.device
+    x_ND, W_enc_MD = x_ND.contiguous(), W_enc_MD.contiguous()
     tiles = tiles or tiles_of(device, gradient=g_ND is not None)
     # cuBLAS makes the second product: in one kernel the two leave each other too few stages (see NOTES.md).
     effect_NM = None if g_ND is None or W_dec_MD is None else g_ND @ W_dec_MD.T

@@ -18,8 +18,8 @@ from saebench_kernels.fused.scan import GROUP, LARGE_GROUP, Scanned, scored
 
 KEYS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 """The integers by which numbers of a type are compared."""
-LARGEST_K = 1024
-"""Above this a row's candidates do not fit into one program."""
+_WIDEST = 32_768
+"""Keys of a row that one program looks at."""
 ALL_BITS = {torch.int16: 0x7FFF, torch.int32: 0x7FFFFFFF}
 """Every bit but the sign."""
 
@@ -161,11 +161,15 @@ def _keep(pre, keys_of, n_columns, k, WIDTH: tl.constexpr, ALL: tl.constexpr):
 
 
 def keep_topk(pre_NA: Tensor, k: int) -> None:
-    """Set all but the k largest numbers of each row to 0, in place; none may be negative. A <= 32,768.
+    """Set all but the k largest numbers of each row to 0, in place; none may be negative.
 
-    Of equals at the border the first are kept.
+    Of equals at the border the first are kept, or any where there are more than 32,768 columns.
     """
     n_rows, n_columns = pre_NA.shape
+    if n_columns > _WIDEST:
+        top = pre_NA.topk(k, dim=1, sorted=False)
+        pre_NA.zero_().scatter_(1, top.indices, top.values)
+        return
     keys = KEYS[pre_NA.dtype]
     width = triton.next_power_of_2(n_columns)
     warps = min(16, max(1, width // 1024))

@@ -213,9 +213,7 @@ class SAE(nn.Module):
     @torch.no_grad()
     def count_firing(self, codes: SparseCodes) -> None:
         """Set the counter of every latent that fired in ``codes`` to 0 and add the batch to all others."""
-        times_M = torch.zeros(self.d_sae, dtype=torch.int32, device=codes.indices.device)
-        times_M.index_add_(0, codes.indices, (codes.values != 0).to(torch.int32))
-        self.tokens_since_fired.add_(codes.n_rows).mul_(times_M == 0)
+        self.tokens_since_fired.add_(codes.n_rows).mul_(codes.firings() == 0)
 
     def look_for_dead(self, *, again: bool = False) -> None:
         """Called every few steps on a GPU, where it may wait for the device: renew what depends on the dead.

@@ -60,7 +60,8 @@ class ChoiceSAE(SAE):
     @property
     def fused(self) -> bool:
         """Whether the loss takes the fused road."""
-        return not self.tied and is_fused("reconstruct", self.b_dec.device, self.compute_dtype)
+        device, dtype = self.b_dec.device, self.compute_dtype
+        return not self.tied and is_fused("reconstruct", device, dtype, k=self.k, d_sae=self.d_sae)
 
     def centred(self, x_ND: Tensor) -> Tensor:
         """x - b_dec, on the fused road in the type of the products."""

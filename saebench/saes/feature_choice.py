@@ -224,8 +224,7 @@ class FeatureChoiceSAE(MutualChoiceSAE):
             self.law.copy_(law)
         super().after_step(batch, terms)
         self.steps_seen += 1
-        fired_M = torch.bincount(terms.codes.indices, minlength=self.d_sae)
-        self.density.lerp_(fired_M / n_rows, rate_after(self.steps_seen))
+        self.density.lerp_(terms.codes.firings() / n_rows, rate_after(self.steps_seen))
 
     def batch_threshold(self, batch: Batch, codes: SparseCodes) -> Tensor:
         """[M]: the m_i-th largest value of each column, 0 where fewer are positive.

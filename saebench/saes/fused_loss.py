@@ -18,6 +18,9 @@ from torch import Tensor
 from saebench.codes import SparseCodes
 from saebench_kernels import rounded
 
+SMALLEST_SHARE = 1e-5
+"""Rows whose errors vary by less than this share of them are equal, up to the rounding of float32 sums."""
+
 
 class Revival(NamedTuple):
     """Which latents AuxK may use, a list of fixed length."""
@@ -77,7 +80,10 @@ class _ChoiceLoss(torch.autograd.Function):
         sum_D = column_sums(error_ND)
         auxiliary, ctx.revived = energy.new_zeros(()), None
         if revival is not None:
-            variance = energy - sum_D.square().sum() / len(x_ND)
+            # Of the rounded error, as the sums over rows are: what varies is a difference of the two.
+            rounded_energy = torch.linalg.vector_norm(error_ND, dtype=torch.float32).square()
+            variance = rounded_energy - sum_D.square().sum() / len(x_ND)
+            variance = torch.where(variance > SMALLEST_SHARE * rounded_energy, variance, 0.0)
             auxiliary, ctx.revived = _revive(
                 revival, centred_ND, error_ND, variance, W_enc_low_MD, b_enc_M, W_dec_low_MD
             )
@@ -128,7 +134,8 @@ def _revive(
     # Infinity, not a quotient mended afterwards: its gradient would be 0 / 0.
     variance = torch.where(variance > torch.finfo(torch.float32).tiny, variance, torch.inf)
     energy = torch.linalg.vector_norm(left_ND, dtype=torch.float32).square()
-    return energy / variance, (centred_ND, pre_NA, left_ND, variance, W_dec_MD)
+    auxiliary = torch.where((weights_A > 0).any(), energy / variance, 0.0)
+    return auxiliary, (centred_ND, pre_NA, left_ND, variance, W_dec_MD)
 
 
 def _add_revival(ctx: Any, grad: Tensor, d_W_enc_MD: Tensor, d_b_enc_M: Tensor, d_W_dec_MD: Tensor) -> None:

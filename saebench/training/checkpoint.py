@@ -14,6 +14,8 @@ from saebench.tensors import check_tensors, read_safetensors
 
 FOLDER = "checkpoints"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_NEWER = ("sae.dead_when_looked",)
+"""What checkpoints of earlier versions lack; it begins as in a new SAE."""
 
 
 @dataclass
@@ -34,8 +36,8 @@ class TrainState:
         out = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         for name, parameter in self.sae.named_parameters():
             moments = self.optimizer.state[parameter]
-            zero = torch.zeros_like(parameter)
-            out |= {f"adam.{name}.{moment}": moments.get(moment, zero) for moment in _MOMENTS}
+            for moment in _MOMENTS:
+                out[f"adam.{name}.{moment}"] = moments.get(moment, torch.zeros_like(parameter))
         out["scale"] = torch.tensor(self.scale, dtype=torch.float64)
         out["step"] = torch.tensor(self.step, dtype=torch.int64)
         return {name: tensor.detach().cpu().contiguous() for name, tensor in out.items()}
@@ -76,5 +78,9 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         UserError: the file is damaged or belongs to other shapes.
     """
     tensors = read_safetensors(path, way_out="delete it to start this run again from zero")
-    check_tensors(tensors, {name: tuple(t.shape) for name, t in state.tensors().items()}, path)
+    fresh = state.tensors()
+    for name in _NEWER:
+        if name in fresh:
+            tensors.setdefault(name, fresh[name])
+    check_tensors(tensors, {name: tuple(t.shape) for name, t in fresh.items()}, path)
     state.restore(tensors)

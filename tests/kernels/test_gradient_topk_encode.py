@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench_kernels import gradient_topk_encode, topk_encode
+from saebench_kernels.gradient_topk_encode import gradient_topk_encode_eager as gradient_topk_encode
+from saebench_kernels.topk_encode import topk_encode_eager as topk_encode
 
 on_every_device = pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 sizes = st.tuples(

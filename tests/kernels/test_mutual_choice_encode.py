@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench_kernels import mutual_choice_encode
+from saebench_kernels.mutual_choice_encode import mutual_choice_encode_eager as mutual_choice_encode
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 on_every_device = pytest.mark.parametrize("device", DEVICES)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench_kernels import gathered_dots, group_by_latent, latent_sums, sparse_decode, topk_encode
+from saebench_kernels import gathered_dots, group_by_latent, latent_sums, sparse_decode
+from saebench_kernels.topk_encode import topk_encode_eager as topk_encode
 
 sizes = st.tuples(
     st.integers(1, 37), st.integers(1, 19), st.integers(1, 53), st.integers(1, 53), st.integers(0, 999)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench_kernels import threshold_encode
+from saebench_kernels.threshold_encode import threshold_encode_eager as threshold_encode
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 on_every_device = pytest.mark.parametrize("device", DEVICES)

@@ -111,3 +111,18 @@ def test_two_writers_on_one_run_are_refused(settings):
         pytest.raises(UserError, match="another process"),
     ):
         train(**settings)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(settings, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    undisturbed = settings | {"out": tmp_path / "undisturbed"}
+    train(**undisturbed)
+    assert run_victim(settings, where="step", at=25, signal=KILL) == -KILL
+    latest = latest_checkpoint(settings["out"])
+    tensors = load_file(latest)
+    del tensors["sae.dead_when_looked"]
+    save_file(tensors, latest)
+    train(**settings | {"resume": True})
+    name = "sae.safetensors"
+    assert (settings["out"] / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
