@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from saebench.activations.importing import import_activations
     from saebench.activations.models import load_model
     from saebench.analysis.interventions import Steering, ablate, steer
+    from saebench.analysis.matching import Matching, match, splits
     from saebench.analysis.prompts import compare_prompts, features_of
     from saebench.codes import SparseCodes
     from saebench.errors import UserError
@@ -29,6 +30,7 @@ _HOMES = {
     "ActivationCache": "saebench.activations.cache",
     "EvalReport": "saebench.evaluation",
     "FeatureStore": "saebench.store.query",
+    "Matching": "saebench.analysis.matching",
     "SAE": "saebench.saes.base",
     "SparseCodes": "saebench.codes",
     "Steering": "saebench.analysis.interventions",
@@ -45,8 +47,10 @@ _HOMES = {
     "index": "saebench.store",
     "load": "saebench.saes",
     "load_model": "saebench.activations.models",
+    "match": "saebench.analysis.matching",
     "open_cache": "saebench.activations.cache",
     "open_store": "saebench.store",
+    "splits": "saebench.analysis.matching",
     "steer": "saebench.analysis.interventions",
     "sweep": "saebench.training",
     "train": "saebench.training",
@@ -56,6 +60,7 @@ __all__ = [  # noqa: RUF022
     "ActivationCache",
     "EvalReport",
     "FeatureStore",
+    "Matching",
     "SAE",
     "SparseCodes",
     "Steering",
@@ -73,8 +78,10 @@ __all__ = [  # noqa: RUF022
     "index",
     "load",
     "load_model",
+    "match",
     "open_cache",
     "open_store",
+    "splits",
     "steer",
     "sweep",
     "train",
