@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from saebench.activations.harvest import harvest
     from saebench.activations.importing import import_activations
     from saebench.activations.models import load_model
+    from saebench.analysis.attribution import Attribution, logit_attribution
     from saebench.analysis.interventions import Steering, ablate, steer
     from saebench.analysis.matching import Matching, match, splits
     from saebench.analysis.prompts import compare_prompts, features_of
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ActivationCache": "saebench.activations.cache",
+    "Attribution": "saebench.analysis.attribution",
     "EvalReport": "saebench.evaluation",
     "FeatureStore": "saebench.store.query",
     "Matching": "saebench.analysis.matching",
@@ -47,6 +49,7 @@ _HOMES = {
     "index": "saebench.store",
     "load": "saebench.saes",
     "load_model": "saebench.activations.models",
+    "logit_attribution": "saebench.analysis.attribution",
     "match": "saebench.analysis.matching",
     "open_cache": "saebench.activations.cache",
     "open_store": "saebench.store",
@@ -58,6 +61,7 @@ _HOMES = {
 
 __all__ = [  # noqa: RUF022
     "ActivationCache",
+    "Attribution",
     "EvalReport",
     "FeatureStore",
     "Matching",
@@ -78,6 +82,7 @@ __all__ = [  # noqa: RUF022
     "index",
     "load",
     "load_model",
+    "logit_attribution",
     "match",
     "open_cache",
     "open_store",
