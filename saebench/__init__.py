@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from saebench.activations.harvest import harvest
     from saebench.activations.importing import import_activations
     from saebench.activations.models import load_model
+    from saebench.analysis.attribution import Attribution, logit_attribution
     from saebench.analysis.interventions import Steering, ablate, steer
+    from saebench.analysis.matching import Matching, match, splits
     from saebench.analysis.prompts import compare_prompts, features_of
     from saebench.codes import SparseCodes
     from saebench.errors import UserError
@@ -27,8 +29,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ActivationCache": "saebench.activations.cache",
+    "Attribution": "saebench.analysis.attribution",
     "EvalReport": "saebench.evaluation",
     "FeatureStore": "saebench.store.query",
+    "Matching": "saebench.analysis.matching",
     "SAE": "saebench.saes.base",
     "SparseCodes": "saebench.codes",
     "Steering": "saebench.analysis.interventions",
@@ -45,8 +49,11 @@ _HOMES = {
     "index": "saebench.store",
     "load": "saebench.saes",
     "load_model": "saebench.activations.models",
+    "logit_attribution": "saebench.analysis.attribution",
+    "match": "saebench.analysis.matching",
     "open_cache": "saebench.activations.cache",
     "open_store": "saebench.store",
+    "splits": "saebench.analysis.matching",
     "steer": "saebench.analysis.interventions",
     "sweep": "saebench.training",
     "train": "saebench.training",
@@ -54,8 +61,10 @@ _HOMES = {
 
 __all__ = [  # noqa: RUF022
     "ActivationCache",
+    "Attribution",
     "EvalReport",
     "FeatureStore",
+    "Matching",
     "SAE",
     "SparseCodes",
     "Steering",
@@ -73,8 +82,11 @@ __all__ = [  # noqa: RUF022
     "index",
     "load",
     "load_model",
+    "logit_attribution",
+    "match",
     "open_cache",
     "open_store",
+    "splits",
     "steer",
     "sweep",
     "train",

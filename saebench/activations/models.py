@@ -143,7 +143,12 @@ class Model:
         return logits
 
     def gradients(
-        self, tokens_BT: Tensor, length_B: Tensor, hooks: Sequence[str]
+        self,
+        tokens_BT: Tensor,
+        length_B: Tensor,
+        hooks: Sequence[str],
+        *,
+        of: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Activations [B, T, D] at ``hooks``, and the gradient [B, T, D] of the model's loss at each.
 
@@ -153,6 +158,8 @@ class Model:
         the total derivative, through everything that follows: the effect of `logits`' ``edit`` to first
         order. The last of the ``length_B`` tokens of a context predicts nothing, and its gradient in the
         residual stream is exactly 0; so is that of the padding behind it.
+
+        ``of`` is another scalar of the logits [b, T, V] of some contexts, to be used instead of the loss.
 
         One pass forward and one back over as many contexts at once as keep the logits within a bound.
 
@@ -164,7 +171,7 @@ class Model:
             self.check_hook(hook)
         at_once = contexts_at_once(tokens_BT.shape[1], self.vocab_size)
         parts = [
-            self._gradients(part_BT, part_B, hooks)
+            self._gradients(part_BT, part_B, hooks, of)
             for part_BT, part_B in zip(
                 torch.split(tokens_BT, at_once), torch.split(length_B, at_once), strict=True
             )
@@ -175,7 +182,11 @@ class Model:
         return activations, gradients
 
     def _gradients(
-        self, tokens_BT: Tensor, length_B: Tensor, hooks: Sequence[str]
+        self,
+        tokens_BT: Tensor,
+        length_B: Tensor,
+        hooks: Sequence[str],
+        of: Callable[[Tensor], Tensor] | None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         found: dict[str, Tensor] = {}
 
@@ -197,7 +208,7 @@ class Model:
         with torch.enable_grad(), self._fitting(tokens_BT):
             logits_BTV = self._run(tokens_BT, listeners, return_type="logits", stop_at_layer=None)
             flat = {hook: self._per_token(hook, found.get(hook), tokens_BT) for hook in hooks}
-            loss = summed_cross_entropy(logits_BTV, tokens_BT, length_B)
+            loss = summed_cross_entropy(logits_BTV, tokens_BT, length_B) if of is None else of(logits_BTV)
             del logits_BTV
             gradients = gradients_of(loss, found)
         for hook in hooks:
@@ -221,6 +232,14 @@ class Model:
                 "choose a hook with a vector for each token"
             )
         return rearrange(value, "b t ... -> b t (...)")
+
+    def final_scale(self, tokens_BT: Tensor) -> Tensor:
+        """[B, T] float32: what the final norm divides by, the s of `unembedding`.
+
+        The standard deviation of the residual stream, or its root mean square, with the norm's epsilon.
+        """
+        hook = "ln_final.hook_scale"
+        return self.run_to(tokens_BT, [hook])[hook][..., 0].float()
 
     @torch.no_grad()
     def unembedding(self) -> Tensor:

@@ -1,1 +1,1 @@
-"""Questions about an SAE: what fires in a prompt (prompts.py), what latents cause (interventions.py)."""
+"""Questions about SAEs: what fires in a prompt, what latents cause and contribute, how two SAEs compare."""

@@ -128,7 +128,7 @@ def ablate(
     edit = Edit(check_features(features, mounted.sae), "clamp", 0.0, check_positions(positions, len(prompt)))
     if not edit.positions:
         raise _nothing_to_edit(positions, len(prompt))
-    return _effects(mounted, prompt, _logits(mounted, prompt.ids), edit)
+    return _effects(mounted, prompt, logits_of(mounted, prompt.ids), edit)
 
 
 @torch.no_grad()
@@ -187,7 +187,7 @@ def steer(
     at, onwards = check_positions(positions, len(prompt)), _onwards(positions, len(prompt), new_tokens)
     if not at and not onwards:
         raise _nothing_to_edit(positions, len(prompt))
-    clean_BTV = _logits(mounted, prompt.ids)
+    clean_BTV = logits_of(mounted, prompt.ids)
     clean = mounted.text(generation.run(mounted, prompt, None))
     effects, texts = [], []
     for value in strengths:
@@ -218,7 +218,7 @@ class Generation:
         generator = torch.Generator().manual_seed(self.seed)
         ids = list(prompt.ids)
         for _ in range(self.new_tokens):
-            scores_V = _logits(mounted, ids, edit)[0, -1].double().cpu()
+            scores_V = logits_of(mounted, ids, edit)[0, -1].double().cpu()
             if self.temperature > 0:  # the largest of logits and Gumbel noise is a sample of their softmax
                 noise_V = -torch.empty_like(scores_V).exponential_(generator=generator).log()
                 scores_V = scores_V / self.temperature + noise_V
@@ -229,8 +229,8 @@ class Generation:
         return ids[len(prompt) :]
 
 
-def _logits(mounted: Mounted, ids: Sequence[int], edit: Edit | None = None) -> Tensor:
-    """[1, T, V]; raises a UserError when they are not finite."""
+def logits_of(mounted: Mounted, ids: Sequence[int], edit: Edit | None = None) -> Tensor:
+    """[1, T, V] of a prompt, edited or not; raises a UserError when they are not finite."""
     edits = edit.spliced(mounted, len(ids)) if edit is not None else None
     logits_BTV = mounted.model.logits(torch.tensor([ids]), edit=edits)
     if not logits_BTV.isfinite().all():
@@ -250,7 +250,7 @@ def _effects(mounted: Mounted, prompt: Prompt, clean_BTV: Tensor, edit: Edit) ->
     import pandas as pd
 
     length = len(prompt)
-    edited_BTV = _logits(mounted, prompt.ids, edit)
+    edited_BTV = logits_of(mounted, prompt.ids, edit)
     position_S = torch.arange(length)
     scored = (torch.zeros_like(position_S), position_S, prompt.ids_1T[0].roll(-1))
     frame = pd.DataFrame(

@@ -101,7 +101,7 @@ def mount(
 
     if not isinstance(model, str | Model):
         raise UserError(f"model is {model!r:.60}; give a name, or a model from saebench.load_model")
-    origin = Origin(None, None, None) if isinstance(sae, SAE) else read_origin(_folder(sae))
+    origin = Origin(None, None, None) if isinstance(sae, SAE) else read_origin(run_folder(sae))
     recorded = origin.model
     if hook is None and (hook := origin.hook_name) is None:
         raise UserError("nothing says at which hook this SAE was trained; name it with hook=...")
@@ -128,6 +128,13 @@ def mount(
         model = load_model(info.name, revision=info.revision, device=device)
     require_width(model.hook_dim(hook), loaded, hook, info.name)
     return Mounted(loaded, model, hook, _bos(model, origin, bos), model.token_bytes())
+
+
+def run_folder(sae: object, name: str = "sae") -> Path:
+    """``sae`` as a path; raises a UserError when the argument ``name`` is nothing like one."""
+    if not isinstance(sae, str | Path):
+        raise UserError(f"{name} is {sae!r:.60}; give a run directory, or an SAE from saebench.load")
+    return Path(sae)
 
 
 def check_features(features: int | Iterable[int], sae: SAE) -> list[int]:
@@ -175,12 +182,6 @@ def _listed(numbers: Any, name: str) -> list[int]:
         ]
     except TypeError:
         raise UserError(f"{name} is {numbers!r:.60}; give whole numbers") from None
-
-
-def _folder(sae: object) -> Path:
-    if not isinstance(sae, str | Path):
-        raise UserError(f"sae is {sae!r:.60}; give a run directory, or an SAE from saebench.load")
-    return Path(sae)
 
 
 def _bos(model: Model, origin: Origin, bos: bool | None) -> int | None:

@@ -146,6 +146,16 @@ def test_neither_neighbours_nor_the_bound_on_logits_change_a_gradient(model, tok
             torch.testing.assert_close(alone[hook], gradients[hook][part, : LENGTHS[b]], rtol=1e-4, atol=1e-6)
 
 
+def test_the_gradient_of_another_scalar_is_that_of_the_loss_when_it_is_the_loss(model, tokens_BT):
+    def loss(logits_BTV):
+        return summed_loss(logits_BTV, tokens_BT, LENGTHS)
+
+    _, expected = model.gradients(tokens_BT, LENGTHS, HOOKS)
+    _, gradients = model.gradients(tokens_BT, LENGTHS, HOOKS, of=loss)
+    for hook in HOOKS:
+        torch.testing.assert_close(gradients[hook], expected[hook], rtol=1e-4, atol=1e-6)
+
+
 def test_a_hook_without_a_gradient_for_each_token_is_refused(model, tokens_BT, monkeypatch):
     for hook, message in (
         ("blocks.0.attn.hook_pattern", r"shape .* for \[4, 17\] tokens"),

@@ -90,6 +90,7 @@ def test_the_unembedding_gives_the_logits_up_to_a_constant(model, tokens_BT):
     logits = model.logits(tokens_BT)
     expected = logits - logits.mean(dim=-1, keepdim=True)
     torch.testing.assert_close(x_BTD / scale @ model.unembedding(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.final_scale(tokens_BT), scale[..., 0])
 
 
 def test_token_bytes_spell_the_text(model):
@@ -129,6 +130,7 @@ def test_a_llama_model_has_grouped_heads_and_an_rms_norm(tmp_path, tiny_model_fo
     logits = model.logits(tokens_BT)
     expected = logits - logits.mean(dim=-1, keepdim=True)
     torch.testing.assert_close(x_BTD / scale @ model.unembedding(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.final_scale(tokens_BT), scale[..., 0])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,220 @@
+"""Which latents make the model prefer one next token to another.
+
+Shapes: T positions of a prompt, D = d_in, V vocabulary, E entries of its codes that are not zero.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from saebench.analysis.interventions import Edit, logits_of
+from saebench.analysis.mounting import Mounted, Prompt, check_positions, mount
+from saebench.errors import UserError
+from saebench.store.text import token_text
+from saebench_kernels import gathered_dots
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from saebench.activations.models import Model
+    from saebench.saes.base import SAE
+
+WAYS = ("gradient", "direct")
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What `logit_attribution` found."""
+
+    latents: pd.DataFrame
+    """feature, pos, token, value, attribution, the largest |attribution| first; when checked also effect:
+    the score without any edit minus the score with this latent set to 0 at this position, NaN where that
+    was not tried."""
+    score: float
+    """logit(target) - logit(against); without ``against``, logit(target) minus the mean of all logits."""
+    correlation: float | None
+    """Pearson's, of attribution and effect where it was tried; None when fewer than two differ."""
+
+
+def logit_attribution(
+    text: str,
+    sae: SAE | str | Path,
+    model: Model | str = "cache",
+    hook: str | None = None,
+    *,
+    target: str | int,
+    against: str | int | None = None,
+    position: int = -1,
+    by: str = "gradient",
+    check: int = 0,
+    keep_first: bool = False,
+    bos: bool | None = None,
+) -> Attribution:
+    """What each latent that fires in ``text`` adds to a logit difference at ``position``.
+
+    The score is L = logit(target) - logit(against). With z_i the value of latent i at a position p, d_i its
+    decoder row and x the activations, its attribution is, by 'gradient',
+
+        z_i d_i . dL/dx_p,
+
+    gradient x activation in the model with the SAE spliced in, its error term held fixed: the effect of
+    setting z_i to 0 there, to first order, on all ways from there to the score (Marks et al. 2024, arXiv
+    2403.19647). By 'direct' it is
+
+        z_i d_i . u / s,  u = U[:, target] - U[:, against],
+
+    with U the unembedding through the final norm and s that norm's scale, frozen at the prompt
+    (`Model.unembedding`): only what the latent writes at ``position`` itself and the unembedding reads,
+    nothing that later layers make of it. Position 0 is left out unless ``keep_first``.
+
+    >>> found = sb.logit_attribution("The Congress", run, model, target=5, against=9, check=3)
+    >>> found.latents.columns.tolist()
+    ['feature', 'pos', 'token', 'value', 'attribution', 'effect']
+
+    Args:
+        text: one prompt, tokenised as a harvest does.
+        sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
+        model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
+        hook: where the SAE reads; by default where it was trained.
+        target: a token as a string, with the space before it if it has one, or its id.
+        against: another one; by default the mean over the vocabulary.
+        position: where the prediction is made; negative ones count from the end.
+        by: 'gradient' or 'direct'.
+        check: so many of the largest are set to 0, one at a time, to see what the score really loses.
+        keep_first: also what fires at position 0.
+        bos: whether the text begins with the BOS token; by default as in the SAE's cache.
+
+    Raises:
+        UserError: a target that is not exactly one token, a position outside the text, 'direct' at a hook
+            that is not in the residual stream, another ``by``, a negative ``check``, and what `features_of`
+            raises.
+    """
+    if by not in WAYS:
+        raise UserError(f"by is {by!r}; give {' or '.join(map(repr, WAYS))}")
+    if not isinstance(check, int) or check < 0:
+        raise UserError(f"check is {check!r:.60}; give how many latents to set to 0, one at a time, or 0")
+    mounted = mount(sae, model, hook, bos)
+    prompt = mounted.read(text)
+    at = _position(position, len(prompt))
+    if at == 0 and not keep_first:
+        raise UserError(
+            "position 0 reads nothing but itself, and is left out; give a later one or keep_first=True"
+        )
+    score = _Score(at, *_tokens(mounted, target, against))
+    if by == "direct" and not mounted.model.residual_hook(mounted.hook):
+        raise UserError(
+            f"by is 'direct', but {mounted.hook} is not in the residual stream, which is all that the "
+            "unembedding reads; give by='gradient'"
+        )
+    clean_BTV = logits_of(mounted, prompt.ids)
+    slope_TD = _direct(mounted, prompt, score) if by == "direct" else _gradient(mounted, prompt, score)
+    first = at if by == "direct" else 0 if keep_first else 1
+    latents = _latents(mounted, prompt, slope_TD, range(first, at + 1))
+    clean = float(score(clean_BTV))
+    correlation = None
+    if check:
+        latents["effect"] = float("nan")
+        for row in range(min(check, len(latents))):
+            edit = Edit([int(latents.at[row, "feature"])], "clamp", 0.0, [int(latents.at[row, "pos"])])
+            with torch.no_grad():
+                latents.loc[row, "effect"] = clean - float(score(logits_of(mounted, prompt.ids, edit)))
+        tried = latents.head(check)
+        if tried["attribution"].nunique() > 1 and tried["effect"].nunique() > 1:
+            correlation = float(tried["attribution"].corr(tried["effect"]))
+    return Attribution(latents, clean, correlation)
+
+
+@dataclass(frozen=True)
+class _Score:
+    """A scalar of the logits of one context."""
+
+    position: int
+    target: int
+    against: int | None
+
+    def __call__(self, logits_1TV: Tensor) -> Tensor:
+        return self.of(logits_1TV[0, self.position].float())
+
+    def of(self, last_V: Tensor) -> Tensor:
+        """The last axis of anything over the vocabulary, [..., V] -> [...]."""
+        other = last_V.mean(-1) if self.against is None else last_V[..., self.against]
+        return last_V[..., self.target] - other
+
+
+def _gradient(mounted: Mounted, prompt: Prompt, score: _Score) -> Tensor:
+    """[T, D]: dL/dx at the hook; with the error held fixed it is also the gradient at decode(z)."""
+    _, gradients = mounted.model.gradients(
+        prompt.ids_1T, torch.tensor([len(prompt)]), [mounted.hook], of=score
+    )
+    return gradients[mounted.hook][0]
+
+
+def _direct(mounted: Mounted, prompt: Prompt, score: _Score) -> Tensor:
+    """[T, D]: u / s at the position of the score, 0 elsewhere."""
+    direction_D = score.of(mounted.model.unembedding())
+    scale = mounted.model.final_scale(prompt.ids_1T)[0, score.position]
+    slope_TD = torch.zeros(len(prompt), len(direction_D))
+    slope_TD[score.position] = direction_D / scale.cpu()
+    return slope_TD
+
+
+@torch.no_grad()
+def _latents(mounted: Mounted, prompt: Prompt, slope_TD: Tensor, positions: range) -> pd.DataFrame:
+    """The report: z_i d_i . slope of every latent that fires at ``positions``."""
+    import pandas as pd
+
+    sae = mounted.sae
+    x_TD = mounted.model.run_to(prompt.ids_1T, [mounted.hook])[mounted.hook][0]
+    pos_E, feature_E, value_E = sae.encode(x_TD.to(sae.W_dec.device)).merged()
+    starts_T = torch.searchsorted(pos_E, torch.arange(len(prompt), device=pos_E.device))
+    slope_E = gathered_dots(feature_E, starts_T, slope_TD.to(sae.W_dec), sae.W_dec)
+    columns = {"feature": feature_E, "pos": pos_E, "value": value_E, "attribution": value_E * slope_E}
+    frame = pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
+    frame.insert(2, "token", [prompt.tokens[pos] for pos in frame["pos"]])
+    frame = frame[frame["pos"].isin(positions)]
+    return frame.sort_values("attribution", key=abs, ascending=False, kind="stable", ignore_index=True)
+
+
+def _position(position: int, length: int) -> int:
+    try:
+        [at] = check_positions([operator.index(position)], length)
+    except TypeError:
+        raise UserError(f"position is {position!r:.60}; give one whole number") from None
+    return at
+
+
+def _tokens(mounted: Mounted, target: str | int, against: str | int | None) -> tuple[int, int | None]:
+    chosen = _token(mounted, target, "target")
+    if against is None:
+        return chosen, None
+    other = _token(mounted, against, "against")
+    if chosen == other:
+        raise UserError(f"target and against are both token {chosen} ({target!r:.60}); give two that differ")
+    return chosen, other
+
+
+def _token(mounted: Mounted, token: str | int, name: str) -> int:
+    """The id of one token."""
+    if isinstance(token, str):
+        ids = mounted.model.tokens.encode(token)
+        if len(ids) == 1:
+            return ids[0]
+        pieces = ", ".join(repr(token_text(mounted.vocab[id])) for id in ids[:8])
+        what = f"{len(ids)} tokens ({pieces}{', ...' if len(ids) > 8 else ''})" if ids else "no token"
+        raise UserError(f"{name} is {token!r:.60}, which is {what}; give exactly one, or an id")
+    try:
+        id = operator.index(token)
+    except TypeError:
+        raise UserError(f"{name} is {token!r:.60}; give a token as a string, or its id") from None
+    if not 0 <= id < mounted.model.vocab_size:
+        raise UserError(
+            f"{name} is {id}, which is no token of {mounted.model.name}; "
+            f"give 0 to {mounted.model.vocab_size - 1}"
+        )
+    return id

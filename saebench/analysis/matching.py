@@ -1,0 +1,299 @@
+"""Which latents of two SAEs are the same: other seeds, widths, architectures or checkpoints.
+
+Shapes: N rows, D = d_in, A and B latents of the two SAEs, P = min(A, B) pairs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from saebench.analysis.correlations import BLOCK_BYTES, Correlations
+from saebench.analysis.mounting import run_folder
+from saebench.device import pick_device
+from saebench.errors import UserError
+from saebench.evaluation.measure import require_width
+from saebench.evaluation.sources import Origin, first_rows, read_origin
+from saebench.evaluation.synthetic.recovery import absolute_cosines
+from saebench.evaluation.synthetic.recovery import match as best_pairs
+from saebench.progress import progress
+from saebench.saes.base import SAE, load
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from saebench.activations.cache import ActivationCache
+    from saebench.codes import SparseCodes
+
+WAYS = ("decoder", "activation")
+BYTES_PER_PAIR = 20
+"""The similarities in float32, and two copies in float64 while the best pairs are looked for."""
+MOST_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Matching:
+    """What `match` found. P = min(A, B) pairs with similarities s_p."""
+
+    pairs: pd.DataFrame
+    """feature_a, feature_b, similarity of each pair, the largest first. Beside them whom each of the two is
+    most similar to when partners may be shared: best_of_a (a latent of b), best_of_a_similarity, best_of_b
+    (a latent of a), best_of_b_similarity."""
+    unmatched: pd.DataFrame
+    """side ('a' or 'b'), feature, best, similarity: latents of the wider SAE that are in no pair, and the
+    one of the other SAE that is most similar."""
+    by: str
+    threshold: float
+    mean_similarity: float
+    """sum of s_p / P. By decoder, the pairwise mean correlation coefficient of arXiv 2505.20254."""
+    stability: float
+    """How many s_p are at least ``threshold``, divided by P."""
+    n_rows: int | None
+    """Rows that activations were compared on; None by decoder."""
+
+    def __repr__(self) -> str:
+        return (
+            f"Matching({len(self.pairs):,} pairs by {self.by}, mean similarity {self.mean_similarity:.3f}, "
+            f"{self.stability:.1%} at least {self.threshold:g}, {len(self.unmatched):,} unmatched)"
+        )
+
+
+@torch.no_grad()
+def match(
+    a: SAE | str | Path,
+    b: SAE | str | Path,
+    by: str = "decoder",
+    cache: ActivationCache | str | Path | None = None,
+    *,
+    hook: str | None = None,
+    rows: int = 65_536,
+    threshold: float = 0.7,
+    memory_gib: float = 4.0,
+    quiet: bool = False,
+) -> Matching:
+    """Pair the latents of two SAEs one to one, so that the sum of the similarities is largest.
+
+    By 'decoder' the similarity is |cos| of the decoder rows (Paulo and Belrose 2025, arXiv 2501.16615, who
+    call a pair shared above 0.7, though in the encoder too). By 'activation' it is Pearson's correlation of
+    the two latents' values over held-out rows of a cache, silent rows included:
+
+        (mean z_i z_j - mean z_i mean z_j) / (std z_i std z_j),  0 where a latent is constant (dead).
+
+    The A x B matrix of similarities is held, 20 bytes a pair; a line on standard error says how much that
+    is. Of activations only sums over rows are kept. Two SAEs of 8,192 latents take some seconds by decoder.
+
+    >>> found = sb.match(run, run)
+    >>> bool((found.pairs.feature_a == found.pairs.feature_b).all())
+    True
+    >>> found.stability
+    1.0
+
+    Args:
+        a: a run directory, or an SAE in memory.
+        b: another one; by decoder of the same d_in.
+        by: 'decoder' or 'activation'.
+        cache: rows to compare activations on; by default those that a, or else b, was trained on.
+        hook: which rows of the cache both read; by default each where it was trained.
+        rows: so many of the cache's held-out rows, at most.
+        threshold: of ``stability``.
+        memory_gib: more is refused.
+        quiet: nothing on standard error.
+
+    Raises:
+        UserError: no such SAE, cache or hook, SAEs or rows of another width, no held-out rows, rows that are
+            not finite, another ``by``, a number that makes no sense, or too much memory.
+    """
+    if by not in WAYS:
+        raise UserError(f"by is {by!r}; give {' or '.join(map(repr, WAYS))}")
+    if not -1 <= threshold <= 1:
+        raise UserError(f"threshold is {threshold}; similarities are between -1 and 1, so give one of these")
+    if rows < 2:
+        raise UserError(f"rows is {rows}; a correlation needs at least 2")
+    sides = [_read(a, "a"), _read(b, "b")]
+    sae_a, sae_b = (sae for sae, _ in sides)
+    _require_memory(sae_a, sae_b, memory_gib, quiet)
+    n_rows = None
+    if by == "decoder":
+        _require_same_width(sae_a, sae_b)
+        similarity_AB = absolute_cosines(sae_a.W_dec, sae_b.W_dec).clamp_max_(1)
+    else:
+        similarity_AB, n_rows = _correlations(sides, cache, hook, rows, quiet)
+    return _matching(similarity_AB, by, threshold, n_rows)
+
+
+@torch.no_grad()
+def splits(
+    a: SAE | str | Path, b: SAE | str | Path, *, threshold: float = 0.7, at_least: int = 2
+) -> pd.DataFrame:
+    """Latents of the narrow SAE ``a`` that became several in the wide ``b``: feature_a, n, feature_b, cosine.
+
+    A latent j of b belongs to the latent i of a whose decoder row is nearest, argmax_i cos(d_i, d_j), if
+    that cosine is at least ``threshold``; i is split when at least ``at_least`` latents belong to it, n of
+    them. No latent of b belongs to two. With the default 0.7 parts may be up to right angles apart: the
+    cosine of two orthogonal directions with their mean is 0.71. (Splitting: Bricken et al. 2023; the exact
+    reading is ours. Only directions are looked at, not when latents fire.)
+
+    A row for each part; the latents with most parts first, and of each the nearest part first.
+
+    >>> sb.splits(run, run).columns.tolist()
+    ['feature_a', 'n', 'feature_b', 'cosine']
+
+    Raises:
+        UserError: no such SAE, another d_in, ``a`` wider than ``b``, a threshold not above 0 and at most 1,
+            or ``at_least`` below 2.
+    """
+    import pandas as pd
+
+    if not 0 < threshold <= 1:
+        raise UserError(f"threshold is {threshold}; give a cosine above 0 and at most 1")
+    if at_least < 2:
+        raise UserError(f"at_least is {at_least}; a split makes at least 2 of one")
+    (narrow, _), (wide, _) = _read(a, "a"), _read(b, "b")
+    _require_same_width(narrow, wide)
+    if narrow.d_sae > wide.d_sae:
+        raise UserError(
+            f"a has {narrow.d_sae:,} latents and b only {wide.d_sae:,}; give the narrower SAE first"
+        )
+    cosine_B, parent_B = _nearest(wide.W_dec, narrow.W_dec)
+    frame = pd.DataFrame(
+        {"feature_a": parent_B.numpy(), "feature_b": range(wide.d_sae), "cosine": cosine_B.numpy()}
+    )
+    frame = frame[frame["cosine"] >= threshold]
+    frame.insert(1, "n", frame.groupby("feature_a")["feature_b"].transform("size"))
+    return frame[frame["n"] >= at_least].sort_values(
+        ["n", "feature_a", "cosine"], ascending=[False, True, False], kind="stable", ignore_index=True
+    )
+
+
+def _nearest(rows_ND: Tensor, table_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest cosine [N] of each row with a row of the table, and which that is [N]; in blocks."""
+    unit_ND, unit_MD = (torch.nn.functional.normalize(t.detach().float().cpu()) for t in (rows_ND, table_MD))
+    block = max(1, BLOCK_BYTES // (4 * len(unit_MD)))
+    found = [(part_ND @ unit_MD.T).clamp_(-1, 1).max(dim=1) for part_ND in torch.split(unit_ND, block)]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+
+def _matching(similarity_AB: Tensor, by: str, threshold: float, n_rows: int | None) -> Matching:
+    import pandas as pd
+
+    if not similarity_AB.isfinite().all():
+        raise UserError("the weights of a or b hold NaN or infinity; train that SAE again or restore a copy")
+    of_a, of_b = similarity_AB.max(dim=1), similarity_AB.max(dim=0)
+    a_P, b_P = best_pairs(similarity_AB)
+    similarity_P = similarity_AB[a_P, b_P]
+    pairs = pd.DataFrame(
+        {
+            "feature_a": a_P.numpy(),
+            "feature_b": b_P.numpy(),
+            "similarity": similarity_P.numpy(),
+            "best_of_a": of_a.indices[a_P].numpy(),
+            "best_of_a_similarity": of_a.values[a_P].numpy(),
+            "best_of_b": of_b.indices[b_P].numpy(),
+            "best_of_b_similarity": of_b.values[b_P].numpy(),
+        }
+    )
+    unmatched = []
+    for side, paired_P, best in (("a", a_P, of_a), ("b", b_P, of_b)):
+        alone = torch.ones(len(best.values), dtype=torch.bool).index_fill_(0, paired_P, False).nonzero()[:, 0]
+        columns = {"feature": alone, "best": best.indices[alone], "similarity": best.values[alone]}
+        frame = pd.DataFrame({name: column.numpy() for name, column in columns.items()})
+        frame.insert(0, "side", side)
+        unmatched.append(frame)
+    return Matching(
+        pairs=pairs.sort_values("similarity", ascending=False, kind="stable", ignore_index=True),
+        unmatched=pd.concat(unmatched, ignore_index=True),
+        by=by,
+        threshold=threshold,
+        mean_similarity=similarity_P.double().mean().item(),
+        stability=(similarity_P >= threshold).double().mean().item(),
+        n_rows=n_rows,
+    )
+
+
+def _correlations(
+    sides: list[tuple[SAE, Origin]],
+    cache: ActivationCache | str | Path | None,
+    hook: str | None,
+    rows: int,
+    quiet: bool,
+) -> tuple[Tensor, int]:
+    """Pearson's correlation [A, B] float32 of all pairs, and the number of rows it is over."""
+    opened = _open(cache, sides)
+    row_N = first_rows(opened.held_out, True, limit=rows)
+    if len(row_N) < 2:
+        raise UserError(
+            f"{len(row_N)} of the {opened.n_rows:,} rows of {opened.path} are held out from training, and a "
+            "correlation needs 2; give a cache of more documents"
+        )
+    places = []
+    for sae, origin in sides:
+        if hook is None and origin.hook_name is None and len(opened.hooks) > 1:
+            raise UserError(
+                "nothing says which rows of the cache an SAE in memory reads; name them with hook=..., "
+                f"one of {', '.join(opened.hooks)}"
+            )
+        place = opened.resolve_hook(hook or origin.hook_name)
+        require_width(opened.d_in(place), sae, place, opened.path)
+        places.append(place)
+    sums = Correlations(sides[0][0].d_sae, sides[1][0].d_sae)
+    widest = max(sae.d_sae for sae, _ in sides)
+    size = max(1, min(MOST_ROWS, 2 * BLOCK_BYTES // (4 * widest)))
+    with progress("match", total=len(row_N), unit="tok", quiet=quiet) as bar:
+        for part_N in torch.split(row_N, size):
+            sums.add(*_encoded(sides, opened, places, part_N))
+            bar.update(len(part_N))
+    return sums.result(), len(row_N)
+
+
+def _encoded(
+    sides: list[tuple[SAE, Origin]], cache: ActivationCache, hooks: list[str], row_N: Tensor
+) -> Iterator[SparseCodes]:
+    for (sae, _), hook in zip(sides, hooks, strict=True):
+        x_ND = cache.activations(hook)[row_N].float()
+        if not x_ND.isfinite().all():
+            raise UserError(
+                f"held-out rows of {cache.path} at {hook} hold NaN or infinity; harvest again in bf16 or fp32"
+            )
+        yield sae.encode(x_ND.to(sae.W_dec.device))
+
+
+def _read(sae: SAE | str | Path, name: str) -> tuple[SAE, Origin]:
+    if isinstance(sae, SAE):
+        return sae, Origin(None, None, None)
+    folder = run_folder(sae, name)
+    return load(folder, device=pick_device("auto")), read_origin(folder)
+
+
+def _open(cache: ActivationCache | str | Path | None, sides: list[tuple[SAE, Origin]]) -> ActivationCache:
+    from saebench.activations.cache import ActivationCache, open_cache
+
+    if isinstance(cache, ActivationCache):
+        return cache
+    if cache is None:
+        cache = next((origin.cache for _, origin in sides if origin.cache is not None), None)
+    if cache is None:
+        raise UserError("nothing says on which cache these SAEs were trained; name it with cache=...")
+    return open_cache(cache)
+
+
+def _require_same_width(a: SAE, b: SAE) -> None:
+    if a.d_in != b.d_in:
+        raise UserError(
+            f"a reads {a.d_in} dimensions and b {b.d_in}, so that their decoder rows have no angle; give two "
+            "SAEs of the same width, or match by='activation'"
+        )
+
+
+def _require_memory(a: SAE, b: SAE, limit_gib: float, quiet: bool) -> None:
+    needed = (BYTES_PER_PAIR * a.d_sae * b.d_sae + 4 * BLOCK_BYTES) / 2**30
+    task = f"matching {a.d_sae:,} with {b.d_sae:,} latents takes up to {needed:.1f} GiB"
+    if not needed <= limit_gib:
+        raise UserError(f"{task}, and memory_gib is {limit_gib:g}; raise it, or match narrower SAEs")
+    if not quiet:
+        print(f"match: {task}", file=sys.stderr)
