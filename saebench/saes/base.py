@@ -123,6 +123,11 @@ class SAE(nn.Module):
         """[d_in, d_sae], a transposed view of the latent-major weights."""
         return self.W_enc_MD.T
 
+    @property
+    def fused(self) -> bool:
+        """Whether training takes the fused kernels of a GPU."""
+        return False
+
     def extra_repr(self) -> str:
         return f"d_in={self.d_in}, d_sae={self.d_sae}, k={self.k}"
 

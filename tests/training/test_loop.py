@@ -281,3 +281,11 @@ def test_help_in_a_notebook_names_every_setting():
     names = list(inspect.signature(train).parameters)
     assert names[:2] == ["cache", "out"] and {"lr", "d_sae", "k"} <= set(names)
     assert all(f"    {name}: " in train.__doc__ for name in names if name != "settings")
+
+
+def test_each_session_says_where_it_ran_and_on_which_road(settings):
+    train(**settings)
+    (line,) = (settings["out"] / "sessions.jsonl").read_text().splitlines()
+    session = json.loads(line)
+    assert (session["device"], session["kernels"], session["torch"]) == ("cpu", "eager", torch.__version__)
+    assert session["first_step"] == 0 and session["last_step"] > 0
