@@ -32,7 +32,7 @@ def _atoms(w, indices, values, first, stop, d_in, cols, inside, K: tl.constexpr)
 @triton.jit
 def _reconstruct(
     x, w, b_dec, indices, values, offsets, error, squared, dots, d_in, k,
-    K: tl.constexpr, COLS: tl.constexpr, RAGGED: tl.constexpr, ONCE: tl.constexpr, DOTS: tl.constexpr,
+    K: tl.constexpr, COLS: tl.constexpr, RAGGED: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if RAGGED:
@@ -60,22 +60,21 @@ def _reconstruct(
         squares += r * r
         tl.store(error + row * d_in + cols, r.to(error.dtype.element_ty), mask=inside)
     tl.store(squared + row, tl.sum(squares))
-    if DOTS:
-        if ONCE:
-            at = start + tl.arange(0, K)
+    if ONCE:
+        at = start + tl.arange(0, K)
+        tl.store(dots + at, products, mask=at < stop)
+    else:
+        tl.debug_barrier()  # the residual just stored is read again, by other threads
+        for first in tl.range(start, stop, K):
+            products = tl.zeros((K,), dtype=tl.float32)
+            for c in tl.range(0, d_in, COLS):
+                cols = c + tl.arange(0, COLS)
+                inside = cols < d_in
+                z, atoms = _atoms(w, indices, values, first, stop, d_in, cols, inside, K)
+                r = tl.load(error + row * d_in + cols, mask=inside, other=0.0).to(tl.float32)
+                products += tl.sum(atoms * r[None, :], 1)
+            at = first + tl.arange(0, K)
             tl.store(dots + at, products, mask=at < stop)
-        else:
-            tl.debug_barrier()  # the residual just stored is read again, by other threads
-            for first in tl.range(start, stop, K):
-                products = tl.zeros((K,), dtype=tl.float32)
-                for c in tl.range(0, d_in, COLS):
-                    cols = c + tl.arange(0, COLS)
-                    inside = cols < d_in
-                    z, atoms = _atoms(w, indices, values, first, stop, d_in, cols, inside, K)
-                    r = tl.load(error + row * d_in + cols, mask=inside, other=0.0).to(tl.float32)
-                    products += tl.sum(atoms * r[None, :], 1)
-                at = first + tl.arange(0, K)
-                tl.store(dots + at, products, mask=at < stop)
 
 
 def reconstruct(
@@ -87,7 +86,6 @@ def reconstruct(
     *,
     k: int | None = None,
     offsets: Tensor | None = None,
-    dots: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``error = x - (sum of values[s] W_dec[indices[s]] + b_dec)`` of each row, and what follows from it.
 
@@ -96,8 +94,7 @@ def reconstruct(
 
     Returns:
         ``error_ND`` in the type of W_dec; ``squared_N`` = |error|^2 of each row, float32;
-        ``dots_S`` = error . W_dec[indices[s]], float32 (of entries that belong to a row; empty without
-        ``dots``).
+        ``dots_S`` = error . W_dec[indices[s]], float32, of entries that belong to a row.
     """
     n_rows, d_in = x_ND.shape
     x_ND, W_dec_MD = x_ND.contiguous(), W_dec_MD.contiguous()
@@ -106,7 +103,7 @@ def reconstruct(
     several = min(several, _MOST_ENTRIES)
     error_ND = torch.empty(n_rows, d_in, dtype=W_dec_MD.dtype, device=x_ND.device)
     squared_N = torch.empty(n_rows, dtype=torch.float32, device=x_ND.device)
-    dots_S = torch.empty(len(indices_S) if dots else 0, dtype=torch.float32, device=x_ND.device)
+    dots_S = torch.empty(len(indices_S), dtype=torch.float32, device=x_ND.device)
     _reconstruct[(n_rows,)](
         x_ND,
         W_dec_MD,
@@ -123,7 +120,6 @@ def reconstruct(
         COLS=min(_TILE // several, max(16, triton.next_power_of_2(d_in))),
         RAGGED=offsets is not None,
         ONCE=once,
-        DOTS=dots,
         num_warps=1,
     )
     return error_ND, squared_N, dots_S

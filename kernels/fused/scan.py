@@ -36,19 +36,17 @@ class Tiles(NamedTuple):
     stages: int
     abreast: int
     """Tiles of rows that are worked on side by side, for the sake of the cache."""
-    resident: int
-    """Programs on a multiprocessor; each takes one tile after the other."""
 
 
-_HOPPER = Tiles(rows=128, latents=256, depth=64, warps=8, stages=4, abreast=32, resident=1)
-_HOPPER_GRADIENT = Tiles(rows=128, latents=256, depth=64, warps=8, stages=3, abreast=32, resident=1)
-_AMPERE = Tiles(rows=128, latents=128, depth=32, warps=8, stages=3, abreast=16, resident=1)
+_HOPPER = Tiles(rows=128, latents=256, depth=64, warps=8, stages=4, abreast=32)
+_HOPPER_GRADIENT = Tiles(rows=128, latents=256, depth=64, warps=8, stages=3, abreast=32)
+_AMPERE = Tiles(rows=128, latents=128, depth=32, warps=8, stages=3, abreast=16)
 
 
 def tiles_of(device: torch.device, *, gradient: bool = False) -> Tiles:
-    """The tiles for a GPU; found by measuring on an H100 (see NOTES.md), and fixed.
+    """The tiles for a GPU: fixed, those for Hopper found by measuring on an H100 (see NOTES.md).
 
-    Data centre GPUs from Hopper on have the shared memory for large ones, others do not.
+    Data centre GPUs from Hopper on have the shared memory for large ones; those for others are not tuned.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10):
         return _HOPPER_GRADIENT if gradient else _HOPPER
@@ -210,7 +208,7 @@ def scan(
         return TensorDescriptor.from_tensor(tensor, block) if tma and tensor is not None else tensor
 
     n_tiles = triton.cdiv(n_rows, tiles.rows) * triton.cdiv(d_sae, tiles.latents)
-    programs = min(n_tiles, tiles.resident * _multiprocessors(device))
+    programs = min(n_tiles, _multiprocessors(device))  # each takes one tile after the other
     _scan[(programs,)](
         described(x_ND, of_x),
         described(W_enc_MD, of_w),

@@ -118,9 +118,8 @@ class ChoiceSAE(SAE):
         candidates_A = self._candidates_A
         if candidates_A is None or len(candidates_A) == 0:
             return None
-        dead_A = (self.tokens_since_fired >= self.dead_after)[candidates_A] & self.dead_when_looked[
-            candidates_A
-        ]
+        dead_M = self.dead_when_looked & (self.tokens_since_fired >= self.dead_after)
+        dead_A = dead_M[candidates_A]
         dead_A[1:] &= candidates_A[1:] > 0  # the slots that are left over repeat latent 0
         return Revival(candidates_A, dead_A.float(), default_k_aux(self, self.spec.k_aux))
 

@@ -83,7 +83,8 @@ class _ChoiceLoss(torch.autograd.Function):
             # Of the rounded error, as the sums over rows are: what varies is a difference of the two.
             rounded_energy = torch.linalg.vector_norm(error_ND, dtype=torch.float32).square()
             variance = rounded_energy - sum_D.square().sum() / len(x_ND)
-            variance = torch.where(variance > SMALLEST_SHARE * rounded_energy, variance, 0.0)
+            # Infinity, not a quotient mended afterwards: its gradient would be 0 / 0.
+            variance = torch.where(variance > SMALLEST_SHARE * rounded_energy, variance, torch.inf)
             auxiliary, ctx.revived = _revive(
                 revival, centred_ND, error_ND, variance, W_enc_low_MD, b_enc_M, W_dec_low_MD
             )
@@ -131,8 +132,6 @@ def _revive(
     if weighted:
         pre_NA.mul_(weights_A)
     left_ND = torch.addmm(error_ND, pre_NA, W_dec_MD[candidates_A], alpha=-1)
-    # Infinity, not a quotient mended afterwards: its gradient would be 0 / 0.
-    variance = torch.where(variance > torch.finfo(torch.float32).tiny, variance, torch.inf)
     energy = torch.linalg.vector_norm(left_ND, dtype=torch.float32).square()
     auxiliary = torch.where((weights_A > 0).any(), energy / variance, 0.0)
     return auxiliary, (centred_ND, pre_NA, left_ND, variance, W_dec_MD)
