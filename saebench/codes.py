@@ -95,9 +95,8 @@ class SparseCodes:
         """[S] int64: the row of every stored entry, padding included."""
         if self.k is not None:
             return torch.arange(self.n_rows, device=self.values.device).repeat_interleave(self.k)
-        if (
-            self.values.is_cuda
-        ):  # room to spare at the end belongs to no row, and is said to be the last one's
+        if self.values.is_cuda:
+            # Room to spare at the end belongs to no row, and is said to be the last one's.
             places_S = torch.arange(self.values.numel(), device=self.values.device)
             rows_S = torch.searchsorted(self.row_offsets[1:], places_S, right=True)
             return rows_S.clamp_max(max(0, self.n_rows - 1))
