@@ -5,7 +5,11 @@ from saebench_kernels.feature_choice_encode import feature_choice_encode
 from saebench_kernels.gathered_dots import gathered_dots
 from saebench_kernels.gradient_topk_encode import gradient_topk_encode
 from saebench_kernels.latent_sums import LatentGroups, group_by_latent, latent_sums
-from saebench_kernels.matching_pursuit_encode import matching_pursuit_encode
+from saebench_kernels.matching_pursuit_encode import (
+    matching_pursuit_encode,
+    pursue_fused,
+    pursues_fused,
+)
 from saebench_kernels.matching_pursuit_gradients import matching_pursuit_gradients
 from saebench_kernels.mutual_choice_encode import mutual_choice_encode
 from saebench_kernels.orthogonal_pursuit_encode import orthogonal_pursuit_encode
@@ -29,6 +33,8 @@ __all__ = [
     "matching_pursuit_gradients",
     "mutual_choice_encode",
     "orthogonal_pursuit_encode",
+    "pursue_fused",
+    "pursues_fused",
     "rounded",
     "sparse_decode",
     "threshold_encode",

@@ -1,20 +1,28 @@
-"""Matching pursuit (Mallat and Zhang 1993; as an SAE's encoder: Costa et al. 2025), eager.
+"""Matching pursuit (Mallat and Zhang 1993; as an SAE's encoder: Costa et al. 2025).
 
 Shapes: N rows (n of them at once), D = d_in, M atoms (the rows of the dictionary), K picks a row.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from saebench_kernels.routes import is_fused
 from saebench_kernels.row_chunks import map_chunks
+
+if TYPE_CHECKING:
+    from saebench_kernels.fused.pursuit import Pursuit
 
 _CPU_CHUNK_ELEMENTS = 1 << 20
 """Correlations kept at once on a CPU: few enough that k picks find them in its cache. Sixteen times as many
 where each pick scans anew: then the product wants many rows."""
 _GRAM_LARGEST = 16_384
 """Atoms above which the Gram matrix is not made: it would take more than 1 GiB."""
+_FUSED_LARGEST = 65_536
+_FUSED_ATOMS_A_ROW = 8
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
 """Of |x|: a correlation up to this may be rounding alone. r <- r - c d and r . d each round by eps / 2 of
 what is summed, at first |x| and then ever less, and an atom whose squared norm is off by a few eps leaves as
@@ -41,12 +49,51 @@ def matching_pursuit_encode(
     left of it is zeros at index 0. One atom may be picked several times.
 
     Every c is computed in float32 from the float32 residual, so |x|^2 = sum c^2 + |r|^2 whatever proposed
-    the pick. Two routes propose it, and ``uses_gram`` tells which by the shapes alone: after one
-    scan a = x D^T the correlations are kept up to date by a <- a - c (D D^T)[i] in float32, or a = r D^T is
-    scanned anew for every pick, in ``scan_dtype``. In float32 both make the same picks apart from near ties.
+    the pick. Fused (see `pursues_fused`), the two largest of correlations that are kept up to date in float16
+    propose, and their float32 products decide. Eager, see ``matching_pursuit_encode_eager``.
 
     Returns:
-        ``values_NK`` float32 and ``indices_NK`` int64, in the order of the picks.
+        ``values_NK`` float32 and ``indices_NK``, int32 or int64, in the order of the picks.
+    """
+    if pursues_fused(x_ND.device, scan_dtype, n_rows=len(x_ND), d_sae=len(atoms_MD)):
+        found = pursue_fused(x_ND, atoms_MD, k, tolerance=tolerance, absolute=absolute)
+        return found.values_NK, found.indices_NK
+    return matching_pursuit_encode_eager(
+        x_ND, atoms_MD, k, tolerance=tolerance, absolute=absolute, scan_dtype=scan_dtype
+    )
+
+
+def pursues_fused(device: torch.device, scan_dtype: torch.dtype, *, n_rows: int, d_sae: int) -> bool:
+    """Whether a pursuit takes the fused road: where routes.py says so, up to 65,536 atoms (their Gram matrix
+    then has 8 GiB), and for at least an eighth as many rows (else it costs more than it saves)."""
+    if not 0 < d_sae <= min(_FUSED_LARGEST, _FUSED_ATOMS_A_ROW * n_rows):
+        return False
+    return is_fused("matching_pursuit_encode", device, scan_dtype, d_sae=d_sae)
+
+
+def pursue_fused(
+    x_ND: Tensor, atoms_MD: Tensor, k: int, *, tolerance: Tensor | float = 0.0, absolute: bool = False
+) -> Pursuit:
+    """``matching_pursuit_encode`` by fused kernels, with the residuals that it leaves."""
+    from saebench_kernels.fused.pursuit import pursue
+
+    return pursue(x_ND, atoms_MD.detach(), k, tolerance=tolerance, absolute=absolute, rounding=_ROUNDING)
+
+
+def matching_pursuit_encode_eager(
+    x_ND: Tensor,
+    atoms_MD: Tensor,
+    k: int,
+    *,
+    tolerance: Tensor | float = 0.0,
+    absolute: bool = False,
+    scan_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """``matching_pursuit_encode`` in plain torch.
+
+    Two routes propose the picks, and ``uses_gram`` tells which by the shapes alone: after one scan
+    a = x D^T the correlations are kept up to date by a <- a - c (D D^T)[i] in float32, or a = r D^T is
+    scanned anew for every pick, in ``scan_dtype``. In float32 both make the same picks apart from near ties.
     """
     n_rows, device, use_gram = len(x_ND), x_ND.device, uses_gram(len(x_ND), len(atoms_MD))
     atoms_MD = pad_atoms(atoms_MD)

@@ -4,13 +4,16 @@ The choice is a fixed function of device, type and shape, never of a measurement
 
 | op | fused where |
 |---|---|
-| topk_encode, gradient_topk_encode | CUDA; scan in bfloat16 or float16; k <= 1024; d_sae <= 2^20 |
+| topk_encode | CUDA; scan in bfloat16, float16 or tf32; k <= 1024; d_sae <= 2^20 |
+| gradient_topk_encode | CUDA; scan in bfloat16 or float16; k <= 1024; d_sae <= 2^20 |
 | mutual_choice_encode, threshold_encode | CUDA; scan in bfloat16 or float16; d_sae <= 2^20 |
+| matching_pursuit_encode and its gradients | CUDA; scan in bfloat16 or float16; d_sae <= 65,536, <= 8 N |
 | reconstruct, weight_grads | CUDA; tables in bfloat16 or float16; where the encoders are fused |
 | centre, fused_adam | CUDA |
 
-Everything else is eager; so is all of it on a GPU older than Ampere, on one that is not torch's current GPU,
-where Triton is not installed, and for a batch without rows.
+tf32 is float32 where torch.set_float32_matmul_precision allows factors rounded to 10 bits; float32 proper is
+eager. So is everything else, and all of it on a GPU older than Ampere, on one that is not torch's current
+GPU, where Triton is not installed, and for a batch without rows.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import torch
 LARGEST_K = 1024
 LARGEST_D_SAE = 1 << 20
 _HALF = (torch.bfloat16, torch.float16)
+_TF32_OPS = ("topk_encode",)
 
 logger = logging.getLogger("saebench_kernels")
 
@@ -38,7 +42,7 @@ def is_fused(
     reason = _hindrance(current)
     if reason is None and device.index not in (None, current):
         reason = f"{device} is not the current GPU; call torch.cuda.set_device({device.index}) first"
-    if reason is None and not floats and dtype not in _HALF:
+    if reason is None and not floats and dtype not in _HALF and not (op in _TF32_OPS and _is_tf32(dtype)):
         return False  # float32 was asked for, and gets it
     if reason is None and k > LARGEST_K:
         reason = f"k = {k} is above {LARGEST_K}"
@@ -47,6 +51,10 @@ def is_fused(
     if reason is not None:
         _say(f"{op} takes its eager road: {reason}")
     return reason is None
+
+
+def _is_tf32(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
 
 
 @functools.cache

@@ -228,16 +228,21 @@ def scan(
         ABREAST=tiles.abreast,
         PROGRAMS=programs,
         TMA=tma,
-        EXACT=x_ND.dtype == torch.float32,
+        EXACT=x_ND.dtype == torch.float32 and not tf32_is_allowed(),
         GRADIENT=g_ND is not None,
         FLOOR=floor_M is not None,
         SIZE=GROUP,
         LARGE=LARGE_GROUP,
         WIDEN=triton.knobs.runtime.interpret,  # the interpreter multiplies bfloat16 as if it were integers
         num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        num_stages=min(tiles.stages, 3) if x_ND.dtype == torch.float32 else tiles.stages,  # staged wider
     )
     return Scanned(pre_NP, effect_NM, maxima_NG, large_NG)
+
+
+def tf32_is_allowed() -> bool:
+    """Whether torch allows float32 products of factors rounded to 10 bits; by default it does not."""
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def _has_tma(device: torch.device) -> bool:

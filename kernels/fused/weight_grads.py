@@ -68,8 +68,9 @@ def _sums(
     order, rows, starts, extra, owner, values, dots, scale,
     a_table, a_out, a_extra, b_table, b_out, b_extra, total_out, total_extra,
     n_latents, d_in,
-    K: tl.constexpr, COLS: tl.constexpr, SIZE: tl.constexpr, RAGGED: tl.constexpr,
+    K: tl.constexpr, COLS: tl.constexpr, SIZE: tl.constexpr, RAGGED: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
+    """ALONE: a's table has one row for each entry and counts it once, and there is no b."""
     program = tl.program_id(0)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = cols < d_in
@@ -92,32 +93,39 @@ def _sums(
             else:
                 row = entry // K
             place = row.to(tl.int64) * d_in + cols
-            value = tl.load(values + entry)
-            dot = tl.where(value > 0, tl.load(dots + entry), 0.0)
-            a += value * tl.load(a_table + place, mask=inside, other=0.0).to(tl.float32)
-            b += dot * tl.load(b_table + place, mask=inside, other=0.0).to(tl.float32)
-            total += dot
+            addend = tl.load(a_table + place, mask=inside, other=0.0).to(tl.float32)
+            if ALONE:
+                a += addend
+            else:
+                value = tl.load(values + entry)
+                dot = tl.where(value > 0, tl.load(dots + entry), 0.0)
+                a += value * addend
+                b += dot * tl.load(b_table + place, mask=inside, other=0.0).to(tl.float32)
+                total += dot
         factor = tl.load(scale)
         a *= factor
         b *= factor
         total *= factor
         if program < n_latents:
             tl.store(a_out + latent.to(tl.int64) * d_in + cols, a, mask=inside)
-            tl.store(b_out + latent.to(tl.int64) * d_in + cols, b, mask=inside)
-            if tl.program_id(1) == 0:
-                tl.store(total_out + latent, total)
+            if not ALONE:
+                tl.store(b_out + latent.to(tl.int64) * d_in + cols, b, mask=inside)
+                if tl.program_id(1) == 0:
+                    tl.store(total_out + latent, total)
         else:
             other = (program - n_latents).to(tl.int64)
             tl.store(a_extra + other * d_in + cols, a, mask=inside)
-            tl.store(b_extra + other * d_in + cols, b, mask=inside)
-            if tl.program_id(1) == 0:
-                tl.store(total_extra + other, total)
+            if not ALONE:
+                tl.store(b_extra + other * d_in + cols, b, mask=inside)
+                if tl.program_id(1) == 0:
+                    tl.store(total_extra + other, total)
 
 
 @triton.jit
 def _add_chunks(
-    extra, owner, a_out, a_extra, b_out, b_extra, total_out, total_extra, n_latents, d_in, D: tl.constexpr
-):
+    extra, owner, a_out, a_extra, b_out, b_extra, total_out, total_extra, n_latents, d_in,
+    D: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
     chunk = tl.program_id(0)
     latent = tl.load(owner + chunk)
     if latent < n_latents:
@@ -127,16 +135,21 @@ def _add_chunks(
             inside = cols < d_in
             place = latent.to(tl.int64) * d_in + cols
             a = tl.load(a_out + place, mask=inside, other=0.0)
-            b = tl.load(b_out + place, mask=inside, other=0.0)
-            total = tl.load(total_out + latent)
+            b = tl.zeros((D,), dtype=tl.float32)
+            total = 0.0
+            if not ALONE:
+                b = tl.load(b_out + place, mask=inside, other=0.0)
+                total = tl.load(total_out + latent)
             for other in tl.range(first, tl.load(extra + latent + 1)):
                 at = other * d_in + cols
                 a += tl.load(a_extra + at, mask=inside, other=0.0)
-                b += tl.load(b_extra + at, mask=inside, other=0.0)
-                total += tl.load(total_extra + other)
+                if not ALONE:
+                    b += tl.load(b_extra + at, mask=inside, other=0.0)
+                    total += tl.load(total_extra + other)
             tl.store(a_out + place, a, mask=inside)
-            tl.store(b_out + place, b, mask=inside)
-            tl.store(total_out + latent, total)
+            if not ALONE:
+                tl.store(b_out + place, b, mask=inside)
+                tl.store(total_out + latent, total)
 
 
 def weight_grads(
@@ -147,55 +160,84 @@ def weight_grads(
     ``d_W_dec[m] = sum values[s] error[n]``, ``d_W_enc[m] = sum dots[s] x[n]`` and ``d_b_enc[m] = sum
     dots[s]``, all float32, the latter two over the entries with a value above 0.
     """
-    d_in, n_latents, n_extra = error_ND.shape[1], len(pairs.starts) - 1, len(pairs.owner_E)
-    device = error_ND.device
-    d_W_dec_MD = torch.empty(n_latents, d_in, dtype=torch.float32, device=device)
+    n_latents, d_in = len(pairs.starts) - 1, error_ND.shape[1]
+    d_W_dec_MD = torch.empty(n_latents, d_in, dtype=torch.float32, device=error_ND.device)
     d_W_enc_MD = torch.empty_like(d_W_dec_MD)
-    d_b_enc_M = torch.empty(n_latents, dtype=torch.float32, device=device)
-    dec_extra_ED = torch.empty(n_extra, d_in, dtype=torch.float32, device=device)
-    enc_extra_ED = torch.empty_like(dec_extra_ED)
-    b_extra_E = torch.empty(n_extra, dtype=torch.float32, device=device)
+    d_b_enc_M = torch.empty(n_latents, dtype=torch.float32, device=error_ND.device)
+    _add_up(pairs, scale, d_W_dec_MD, error_ND, values_S, _Second(d_W_enc_MD, x_ND, d_b_enc_M, dots_S))
+    return d_W_dec_MD, d_W_enc_MD, d_b_enc_M
+
+
+def sum_by_latent(pairs: SortedPairs, table_SD: Tensor, scale: Tensor) -> Tensor:
+    """[M, D] float32: ``scale`` times the sum of each latent's rows of ``table``, which has one an entry."""
+    out_MD = torch.empty(len(pairs.starts) - 1, table_SD.shape[1], dtype=torch.float32, device=scale.device)
+    _add_up(pairs._replace(rows_S=None, k=1), scale, out_MD, table_SD, None, None)
+    return out_MD
+
+
+class _Second(NamedTuple):
+    """What is added up beside the first table."""
+
+    out_MD: Tensor
+    table_ND: Tensor
+    total_M: Tensor
+    weights_S: Tensor
+
+
+def _add_up(
+    pairs: SortedPairs,
+    scale: Tensor,
+    out_MD: Tensor,
+    table_ND: Tensor,
+    weights_S: Tensor | None,
+    second: _Second | None,
+) -> None:
+    (n_latents, d_in), n_extra = out_MD.shape, len(pairs.owner_E)
+    unused = pairs.order_S
+    extra_ED = torch.empty(n_extra, d_in, dtype=torch.float32, device=out_MD.device)
+    second_extra_ED = torch.empty_like(extra_ED) if second else unused
+    total_extra_E = torch.empty(n_extra, dtype=torch.float32, device=out_MD.device) if second else unused
     width = triton.next_power_of_2(d_in)
     cols = min(width, _COLS)
-    warps = max(1, min(8, width // 256))
     _sums[(n_latents + n_extra, triton.cdiv(d_in, cols))](
         pairs.order_S,
-        pairs.rows_S if pairs.rows_S is not None else pairs.order_S,
+        pairs.rows_S if pairs.rows_S is not None else unused,
         pairs.starts,
         pairs.extra,
         pairs.owner_E,
-        values_S,
-        dots_S,
+        weights_S if weights_S is not None else unused,
+        second.weights_S if second else unused,
         scale,
-        error_ND,
-        d_W_dec_MD,
-        dec_extra_ED,
-        x_ND,
-        d_W_enc_MD,
-        enc_extra_ED,
-        d_b_enc_M,
-        b_extra_E,
+        table_ND,
+        out_MD,
+        extra_ED,
+        second.table_ND if second else unused,
+        second.out_MD if second else unused,
+        second_extra_ED,
+        second.total_M if second else unused,
+        total_extra_E,
         n_latents,
         d_in,
         K=pairs.k,
         COLS=cols,
         SIZE=CHUNK,
         RAGGED=pairs.rows_S is not None,
+        ALONE=second is None,
         num_warps=1,
     )
     if n_extra:
         _add_chunks[(n_extra,)](
             pairs.extra,
             pairs.owner_E,
-            d_W_dec_MD,
-            dec_extra_ED,
-            d_W_enc_MD,
-            enc_extra_ED,
-            d_b_enc_M,
-            b_extra_E,
+            out_MD,
+            extra_ED,
+            second.out_MD if second else unused,
+            second_extra_ED,
+            second.total_M if second else unused,
+            total_extra_E,
             n_latents,
             d_in,
             D=width,
-            num_warps=warps,
+            ALONE=second is None,
+            num_warps=max(1, min(8, width // 256)),
         )
-    return d_W_dec_MD, d_W_enc_MD, d_b_enc_M

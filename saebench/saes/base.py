@@ -123,9 +123,8 @@ class SAE(nn.Module):
         """[d_in, d_sae], a transposed view of the latent-major weights."""
         return self.W_enc_MD.T
 
-    @property
-    def fused(self) -> bool:
-        """Whether training takes the fused kernels of a GPU."""
+    def trains_fused(self, n_rows: int) -> bool:
+        """Whether a training step of so many rows takes the fused kernels of a GPU."""
         return False
 
     def extra_repr(self) -> str:

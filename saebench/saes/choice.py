@@ -63,6 +63,9 @@ class ChoiceSAE(SAE):
         device, dtype = self.b_dec.device, self.compute_dtype
         return not self.tied and is_fused("reconstruct", device, dtype, k=self.k, d_sae=self.d_sae)
 
+    def trains_fused(self, n_rows: int) -> bool:
+        return self.fused
+
     def centred(self, x_ND: Tensor) -> Tensor:
         """x - b_dec, on the fused road in the type of the products."""
         return centre(x_ND, self.b_dec, dtype=self.compute_dtype) if self.fused else x_ND - self.b_dec

@@ -14,10 +14,16 @@ from torch import Tensor
 from saebench.codes import SparseCodes
 from saebench.errors import UserError
 from saebench.saes.auxiliary import AuxSpec, share_left
-from saebench.saes.base import Batch
+from saebench.saes.base import Batch, LossTerms
 from saebench.saes.choice import ChoiceSAE
 from saebench.saes.functions import decode_codes
-from saebench_kernels import matching_pursuit_encode, matching_pursuit_gradients, orthogonal_pursuit_encode
+from saebench.saes.fused_pursuit import energy_left
+from saebench_kernels import (
+    matching_pursuit_encode,
+    matching_pursuit_gradients,
+    orthogonal_pursuit_encode,
+    pursues_fused,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,22 +131,54 @@ class MatchingPursuitSAE(ChoiceSAE):
     def choose(self, batch: Batch) -> SparseCodes:
         return self.pursue(batch.x_ND)
 
+    def loss(self, batch: Batch) -> LossTerms:
+        return self.fused_pursuit(batch) if self.trains_fused(len(batch.x_ND)) else super().loss(batch)
+
+    def trains_fused(self, n_rows: int) -> bool:
+        if self.spec.orthogonal or self.spec.stop_on_repeat:
+            return False
+        device = self.W_dec.device
+        return pursues_fused(device, self.compute_dtype, n_rows=n_rows, d_sae=self.d_sae)
+
+    def fused_pursuit(self, batch: Batch) -> LossTerms:
+        """The loss by fused kernels; nothing waits for the GPU."""
+        x_ND, absolute = batch.x_ND, self.spec.selection == "absolute"
+        energy, found = energy_left(
+            x_ND, self.W_dec, self.b_dec, self.k, tolerance=self._tolerance(), absolute=absolute
+        )
+        objective, auxiliary = energy / x_ND.numel(), energy.new_zeros(())
+        revival = self.revival(batch) if self.spec.aux_coefficient > 0 else None
+        if revival is not None:
+            # Atoms that live again are zeros, which are never picked.
+            atoms_AD = self.W_dec[revival.candidates_A] * revival.weights_A[:, None]
+            error_ND, k_aux = found.residual_ND, self.spec.k_aux or self.k
+            origin_D = torch.zeros_like(self.b_dec)
+            left, _ = energy_left(error_ND, atoms_AD, origin_D, k_aux, tolerance=0.0, absolute=absolute)
+            variance = (error_ND - error_ND.mean(0)).square().sum()
+            variance = torch.where(variance > torch.finfo(torch.float32).tiny, variance, torch.inf)
+            auxiliary = torch.where((revival.weights_A > 0).any(), left / variance, 0.0)
+        total = objective + self.spec.aux_coefficient * auxiliary
+        codes = SparseCodes.from_topk(found.values_NK, found.indices_NK, d_sae=self.d_sae)
+        return LossTerms(total, objective.detach(), auxiliary.detach(), codes, found.residual_ND, {})
+
     @torch.no_grad()
     def pursue(self, x_ND: Tensor, *, k: int | None = None, tolerance: float | None = None) -> SparseCodes:
         """The picks and their coefficients, without gradients."""
-        trained_with: Tensor | float = 0.0 if self.spec.tolerance is None else self.tolerance
         encode = orthogonal_pursuit_encode if self.spec.orthogonal else matching_pursuit_encode
         values_NK, indices_NK = encode(
             x_ND - self.b_dec,
             self.W_dec,
             self.k if k is None else k,
-            tolerance=trained_with if tolerance is None else tolerance,
+            tolerance=self._tolerance() if tolerance is None else tolerance,
             absolute=self.spec.selection == "absolute",
             scan_dtype=self.compute_dtype,
         )
         if self.spec.stop_on_repeat:
             values_NK = end_at_repeat(values_NK, indices_NK)
         return SparseCodes.from_topk(values_NK, indices_NK, d_sae=self.d_sae)
+
+    def _tolerance(self) -> Tensor | float:
+        return 0.0 if self.spec.tolerance is None else self.tolerance
 
     def attach_gradients(self, x_ND: Tensor, chosen: SparseCodes) -> SparseCodes:
         """``chosen`` with the gradients of the recursion; as it is in the orthogonal variant."""

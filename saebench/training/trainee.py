@@ -145,7 +145,7 @@ class Trainee:
             "tokens_per_second": round(n_steps * self.config.batch_size / max(seconds, 1e-9)),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "torch": torch.__version__,
-            "kernels": "fused" if self.state.sae.fused else "eager",
+            "kernels": "fused" if self.state.sae.trains_fused(self.config.batch_size) else "eager",
         }
         with open(self.config.out / "sessions.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(session) + "\n")

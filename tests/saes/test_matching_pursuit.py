@@ -13,6 +13,7 @@ from saebench.saes.base import Batch, load
 from saebench.saes.matching_pursuit import MatchingPursuitSAE, MatchingPursuitSpec
 from saebench.training import train
 from saebench.training.metrics import step_metrics
+from tests.kernels.fused.problems import DEVICE
 
 OPTIONS = [
     {},
@@ -409,3 +410,33 @@ def test_store_and_evaluation_count_an_atom_picked_again_once(world, tmp_path):
     meter = ReconstructionMeter(sae)
     meter.update(x_ND)
     assert meter.result().l0 == pytest.approx(n_active_M.sum().item() / len(x_ND))
+
+
+@pytest.mark.parametrize("selection", ["signed", "absolute"])
+@pytest.mark.parametrize("n_dead", [0, 1, 5])
+def test_the_fused_loss_is_the_eager_one(selection, n_dead):
+    """Where every pick is clear: atoms of a low dimension leave no near ties to rounding."""
+    n, d, m, k = 40, 12, 150, 3
+    spec = MatchingPursuitSpec(d_sae=m, k=k, selection=selection, k_aux=2)
+    sae = MatchingPursuitSAE(spec, d).to(DEVICE)
+    x_ND = torch.randn(n, d, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    sae.initialize(Batch(x_ND), seed=0)
+    batch = Batch(x_ND)
+    quiet_M = torch.ones(m, dtype=torch.bool, device=DEVICE)
+    quiet_M[sae.pursue(x_ND).indices.long()] = False
+    assert quiet_M.sum() >= n_dead
+    sae.tokens_since_fired[quiet_M.nonzero()[:n_dead, 0]] = sae.dead_after
+    sae.look_for_dead()
+    expected, found = sae.loss(batch), sae.fused_pursuit(batch)
+    assert torch.equal(found.codes.indices.long(), expected.codes.indices.long())
+    assert (found.auxiliary > 0) == (n_dead > 0)
+    for name in ("total", "reconstruction", "auxiliary", "error"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+    gradients = []
+    for terms in (expected, found):
+        sae.zero_grad()
+        terms.total.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in sae.named_parameters()})
+    for name, gradient in gradients[0].items():
+        size = float(gradient.abs().max())
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=2e-2, atol=1e-2 * size, msg=name)
