@@ -8,6 +8,8 @@ Shapes: M rows (latents), D = d_in.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -65,7 +67,9 @@ def _adam(
 
 
 @triton.jit
-def _coefficients(squares, n_squares, lr, limit, beta1, beta2, step, sound, norm, out, BLOCK: tl.constexpr):
+def _coefficients(
+    squares, n_squares, lr, limit, log_beta1, log_beta2, step, sound, norm, out, BLOCK: tl.constexpr
+):
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in tl.range(0, n_squares, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -76,8 +80,8 @@ def _coefficients(squares, n_squares, lr, limit, beta1, beta2, step, sound, norm
     clip = 1.0
     if limit > 0:
         clip = tl.minimum(limit / (length + 1e-6), 1.0)
-    of_mean = 1 - tl.exp(t.to(tl.float64) * tl.log(tl.load(beta1)))
-    of_square = 1 - tl.exp(t.to(tl.float64) * tl.log(tl.load(beta2)))
+    of_mean = 1 - tl.exp(t.to(tl.float64) * log_beta1)
+    of_square = 1 - tl.exp(t.to(tl.float64) * log_beta2)
     tl.store(norm, length)
     tl.store(sound, fine)
     tl.store(out, (tl.load(lr) / of_mean).to(tl.float32))
@@ -87,17 +91,23 @@ def _coefficients(squares, n_squares, lr, limit, beta1, beta2, step, sound, norm
 
 
 def adam_coefficients(
-    squares: Tensor, step: Tensor, sound: Tensor, lr: Tensor, betas_2: Tensor, *, grad_clip: float
+    squares: Tensor,
+    step: Tensor,
+    sound: Tensor,
+    lr: Tensor,
+    *,
+    betas: tuple[float, float],
+    grad_clip: float,
 ) -> tuple[Tensor, Tensor]:
     """What `fused_adam` needs for step ``step`` + 1, and the norm of the gradient before clipping (scalar).
 
     ``squares`` are those of `gradient_squares`, end to end. ``sound`` (scalar bool) becomes False when the
-    norm is not finite. ``lr`` and ``betas`` are float64, on the device; ``grad_clip`` 0 does not clip.
+    norm is not finite. ``lr`` is float64, on the device; ``grad_clip`` 0 does not clip.
     """
     norm, out_4 = squares.new_empty(()), squares.new_empty(4)
     _coefficients[(1,)](
-        squares, len(squares), lr, grad_clip, betas_2[:1], betas_2[1:], step, sound, norm, out_4, BLOCK=4096,
-        num_warps=8,
+        squares, len(squares), lr, grad_clip, *map(math.log, betas), step, sound, norm, out_4,
+        BLOCK=4096, num_warps=8,
     )  # fmt: skip
     return out_4, norm
 

@@ -25,6 +25,9 @@ _COPIES = 32
 """Sets of counters; with one, waiting for each other takes ten times as long as everything else."""
 _BLOCK = 16
 """Groups that are looked at together."""
+_KEYS_A_BLOCK = 256
+_ROWS_PLACED = 4096
+_TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -37,22 +40,36 @@ def _members(listed, first, n_listed, d_sae, BLOCK: tl.constexpr, SIZE: tl.const
 
 
 @triton.jit
-def _find(
-    score, maxima, large, listed, n_listed, n_counted, counters, floor, below, wanted,
-    n_padded, d_sae,
-    LARGE_WIDTH: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, LARGE: tl.constexpr,
-    ALL: tl.constexpr, COUNT: tl.constexpr, AGAIN: tl.constexpr, COPIES: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """List the small groups of a row that hold a key of at least ``floor``, and count these keys.
+def _key_of(number, KEY: tl.constexpr, ALL: tl.constexpr):
+    """The key of a float32 number: not negative, so that its bits are in order; at least 1."""
+    low = tl.maximum(tl.load(number), 0.0).to(KEY)
+    return tl.maximum(order_keys(low.to(tl.int16, bitcast=True), ALL), 1)
 
-    AGAIN: only if ``wanted``, and then the keys that are below ``below``, since the others are counted.
+
+@triton.jit
+def _find(
+    score, maxima, large, listed, n_listed, counters, counted, hint,
+    budget, n_padded, d_sae,
+    LARGE_WIDTH: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, LARGE: tl.constexpr,
+    ALL: tl.constexpr, KEY: tl.constexpr, COUNT: tl.constexpr, AGAIN: tl.constexpr, COPIES: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    """List the small groups of a row that hold a key of at least the hint's, and COUNT these keys.
+
+    Without COUNT, and AGAIN, those that hold a key above 0; AGAIN only if fewer than ``budget`` were counted,
+    and then the keys below the hint's are, since the others have been.
     """
     needed = True
     if AGAIN:
-        needed = tl.load(wanted) != 0
+        needed = tl.sum(tl.load(counted + tl.arange(0, COPIES)).to(tl.int64)) < budget
     if needed:
         row = tl.program_id(0).to(tl.int64)
-        least = tl.load(floor)
+        least = 1
+        most = 1 << 30
+        if AGAIN:
+            most = _key_of(hint, KEY, ALL)
+        elif COUNT:
+            least = _key_of(hint, KEY, ALL)
         n_large = n_padded // LARGE
         n_small = n_padded // SIZE
         groups = tl.arange(0, LARGE_WIDTH)
@@ -78,35 +95,40 @@ def _find(
         tl.store(n_listed + row, n_kept)
         if COUNT:
             tl.debug_barrier()
-            most = 1 << 30
             total = tl.zeros((BLOCK * SIZE,), dtype=tl.int32)
             own = counters + (row % COPIES) * N
-            if AGAIN:
-                most = tl.load(below)
             for start in tl.range(0, n_kept, BLOCK):
                 latents, inside = _members(listed + row * n_small, start, n_kept, d_sae, BLOCK, SIZE)
                 scores = tl.load(score + row * n_padded + latents, mask=inside, other=0)
                 scores = order_keys(scores, ALL)
-                counted = inside & (scores >= least) & (scores < most)
-                tl.atomic_add(own + scores, 1, mask=counted, sem="relaxed")
-                total += counted.to(tl.int32)
-            tl.store(n_counted + row, tl.sum(total))
+                found = inside & (scores >= least) & (scores < most)
+                tl.atomic_add(own + scores, 1, mask=found, sem="relaxed")
+                total += found.to(tl.int32)
+            if not AGAIN:
+                tl.atomic_add(counted + row % COPIES, tl.sum(total), sem="relaxed")
 
 
 @triton.jit
-def _judge(counters, last, spare, budget, N: tl.constexpr):
-    """The last key kept, and how many entries of it are; 0 and 0 where all that is positive is kept."""
-    keys = tl.arange(0, N)
-    counts = tl.where(
-        keys > 0, tl.load(counters + keys), 0
-    )  # int64: all positive entries of a batch together
-    from_here = tl.sum(counts) - tl.cumsum(counts, 0) + counts
-    key = tl.sum((from_here >= budget).to(tl.int32)) - 1
-    enough = key > 0
-    key = tl.maximum(key, 0)
-    above = tl.sum(tl.where(keys > key, counts, 0))
+def _judge(counters, last, spare, budget, N: tl.constexpr, BLOCK: tl.constexpr):
+    """The last key kept, and how many entries of it are; 0 and 0 where all that is positive is kept.
+
+    First in which block of keys it is, then which of the block.
+    """
+    blocks = tl.arange(0, N // BLOCK)
+    within = tl.arange(0, BLOCK)
+    keys = blocks[:, None] * BLOCK + within[None, :]
+    counts = tl.where(keys > 0, tl.load(counters + keys), 0)  # int64: they count whole batches
+    in_block = tl.sum(counts, 1)
+    from_block = tl.sum(in_block) - tl.cumsum(in_block, 0) + in_block
+    block = tl.maximum(tl.sum((from_block >= budget).to(tl.int32)) - 1, 0)
+    after = tl.sum(tl.where(blocks > block, in_block, 0))
+    keys = block * BLOCK + within
+    counts = tl.where(keys > 0, tl.load(counters + keys), 0)
+    from_key = after + tl.sum(counts) - tl.cumsum(counts, 0) + counts
+    key = tl.maximum(block * BLOCK + tl.sum((from_key >= budget).to(tl.int32)) - 1, 0)
+    above = after + tl.sum(tl.where(keys > key, counts, 0))
     tl.store(last, key)
-    tl.store(spare, tl.where(enough, budget - above, 0))
+    tl.store(spare, tl.where(key > 0, budget - above, 0))
 
 
 @triton.jit
@@ -130,12 +152,40 @@ def _count(
 
 
 @triton.jit
+def _place(above, equal, spare, offsets, n_rows, BLOCK: tl.constexpr):
+    """Where each row's entries begin, and (in place of ``equal``) how many of the last key it keeps."""
+    left = tl.load(spare)
+    total = tl.zeros((), dtype=tl.int64)
+    tl.store(offsets, total)
+    for start in tl.range(0, n_rows, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        inside = rows < n_rows
+        n_equal = tl.load(equal + rows, mask=inside, other=0).to(tl.int64)
+        before = tl.cumsum(n_equal, 0) - n_equal
+        n_kept = tl.minimum(tl.maximum(left - before, 0), n_equal)
+        tl.store(equal + rows, n_kept.to(tl.int32), mask=inside)
+        n_entries = tl.load(above + rows, mask=inside, other=0).to(tl.int64) + n_kept
+        tl.store(offsets + 1 + rows, total + tl.cumsum(n_entries, 0), mask=inside)
+        left -= tl.sum(n_equal)
+        total += tl.sum(n_entries)
+
+
+@triton.jit
 def _emit(
-    score, pre, listed, n_listed, last, n_equal, offsets, values, indices, n_padded, d_sae, capacity,
+    score, pre, listed, n_listed, last, n_equal, offsets, values, indices, n_rows, n_padded, d_sae, capacity,
     BLOCK: tl.constexpr, SIZE: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """Write a row's entries: all above the last key kept, and the first ``n_equal`` that equal it."""
+    """Write a row's entries: all above the last key kept, and the first ``n_equal`` that equal it.
+
+    Together the rows write zeros where no row's entries are.
+    """
     row = tl.program_id(0).to(tl.int64)
+    slots = tl.arange(0, BLOCK * SIZE)
+    blank = tl.load(offsets + n_rows) + row * BLOCK * SIZE
+    while blank < capacity:
+        tl.store(values + blank + slots, 0.0, mask=blank + slots < capacity)
+        tl.store(indices + blank + slots, 0, mask=blank + slots < capacity)
+        blank += n_rows * BLOCK * SIZE
     key = tl.load(last)
     n_kept = tl.load(n_listed + row)
     spare = tl.load(n_equal + row)
@@ -168,31 +218,26 @@ class _Found:
             self.n_rows, self.n_padded // GROUP, dtype=torch.int32, device=self.device
         )
         self.n_listed_N = torch.empty(self.n_rows, dtype=torch.int32, device=self.device)
-        self.n_counted_N = torch.empty_like(self.n_listed_N)
 
     def find(
-        self,
-        floor: Tensor,
-        counters: Tensor | None = None,
-        *,
-        again: tuple[Tensor, Tensor] | None = None,
+        self, hint: Tensor | None = None, counters: Tensor | None = None, *, budget: int | None = None
     ) -> None:
-        """List the groups with a key of at least ``floor``; add their keys to ``counters``.
+        """List the groups with a key above 0; or of at least the hint's, and add these keys to ``counters``.
 
-        ``again`` = (wanted, below): only if wanted, and only keys below this are added.
+        With a ``budget`` only if fewer than that were counted: then the groups with a key above 0, and the
+        keys that are below the hint's are added. ``counters`` are C sets of K, then C times how many keys.
         """
-        wanted, below = again or (floor, floor)
+        unused = self.n_listed_N
         _find[(self.n_rows,)](
             self.scanned.pre_NP.view(self.keys),
             self.scanned.maxima_NG.view(self.keys),
             self.scanned.large_NG.view(self.keys),
             self.listed_NG,
             self.n_listed_N,
-            self.n_counted_N,
-            counters if counters is not None else self.n_listed_N,
-            floor,
-            below,
-            wanted,
+            counters if counters is not None else unused,
+            counters.view(-1)[_COPIES * N_KEYS :] if counters is not None else unused,
+            hint if hint is not None else unused,
+            budget or 0,
             self.n_padded,
             self.d_sae,
             LARGE_WIDTH=triton.next_power_of_2(self.n_padded // LARGE_GROUP),
@@ -200,8 +245,9 @@ class _Found:
             SIZE=GROUP,
             LARGE=LARGE_GROUP,
             ALL=ALL_BITS[self.keys],
+            KEY=_TRITON_TYPES[self.scanned.pre_NP.dtype],
             COUNT=counters is not None,
-            AGAIN=again is not None,
+            AGAIN=budget is not None,
             COPIES=_COPIES,
             N=N_KEYS,
             num_warps=1,
@@ -227,9 +273,9 @@ class _Found:
         return above_N, equal_N
 
     def emit(self, last: Tensor, equal_N: Tensor, offsets: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-        """``values`` float32 and ``indices`` int32 [capacity], zeros where nothing was written."""
-        values_S = torch.zeros(capacity, dtype=torch.float32, device=self.device)
-        indices_S = torch.zeros(capacity, dtype=torch.int32, device=self.device)
+        """``values`` float32 and ``indices`` int32 [capacity], zeros beyond the last row's entries."""
+        values_S = torch.empty(capacity, dtype=torch.float32, device=self.device)
+        indices_S = torch.empty(capacity, dtype=torch.int32, device=self.device)
         _emit[(self.n_rows,)](
             self.scanned.pre_NP.view(self.keys),
             self.scanned.pre_NP,
@@ -240,6 +286,7 @@ class _Found:
             offsets,
             values_S,
             indices_S,
+            self.n_rows,
             self.n_padded,
             self.d_sae,
             capacity,
@@ -263,18 +310,16 @@ def select_largest(scanned: Scanned, budget: int, hint: Tensor, d_sae: int) -> t
     """
     found = _Found(scanned, d_sae)
     device = found.device
-    floor = order_key(hint, scanned.pre_NP.dtype).clamp_min(1)
-    one = torch.ones((), dtype=torch.int32, device=device)
-    counters_CK = torch.zeros(_COPIES, N_KEYS, dtype=torch.int32, device=device)
-    found.find(floor, counters_CK)
-    wanted = found.n_counted_N.sum() < budget
-    found.find(one, counters_CK, again=(wanted.to(torch.int32), floor))
+    hint = hint.float()
+    counters = torch.zeros(_COPIES * (N_KEYS + 1), dtype=torch.int32, device=device)
+    found.find(hint, counters)
+    found.find(hint, counters, budget=budget)
     last, spare = torch.empty(2, dtype=torch.int32, device=device).unbind()
-    _judge[(1,)](counters_CK.sum(0), last, spare, budget, N=N_KEYS, num_warps=16)
+    counts_K = counters[: _COPIES * N_KEYS].view(_COPIES, N_KEYS).sum(0)
+    _judge[(1,)](counts_K, last, spare, budget, N=N_KEYS, BLOCK=_KEYS_A_BLOCK, num_warps=16)
     above_N, equal_N = found.count(last)
-    before_N = equal_N.cumsum(0) - equal_N
-    equal_N = torch.minimum((spare - before_N).clamp_min(0), equal_N).to(torch.int32)
-    offsets = torch.nn.functional.pad((above_N + equal_N).cumsum(0), (1, 0))
+    offsets = torch.empty(found.n_rows + 1, dtype=torch.int64, device=device)
+    _place[(1,)](above_N, equal_N, spare, offsets, found.n_rows, BLOCK=_ROWS_PLACED, num_warps=16)
     return *found.emit(last, equal_N, offsets, budget), offsets
 
 
@@ -286,12 +331,7 @@ def select_positive(scanned: Scanned, d_sae: int) -> tuple[Tensor, Tensor, Tenso
     """
     found = _Found(scanned, d_sae)
     zero = torch.zeros((), dtype=torch.int32, device=found.device)
-    found.find(zero + 1)
+    found.find()
     above_N, _ = found.count(zero)
     offsets = torch.nn.functional.pad(above_N.cumsum(0), (1, 0))
     return *found.emit(zero, torch.zeros_like(above_N), offsets, int(offsets[-1])), offsets
-
-
-def order_key(number: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scalar int32: the key of a number that is not negative, rounded to ``dtype``."""
-    return number.clamp_min(0).to(dtype).view(KEYS[dtype]).to(torch.int32)

@@ -23,6 +23,10 @@ _COLS = 256
 slower by a quarter to twice (S1 and S2 on an H100)."""
 
 
+_SEARCHED = 128
+"""Places that one warp looks for."""
+
+
 class SortedPairs(NamedTuple):
     """The entries of a batch sorted by latent, and how they are cut into chunks."""
 
@@ -46,21 +50,60 @@ def sort_pairs(
 
     Entry s is of row s // k, or of row rows[s].
     """
-    device = indices_S.device
+    device, n_entries = indices_S.device, len(indices_S)
+    shift, dtype = 0, torch.int32
     if d_sae <= 1 << 16:  # half as many bits, half as many passes
-        shift, dtype = 1 << 15, torch.int16
-    else:
-        shift, dtype = 0, torch.int32
-    latents_S, order_S = torch.sort((indices_S - shift).to(dtype), stable=True)
-    bounds = torch.arange(-shift, d_sae - shift, device=device, dtype=dtype)
-    starts = torch.full((d_sae + 1,), len(indices_S), dtype=torch.int32, device=device)
-    torch.searchsorted(latents_S, bounds, out_int32=True, out=starts[:-1])
-    extra = torch.zeros(d_sae + 1, dtype=torch.int32, device=device)
-    n_extra_M = (starts.diff() - 1).clamp_min(0) // CHUNK
-    torch.cumsum(n_extra_M, 0, dtype=torch.int32, out=extra[1:])
-    chunks_E = torch.arange(len(indices_S) // CHUNK, device=device, dtype=torch.int32)
-    owner_E = torch.searchsorted(extra[1:], chunks_E, right=True, out_int32=True)
+        shift, dtype = (1 << 15 if d_sae > 1 << 15 else 0), torch.int16
+    latents_S, order_S = torch.sort((indices_S - shift if shift else indices_S).to(dtype), stable=True)
+    starts, extra = torch.empty(2, d_sae + 1, dtype=torch.int32, device=device).unbind()
+    owner_E = torch.empty(n_entries // CHUNK, dtype=torch.int32, device=device)
+    steps = max(1, n_entries).bit_length()
+    _bounds[(triton.cdiv(d_sae + 1, _SEARCHED),)](
+        latents_S, starts, extra, shift, d_sae, n_entries,
+        STEPS=steps, SIZE=CHUNK, BLOCK=_SEARCHED, num_warps=1,
+    )  # fmt: skip
+    torch.cumsum(extra, 0, dtype=torch.int32, out=extra)
+    if len(owner_E):
+        _owners[(triton.cdiv(len(owner_E), _SEARCHED),)](
+            extra, owner_E, d_sae, len(owner_E), STEPS=d_sae.bit_length(), BLOCK=_SEARCHED, num_warps=1
+        )
     return SortedPairs(order_S, rows_S, k or 1, starts, extra, owner_E)
+
+
+@triton.jit
+def _first_at_least(numbers, wanted, n, STEPS: tl.constexpr):
+    """Where in ``numbers``, which ascend, the first is that is at least ``wanted``; n if none is."""
+    low = tl.zeros_like(wanted)
+    high = low + n
+    for _ in tl.static_range(STEPS):
+        middle = (low + high) // 2
+        open_ = low < high
+        below = open_ & (tl.load(numbers + middle, mask=open_, other=0).to(tl.int32) < wanted)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(open_ & ~below, middle, high)
+    return low
+
+
+@triton.jit
+def _bounds(
+    latents, starts, extra, shift, d_sae, n_entries,
+    STEPS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Where each latent's entries begin; and, one place later, how many chunks beyond the first they fill."""
+    latent = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    start = _first_at_least(latents, latent - shift, n_entries, STEPS)
+    before = _first_at_least(latents, latent - 1 - shift, n_entries, STEPS)
+    tl.store(starts + latent, start, mask=latent <= d_sae)
+    n_extra = tl.where(latent > 0, tl.maximum(start - before - 1, 0) // SIZE, 0)
+    tl.store(extra + latent, n_extra, mask=latent <= d_sae)
+
+
+@triton.jit
+def _owners(extra, owner, d_sae, n_chunks, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """The latent of each chunk beyond the first: of those whose chunks begin no later, the last."""
+    chunk = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    latent = _first_at_least(extra + 1, chunk + 1, d_sae, STEPS)
+    tl.store(owner + chunk, latent, mask=chunk < n_chunks)
 
 
 @triton.jit

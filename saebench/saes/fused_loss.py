@@ -91,15 +91,17 @@ class _ChoiceLoss(torch.autograd.Function):
         ctx.chosen, ctx.revival = chosen, revival
         ctx.save_for_backward(centred_ND, error_ND, sum_D, dots_S, W_enc_low_MD)
         ctx.mark_non_differentiable(error_ND)
+        ctx.set_materialize_grads(False)  # not of the error: nobody asks for it
         return energy / x_ND.numel(), auxiliary, error_ND
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         from saebench_kernels.fused.weight_grads import sort_pairs, weight_grads
 
         centred_ND, error_ND, sum_D, dots_S, W_enc_low_MD = ctx.saved_tensors
         chosen: SparseCodes = ctx.chosen
-        scale = grads[0] * (-2 / error_ND.numel())  # of the error: d objective / d x_hat
+        of_objective, of_auxiliary = (sum_D.new_zeros(()) if grad is None else grad for grad in grads[:2])
+        scale = of_objective * (-2 / error_ND.numel())  # of the error: d objective / d x_hat
         rows_S = chosen.rows() if chosen.k is None else None
         pairs = sort_pairs(chosen.indices, chosen.d_sae, k=chosen.k, rows_S=rows_S)
         d_W_dec_MD, d_W_enc_MD, d_b_enc_M = weight_grads(
@@ -108,7 +110,7 @@ class _ChoiceLoss(torch.autograd.Function):
         low_M = d_b_enc_M.to(W_enc_low_MD.dtype)
         d_b_dec_D = sum_D * scale - (low_M @ W_enc_low_MD).float()
         if ctx.revived is not None:
-            _add_revival(ctx, grads[1], d_W_enc_MD, d_b_enc_M, d_W_dec_MD)
+            _add_revival(ctx, of_auxiliary, d_W_enc_MD, d_b_enc_M, d_W_dec_MD)
         return None, None, None, None, d_W_enc_MD, d_b_enc_M, d_W_dec_MD, d_b_dec_D
 
 

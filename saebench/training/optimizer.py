@@ -87,10 +87,9 @@ def _fused_step(
         sound = torch.ones((), dtype=torch.bool, device=device)
     if not isinstance(lr, Tensor):
         lr = torch.full((), lr, dtype=torch.float64, device=device)
-    betas_2 = torch.stack(
-        [torch.full((), beta, dtype=torch.float64, device=device) for beta in group["betas"]]
+    coefficients_4, norm = adam_coefficients(
+        squares, steps[0], sound, lr, betas=group["betas"], grad_clip=grad_clip
     )
-    coefficients_4, norm = adam_coefficients(squares, steps[0], sound, lr, betas_2, grad_clip=grad_clip)
     torch._foreach_add_(steps, [coefficients_4[3]] * len(steps))
     for parameter, grad in grads.items():
         state = optimizer.state[parameter]

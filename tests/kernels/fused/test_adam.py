@@ -24,14 +24,13 @@ def test_coefficients_are_those_of_adam_and_of_clipping(step, grad_clip):
         torch.tensor(step - 1.0, device=DEVICE),
         torch.tensor(1e-3, dtype=torch.float64, device=DEVICE),
     )
-    betas_2 = torch.tensor(BETAS, dtype=torch.float64, device=DEVICE)
-    found_4, norm = adam_coefficients(squares, before, sound, lr, betas_2, grad_clip=grad_clip)
+    found_4, norm = adam_coefficients(squares, before, sound, lr, betas=BETAS, grad_clip=grad_clip)
     exact = squares.double().sum().sqrt()
     torch.testing.assert_close(norm.double(), exact, rtol=1e-6, atol=0)
     clip = min(1.0, float(grad_clip / (exact + 1e-6))) if grad_clip else 1.0
     torch.testing.assert_close(found_4, _coefficients(step, 1e-3, clip), rtol=1e-6, atol=0)
     squares[77] = torch.nan
-    found_4, _ = adam_coefficients(squares, before, sound, lr, betas_2, grad_clip=grad_clip)
+    found_4, _ = adam_coefficients(squares, before, sound, lr, betas=BETAS, grad_clip=grad_clip)
     assert not sound and found_4[3] == 0
 
 
