@@ -29,11 +29,25 @@ from saebench_kernels.rounded import rounded
 PROPOSAL = torch.float16
 _PAD = 128
 """The number of columns of the Gram matrix is a multiple of this: its rows begin where wide loads may."""
-_BLOCK, _WARPS = 4096, 8
 _SCORES_AT_ONCE = 1 << 29
 """Correlations kept at once: 1 GiB."""
-_CACHED = 20 << 20
-"""Bytes of correlations that all running programs may have together, so that they stay in the cache."""
+
+
+class Blocks(NamedTuple):
+    """How a row of correlations is gone through."""
+
+    atoms: int
+    """At a time."""
+    warps: int
+    held: int
+    """Rows of up to so many are held in registers from the first pick to the last."""
+    cached: int = 40 << 20
+    """Bytes of correlations that all running programs may have together, so that they stay in the cache."""
+
+
+def blocks_of(n_padded: int) -> Blocks:
+    """Fixed by the number of atoms; found by measuring on an H100 (see NOTES.md)."""
+    return Blocks(4096, 16, 0) if n_padded <= 32_768 else Blocks(8192, 32, 0)
 
 
 @triton.jit
@@ -48,8 +62,9 @@ def _pursue(
     x, norms, atoms, gram, scores, values, indices, residual, tolerance,
     n_rows, d_in, n_atoms, n_padded, k, rounding,
     D: tl.constexpr, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
-    ABSOLUTE: tl.constexpr, LIMITED: tl.constexpr,
+    ABSOLUTE: tl.constexpr, LIMITED: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
+    """HELD: one block holds all correlations of a row, in registers."""
     cols = tl.arange(0, D)
     inside = cols < d_in
     lanes = tl.arange(0, BLOCK)
@@ -61,24 +76,35 @@ def _pursue(
         own = scores + row * n_padded
         taken = 0.0
         of_picked = gram
+        if HELD:
+            held = tl.load(own + lanes, mask=lanes < n_atoms, other=float("-inf"))
         t = 0
         while t < k:
-            best = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
-            found = tl.zeros((BLOCK,), dtype=tl.int32)
-            for start in tl.range(0, n_atoms, BLOCK):
-                at = start + lanes
-                there = at < n_atoms
-                c = tl.load(own + at, mask=there, other=float("-inf"), eviction_policy="evict_last")
-                score = c.to(tl.float32)
+            if HELD:
                 if t > 0:
-                    overlap = tl.load(of_picked + at, mask=there, other=0.0)
-                    score -= taken * overlap.to(tl.float32)
-                    tl.store(own + at, score.to(c.dtype), mask=there, eviction_policy="evict_last")
+                    overlap = tl.load(of_picked + lanes, mask=lanes < n_atoms, other=0.0)
+                    held = (held.to(tl.float32) - taken * overlap.to(tl.float32)).to(held.dtype)
+                best = held.to(tl.float32)
                 if ABSOLUTE:
-                    score = tl.where(there, tl.abs(score), float("-inf"))
-                better = score > best
-                best = tl.where(better, score, best)
-                found = tl.where(better, at, found)
+                    best = tl.where(lanes < n_atoms, tl.abs(best), float("-inf"))
+                found = lanes
+            else:
+                best = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+                found = tl.zeros((BLOCK,), dtype=tl.int32)
+                for start in tl.range(0, n_atoms, BLOCK):
+                    at = start + lanes
+                    there = at < n_atoms
+                    c = tl.load(own + at, mask=there, other=float("-inf"), eviction_policy="evict_last")
+                    score = c.to(tl.float32)
+                    if t > 0:
+                        overlap = tl.load(of_picked + at, mask=there, other=0.0)
+                        score -= taken * overlap.to(tl.float32)
+                        tl.store(own + at, score.to(c.dtype), mask=there, eviction_policy="evict_last")
+                    if ABSOLUTE:
+                        score = tl.where(there, tl.abs(score), float("-inf"))
+                    better = score > best
+                    best = tl.where(better, score, best)
+                    found = tl.where(better, at, found)
             _, first = _largest(best, found)
             value, second = _largest(tl.where(found == first, float("-inf"), best), found)
             if value == float("-inf"):
@@ -132,9 +158,7 @@ def pursue(
     tolerance: Tensor | float,
     absolute: bool,
     rounding: float,
-    block: int = _BLOCK,
-    warps: int = _WARPS,
-    cached: int = _CACHED,
+    blocks: Blocks | None = None,
 ) -> Pursuit:
     """At most ``k`` picks for each row; x and the atoms (of unit norm) are float32.
 
@@ -153,14 +177,17 @@ def pursue(
     limited = isinstance(tolerance, Tensor) or tolerance > 0
     if limited and not isinstance(tolerance, Tensor):
         tolerance = torch.full((), tolerance, device=device)
-    block = min(block, triton.next_power_of_2(n_padded))
+    blocks = blocks or blocks_of(n_padded)
+    held = triton.next_power_of_2(n_padded) <= blocks.held
+    block = triton.next_power_of_2(n_padded)
+    block = block if held else min(block, blocks.atoms)
     for start in range(0, n_rows, max(1, _SCORES_AT_ONCE // n_padded)):
         rows = slice(start, min(n_rows, start + max(1, _SCORES_AT_ONCE // n_padded)))
         x_nD = x_ND[rows]
         norm_n1 = torch.linalg.vector_norm(x_nD, dim=1, keepdim=True, dtype=torch.float64).float()
         unit_nD = (x_nD / norm_n1.clamp_min(torch.finfo(torch.float32).tiny)).to(PROPOSAL)
         scores_nP = unit_nD @ low_PD.T
-        programs = min(len(x_nD), _programs(device, n_padded, cached))
+        programs = min(len(x_nD), _programs(device, n_padded, blocks))
         _pursue[(programs,)](
             x_nD,
             norm_n1,
@@ -182,17 +209,18 @@ def pursue(
             PROGRAMS=programs,
             ABSOLUTE=absolute,
             LIMITED=limited,
-            num_warps=warps,
+            HELD=held,
+            num_warps=blocks.warps,
         )
     return Pursuit(values_NK, indices_NK, residual_ND)
 
 
-def _programs(device: torch.device, n_padded: int, cached: int) -> int:
+def _programs(device: torch.device, n_padded: int, blocks: Blocks) -> int:
     """Programs that run at once."""
     if device.type != "cuda":
         return 3
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return processors * max(1, min(8, cached // (processors * n_padded * PROPOSAL.itemsize)))
+    return processors * max(1, min(8, blocks.cached // (processors * n_padded * PROPOSAL.itemsize)))
 
 
 @triton.jit

@@ -154,7 +154,7 @@ def _count(
 @triton.jit
 def _place(above, equal, spare, offsets, n_rows, BLOCK: tl.constexpr):
     """Where each row's entries begin, and (in place of ``equal``) how many of the last key it keeps."""
-    left = tl.load(spare)
+    left = tl.load(spare).to(tl.int64)
     total = tl.zeros((), dtype=tl.int64)
     tl.store(offsets, total)
     for start in tl.range(0, n_rows, BLOCK):

@@ -108,10 +108,12 @@ class Loader:
 
     def batch(self, i: int) -> Rows:
         """Batch i, ``batch_size`` rows, on ``device``."""
-        return _rows([column_ND.to(self.device) for column_ND in self._gather(i)])
+        return _rows([column_ND.to(self.device) for column_ND in self._gather(self.rows(i))])
 
     def iterate(self, start: int = 0, stop: int | None = None) -> Iterator[Rows]:
-        """Batches start, start + 1, ... (up to ``stop``, or endless), made ahead in a thread.
+        """Batches start, start + 1, ... (up to ``stop``, or endless), made ahead in two threads.
+
+        One finds the rows of a batch, the other gathers them.
 
         On a GPU they pass through pinned memory and are copied on a stream of their own. Exceptions in the
         thread are raised here; closing the iterator ends the thread.
@@ -130,11 +132,15 @@ class Loader:
     ) -> Iterator[tuple[list[Tensor], torch.cuda.Event | None]]:
         """The columns of each batch on ``device``, with the event that ends their copy to a GPU."""
         copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        indices = itertools.count(start) if stop is None else range(start, stop)
-        with contextlib.closing(_Readahead(self._order, self._columns)) as readahead:
-            for i in indices:
+        numbers = itertools.count(start) if stop is None else range(start, stop)
+        ordered = work_ahead(((i, self.rows(i)) for i in numbers), min(1, self._prefetch))
+        with (
+            contextlib.closing(_Readahead(self._order, self._columns)) as readahead,
+            contextlib.closing(ordered),
+        ):
+            for i, rows_N in ordered:
                 readahead.enter(i * self.batch_size, (i + 1) * self.batch_size)
-                columns = self._gather(i)
+                columns = self._gather(rows_N)
                 if copies is None:
                     yield columns, None
                     continue
@@ -142,9 +148,8 @@ class Loader:
                     columns = [column_ND.to(self.device, non_blocking=True) for column_ND in columns]
                 yield columns, copies.record_event()
 
-    def _gather(self, i: int) -> list[Tensor]:
-        """The columns of batch i in memory of the host, pinned when they are to go to a GPU."""
-        rows_N = self.rows(i)
+    def _gather(self, rows_N: Tensor) -> list[Tensor]:
+        """The columns of a batch in memory of the host, pinned when they are to go to a GPU."""
         pinned = self.device.type == "cuda"
         gathered = []
         for column_ND in self._columns:

@@ -87,7 +87,7 @@ class RowOrder:
         self.n_blocks = -(-self.n_rows // self.block_rows)
         self.n_windows = -(-self.n_blocks // self.window_blocks)
         self._missing = self.n_blocks * self.block_rows - self.n_rows  # rows that the last block lacks
-        self._lock = threading.Lock()
+        self._lock, self._making = threading.Lock(), threading.Lock()
         self._blocks: dict[int, Int64] = {}
         self._windows: dict[tuple[int, int], npt.NDArray[np.uint32]] = {}
 
@@ -164,12 +164,13 @@ class RowOrder:
     def _window(self, span: Span) -> npt.NDArray[np.uint32]:
         """The permutation of a window's rows; two windows are kept."""
         key = (span.epoch, span.window)
-        with self._lock:
-            known = self._windows.get(key)
-        if known is None:
-            order = permutation(span.stop - span.start, self.seed, span.epoch, span.window)
-            known = order.astype(np.uint32)
-            self._keep(self._windows, key, known)
+        with self._making:  # one at a time: two would need twice the memory
+            with self._lock:
+                known = self._windows.get(key)
+            if known is None:
+                order = permutation(span.stop - span.start, self.seed, span.epoch, span.window)
+                known = order.astype(np.uint32)
+                self._keep(self._windows, key, known)
         return known
 
     def _keep(self, table: dict, key: object, value: object) -> None:  # type: ignore[type-arg]

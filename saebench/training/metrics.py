@@ -20,10 +20,12 @@ def step_metrics(
     with torch.no_grad():
         variance = (x_ND - x_ND.mean(0)).square().sum()
         fvu = terms.error.float().square().sum() / torch.where(variance > 0, variance, torch.nan)
-        l0 = terms.codes.l0().float().mean()
-        scalars = [terms.total.detach(), terms.auxiliary, fvu, l0, grad_norm, *terms.extra.values()]
-        numbers = torch.stack([scalar.float() for scalar in scalars]).tolist()
-    loss, aux, fvu_value, l0_value, norm, *extra = numbers
+        codes = terms.codes
+        l0 = codes.l0().double().mean() if sae.spec.repeats else codes.firings().sum() / max(1, codes.n_rows)
+        dead = (sae.tokens_since_fired >= sae.dead_after).sum()
+        scalars = [terms.total.detach(), terms.auxiliary, fvu, l0, dead, grad_norm, *terms.extra.values()]
+        numbers = torch.stack([scalar.double() for scalar in scalars]).tolist()
+    loss, aux, fvu_value, l0_value, n_dead, norm, *extra = numbers
     return {
         "step": step,
         "tokens": tokens,
@@ -31,7 +33,7 @@ def step_metrics(
         "aux": aux,
         "fvu": fvu_value,
         "l0": l0_value,
-        "dead": int(sae.dead_latents().numel()),
+        "dead": int(n_dead),
         "grad_norm": norm,
         "lr": lr,
         **dict(zip(terms.extra, extra, strict=True)),
