@@ -39,15 +39,13 @@ class Blocks(NamedTuple):
     atoms: int
     """At a time."""
     warps: int
-    held: int
-    """Rows of up to so many are held in registers from the first pick to the last."""
-    cached: int = 40 << 20
+    cached: int
     """Bytes of correlations that all running programs may have together, so that they stay in the cache."""
 
 
 def blocks_of(n_padded: int) -> Blocks:
     """Fixed by the number of atoms; found by measuring on an H100 (see NOTES.md)."""
-    return Blocks(4096, 16, 0) if n_padded <= 32_768 else Blocks(8192, 32, 0)
+    return Blocks(4096, 16, 40 << 20) if n_padded <= 32_768 else Blocks(8192, 32, 40 << 20)
 
 
 @triton.jit
@@ -62,9 +60,8 @@ def _pursue(
     x, norms, atoms, gram, scores, values, indices, residual, tolerance,
     n_rows, d_in, n_atoms, n_padded, k, rounding,
     D: tl.constexpr, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
-    ABSOLUTE: tl.constexpr, LIMITED: tl.constexpr, HELD: tl.constexpr,
+    ABSOLUTE: tl.constexpr, LIMITED: tl.constexpr,
 ):  # fmt: skip
-    """HELD: one block holds all correlations of a row, in registers."""
     cols = tl.arange(0, D)
     inside = cols < d_in
     lanes = tl.arange(0, BLOCK)
@@ -76,35 +73,24 @@ def _pursue(
         own = scores + row * n_padded
         taken = 0.0
         of_picked = gram
-        if HELD:
-            held = tl.load(own + lanes, mask=lanes < n_atoms, other=float("-inf"))
         t = 0
         while t < k:
-            if HELD:
+            best = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+            found = tl.zeros((BLOCK,), dtype=tl.int32)
+            for start in tl.range(0, n_atoms, BLOCK):
+                at = start + lanes
+                there = at < n_atoms
+                c = tl.load(own + at, mask=there, other=float("-inf"), eviction_policy="evict_last")
+                score = c.to(tl.float32)
                 if t > 0:
-                    overlap = tl.load(of_picked + lanes, mask=lanes < n_atoms, other=0.0)
-                    held = (held.to(tl.float32) - taken * overlap.to(tl.float32)).to(held.dtype)
-                best = held.to(tl.float32)
+                    overlap = tl.load(of_picked + at, mask=there, other=0.0)
+                    score -= taken * overlap.to(tl.float32)
+                    tl.store(own + at, score.to(c.dtype), mask=there, eviction_policy="evict_last")
                 if ABSOLUTE:
-                    best = tl.where(lanes < n_atoms, tl.abs(best), float("-inf"))
-                found = lanes
-            else:
-                best = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
-                found = tl.zeros((BLOCK,), dtype=tl.int32)
-                for start in tl.range(0, n_atoms, BLOCK):
-                    at = start + lanes
-                    there = at < n_atoms
-                    c = tl.load(own + at, mask=there, other=float("-inf"), eviction_policy="evict_last")
-                    score = c.to(tl.float32)
-                    if t > 0:
-                        overlap = tl.load(of_picked + at, mask=there, other=0.0)
-                        score -= taken * overlap.to(tl.float32)
-                        tl.store(own + at, score.to(c.dtype), mask=there, eviction_policy="evict_last")
-                    if ABSOLUTE:
-                        score = tl.where(there, tl.abs(score), float("-inf"))
-                    better = score > best
-                    best = tl.where(better, score, best)
-                    found = tl.where(better, at, found)
+                    score = tl.where(there, tl.abs(score), float("-inf"))
+                better = score > best
+                best = tl.where(better, score, best)
+                found = tl.where(better, at, found)
             _, first = _largest(best, found)
             value, second = _largest(tl.where(found == first, float("-inf"), best), found)
             if value == float("-inf"):
@@ -178,9 +164,7 @@ def pursue(
     if limited and not isinstance(tolerance, Tensor):
         tolerance = torch.full((), tolerance, device=device)
     blocks = blocks or blocks_of(n_padded)
-    held = triton.next_power_of_2(n_padded) <= blocks.held
-    block = triton.next_power_of_2(n_padded)
-    block = block if held else min(block, blocks.atoms)
+    block = min(blocks.atoms, triton.next_power_of_2(n_padded))
     for start in range(0, n_rows, max(1, _SCORES_AT_ONCE // n_padded)):
         rows = slice(start, min(n_rows, start + max(1, _SCORES_AT_ONCE // n_padded)))
         x_nD = x_ND[rows]
@@ -209,7 +193,6 @@ def pursue(
             PROGRAMS=programs,
             ABSOLUTE=absolute,
             LIMITED=limited,
-            HELD=held,
             num_warps=blocks.warps,
         )
     return Pursuit(values_NK, indices_NK, residual_ND)
