@@ -164,14 +164,19 @@ class RowOrder:
     def _window(self, span: Span) -> npt.NDArray[np.uint32]:
         """The permutation of a window's rows; two windows are kept."""
         key = (span.epoch, span.window)
-        with self._making:  # one at a time: two would need twice the memory
-            with self._lock:
-                known = self._windows.get(key)
-            if known is None:
-                order = permutation(span.stop - span.start, self.seed, span.epoch, span.window)
-                known = order.astype(np.uint32)
-                self._keep(self._windows, key, known)
+        known = self._known(key)
+        if known is None:
+            with self._making:  # one at a time: two would need twice the memory
+                known = self._known(key)
+                if known is None:
+                    order = permutation(span.stop - span.start, self.seed, span.epoch, span.window)
+                    known = order.astype(np.uint32)
+                    self._keep(self._windows, key, known)
         return known
+
+    def _known(self, key: tuple[int, int]) -> npt.NDArray[np.uint32] | None:
+        with self._lock:
+            return self._windows.get(key)
 
     def _keep(self, table: dict, key: object, value: object) -> None:  # type: ignore[type-arg]
         with self._lock:
