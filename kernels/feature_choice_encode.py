@@ -1,4 +1,4 @@
-"""Encode and keep, for each latent, the rows of its largest pre-activations: the eager reference.
+"""Encode and keep, for each latent, the rows of its largest pre-activations.
 
 Shapes: N rows, D = d_in, M = d_sae latents, c latents at once, S entries kept, row by row.
 """
@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from saebench_kernels.gathered_dots import gathered_dots
+from saebench_kernels.rounded import rounded
+from saebench_kernels.routes import is_fused
 
 _CPU_CHUNK_ELEMENTS = 1 << 20
 """Pre-activations made at once on a CPU: few enough to be in its cache when the largest are looked for."""
 _CUDA_CHUNK_ELEMENTS = 1 << 26
+_FUSED_MOST_ROWS = 1 << 15
 
 
 def feature_choice_encode(
@@ -25,16 +28,41 @@ def feature_choice_encode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ``budgets[m]`` largest positive entries of each column m of ``relu(x W_enc^T + b_enc)``.
 
-    x and weights are float32; budgets int64, each between 0 and N. A column with fewer positive entries
-    keeps those. Which of several equal values at the border is kept is unspecified.
+    x is of any float type, the weights are float32; budgets int64, each between 0 and N. A column with fewer
+    positive entries keeps those. Waits for the GPU once, to know how many entries there are.
+
+    Fused (see routes.py; up to 32,768 rows), the choice is exact on the pre-activations of the scan, rounded
+    to its type: the largest, of equals those of the first rows; the values are these rounded ones, and NaN
+    is above all. Eager, see ``feature_choice_encode_eager``.
+
+    Returns:
+        ``values_S`` float32, ``indices_S`` int32 or int64, ascending within a row, and ``offsets`` [N + 1]
+        int64: where each row begins.
+    """
+    n_rows, d_sae = len(x_ND), len(W_enc_MD)
+    if 0 < n_rows <= _FUSED_MOST_ROWS and is_fused(
+        "feature_choice_encode", x_ND.device, scan_dtype, d_sae=d_sae
+    ):
+        from saebench_kernels.fused.by_latent import select_by_latent
+
+        scan_W_MD = rounded(W_enc_MD, scan_dtype)
+        return select_by_latent(rounded(x_ND, scan_dtype), scan_W_MD, b_enc_M, budgets_M)
+    return feature_choice_encode_eager(x_ND.float(), W_enc_MD, b_enc_M, budgets_M, scan_dtype=scan_dtype)
+
+
+def feature_choice_encode_eager(
+    x_ND: Tensor,
+    W_enc_MD: Tensor,
+    b_enc_M: Tensor,
+    budgets_M: Tensor,
+    *,
+    scan_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``feature_choice_encode`` in plain torch; which of several equal values at the border is kept is open.
 
     Latents are taken in order of their budgets, those of similar ones together, so that no latent is sorted
     much deeper than it needs. When ``scan_dtype`` is not float32 the scan only proposes: the values of the
     entries picked are computed again in float32.
-
-    Returns:
-        ``values_S`` float32, ``indices_S`` int64, ascending within a row, and ``offsets`` [N + 1] int64:
-        where each row begins.
     """
     n_rows, d_sae = x_ND.shape[0], W_enc_MD.shape[0]
     scan_x_DN, scan_W_MD, scan_b_M = x_ND.to(scan_dtype).T, W_enc_MD.to(scan_dtype), b_enc_M.to(scan_dtype)

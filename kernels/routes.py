@@ -7,6 +7,7 @@ The choice is a fixed function of device, type and shape, never of a measurement
 | topk_encode | CUDA; scan in bfloat16, float16 or tf32; k <= 1024; d_sae <= 2^20 |
 | gradient_topk_encode | CUDA; scan in bfloat16 or float16; k <= 1024; d_sae <= 2^20 |
 | mutual_choice_encode, threshold_encode | CUDA; scan in bfloat16 or float16; d_sae <= 2^20 |
+| feature_choice_encode | the same; N <= 32,768 |
 | matching_pursuit_encode and its gradients | CUDA; scan in bfloat16 or float16; d_sae <= 65,536, <= 8 N |
 | reconstruct, weight_grads | CUDA; tables in bfloat16 or float16; where the encoders are fused |
 | centre, fused_adam | CUDA |

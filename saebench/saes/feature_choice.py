@@ -144,7 +144,7 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         if not self.by_feature(batch.progress):
             return super().choose(batch)
         values_S, indices_S, offsets = feature_choice_encode(
-            batch.x_ND - self.b_dec,
+            self.centred_rows(batch),
             self.W_enc_MD,
             self.b_enc,
             self.budgets(len(batch.x_ND)),
