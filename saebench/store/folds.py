@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from saebench.store.lots import lots
+
 TRAIN, TEST = 0, 1
 FOLDS = {"train": TRAIN, "test": TEST}
 """Name -> stored number of a fold."""
@@ -19,15 +21,7 @@ FOLDS = {"train": TRAIN, "test": TEST}
 def fold_of(doc_S: NDArray[Any]) -> NDArray[np.uint8]:
     """[S]: TRAIN or TEST for each document number."""
     doc = np.asarray(doc_S).astype(np.uint64)
-    fold: NDArray[np.uint8] = (doc & np.uint64(1) ^ mixed(doc >> np.uint64(1)) >> np.uint64(63)).astype(
-        np.uint8
-    )
+    fold: NDArray[np.uint8] = (
+        (doc & np.uint64(1)) ^ (lots(doc >> np.uint64(1), 0, 1) >> np.uint64(63))
+    ).astype(np.uint8)
     return fold
-
-
-def mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64: 64 bits that look random, the same for the same ``x``."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    return x

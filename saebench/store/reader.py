@@ -116,7 +116,7 @@ class StoreReader:
 
     def _require(self, table: str) -> None:
         if table not in self.tables:
-            why = self._meta["missing"].get(table, "it was indexed without")
+            why = {**self._meta["left_out"], **self._meta["missing"]}.get(table, "it was indexed without")
             raise UserError(f"the store {self.path} has no table {table!r} for {self.sae!r}: {why}")
 
     def _labels(self, docs: Sequence[int]) -> dict[int, str | None]:
