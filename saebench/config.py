@@ -322,6 +322,30 @@ class IndexConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """Check a feature store: files, checksums, and that its tables agree with each other."""
+
+    store: Path
+    """Directory of the feature store."""
+    run: Path | None = None
+    """Also compare directions with the weights of this run, which is one of the store's SAEs."""
+    cache: Path | None = None
+    """With --run: also encode a sample of this cache again; it must be the one that was indexed."""
+    model: str = "none"
+    """With --cache: also compute a sample of the logits again; 'cache' is the model that made the cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RebuildConfig:
+    """Make the tables of a feature store again from its activations, also of one of an older format."""
+
+    store: Path
+    """Directory of the feature store."""
+    quiet: bool = False
+    """No progress display."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Write a trained SAE in the form of another library."""
 

@@ -28,21 +28,25 @@ def directions(W_enc_MD: Tensor, W_dec_MD: Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def nearest_rows(W_MD: Tensor, n: int = NEIGHBORS_PER_FEATURE) -> tuple[Tensor, Tensor]:
+def nearest_rows(
+    W_MD: Tensor, n: int = NEIGHBORS_PER_FEATURE, *, of: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """``(other, cosine)`` [M, J] on the CPU: the J = min(n, M - 1) other rows with the largest cosine,
     nearest first.
 
-    Computed in blocks of rows, so memory stays at ``BLOCK_BYTES`` whatever M is.
+    With ``of``, only those of the latents numbered there. Computed in blocks of rows, so memory stays at
+    ``BLOCK_BYTES`` whatever M is.
     """
     unit_MD = _unit(W_MD.float())
     n_latents = len(unit_MD)
     n = min(n, n_latents - 1)
     block = max(1, BLOCK_BYTES // (4 * n_latents))
     others, cosines = [torch.empty(0, n, dtype=torch.int64)], [torch.empty(0, n)]
-    for start in range(0, n_latents, block):
-        rows = torch.arange(start, min(start + block, n_latents), device=unit_MD.device)
+    wanted = torch.arange(n_latents) if of is None else of
+    for start in range(0, len(wanted), block):
+        rows = wanted[start : start + block].to(unit_MD.device)
         cosine_BM = unit_MD[rows] @ unit_MD.T
-        cosine_BM[torch.arange(len(rows)), rows] = -torch.inf
+        cosine_BM[torch.arange(len(rows), device=rows.device), rows] = -torch.inf
         cosine_BJ, other_BJ = cosine_BM.topk(n, dim=1)
         others.append(other_BJ.cpu())
         cosines.append(cosine_BJ.clamp(-1, 1).cpu())

@@ -62,7 +62,7 @@ class StoreReader:
             if version != FORMAT_VERSION:
                 raise UserError(
                     f"{stored.file.path} of the store {path} has format {version} and this saebench reads "
-                    f"{FORMAT_VERSION}; run saebench index again with this version"
+                    f"{FORMAT_VERSION}; run saebench store rebuild {path}, or saebench index again"
                 )
         except BaseException:
             self._connection.close()

@@ -117,6 +117,9 @@ SAE_RULES = (
           f"- lo) * {HIST_BINS}), {HIST_BINS - 1}))::INTEGER ELSE 0 END AS bin FROM sae.act JOIN (FROM "
           "sae.hist WHERE kind = 1) USING (feature) WHERE value > 0 AND {some}) GROUP BY feature, bin) GROUP "
           "BY feature HAVING sum(abs(n - coalesce(counts[bin + 1], 0))) > 4 + 0.01 * sum(n)"),
+    _rule("feature position", "profiles of positions do not add up to n_act",
+          "SELECT feature FROM sae.feature LEFT JOIN sae.position USING (feature) WHERE "
+          "coalesce(list_sum(counts), 0) <> n_act"),
     _rule("act position", "the profile of positions is not that of the activations",
           "SELECT feature FROM (SELECT feature, list(n ORDER BY bucket) AS n, list(bucket ORDER BY bucket) "
           "AS buckets FROM (SELECT feature, pos * len(counts) // $ctx_len AS bucket, count(*) AS n FROM "
@@ -243,7 +246,7 @@ SAE_RULES = (
     _rule("feature logit token", "logit_top or logit_max is not the most promoted token's",
           "SELECT feature FROM sae.feature LEFT JOIN (SELECT feature, text, value FROM sae.logit JOIN "
           "txt.token USING (token) WHERE sign = 1 AND rank = 0) USING (feature) WHERE logit_top IS DISTINCT "
-          "FROM text OR logit_max IS DISTINCT FROM value OR logit_kurtosis IS NULL"),
+          "FROM text OR logit_max IS DISTINCT FROM value"),
     _rule("feature neighbor", "neighbours are not ordered, or not other latents of this SAE",
           "SELECT feature FROM (SELECT *, lag(score) OVER w AS before, row_number() OVER w - 1 AS place FROM "
           "sae.neighbor WINDOW w AS (PARTITION BY kind, feature ORDER BY rank)) WHERE feature = other OR "
@@ -251,7 +254,8 @@ SAE_RULES = (
           f"before OR place <> rank OR rank >= {NEIGHBORS_PER_FEATURE} OR kind > 3 OR (n_both IS NULL) <> "
           "(kind < 2)"),
     _rule("feature neighbor", "a feature lacks neighbours by direction",
-          "SELECT feature FROM (SELECT feature, kind FROM sae.feature, range(2) kinds(kind)) LEFT JOIN "
+          "SELECT feature FROM (SELECT feature, kind FROM sae.feature, range(2) kinds(kind) WHERE kind = 0 "
+          "OR enc_norm IS NOT NULL) LEFT JOIN "
           "(SELECT feature, kind, count(*) AS n FROM sae.neighbor GROUP BY ALL) USING (feature, kind) WHERE "
           f"coalesce(n, 0) <> least({NEIGHBORS_PER_FEATURE}, $d_sae - 1)"),
     _rule("feature neighbor", "dec_nn or dec_max_cos is not the first neighbour",
