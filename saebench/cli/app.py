@@ -18,6 +18,7 @@ from saebench.cli.flags import CONFIG_FLAG, check_settings, parameters, read_set
 from saebench.cli.output import Result
 from saebench.config import (
     BenchConfig,
+    CheckConfig,
     CompareConfig,
     DemoConfig,
     EvalConfig,
@@ -26,6 +27,7 @@ from saebench.config import (
     ImportConfig,
     ImportSaeConfig,
     IndexConfig,
+    RebuildConfig,
     SynthConfig,
     TrainConfig,
     architecture,
@@ -79,7 +81,8 @@ def build(argv: Sequence[str]) -> App:
     cache.command(station(ImportConfig, "cache import", commands.cache_import, "source"), name="import")
     store = App(name="store", help="Look at a feature store or check it.")
     store.command(_simple(commands.store_info, "store", Store), name="info")
-    store.command(_simple(commands.store_check, "store", Store), name="check")
+    store.command(station(CheckConfig, "store check", commands.store_check, "store"), name="check")
+    store.command(station(RebuildConfig, "store rebuild", commands.store_rebuild, "store"), name="rebuild")
     in_the_order_of_the_road: dict[str, Any] = {
         "demo": station(DemoConfig, "demo", commands.demo),
         "harvest": station(HarvestConfig, "harvest", commands.harvest),
@@ -87,7 +90,7 @@ def build(argv: Sequence[str]) -> App:
         "train": station(TrainConfig, "train", commands.train),
         "eval": station(EvalConfig, "eval", commands.evaluate, "run"),
         "compare": station(CompareConfig, "compare", commands.compare, "runs"),
-        "index": station(IndexConfig, "index", commands.index, "run"),
+        "index": station(IndexConfig, "index", commands.index, "run", "also"),
         "store": store,
         "explore": commands.explore,
         "export": station(ExportConfig, "export", commands.export, "run", "out"),

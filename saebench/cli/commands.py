@@ -13,6 +13,7 @@ from cyclopts import Group, Parameter
 import saebench
 from saebench.cli.output import Result, pairs, table, visible
 from saebench.config import (
+    CheckConfig,
     CompareConfig,
     DemoConfig,
     EvalConfig,
@@ -21,6 +22,7 @@ from saebench.config import (
     ImportConfig,
     ImportSaeConfig,
     IndexConfig,
+    RebuildConfig,
     SynthConfig,
 )
 from saebench.errors import UserError
@@ -174,17 +176,26 @@ def store_info(store: Path) -> Result:
     return Result(data, "\n\n".join([pairs(head), *map(_store_text, data["saes"])]))
 
 
-def store_check(store: Path) -> Result:
-    """Check a feature store: files, checksums, and that its tables agree with each other."""
+def store_check(config: CheckConfig) -> Result:
     from saebench.store import check_store
 
-    findings = [{"where": found.where, "problem": found.problem} for found in check_store(store)]
+    store = config.store
+    found = check_store(store, run=config.run, cache=config.cache, model=config.model)
+    findings = [{"where": one.where, "problem": one.problem} for one in found]
     if not findings:
         return Result({"path": str(store), "findings": []}, f"{store}: nothing wrong was found")
     text = table(("where", "what is wrong"), [(found["where"], found["problem"]) for found in findings])
     places = "1 place" if len(findings) == 1 else f"{len(findings)} places"
     complaint = f"the store {store} is damaged in {places}; make it again with saebench index"
     return Result({"path": str(store), "findings": findings}, text, complaint)
+
+
+def store_rebuild(config: RebuildConfig) -> Result:
+    from saebench.store import rebuild_store
+
+    manifest = rebuild_store(config.store, quiet=config.quiet)
+    data = {"path": str(config.store), "generation": manifest.generation}
+    return Result(data, f"{config.store}: all tables are made again, in generation {manifest.generation}")
 
 
 def explore(

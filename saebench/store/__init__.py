@@ -9,16 +9,18 @@ if TYPE_CHECKING:
     from saebench.store.build import index
     from saebench.store.check import check_store, store_info
     from saebench.store.query import FeatureStore, open_store
+    from saebench.store.rebuild import rebuild_store
 
 _HOMES = {
     "FeatureStore": "query",
     "check_store": "check",
     "index": "build",
     "open_store": "query",
+    "rebuild_store": "rebuild",
     "store_info": "check",
 }
 
-__all__ = ["FeatureStore", "check_store", "index", "open_store", "store_info"]
+__all__ = ["FeatureStore", "check_store", "index", "open_store", "rebuild_store", "store_info"]
 
 
 def __getattr__(name: str) -> Any:

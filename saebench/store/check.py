@@ -11,11 +11,16 @@ from saebench.errors import UserError
 from saebench.files import sha256_file
 from saebench.store import publish
 from saebench.store.database import first_line, open_reader, read_meta, tables_of
+from saebench.store.folds import fold_of
+from saebench.store.recompute import is_of, load_witnesses, problems
 from saebench.store.rules import SAE_RULES, TEXT_RULES, Rule
-from saebench.store.schema import HIST_BINS, SAE_TABLES, TEXT_TABLES, Table
+from saebench.store.schema import FORMAT_VERSION, HIST_BINS, SAE_TABLES, TEXT_TABLES, Table
 
 if TYPE_CHECKING:
     import duckdb
+
+    from saebench.activations.cache import ActivationCache
+    from saebench.saes.base import SAE
 
 RECOUNTED = 20_000_000
 """Activations from which tables are recounted; a larger store is recounted for a sample of its features."""
@@ -32,15 +37,21 @@ class Finding:
         return f"{self.where}: {self.problem}"
 
 
-def check_store(path: str | Path) -> list[Finding]:
+def check_store(
+    path: str | Path, *, run: Path | None = None, cache: Path | None = None, model: str = "none"
+) -> list[Finding]:
     """All that is wrong with the current generation of a store; an empty list when it is healthy.
 
     Files are compared with the checksums of the manifest; the tables of undamaged files are compared with
-    each other and recounted from the activations (rules.py).
+    each other and recounted from the activations (rules.py). Directions are compared with the SAE of
+    ``run``, a sample of the activations with its codes of ``cache``, a sample of the logits with ``model``
+    ('cache' is the one that made the cache).
 
     Raises:
-        UserError: there is no store, its manifest is damaged, or its format is newer.
+        UserError: there is no store, its manifest is damaged, or its format is newer; the run, cache or
+            model is not the one that the store was made with.
     """
+    witness, rows = load_witnesses(run, cache, model)
     path = Path(path)
     manifest = publish.read_manifest(path)
     findings = [finding for file in manifest.files() for finding in _check_file(path, file)]
@@ -53,6 +64,8 @@ def check_store(path: str | Path) -> list[Finding]:
             findings.append(Finding(publish.MANIFEST, f"the text of {sae.name!r} is not listed"))
         elif not damaged & {sae.file.path, text.path if text else ""}:
             findings += _check_tables(path, sae, text)
+    if witness is not None:
+        findings += _check_witness(path, manifest, damaged, witness, rows, model, run)
     return findings
 
 
@@ -102,17 +115,47 @@ def _check_tables(store: Path, sae: publish.StoredSae, text: publish.StoredFile 
     with connection:
         try:
             meta = read_meta(connection)
+            if meta["format_version"] != FORMAT_VERSION:
+                version = meta["format_version"]
+                yield Finding(sae.file.path, f"it has format {version}; run saebench store rebuild {store}")
+                return
             yield from _check_schema(connection, sae, meta)
             parameters = {**meta, "bins": HIST_BINS}
             every = max(1, -(-meta["n_activations"] // RECOUNTED))
+            pairs = meta["n_activations"] * meta["n_activations"] // meta["n_tokens"]
+            few = max(every, -(-pairs // RECOUNTED))
             present = tables_of(connection, "sae")
             if text:
                 present |= tables_of(connection, "txt")
                 kept = read_meta(connection, "txt")
-                yield from _check_rules(connection, text.path, TEXT_RULES, present, kept, every)
-            yield from _check_rules(connection, sae.file.path, SAE_RULES, present, parameters, every)
+                yield from _check_rules(connection, text.path, TEXT_RULES, present, kept, every, few)
+            if text:
+                yield from _check_folds(connection, sae.file.path)
+            yield from _check_rules(connection, sae.file.path, SAE_RULES, present, parameters, every, few)
         except (duckdb.Error, KeyError) as error:
             yield Finding(sae.file.path, f"the tables cannot be read ({first_line(error)})")
+
+
+def _check_witness(
+    store: Path, manifest: publish.Manifest, damaged: set[str], sae: SAE, cache: ActivationCache | None,
+    model: str, run: Path | None,
+) -> Iterator[Finding]:  # fmt: skip
+    seen = False
+    for stored in manifest.saes:
+        text = manifest.texts.get(stored.text) if stored.text else None
+        if damaged & {stored.file.path, text.path if text else ""}:
+            continue
+        with open_reader(store / stored.file.path, store / text.path if text else None) as connection:
+            meta = read_meta(connection)
+            if is_of(sae, meta):
+                seen = True
+                for problem in problems(connection, meta, stored.text, sae, cache, model):
+                    yield Finding(stored.file.path, problem)
+    if not seen and not damaged:
+        raise UserError(
+            f"the weights of {run} are those of no SAE of the store {store}; it has "
+            f"{', '.join(stored.name for stored in manifest.saes)}"
+        )
 
 
 def _check_schema(
@@ -137,21 +180,36 @@ def _check_schema(
             )
             found = connection.execute(query, [alias, name]).fetchall()
             expected = [(column.name, column.type) for column in table.columns]
-            absent = name in meta["missing"]
+            absent = name in meta["missing"] or name in meta["left_out"]
             if absent and found:
                 yield Finding(sae.file.path, f"table {name} exists but is recorded as missing")
             elif not absent and found != expected:
                 yield Finding(sae.file.path, f"table {name} is missing or has other columns than its format")
 
 
+def _check_folds(connection: duckdb.DuckDBPyConnection, where: str) -> Iterator[Finding]:
+    """The fold of a document must be the same in every store, so that explanations stay honest."""
+    rows = connection.execute(
+        "SELECT DISTINCT doc, fold FROM sae.example WHERE doc IS NOT NULL AND fold IS NOT NULL"
+    ).fetchnumpy()
+    wrong = rows["fold"] != fold_of(rows["doc"])
+    if wrong.any():
+        doc = rows["doc"][wrong].min()
+        yield Finding(where, f"examples are not in the fold of their document (first {doc})")
+
+
 def _check_rules(
     connection: duckdb.DuckDBPyConnection, where: str, rules: Iterable[Rule], present: set[str],
-    parameters: dict[str, Any], every: int,
+    parameters: dict[str, Any], every: int, few: int,
 ) -> Iterator[Finding]:  # fmt: skip
     for rule in rules:
         if not rule.tables <= present:
             continue
-        query = rule.query.replace("{some}", f"feature % {every} = 0")
+        query = rule.query
+        for name, step in (("some", every), ("few", few)):
+            query = query.replace(f"{{{name}}}", f"feature % {step} = 0")
+            for alias in ("a", "e"):
+                query = query.replace(f"{{{alias}.{name}}}", f"{alias}.feature % {step} = 0")
         used = {name: value for name, value in parameters.items() if f"${name}" in query}
         counted = f"SELECT count(*), min(bad) FROM ({query}) broken(bad)"
         n, first = connection.execute(counted, used).fetchall()[0]

@@ -46,7 +46,7 @@ def open_reader(sae_file: Path, text_file: Path | None = None) -> duckdb.DuckDBP
             if not path.is_file():
                 raise UserError(f"{path} is missing from the store; run saebench index again")
             try:
-                connection.execute(f"ATTACH {_quoted(path)} AS {alias} (READ_ONLY)")
+                connection.execute(f"ATTACH {quoted(path)} AS {alias} (READ_ONLY)")
             except duckdb.Error as error:
                 raise UserError(
                     f"{path} cannot be read ({first_line(error)}); run saebench index again"
@@ -73,7 +73,7 @@ def new_database(path: Path, tables: Iterable[Table]) -> Iterator[duckdb.DuckDBP
     with sentence_for_duckdb_errors(path):
         connection = duckdb.connect(str(path), config=_offline(WRITER_MEMORY))
         try:
-            connection.execute(f"SET temp_directory = {_quoted(path.with_suffix('.tmp'))}")
+            connection.execute(f"SET temp_directory = {quoted(path.with_suffix('.tmp'))}")
             for table in tables:
                 connection.execute(table.create())
             yield connection
@@ -138,7 +138,8 @@ def _offline(memory: str) -> dict[str, Any]:
     }
 
 
-def _quoted(path: Path) -> str:
+def quoted(path: Path) -> str:
+    """A path as a string of SQL, where no parameter can stand."""
     return "'" + str(path).replace("'", "''") + "'"
 
 

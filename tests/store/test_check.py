@@ -9,8 +9,8 @@ import duckdb
 import pytest
 
 from saebench.errors import UserError
-from saebench.store import check_store, publish, store_info
-from tests.store.small_store import build_small_store
+from saebench.store import check_store, publish, recompute, store_info
+from tests.store.small_store import HOOK, SmallCache, build_small_store, small_sae, small_unembedding
 
 
 def test_a_sound_store_has_no_findings(small_store, textless_store):
@@ -33,7 +33,11 @@ def plant(store, kind: str, statement: str, number: int = 0) -> None:
     file = sorted(store.rglob(f"{kind}*.duckdb"))[number]
     old = publish.describe(file).sha256
     with duckdb.connect(str(file)) as connection:
-        connection.execute(statement)
+        if "t.context" in statement:
+            text = next(store.rglob("text-*.duckdb"))
+            connection.execute(f"ATTACH '{text}' AS t (READ_ONLY)")
+        before = connection.execute(statement).fetchall()
+        assert before != [(0,)], "nothing was planted"
         connection.execute("CHECKPOINT")
     new = publish.describe(file)
     for manifest in store.rglob("manifest.json"):
@@ -100,7 +104,74 @@ PLANTED = {
     "logits are out of order": ("sae-", "UPDATE logit SET value = value + 9 WHERE rank = 3 AND sign = 1"),
     "a logit names no token": ("sae-", "UPDATE logit SET token = 999 WHERE rank = 3 AND feature = 2"),
     "a neighbour is the latent itself": ("sae-", "UPDATE neighbor SET other = feature WHERE rank = 3"),
-    "neighbours are out of order": ("sae-", "UPDATE neighbor SET cosine = 0.99 WHERE rank = 3"),
+    "neighbours are out of order": ("sae-", "UPDATE neighbor SET score = 0.99 WHERE rank = 3"),
+    "skew is wrong": ("sae-", "UPDATE feature SET skew = skew + 0.01 WHERE feature = 0"),
+    "kurtosis is wrong": ("sae-", "UPDATE feature SET kurtosis = kurtosis + 0.01 WHERE feature = 0"),
+    "a quantile of the lower half is wrong": ("sae-", "UPDATE feature SET p25 = p10 WHERE feature = 0"),
+    "mean_pos is wrong": ("sae-", "UPDATE feature SET mean_pos = mean_pos + 0.01 WHERE feature = 0"),
+    "first_pos_share is wrong": (
+        "sae-", "UPDATE feature SET first_pos_share = first_pos_share + 0.01 WHERE feature = 0"),
+    "top_token_p_fire is wrong": (
+        "sae-", "UPDATE feature SET top_token_p_fire = top_token_p_fire / 2 WHERE feature = 0"),
+    "logit_max is wrong": ("sae-", "UPDATE feature SET logit_max = logit_max + 1 WHERE feature = 0"),
+    "a list of quantiles is wrong": (
+        "sae-", "UPDATE quantile SET qs = list_transform(qs, lambda q: q * 1.001) WHERE feature = 0"),
+    "a list of quantiles is missing": ("sae-", "DELETE FROM quantile WHERE feature = 0"),
+    "a histogram of logarithms lost a count": (
+        "sae-", "UPDATE hist SET counts = list_transform(counts, lambda n, i: CASE WHEN i = 1 THEN n + 1 "
+        "ELSE n END) WHERE feature = 0 AND kind = 1"),
+    "a histogram of logarithms is reversed": (
+        "sae-", "UPDATE hist SET counts = list_reverse(counts) WHERE feature = 0 AND kind = 1"),
+    "a histogram of logarithms is missing": ("sae-", "DELETE FROM hist WHERE feature = 0 AND kind = 1"),
+    "a profile of positions is reversed": (
+        "sae-", "UPDATE position SET counts = list_reverse(counts) WHERE feature = 0"),
+    "a profile of positions is missing": ("sae-", "DELETE FROM position WHERE feature = 0"),
+    "an example is in another tenth": (
+        "sae-", "UPDATE example SET grp = CASE grp WHEN 3 THEN 4 ELSE 3 END WHERE grp IN (3, 4) AND "
+        "feature = 0"),
+    "an example of a tenth is missing": ("sae-", "DELETE FROM example WHERE grp = 7 AND feature = 0"),
+    "an example's weight is wrong": (
+        "sae-", "UPDATE example SET weight = weight + 1 WHERE grp = 5 AND feature = 0"),
+    "a weight of random examples is wrong": (
+        "sae-", "UPDATE example SET weight = weight * 1.1 WHERE grp = 20 AND feature = 0"),
+    "a top example has a weight": ("sae-", f"UPDATE example SET weight = 1 WHERE {TOP}"),
+    "an example is in the other fold": ("sae-", f"UPDATE example SET fold = 1 - fold WHERE {TOP}"),
+    "all examples are in the other fold": ("sae-", "UPDATE example SET fold = 1 - fold"),
+    "an example is in no fold": ("sae-", f"UPDATE example SET fold = NULL WHERE {TOP}"),
+    "a firing passes for silence": (
+        "sae-", "UPDATE example SET grp = 31 WHERE grp = 0 AND rank = 4 AND feature = 0"),
+    "a near miss is on a token that it does not fire on": (
+        "sae-", "UPDATE example SET ctx = e.ctx, pos = e.pos, doc = e.doc, fold = e.fold, start = e.start, "
+        "tokens = e.tokens, acts = e.acts FROM example e JOIN t.context c ON c.ctx = e.ctx WHERE example.grp "
+        "= 30 AND example.feature = e.feature AND e.grp = 31 AND c.tokens[e.pos + 1] NOT IN (SELECT token "
+        "FROM feature_token f WHERE f.feature = e.feature AND role = 0)"),
+    "a token before is wrong": (
+        "sae-", "UPDATE feature_token SET n = n + 1 WHERE rank = 0 AND feature = 0 AND role = -1"),
+    "a token after is missing": (
+        "sae-", "DELETE FROM feature_token WHERE rank = 1 AND feature = 0 AND role = 1"),
+    "a lift of a token before is wrong": (
+        "sae-", "UPDATE feature_token SET lift = lift * 2 WHERE rank = 0 AND feature = 0 AND role = -1"),
+    "a feature of a token is missing": (
+        "sae-", "DELETE FROM token_feature WHERE token = 5 AND rank = (SELECT max(rank) FROM token_feature "
+        "WHERE token = 5)"),
+    "features of a token are out of order": (
+        "sae-", "UPDATE token_feature SET rank = 1 - rank WHERE rank < 2 AND token = 5"),
+    "a count of a token's feature is wrong": (
+        "sae-", "UPDATE token_feature SET n = n + 1 WHERE rank = 0 AND token = 5"),
+    "a label is missing": ("sae-", "DELETE FROM feature_label WHERE rank = 0 AND feature = 0"),
+    "a count of a label is wrong": (
+        "sae-", "UPDATE feature_label SET n = n + 1 WHERE rank = 0 AND feature = 0"),
+    "a label is another one": (
+        "sae-", "UPDATE feature_label SET label = o.label FROM feature_label o WHERE feature_label.feature = "
+        "0 AND o.feature = 0 AND feature_label.rank = 0 AND o.rank = 1"),
+    "a neighbour by direction is missing": (
+        "sae-", "DELETE FROM neighbor WHERE kind = 1 AND rank = 15 AND feature = 0"),
+    "two fire together more often than they do": (
+        "sae-", "UPDATE neighbor SET n_both = n_both + 1 WHERE kind = 2 AND rank = 0 AND feature = 0"),
+    "two are more alike than they are": (
+        "sae-", "UPDATE neighbor SET score = score + 0.01 WHERE kind = 3 AND rank = 0 AND feature = 0"),
+    "a token is not kept": (
+        "text-", "UPDATE context SET kept = list_transform(kept, lambda k, i: k AND i <> 4) WHERE ctx = 0"),
     "a table is gone": ("sae-", "DROP TABLE hist"),
     "a column is gone": ("sae-", "ALTER TABLE feature DROP COLUMN p99"),
     "the file is of another SAE": ("sae-", "UPDATE meta SET value = '\"x\"' WHERE key = 'name'"),
@@ -162,3 +233,59 @@ def test_store_info(small_store):
     assert info["bytes"] == sum(file.stat().st_size for file in small_store.rglob("*.duckdb"))
     assert [sae["name"] for sae in info["saes"]] == ["small"]
     json.dumps(info)
+
+
+@pytest.fixture(scope="module")
+def witnesses(tmp_path_factory):
+    """A run, and a store of a cache whose model is not asked for; what a check may be given."""
+    folder = tmp_path_factory.mktemp("witnesses")
+    small_sae().save(folder / "run", hook_name=HOOK)
+    small_sae(3).save(folder / "stranger", hook_name=HOOK)
+    return folder
+
+
+@pytest.fixture
+def with_cache(monkeypatch):
+    """Whatever is opened as a cache is the small one, and its model's unembedding is the small one."""
+    import saebench.activations.cache as module
+
+    monkeypatch.setattr(module, "open_cache", lambda path: SmallCache(5 if "other" in str(path) else 0))
+    monkeypatch.setattr(recompute, "find_unembedding", lambda *_: (small_unembedding(), ""))
+
+
+def test_a_sound_store_agrees_with_its_sae_its_cache_and_its_model(small_store, witnesses, with_cache):
+    assert check_store(small_store, run=witnesses / "run") == []
+    assert check_store(small_store, run=witnesses / "run", cache="cache", model="cache") == []
+
+
+WITNESSED = {
+    "directions are of another SAE": "UPDATE feature SET dec_norm = 2 * dec_norm WHERE feature = 3",
+    "a bias is wrong": "UPDATE feature SET b_enc = b_enc + 1 WHERE feature = 3",
+    "a cosine is wrong": "UPDATE feature SET enc_dec_cos = -enc_dec_cos",
+    "neighbours are too near": "UPDATE neighbor SET score = score + (1 - score) * 0.2 WHERE kind = 1",
+    "activations are half as large": "UPDATE act SET value = value / 2",
+    "an activation was left out": "DELETE FROM act WHERE rowid = 7",
+    "logits are half as large": "UPDATE logit SET value = value / 2",
+    "the kurtosis of logits is wrong": "UPDATE feature SET logit_kurtosis = logit_kurtosis + 1",
+}
+
+
+@pytest.mark.parametrize("name", WITNESSED)
+def test_what_only_the_sae_the_cache_or_the_model_can_tell(
+    small_store, witnesses, with_cache, tmp_path, name
+):
+    store = shutil.copytree(small_store, tmp_path / "store")
+    plant(store, "sae-", WITNESSED[name])
+    found = check_store(store, run=witnesses / "run", cache="cache", model="cache")
+    assert len(found) > len(check_store(store))
+
+
+def test_strange_witnesses_are_refused(small_store, witnesses, with_cache):
+    with pytest.raises(UserError, match=r"those of no SAE of the store .* it has small"):
+        check_store(small_store, run=witnesses / "stranger")
+    with pytest.raises(UserError, match="is not the one that the store was made of"):
+        check_store(small_store, run=witnesses / "run", cache="other")
+    with pytest.raises(UserError, match="say which with --run"):
+        check_store(small_store, cache="cache")
+    with pytest.raises(UserError, match="say which with --cache"):
+        check_store(small_store, run=witnesses / "run", model="cache")

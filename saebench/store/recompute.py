@@ -1,0 +1,174 @@
+"""What a store says of an SAE, against the SAE itself, the cache it was indexed over and the model.
+
+Shapes: R rows sampled, F latents sampled, M latents, D = d_in, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saebench.errors import UserError
+from saebench.store.build import check_fit, hash_of
+from saebench.store.corpus import Corpus
+from saebench.store.geometry import directions, nearest_rows
+from saebench.store.logits import find_unembedding, logit_rows
+from saebench.store.lots import below, lots
+from saebench.store.schema import NEIGHBOR_KINDS
+
+if TYPE_CHECKING:
+    import duckdb
+
+    from saebench.activations.cache import ActivationCache
+    from saebench.saes.base import SAE
+
+SAMPLED_ROWS = 4096
+SAMPLED_FEATURES = 64
+MOST_FLIPPED = 1e-3
+"""Share of the codes that may be there on one side only: near ties fall either way in another batch."""
+
+
+def load_witnesses(
+    run: Path | None, cache: Path | None, model: str
+) -> tuple[SAE | None, ActivationCache | None]:
+    """The SAE and the cache that a store is to be compared with.
+
+    Raises:
+        UserError: a cache without a run, or a model without a cache.
+    """
+    from saebench.activations.cache import open_cache
+    from saebench.saes import load
+
+    if run is None:
+        for name, value in (("--cache", cache), ("--model", None if model == "none" else model)):
+            if value is not None:
+                raise UserError(f"{name} {value} is compared with the codes of an SAE; say which with --run")
+        return None, None
+    if cache is None and model != "none":
+        raise UserError(f"--model {model} is compared through the cache that it made; say which with --cache")
+    return load(run, device=torch.device("cpu")), open_cache(cache) if cache else None
+
+
+def problems(
+    connection: duckdb.DuckDBPyConnection, meta: dict[str, Any], text: str | None, sae: SAE,
+    cache: ActivationCache | None, model: str,
+) -> Iterator[str]:  # fmt: skip
+    """What is wrong with the tables of one SAE of a store.
+
+    Raises:
+        UserError: the cache or the model is not the one that the store was made with.
+    """
+    yield from _directions(connection, sae)
+    if cache is None:
+        return
+    if cache.hash != meta["cache_hash"]:
+        raise UserError(
+            f"the cache {cache.path} is not the one that the store was made of: its hash is "
+            f"{cache.hash[:12]}, the store's {meta['cache_hash'][:12]}; pass that one, or leave --cache out"
+        )
+    check_fit(sae, cache, meta["hook_name"])
+    corpus = Corpus(cache)
+    if corpus.has_text and corpus.hash != text:
+        yield "the text file is not that of the cache's text"
+    yield from _codes(connection, sae, cache, corpus, meta["hook_name"])
+    if model != "none" and "logit" not in meta["missing"]:
+        W_U_DV, reason = find_unembedding(model, cache, meta["hook_name"], cache.vocab())
+        if W_U_DV is None:
+            raise UserError(f"logits cannot be compared: {reason}; leave --model out")
+        yield from _logits(connection, sae, W_U_DV)
+
+
+def is_of(sae: SAE, meta: dict[str, Any]) -> bool:
+    """Whether the tables are those of this SAE."""
+    return bool(hash_of(sae) == meta["sae_hash"])
+
+
+@torch.no_grad()
+def _directions(connection: duckdb.DuckDBPyConnection, sae: SAE) -> Iterator[str]:
+    W_dec_MD, W_enc_MD = sae.W_dec.detach(), sae.W_enc.detach().T
+    expected: dict[str, Any] = directions(W_enc_MD, W_dec_MD) | {"b_enc": sae.b_enc.detach().float().numpy()}
+    names = ", ".join(expected)
+    shown = connection.execute(f"SELECT {names} FROM sae.feature ORDER BY feature").fetchnumpy()
+    for name, column_M in expected.items():
+        stored_M = np.ma.getdata(shown[name])[~np.ma.getmaskarray(shown[name])]
+        if len(stored_M) and not np.allclose(stored_M, column_M, rtol=1e-3, atol=1e-4):
+            yield f"{name} is not that of the SAE's weights"
+    feature_F = _sampled(sae.d_sae)
+    for kind, W_MD in (("decoder", W_dec_MD), ("encoder", W_enc_MD)):
+        rows = connection.execute(
+            "SELECT score, other FROM sae.neighbor WHERE kind = ? AND list_contains(?, feature) ORDER BY "
+            "feature, rank", [NEIGHBOR_KINDS[kind], feature_F.tolist()],
+        ).fetchnumpy()  # fmt: skip
+        if not len(rows["score"]):
+            continue
+        _, cosine_FJ = nearest_rows(W_MD, of=torch.from_numpy(feature_F))
+        if rows["score"].shape != (cosine_FJ.numel(),) or not np.allclose(
+            rows["score"], cosine_FJ.reshape(-1).numpy(), atol=1e-3
+        ):
+            yield f"the neighbours by {kind} are not those of the SAE's weights"
+
+
+@torch.inference_mode()
+def _codes(
+    connection: duckdb.DuckDBPyConnection, sae: SAE, cache: ActivationCache, corpus: Corpus, hook: str
+) -> Iterator[str]:
+    row_R = np.unique(below(lots(np.arange(SAMPLED_ROWS), 4, 0), corpus.n_rows))
+    x_RD = cache.activations(hook)[torch.from_numpy(row_R)].float()
+    at_S, latent_S, value_S = (part.cpu().numpy() for part in sae.encode(x_RD).coo())
+    expected: dict[tuple[int, int], float] = {}
+    for at, latent, value in zip(at_S.tolist(), latent_S.tolist(), value_S.tolist(), strict=True):
+        expected[at, latent] = expected.get((at, latent), 0.0) + value
+    import pyarrow
+
+    places = pyarrow.table({
+        "place": np.arange(len(row_R)),
+        "ctx": (corpus.ctx[row_R] if corpus.has_text else row_R).astype(np.int64),
+        "pos": (corpus.pos[row_R] if corpus.has_text else np.zeros_like(row_R)).astype(np.int64),
+    })  # fmt: skip
+    query = "SELECT place, feature, value FROM sae.act JOIN places USING (ctx, pos)"
+    connection.register("places", places)
+    rows = connection.execute(query).fetchnumpy()
+    connection.unregister("places")
+    keys = zip(rows["place"].tolist(), rows["feature"].tolist(), strict=True)
+    stored = dict(zip(keys, rows["value"].tolist(), strict=True))
+    wrong = [
+        key for key, value in stored.items()
+        if key in expected and abs(expected[key] - value) > 1e-3 * (1 + abs(value))
+    ]  # fmt: skip
+    if wrong:
+        feature = wrong[0][1]
+        yield f"activations are not the SAE's codes of the cache ({len(wrong):,} times, first {feature})"
+    flipped = {key for key in stored.keys() ^ expected.keys() if expected.get(key, 1.0) != 0}
+    if len(flipped) > MOST_FLIPPED * len(expected):
+        first = min(latent for _, latent in flipped)
+        yield f"the SAE's codes of the cache are others than those stored ({len(flipped):,}, first {first})"
+
+
+@torch.no_grad()
+def _logits(connection: duckdb.DuckDBPyConnection, sae: SAE, W_U_DV: Tensor) -> Iterator[str]:
+    feature_F = _sampled(sae.d_sae)
+    expected, columns = logit_rows(sae.W_dec.detach()[torch.from_numpy(feature_F)], W_U_DV)
+    shown = connection.execute(
+        "SELECT value FROM sae.logit WHERE list_contains(?, feature) ORDER BY feature, sign DESC, rank",
+        [feature_F.tolist()],
+    ).fetchnumpy()["value"]
+    if shown.shape != expected["value"].shape or not np.allclose(
+        shown, expected["value"], rtol=1e-3, atol=1e-4
+    ):
+        yield "logits are not those of the SAE and the model"
+    kurtosis = connection.execute(
+        "SELECT logit_kurtosis FROM sae.feature WHERE list_contains(?, feature) AND logit_kurtosis IS NOT "
+        "NULL ORDER BY feature", [feature_F.tolist()],
+    ).fetchnumpy()["logit_kurtosis"]  # fmt: skip
+    if len(kurtosis) and not np.allclose(kurtosis, columns["logit_kurtosis"], rtol=1e-2, atol=1e-2):
+        yield "logit_kurtosis is not that of the SAE and the model"
+
+
+def _sampled(d_sae: int) -> Any:
+    """Latents of which tables are computed again, ascending."""
+    return np.unique(below(lots(np.arange(SAMPLED_FEATURES), 5, 0), d_sae))
