@@ -14,6 +14,8 @@ from typing import IO, TYPE_CHECKING, Any, Self
 from saebench.errors import UserError
 from saebench.store import publish
 from saebench.store.database import first_line, open_reader, read_meta, tables_of
+from saebench.store.frames import signed
+from saebench.store.limits import time_limit
 from saebench.store.schema import FORMAT_VERSION, nearest
 from saebench.store.text import pieces, token_text
 
@@ -30,13 +32,17 @@ class StoreReader:
         sae: name of the SAE that is open.
         saes: names of all SAEs of the store.
         generation: number of the generation that is open.
+        time_limit: seconds after which a search, a scan or a person's SQL is stopped.
         tables: names of the tables that exist, of the SAE and of its text.
     """
+
+    time_limit: float = 5.0
 
     def __init__(
         self, path: Path, manifest: publish.Manifest, sae: str | None, lock: IO[bytes] | None = None
     ) -> None:
         self.path = path
+        self._manifest = manifest
         self.saes = [stored.name for stored in manifest.saes]
         if not self.saes:
             raise UserError(f"the store {path} has no SAE; add one with saebench index")
@@ -96,16 +102,24 @@ class StoreReader:
         with self._opening:
             return self._connection.cursor()
 
-    def _rows(self, query: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
-        with self._reading(), self._cursor() as cursor:
+    @contextlib.contextmanager
+    def _asking(self, timed: bool) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A cursor for one question; ``timed`` when a person's words decide how long it takes."""
+        with self._reading(), self._cursor() as cursor, contextlib.ExitStack() as stack:
+            if timed:
+                stack.enter_context(time_limit(cursor, self.time_limit))
+            yield cursor
+
+    def _rows(
+        self, query: str, values: Sequence[object] = (), *, timed: bool = False
+    ) -> list[tuple[Any, ...]]:
+        with self._asking(timed) as cursor:
             rows: list[tuple[Any, ...]] = cursor.execute(query, list(values)).fetchall()
         return rows
 
-    def _frame(self, query: str, values: Sequence[object] = ()) -> pd.DataFrame:
-        with self._reading(), self._cursor() as cursor:
-            frame: pd.DataFrame = cursor.execute(query, list(values)).df()
-        unsigned = [name for name, kind in frame.dtypes.items() if str(kind).lower().startswith("uint")]
-        return frame.astype({name: _signed(frame.dtypes[name]) for name in unsigned})
+    def _frame(self, query: str, values: Sequence[object] = (), *, timed: bool = False) -> pd.DataFrame:
+        with self._asking(timed) as cursor:
+            return signed(cursor.execute(query, list(values)).df())
 
     def _known(self, feature: int) -> int:
         d_sae = self._meta["d_sae"]
@@ -149,8 +163,3 @@ def _check_size(store: Path, file: publish.StoredFile) -> None:
         raise UserError(
             f"{path} has {size:,} bytes where its manifest says {file.bytes:,}; run saebench index again"
         )
-
-
-def _signed(kind: object) -> str:
-    """The signed type for a stored unsigned one: differences of positions must not wrap around."""
-    return "Int64" if str(kind).startswith("U") else "int64"
