@@ -148,7 +148,7 @@ def other(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("other") / "other.duckdb"
     with duckdb.connect(str(path)) as connection:
-        connection.execute("CREATE TABLE only AS SELECT 42 AS secret")
+        connection.execute("CREATE TABLE single AS SELECT 42 AS secret")
     return path
 
 
