@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from saebench.errors import UserError
 from saebench.store import publish
+from saebench.store.annotations import Annotations
 from saebench.store.filters import FeatureFilter, Range, order_clause
 from saebench.store.schema import FEATURE, GROUPS, nearest, require_column
 from saebench.store.several import Several
@@ -53,6 +54,11 @@ class FeatureStore(Several):
         """Number of a generation that has been published since this one was opened."""
         current = publish.read_manifest(self.path).generation
         return current if current > self.generation else None
+
+    @property
+    def annotations(self) -> Annotations:
+        """What people said of this SAE's features: labels, bookmarks, comments, lists, saved views."""
+        return Annotations(self.path, self._meta["sae_hash"], d_sae=self._meta["d_sae"])
 
     def info(self) -> dict[str, Any]:
         """What was indexed and how much of it.
