@@ -26,6 +26,7 @@ from saebench.config import (
     ImportConfig,
     ImportSaeConfig,
     IndexConfig,
+    StoreExportConfig,
     SynthConfig,
     TrainConfig,
     architecture,
@@ -77,9 +78,10 @@ def build(argv: Sequence[str]) -> App:
     cache.command(_simple(commands.cache_info, "cache", Cache), name="info")
     cache.command(_simple(commands.cache_verify, "cache", Cache), name="verify")
     cache.command(station(ImportConfig, "cache import", commands.cache_import, "source"), name="import")
-    store = App(name="store", help="Look at a feature store or check it.")
+    store = App(name="store", help="Look at a feature store, check it, or write it in another form.")
     store.command(_simple(commands.store_info, "store", Store), name="info")
     store.command(_simple(commands.store_check, "store", Store), name="check")
+    store.command(station(StoreExportConfig, "store export", commands.store_export, "store"), name="export")
     in_the_order_of_the_road: dict[str, Any] = {
         "demo": station(DemoConfig, "demo", commands.demo),
         "harvest": station(HarvestConfig, "harvest", commands.harvest),

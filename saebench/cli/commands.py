@@ -21,6 +21,7 @@ from saebench.config import (
     ImportConfig,
     ImportSaeConfig,
     IndexConfig,
+    StoreExportConfig,
     SynthConfig,
 )
 from saebench.errors import UserError
@@ -185,6 +186,16 @@ def store_check(store: Path) -> Result:
     places = "1 place" if len(findings) == 1 else f"{len(findings)} places"
     complaint = f"the store {store} is damaged in {places}; make it again with saebench index"
     return Result({"path": str(store), "findings": findings}, text, complaint)
+
+
+def store_export(config: StoreExportConfig) -> Result:
+    from saebench.store.exports import export_store
+
+    made = export_store(config)
+    data = dataclasses.asdict(made)
+    shown = {name: value for name, value in data.items() if name not in ("notes", "files")}
+    shown |= {"files": len(made.files), "bytes": human_bytes(made.bytes)}
+    return Result(data, "\n".join([pairs(shown), *made.notes]))
 
 
 def explore(
