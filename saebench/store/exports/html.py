@@ -27,7 +27,7 @@ PAGE = "features.html"
 MOST_FEATURES = 200
 SHOWN_TOKENS, SHOWN_NEIGHBORS = 12, 10
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-WIDTH, HEIGHT, LEFT, BOTTOM = 460, 150, 34, 20
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 460, 150, 34, 20, 8
 
 
 def check(store: FeatureStore, features: list[int] | None) -> None:
@@ -197,7 +197,7 @@ def _histogram(store: FeatureStore, row: dict[str, Any]) -> str:
     middle = f'<text x="{LEFT + inner / 2:.0f}" y="{HEIGHT - 5}" text-anchor="middle">activation</text>'
     described = f"Histogram of {int(bins['count'].sum()):,} activations from {number(lo)} to {number(hi)}"
     return (
-        f'<h3>Activations</h3><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{described}">'
+        f'<h3>Activations</h3><svg viewBox="0 {-TOP} {WIDTH} {HEIGHT + TOP}" role="img" aria-label="{described}">'
         f"{''.join([*marks, *bars, *ends, middle])}</svg>"
         '<p class="note">Number of tokens, on a logarithmic scale.</p>\n'
     )

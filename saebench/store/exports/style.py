@@ -54,17 +54,17 @@ table { width: 100%; border-collapse: collapse; font-size: 0.88rem; }
 th { text-align: right; font-weight: 500; color: var(--quiet); padding: 0.2rem 0.5rem; }
 td { text-align: right; padding: 0.2rem 0.5rem; border-top: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { padding-left: 0; }
-th:last-child, td:last-child { padding-right: 0; }
+th:last-child, td:last-child { padding-right: 0.35rem; }
 th.l, td.l { text-align: left; white-space: normal; }
 code { font: 0.86rem/1.4 ui-monospace, "Cascadia Mono", Menlo, "DejaVu Sans Mono", monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; background: var(--shade); border-radius: 3px;
   padding: 0.05rem 0.25rem;
   unicode-bidi: isolate; }
 .pair { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 0 1.4rem; }
-.bar { background: linear-gradient(to left, color-mix(in srgb, var(--hot) 26%, transparent) var(--w),
-  transparent var(--w)); }
-.bar.cold { background: linear-gradient(to left, color-mix(in srgb, var(--cold) 26%, transparent) var(--w),
-  transparent var(--w)); }
+td.bar { --tint: color-mix(in srgb, var(--hot) 26%, transparent); --length: calc(var(--w) * 0.94);
+  padding-right: 0.35rem;
+  background: linear-gradient(to left, var(--tint) var(--length), transparent var(--length)); }
+td.bar.cold { --tint: color-mix(in srgb, var(--cold) 26%, transparent); }
 svg { display: block; width: 100%; height: auto; }
 svg rect { fill: var(--hot); }
 svg line { stroke: var(--line); }
