@@ -293,6 +293,8 @@ class IndexConfig:
     """Activation cache."""
     out: Path
     """Directory of the feature store; an existing store gets a new generation."""
+    also: tuple[Path, ...] = ()
+    """Further runs to index in the same pass over the cache."""
     hook: str | None = None
     """Which hook of the cache; by default the run's own."""
     model: str = "cache"
@@ -300,13 +302,15 @@ class IndexConfig:
     name: str | None = None
     """Name of the SAE in the store; by default the name of the run directory."""
     examples: int = 20
-    """Top examples kept for each feature (and as many random ones)."""
+    """Top examples kept for each feature; as many random ones and negatives, and a fifth of each tenth."""
     window: int = 32
     """Tokens shown around an example."""
     batch_size: int = 8192
     """Rows encoded at once."""
     seed: int = 0
     """Seeds the choice of random examples."""
+    with_context_index: bool = False
+    """Also keep the activations by context, for pages that show a whole context."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda' or 'cuda:1'."""
     quiet: bool = False
@@ -314,6 +318,8 @@ class IndexConfig:
 
     def __post_init__(self) -> None:
         at_least(self, examples=1, window=1, batch_size=1, seed=0)
+        if self.also and self.name is not None:
+            raise UserError(f"name is {self.name!r}, but several runs are named; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

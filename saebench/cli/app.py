@@ -89,7 +89,7 @@ def build(argv: Sequence[str]) -> App:
         "train": station(TrainConfig, "train", commands.train),
         "eval": station(EvalConfig, "eval", commands.evaluate, "run"),
         "compare": station(CompareConfig, "compare", commands.compare, "runs"),
-        "index": station(IndexConfig, "index", commands.index, "run"),
+        "index": station(IndexConfig, "index", commands.index, "run", "also"),
         "store": store,
         "explore": commands.explore,
         "export": station(ExportConfig, "export", commands.export, "run", "out"),

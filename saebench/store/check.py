@@ -105,12 +105,14 @@ def _check_tables(store: Path, sae: publish.StoredSae, text: publish.StoredFile 
             yield from _check_schema(connection, sae, meta)
             parameters = {**meta, "bins": HIST_BINS}
             every = max(1, -(-meta["n_activations"] // RECOUNTED))
+            pairs = meta["n_activations"] * meta["n_activations"] // meta["n_tokens"]
+            few = max(every, -(-pairs // RECOUNTED))
             present = tables_of(connection, "sae")
             if text:
                 present |= tables_of(connection, "txt")
                 kept = read_meta(connection, "txt")
-                yield from _check_rules(connection, text.path, TEXT_RULES, present, kept, every)
-            yield from _check_rules(connection, sae.file.path, SAE_RULES, present, parameters, every)
+                yield from _check_rules(connection, text.path, TEXT_RULES, present, kept, every, few)
+            yield from _check_rules(connection, sae.file.path, SAE_RULES, present, parameters, every, few)
         except (duckdb.Error, KeyError) as error:
             yield Finding(sae.file.path, f"the tables cannot be read ({first_line(error)})")
 
@@ -137,7 +139,7 @@ def _check_schema(
             )
             found = connection.execute(query, [alias, name]).fetchall()
             expected = [(column.name, column.type) for column in table.columns]
-            absent = name in meta["missing"]
+            absent = name in meta["missing"] or name in meta["left_out"]
             if absent and found:
                 yield Finding(sae.file.path, f"table {name} exists but is recorded as missing")
             elif not absent and found != expected:
@@ -146,12 +148,16 @@ def _check_schema(
 
 def _check_rules(
     connection: duckdb.DuckDBPyConnection, where: str, rules: Iterable[Rule], present: set[str],
-    parameters: dict[str, Any], every: int,
+    parameters: dict[str, Any], every: int, few: int,
 ) -> Iterator[Finding]:  # fmt: skip
     for rule in rules:
         if not rule.tables <= present:
             continue
-        query = rule.query.replace("{some}", f"feature % {every} = 0")
+        query = rule.query
+        for name, step in (("some", every), ("few", few)):
+            query = query.replace(f"{{{name}}}", f"feature % {step} = 0")
+            for alias in ("a", "e"):
+                query = query.replace(f"{{{alias}.{name}}}", f"{alias}.feature % {step} = 0")
         used = {name: value for name, value in parameters.items() if f"${name}" in query}
         counted = f"SELECT count(*), min(bad) FROM ({query}) broken(bad)"
         n, first = connection.execute(counted, used).fetchall()[0]

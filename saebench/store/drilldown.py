@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from saebench.errors import UserError
-from saebench.store.examples import BEFORE
 from saebench.store.limits import check_pattern
 from saebench.store.reader import StoreReader
 from saebench.store.schema import FEATURE_TOKEN, nearest
+from saebench.store.windows import BEFORE
 
 if TYPE_CHECKING:
     import pandas as pd

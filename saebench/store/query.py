@@ -10,7 +10,15 @@ from saebench.errors import UserError
 from saebench.store import publish
 from saebench.store.annotations import Annotations
 from saebench.store.filters import FeatureFilter, Range, order_clause
-from saebench.store.schema import FEATURE, GROUPS, nearest, require_column
+from saebench.store.schema import (
+    FEATURE,
+    GROUPS,
+    HIST_KINDS,
+    NEIGHBOR_KINDS,
+    TOKEN_ROLES,
+    nearest,
+    require_column,
+)
 from saebench.store.several import Several
 
 if TYPE_CHECKING:
@@ -160,18 +168,21 @@ class FeatureStore(Several):
         rows = self._rows(query, [self._known(feature)])
         return dict(zip(FEATURE.names, rows[0], strict=True))
 
-    def histogram(self, feature: int) -> pd.DataFrame:
-        """Bins of its activations: lo, hi, count. Empty for a dead feature."""
+    def histogram(self, feature: int, kind: str = "value") -> pd.DataFrame:
+        """Bins of its activations, or of their log10 (kind 'log10'): lo, hi, count. Empty for a dead one."""
         import numpy as np
         import pandas as pd
 
-        rows = self._rows("SELECT lo, hi, counts FROM sae.hist WHERE feature = ?", [self._known(feature)])
+        rows = self._rows(
+            "SELECT lo, hi, counts FROM sae.hist WHERE feature = ? AND kind = ?",
+            [self._known(feature), _one_of(HIST_KINDS, kind, "kind of histogram")],
+        )
         lo, hi, counts = rows[0] if rows else (0.0, 0.0, [])
         edges = np.linspace(lo, hi, len(counts) + 1)
         return pd.DataFrame({"lo": edges[:-1], "hi": edges[1:], "count": np.asarray(counts, dtype=np.int64)})
 
-    def tokens(self, feature: int) -> pd.DataFrame:
-        """Tokens it fires on, most often first.
+    def tokens(self, feature: int, role: str = "active") -> pd.DataFrame:
+        """Tokens it fires on (or the 'previous' or 'next' ones), most often first.
 
         Columns token, text, n, p_token_given_fire, p_fire_given_token, lift.
         """
@@ -179,18 +190,21 @@ class FeatureStore(Several):
         return self._with_text(
             self._frame(
                 "SELECT token, n, p_token_given_fire, p_fire_given_token, lift FROM sae.feature_token "
-                "WHERE feature = ? ORDER BY rank",
-                [self._known(feature)],
+                "WHERE feature = ? AND role = ? ORDER BY rank",
+                [self._known(feature), _one_of(TOKEN_ROLES, role, "role of a token")],
             )
         )
 
     def examples(self, feature: int, group: str | None = None) -> pd.DataFrame:
-        """Stored examples: group, rank, ctx, pos, value, doc, label, start, tokens, pieces, acts.
+        """Stored examples, one a row, by group and rank.
 
+        Columns group, rank, ctx, pos, value, doc, fold, weight, label, start, tokens, pieces, acts.
         ``group`` 'top' holds the largest activation of each of the contexts in which it fires hardest,
-        'random' firings drawn uniformly. ``tokens``, ``pieces`` and ``acts`` are lists over the window,
-        which begins at position ``start``; joined, the pieces are the decoded window. Without contexts
-        the lists are empty.
+        'random' firings drawn uniformly, 'decile-1' to 'decile-10' some of each tenth of its firings by
+        rising activation, 'near-miss' and 'negative' windows in which it stays silent. ``weight`` is the
+        number of firings that an example stands for; ``fold``, 0 or 1, is that of the document. ``tokens``,
+        ``pieces`` and ``acts`` are lists over the window, which begins at position ``start``; joined, the
+        pieces are the decoded window. Without contexts the lists are empty.
 
         Raises:
             UserError: no such feature or group.
@@ -199,7 +213,7 @@ class FeatureStore(Several):
             raise UserError(f"{group!r} is not a group of examples; {nearest(group, GROUPS)}")
         wanted = list(GROUPS.values()) if group is None else [GROUPS[group]]
         frame = self._frame(
-            "SELECT grp, rank, ctx, pos, value, doc, start, tokens, acts FROM sae.example "
+            "SELECT grp, rank, ctx, pos, value, doc, fold, weight, start, tokens, acts FROM sae.example "
             "WHERE feature = ? AND list_contains(?, grp) ORDER BY grp, rank",
             [self._known(feature), wanted],
         )
@@ -224,10 +238,17 @@ class FeatureStore(Several):
             )
         )
 
-    def neighbors(self, feature: int) -> pd.DataFrame:
-        """Features with the nearest decoder rows: other, cosine."""
+    def neighbors(self, feature: int, kind: str = "decoder") -> pd.DataFrame:
+        """The nearest other features, nearest first.
+
+        ``kind`` 'decoder' or 'encoder': other, cosine of the directions. 'cofire': other, score (tokens on
+        which both fire / on which either does), n_both. 'correlation': other, score, n_both.
+        """
+        directions = kind in ("decoder", "encoder")
+        columns = "score AS cosine" if directions else "score, n_both"
         return self._frame(
-            "SELECT other, cosine FROM sae.neighbor WHERE feature = ? ORDER BY rank", [self._known(feature)]
+            f"SELECT other, {columns} FROM sae.neighbor WHERE kind = ? AND feature = ? ORDER BY rank",
+            [_one_of(NEIGHBOR_KINDS, kind, "kind of neighbour"), self._known(feature)],
         )
 
     def context(self, ctx: int) -> dict[str, Any]:
@@ -244,6 +265,13 @@ class FeatureStore(Several):
             "ctx": ctx, "n_tokens": n_tokens, "tokens": tokens, "pieces": self._pieces(tokens),
             "docs": docs, "doc": docs[0], "label": self._labels(docs[:1]).get(docs[0]),
         }  # fmt: skip
+
+
+def _one_of(known: Mapping[str, int], name: str, what: str) -> int:
+    """The stored number of a name."""
+    if name not in known:
+        raise UserError(f"{name!r} is not a {what}; {nearest(name, known)}")
+    return known[name]
 
 
 def _filter(

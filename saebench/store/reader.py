@@ -128,10 +128,16 @@ class StoreReader:
             raise UserError(f"feature {feature!r} is not in {self.sae!r}; it has 0 to {d_sae - 1}")
         return int(feature)
 
+    def why_missing(self, table: str) -> str:
+        """Why the store has no such table, as its index said it."""
+        reasons = {**self._meta["left_out"], **self._meta["missing"]}
+        return str(reasons.get(table, "it was indexed without"))
+
     def _require(self, table: str) -> None:
         if table not in self.tables:
-            why = self._meta["missing"].get(table, "it was indexed without")
-            raise UserError(f"the store {self.path} has no table {table!r} for {self.sae!r}: {why}")
+            raise UserError(
+                f"the store {self.path} has no table {table!r} for {self.sae!r}: {self.why_missing(table)}"
+            )
 
     def _labels(self, docs: Sequence[int]) -> dict[int, str | None]:
         wanted = [int(doc) for doc in docs]

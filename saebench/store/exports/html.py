@@ -197,7 +197,8 @@ def _histogram(store: FeatureStore, row: dict[str, Any]) -> str:
     middle = f'<text x="{LEFT + inner / 2:.0f}" y="{HEIGHT - 5}" text-anchor="middle">activation</text>'
     described = f"Histogram of {int(bins['count'].sum()):,} activations from {number(lo)} to {number(hi)}"
     return (
-        f'<h3>Activations</h3><svg viewBox="0 {-TOP} {WIDTH} {HEIGHT + TOP}" role="img" aria-label="{described}">'
+        f'<h3>Activations</h3><svg viewBox="0 {-TOP} {WIDTH} {HEIGHT + TOP}" role="img" '
+        f'aria-label="{described}">'
         f"{''.join([*marks, *bars, *ends, middle])}</svg>"
         '<p class="note">Number of tokens, on a logarithmic scale.</p>\n'
     )
@@ -251,5 +252,5 @@ def _neighbors(store: FeatureStore, feature: int, rows: dict[int, dict[str, Any]
 
 
 def _missing(title: str, store: FeatureStore, table: str) -> str:
-    reason = store.info()["missing"].get(table, "the store was indexed without it")
+    reason = store.why_missing(table)
     return f'<h3>{title}</h3><p class="note">{escape(reason[:1].upper() + reason[1:])}.</p>\n'
