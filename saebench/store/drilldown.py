@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from saebench.errors import UserError
 from saebench.store.limits import check_pattern
 from saebench.store.reader import StoreReader
-from saebench.store.schema import FEATURE_TOKEN, nearest
+from saebench.store.schema import nearest
 from saebench.store.windows import BEFORE
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class DrillDown(StoreReader):
         """Features that fire on a token, the most telling first.
 
         Columns token, text, feature, n (times it fires on the token), p_fire_given_token,
-        p_token_given_fire, lift. A feature is listed when the token is among those it fires on most.
+        p_token_given_fire, lift. The store lists up to 32 features of a token, by specificity.
 
         Args:
             token: an id, several ids, or text: the tokens that are exactly this text, else those that
@@ -74,16 +74,12 @@ class DrillDown(StoreReader):
         Raises:
             UserError: no such token or order, or a store without tokens.
         """
-        self._require("feature_token")
+        self._require("token_feature")
         if order_by not in TOKEN_ORDERS:
             raise UserError(f"{order_by!r} is no order of features; {nearest(order_by, TOKEN_ORDERS)}")
-        if self.has("token_feature"):
-            table, condition = "token_feature", ""
-        else:
-            table, condition = "feature_token", " AND role = 0" if "role" in FEATURE_TOKEN.names else ""
         query = (
-            "SELECT token, feature, n, p_fire_given_token, p_token_given_fire, lift "
-            f"FROM sae.{table} WHERE list_contains(?, token){condition} "
+            "SELECT token, feature, n, p_fire_given_token, p_token_given_fire, lift FROM sae.token_feature "
+            "WHERE token IN (SELECT unnest(?::UBIGINT[])) "
             f"ORDER BY {TOKEN_ORDERS[order_by]} DESC, token, feature LIMIT ?"
         )
         number = 2**62 if limit is None else _at_least_0("limit", limit)

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from saebench.errors import UserError
 from saebench.store import open_store
+from saebench.store.build import build_store
 from saebench.store.drilldown import PLACE_ORDERS, TOKEN_ORDERS
 from saebench.store.limits import LONGEST_PATTERN, check_pattern, time_limit
 from saebench.store.text import token_text
-from tests.store.small_store import D_SAE, N_CONTEXTS, VOCAB
+from tests.store.small_store import D_SAE, N_CONTEXTS, VOCAB, SmallCache, small_options, small_sae
 
 TEXTS = [token_text(token) for token in VOCAB]
 
@@ -103,17 +104,30 @@ def test_seeds_draw_different_examples(store):
     assert len(draws) > 1
 
 
-def test_windows_are_those_of_stored_examples(store):
+@pytest.mark.parametrize("group", ["top", "random"])
+def test_windows_are_those_of_stored_examples(store, group):
     for feature in range(D_SAE):
         drawn = store.examples_between(feature, -99, 99, n=10**6)
         by_place = {(row.ctx, row.pos): row for row in drawn.itertuples()}
-        for stored in store.examples(feature, "top").itertuples():
+        for stored in store.examples(feature, group).itertuples():
             again = by_place[stored.ctx, stored.pos]
             for name in ("value", "doc", "label", "start", "tokens", "pieces", "acts"):
                 assert getattr(again, name) == getattr(stored, name)
 
 
-def test_what_fires_over_a_context(store, truth):
+@pytest.fixture(scope="module")
+def indexed_store(tmp_path_factory):
+    """The same store, with the table that lists what fires at each token."""
+    path = tmp_path_factory.mktemp("indexed") / "store"
+    build_store(path, small_sae(), SmallCache(), small_options(context_index=True), no_logits="none")
+    with open_store(path) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("kind", ["store", "indexed_store"])
+def test_what_fires_over_a_context(request, truth, kind):
+    store = request.getfixturevalue(kind)
+    assert store.has("act_by_ctx") == (kind == "indexed_store")
     for ctx in range(N_CONTEXTS):
         wanted = sorted(
             (pos, feature, value)

@@ -16,7 +16,7 @@ from saebench.errors import UserError
 from saebench.files import write_bytes_atomic
 from saebench.store.exports.markup import bar, number, share, short, table, token, visible
 from saebench.store.exports.style import STYLE
-from saebench.store.schema import GROUPS
+from saebench.store.schema import DECILES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 PAGE = "features.html"
 MOST_FEATURES = 200
 SHOWN_TOKENS, SHOWN_NEIGHBORS = 12, 10
+HEADINGS = {
+    "top": "Strongest examples", "random": "Random firings",
+    **{f"decile-{tenth}": f"Firings of tenth {tenth}, 10 the strongest" for tenth in reversed(DECILES)},
+    "near-miss": "Silent, on a token that it fires on elsewhere", "negative": "Silent, anywhere",
+}  # fmt: skip
+"""Group of examples -> what it is called, in the order of the page."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 460, 150, 34, 20, 8
 
@@ -128,16 +134,14 @@ def _examples(store: FeatureStore, row: dict[str, Any]) -> str:
     if row["dead"]:
         return '<h3>Examples</h3><p class="note">It fires on no token of the text.</p>'
     frame = store.examples(row["feature"])
-    found = {group: frame[frame["group"] == group] for group in GROUPS if (frame["group"] == group).any()}
     parts = []
-    for group, shown in found.items():
-        items = "".join(_example(example, row["max_act"]) for example in shown.to_dict("records"))
-        heading = "Strongest" if group == "top" else group.replace("-", " ").capitalize()
-        parts.append(
-            f"<h3>{heading} examples</h3><ol>{items}</ol>\n"
-            if group == "top"
-            else f"<details><summary>{heading} examples</summary><ol>{items}</ol></details>\n"
-        )
+    for group, heading in HEADINGS.items():
+        shown = frame[frame["group"] == group].to_dict("records")
+        items = "".join(_example(example, row["max_act"]) for example in shown)
+        if group == "top":
+            parts.append(f"<h3>{heading}</h3><ol>{items}</ol>\n")
+        elif shown:
+            parts.append(f"<details><summary>{heading}</summary><ol>{items}</ol></details>\n")
     return "".join(parts)
 
 
@@ -237,18 +241,28 @@ def _tokens(store: FeatureStore, row: dict[str, Any]) -> str:
 
 
 def _neighbors(store: FeatureStore, feature: int, rows: dict[int, dict[str, Any]]) -> str:
-    near: pd.DataFrame = store.neighbors(feature).head(SHOWN_NEIGHBORS)
-    if near.empty:
-        return ""
-    lines = []
-    for other, cosine in near[["other", "cosine"]].itertuples(index=False):
-        row = rows.get(other) or store.feature(other)
-        name = f'<a href="#f{other}">{other}</a>' if other in rows else str(other)
-        lines.append(
-            (name, bar(number(cosine), max(cosine, 0)), share(row["density"]), token(row["top_token"]))
-        )
-    heads = ("feature", "cosine", "density", "top token")
-    return f"<h3>Nearest features</h3>{table(heads, lines, left=(0, 3))}\n"
+    kinds = {
+        "decoder": ("Nearest decoder directions", "cosine"),
+        "cofire": ("Fires together with", "jaccard"),
+    }
+    parts = []
+    for kind, (title, score) in kinds.items():
+        near: pd.DataFrame = store.neighbors(feature, kind).head(SHOWN_NEIGHBORS)
+        lines = [
+            _neighbor(int(other), value, rows.get(other) or store.feature(other), rows)
+            for other, value in near.iloc[:, :2].itertuples(index=False)
+        ]
+        if lines:
+            heads = ("feature", score, "density", "top token")
+            parts.append(f"<h3>{title}</h3>{table(heads, lines, left=(0, 3))}\n")
+    return "".join(parts)
+
+
+def _neighbor(
+    other: int, score: float, row: dict[str, Any], rows: dict[int, dict[str, Any]]
+) -> tuple[str | tuple[str, str], ...]:
+    name = f'<a href="#f{other}">{other}</a>' if other in rows else str(other)
+    return name, bar(number(score), max(score, 0)), share(row["density"]), token(row["top_token"])
 
 
 def _missing(title: str, store: FeatureStore, table: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.files import write_json_atomic
+from saebench.store.schema import DECILES
 
 if TYPE_CHECKING:
     from saebench.store.query import FeatureStore
@@ -37,7 +38,10 @@ def write(store: FeatureStore, features: list[int] | None, directory: Path) -> t
                 feature_json(store, feature, info, ctx_len) for feature in wanted[start : start + PER_BATCH]
             ],
         })  # fmt: skip
-    return ("What the store does not keep is empty: neuron alignment, correlated neurons, logit histogram.",)
+    return (
+        "What the store does not keep is empty: neuron alignment, correlated neurons, the cosine of "
+        "activations, the histogram of logits.",
+    )
 
 
 def layer_of(hook: str) -> int:
@@ -51,18 +55,18 @@ def feature_json(store: FeatureStore, feature: int, info: dict[str, Any], ctx_le
     logits = store.logits(feature)
     up, down = (logits[logits["sign"] == sign] for sign in (1, -1))
     bins = store.histogram(feature)
-    near = _neighbors(store, feature)
+    near = store.neighbors(feature, "correlation").head(SHOWN_NEIGHBORS)
     empty = dict.fromkeys((
         "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1",
         "correlated_neurons_indices", "correlated_neurons_l1", "correlated_neurons_pearson",
-        "correlated_features_pearson", "logits_hist_data_bar_heights", "logits_hist_data_bar_values",
+        "correlated_features_l1", "logits_hist_data_bar_heights", "logits_hist_data_bar_values",
         "decoder_weights_dist",
     ), ())  # fmt: skip
     return {
         **empty,
         "feature_index": feature,
         "correlated_features_indices": near["other"].tolist(),
-        "correlated_features_l1": near["cosine"].tolist(),
+        "correlated_features_pearson": near["score"].tolist(),
         "pos_str": up["text"].tolist(), "pos_values": up["value"].tolist(),
         "neg_str": down["text"].tolist(), "neg_values": down["value"].tolist(),
         "frac_nonzero": row["density"],
@@ -73,28 +77,30 @@ def feature_json(store: FeatureStore, feature: int, info: dict[str, Any], ctx_le
     }  # fmt: skip
 
 
-def _neighbors(store: FeatureStore, feature: int) -> Any:
-    """other and cosine, of decoder rows."""
-    return store.neighbors(feature)[["other", "cosine"]].head(SHOWN_NEIGHBORS)
-
-
 def _activations(store: FeatureStore, feature: int, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Top examples under Neuronpedia's marks for them (-1), others under the interval that they come from."""
-    intervals = {
-        "top": (-1.0, row["max_act"], -1.0),
-        "random": (min(0.0, _least(store, feature)), row["max_act"], 1.0),
-    }
+    """Examples of firings under the interval that each group comes from; the top ones under -1, its sign."""
+    intervals = {"top": (-1.0, row["max_act"], -1.0), **_tenths(store, feature)}
     examples = store.examples(feature)
     return [
         {
-            "bin_min": interval[0], "bin_max": interval[1], "bin_contains": interval[2],
-            "tokens": example.pieces, "values": example.acts,
+            "bin_min": interval[0],
+            "bin_max": interval[1],
+            "bin_contains": interval[2],
+            "tokens": example.pieces,
+            "values": example.acts,
         }
         for group, interval in intervals.items()
         for example in examples[examples["group"] == group].itertuples()
-    ]  # fmt: skip
+    ]
 
 
-def _least(store: FeatureStore, feature: int) -> float:
-    bins = store.histogram(feature)
-    return float(bins["lo"].min()) if len(bins) else 0.0
+def _tenths(store: FeatureStore, feature: int) -> dict[str, tuple[float, float, float]]:
+    """Group -> its smallest and largest activation, and the share of the firings in it."""
+    acts = [value for (value,) in store._rows(
+        "SELECT value FROM sae.act WHERE feature = ? ORDER BY value", [feature])]  # fmt: skip
+    n, found = len(acts), {}
+    for tenth, decile in enumerate(DECILES):
+        low, high = -(-tenth * n // 10), -(-(tenth + 1) * n // 10)
+        if low < high:
+            found[f"decile-{decile}"] = (acts[low], acts[high - 1], (high - low) / n)
+    return dict(reversed(found.items()))

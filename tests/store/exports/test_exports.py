@@ -148,22 +148,23 @@ def test_neuronpedias_json_says_what_the_store_says(store, tmp_path, features):
         assert written["frac_nonzero"] == store.feature(i)["density"]
         assert written["freq_hist_data_bar_heights"] == bins["count"].tolist()
         assert written["freq_hist_data_bar_values"] == ((bins["lo"] + bins["hi"]) / 2).tolist()
-        near = dict(
-            zip(written["correlated_features_indices"], written["correlated_features_l1"], strict=True)
-        )
-        assert (
-            near.items()
-            <= dict(zip(*store.neighbors(i)[["other", "cosine"]].to_numpy().T, strict=True)).items()
-        )
+        near = store.neighbors(i, "correlation").head(10)
+        assert written["correlated_features_indices"] == near["other"].tolist()
+        assert written["correlated_features_pearson"] == near["score"].tolist()
         assert written["n_prompts_total"] == N_CONTEXTS
-        top = [example for example in written["activations"] if example["bin_min"] == -1]
-        stored = store.examples(i, "top")
-        assert [example["values"] for example in top] == stored["acts"].tolist()
-        assert [example["tokens"] for example in top] == stored["pieces"].tolist()
-        for example in written["activations"]:
+        stored = store.examples(i)
+        firing = stored[stored["group"].astype(str).str.match("top|decile")]
+        order = firing["group"].map(lambda g: 0 if g == "top" else 11 - int(g.removeprefix("decile-")))
+        firing = firing.loc[order.sort_values(kind="stable").index]
+        examples = written["activations"]
+        assert [example["values"] for example in examples] == firing["acts"].tolist()
+        assert [example["tokens"] for example in examples] == firing["pieces"].tolist()
+        for example, group, value in zip(examples, firing["group"], firing["value"], strict=True):
             assert set(example) == {"bin_min", "bin_max", "bin_contains", "tokens", "values"}
-            assert len(example["tokens"]) == len(example["values"])
-            assert example["bin_max"] == store.feature(i)["max_act"]
+            assert example["bin_min"] <= value <= example["bin_max"]
+            assert (example["bin_min"] == example["bin_contains"] == -1) == (group == "top")
+        shares = {example["bin_min"]: example["bin_contains"] for example in examples} | {-1: 0}
+        assert len(examples) == 0 or sum(shares.values()) == pytest.approx(1)
 
 
 # HTML
