@@ -38,6 +38,12 @@ if TYPE_CHECKING:
 class Annotations:
     """The annotations of one SAE of a store.
 
+    >>> notes = store.annotations
+    >>> notes.set_label(3, "numbers of years")
+    >>> notes.add_to_list("mine", [3, 1])
+    >>> notes.label(3), notes.list_features("mine")
+    ('numbers of years', [3, 1])
+
     Attributes:
         path: the file, which need not be there yet.
         sae_hash: hash of the weights whose annotations these are.

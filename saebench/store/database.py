@@ -68,6 +68,10 @@ def attach(connection: duckdb.DuckDBPyConnection, path: Path, alias: str) -> Non
     try:
         connection.execute(f"ATTACH {_quoted(path)} AS {alias} (READ_ONLY)")
     except duckdb.Error as error:
+        if "lock on file" in str(error):
+            raise UserError(
+                f"{path} is open for writing in another program, where a store is only ever read; close that"
+            ) from error
         raise UserError(f"{path} cannot be read ({first_line(error)}); run saebench index again") from error
 
 

@@ -37,6 +37,9 @@ class DrillDown(StoreReader):
     ) -> pd.DataFrame:
         """Tokens by their text, most frequent first: token, text, n (rows of the cache with the token).
 
+        >>> store.find_tokens(regex="^ S").columns.tolist()
+        ['token', 'text', 'n']
+
         Args:
             text: part of the token's text, in any case.
             regex: a regular expression (RE2) found in it; ``(?i)`` at its start ignores case.
@@ -64,6 +67,10 @@ class DrillDown(StoreReader):
 
         Columns token, text, feature, n (times it fires on the token), p_fire_given_token,
         p_token_given_fire, lift. The store lists up to 32 features of a token, by specificity.
+
+        >>> found = store.features_on(store.features()["top_token"][0])
+        >>> bool((found["n"] > 0).all())
+        True
 
         Args:
             token: an id, several ids, or text: the tokens that are exactly this text, else those that
@@ -114,6 +121,10 @@ class DrillDown(StoreReader):
     ) -> pd.DataFrame:
         """Its activations: ctx, pos, value; all of them, or those that pass the filter.
 
+        >>> largest = store.activations(3, limit=1, order="value")
+        >>> bool(largest["value"][0] == store.feature(3)["max_act"])
+        True
+
         Args:
             between: smallest and largest activation, both included.
             token: only where the text has this token (an id, or text as in ``features_on``).
@@ -150,6 +161,11 @@ class DrillDown(StoreReader):
 
         Columns rank, ctx, pos, value, doc, label, start, tokens, pieces, acts, as ``examples`` has them;
         strongest first. The same seed draws the same ones. Without contexts the lists are empty.
+
+        >>> bar = store.histogram(0).iloc[-1]
+        >>> drawn = store.examples_between(0, bar["lo"], bar["hi"], n=3)
+        >>> bool(drawn["value"].between(bar["lo"], bar["hi"]).all())
+        True
 
         Args:
             window: tokens shown around each; by default as many as in stored examples.
@@ -211,6 +227,9 @@ class DrillDown(StoreReader):
 
         A store without the table ``act_by_ctx`` answers by reading all of ``act``.
 
+        >>> store.firing_at(ctx=0, pos=2).columns.tolist()
+        ['feature', 'value']
+
         Raises:
             UserError: no such context, a negative position, or the time limit was reached.
         """
@@ -220,6 +239,9 @@ class DrillDown(StoreReader):
 
     def context_features(self, ctx: int, features: Sequence[int] | None = None) -> pd.DataFrame:
         """What fires over a context: pos, feature, value, in that order.
+
+        >>> set(store.context_features(0, [0, 3])["feature"]) <= {0, 3}
+        True
 
         Args:
             features: only these; by default all, which a store without the table ``act_by_ctx`` answers

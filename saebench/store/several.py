@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,6 +21,8 @@ SCORES = ("explained_variance", "ce_loss_score", "kl")
 class Several(DrillDown):
     """The part of a FeatureStore that looks beyond its own SAE."""
 
+    _opened_console: SqlConsole | None = None
+
     def beside(self, sae: str) -> Self:
         """Another SAE of the same generation, to be closed by itself.
 
@@ -36,6 +37,9 @@ class Several(DrillDown):
         Columns name, sae, d_in, d_sae, k, hook_name, text, n_tokens, l0 (activations a token), dead and dense
         (shares of the features), median_density (of those that fire), explained_variance, ce_loss_score and
         kl (from the run's evaluation, if it was indexed with one).
+
+        >>> store.compare()["name"].tolist() == store.saes
+        True
         """
         import pandas as pd
 
@@ -62,6 +66,9 @@ class Several(DrillDown):
         Columns feature (of ``sae``), n_both (tokens on which both fire), p_other_given_this,
         p_this_given_other, jaccard (tokens on which both fire / either fires), top_token. Reads all
         activations of the other SAE.
+
+        >>> int(store.same_firings(3, store.sae)["feature"][0])
+        3
 
         Raises:
             UserError: no such feature or SAE, one that was indexed over other text, or the time limit was
@@ -102,6 +109,9 @@ class Several(DrillDown):
         ``saes``. ``SHOW ALL TABLES`` lists everything. ``.attrs["more"]`` of the result says whether there
         were more rows.
 
+        >>> store.sql("SELECT count(*) AS n FROM feature WHERE n_act >= ?", [0])["n"].tolist()
+        [24]
+
         Args:
             values: for the ``?`` in the query.
 
@@ -113,11 +123,14 @@ class Several(DrillDown):
             raise UserError(f"limit is {limit}; it must be at least 0")
         return self._console.ask(query, values, limit=limit, seconds=self.time_limit)
 
-    @functools.cached_property
+    @property
     def _console(self) -> SqlConsole:
-        return SqlConsole(self.path, self._manifest, self.sae)
+        with self._opening:
+            if self._opened_console is None:
+                self._opened_console = SqlConsole(self.path, self._manifest, self.sae)
+            return self._opened_console
 
     def close(self) -> None:
-        if "_console" in self.__dict__:
-            self._console.close()
+        if self._opened_console is not None:
+            self._opened_console.close()
         super().close()

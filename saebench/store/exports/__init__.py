@@ -48,6 +48,10 @@ class StoreExport:
 def export_store(config: StoreExportConfig) -> StoreExport:
     """Write an SAE of a feature store in another form; the directory appears whole or not at all.
 
+    >>> made = sb.export_store(store=store.path, format="html", features=["0-2", 5], out="page")
+    >>> made.files, made.n_features
+    (('features.html',), 4)
+
     Raises:
         UserError: no such store, SAE, feature or list, a store without a table that the format needs, or a
             directory that is not empty.

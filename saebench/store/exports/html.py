@@ -100,9 +100,10 @@ def _article(
     feature = row["feature"]
     badges = "".join(f'<span class="badge">{flag}</span>' for flag in ("dead", "dense") if row[flag])
     name = f'<span class="label">{escape(label)}</span>' if label else ""
+    explained = f'<p class="facts">{escape(row["explanation"])}</p>' if row.get("explanation") else ""
     return (
         f'<article id="f{feature}"><div class="title"><h2>Feature {feature}</h2>{badges}{name}</div>\n'
-        f'{_statistics(store, row)}<div class="columns"><div>{_examples(store, row)}</div>\n'
+        f'{explained}{_statistics(store, row)}<div class="columns"><div>{_examples(store, row)}</div>\n'
         f"<div>{_histogram(store, row)}{_logits(store, feature)}{_tokens(store, row)}"
         f"{_neighbors(store, feature, rows)}</div></div></article>\n"
     )

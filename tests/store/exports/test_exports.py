@@ -256,6 +256,17 @@ def test_a_page_shows_what_the_store_says(store, page):
     assert sum(t == "rect" for t, _ in read(page).elements) == bars
 
 
+def test_an_explanation_is_shown_where_the_store_has_one(store, tmp_path, monkeypatch):
+    from saebench.store.query import FeatureStore
+
+    plain = FeatureStore.feature
+    monkeypatch.setattr(FeatureStore, "feature", lambda s, i: plain(s, i) | {"explanation": "fires on <b>"})
+    export_store(store=store.path, out=tmp_path / "out", format="html", features=[3])
+    assert '<p class="facts">fires on &lt;b&gt;</p>' in (tmp_path / "out" / "features.html").read_text(
+        "utf-8"
+    )
+
+
 def test_one_feature_and_a_list_in_its_order(store, tmp_path):
     export_store(store=store.path, out=tmp_path / "one", format="html", features=[3])
     one = (tmp_path / "one" / "features.html").read_text("utf-8")
@@ -346,6 +357,18 @@ def test_a_page_has_a_size(store, tmp_path, monkeypatch):
     monkeypatch.setattr("saebench.store.exports.html.MOST_FEATURES", 5)
     with pytest.raises(UserError, match="24 features are more than the 5 of one page; name some with"):
         export_store(store=store.path, out=tmp_path / "out", format="html")
+
+
+def test_the_command(store, tmp_path, capsys):
+    from saebench.cli import main
+
+    words = ["store", "export", str(store.path), "--format", "html", "--features", "3,5-6", "9"]
+    assert main([*words, "--out", str(tmp_path / "out"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["format"], said["sae"], said["n_features"]) == ("html", "small", 4)
+    assert said["files"] == ["features.html"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert "is not empty" in capsys.readouterr().err
 
 
 def test_hostile_tokens_are_among_those_tested():
