@@ -173,15 +173,15 @@ class DrillDown(StoreReader):
         Raises:
             UserError: no such feature, or ``lo`` above ``hi``.
         """
+        width = self._meta["window"] if window is None else window
+        if width < 1:
+            raise UserError(f"window is {width}; it must be at least 1")
         drawn = self._frame(
             "SELECT * FROM (SELECT ctx, pos, value FROM sae.act WHERE feature = ? AND value BETWEEN ? AND ? "
             "ORDER BY hash(ctx, pos, ?), ctx, pos LIMIT ?) ORDER BY value DESC, ctx, pos",
             [self._known(feature), *_interval(lo, hi), int(seed), _at_least_0("n", n)],
         )
         drawn.insert(0, "rank", range(len(drawn)))
-        width = self._meta["window"] if window is None else window
-        if width < 1:
-            raise UserError(f"window is {width}; it must be at least 1")
         windows = self._windows(int(feature), drawn, width)
         for name in ("doc", "label", "start", "tokens", "pieces", "acts"):
             drawn[name] = [shown[name] for shown in windows]
@@ -207,7 +207,7 @@ class DrillDown(StoreReader):
                 [feature, wanted],
             )
         }
-        labels = self._labels([docs[pos] for ctx, pos in _places(drawn) for docs in [contexts[ctx][1]]])
+        labels = self._labels([contexts[ctx][1][pos] for ctx, pos in _places(drawn)])
         windows = []
         for ctx, pos in _places(drawn):
             tokens, docs = contexts[ctx]
