@@ -420,11 +420,18 @@ class SynthConfig:
 class BenchConfig:
     """Time training steps against others and against the bare matrix product, in turns.
 
-    On a GPU: encoders and steps at two fixed sizes, beside plain torch. With --cpu: ours and SAELens's.
+    On a GPU: encoders and steps at two fixed sizes, beside plain torch. With --cpu: ours and SAELens's. With
+    --store: the feature store.
     """
 
     cpu: bool = False
     """Measure on the CPU, even where there is a GPU."""
+    store: bool = False
+    """Measure the feature store instead: how long it takes to make, its size, and how fast it answers."""
+    store_activations: int = 60_000_000
+    """With --store: activations of the made-up store."""
+    store_features: int = 16_384
+    """With --store: number of latents."""
     peers: Path = Path(".venv-peers")
     """With --cpu: virtual environment with sae-lens, as 'make peers' builds it; without one its rows stay
     empty."""
@@ -446,8 +453,9 @@ class BenchConfig:
     """No progress display."""
 
     def __post_init__(self) -> None:
-        at_least(self, d_in=1, batch_size=1, threads=1, turns=1)
+        at_least(self, d_in=1, batch_size=1, threads=1, turns=1, store_activations=1)
         SaeSpec(d_sae=self.d_sae, k=self.k)
+        SaeSpec(d_sae=self.store_features, k=self.k)
 
 
 @dataclass(frozen=True, kw_only=True)

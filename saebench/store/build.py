@@ -25,6 +25,7 @@ from saebench.store.logits import find_unembedding
 from saebench.store.runs import BYTES_PER_ENTRY, Runs
 from saebench.store.tables import (
     Build,
+    Stopwatch,
     TableOptions,
     given_by,
     index_by_context,
@@ -177,7 +178,7 @@ def build_all(out: Path, jobs: Sequence[Job], cache: ActivationCache) -> publish
                     batch_size=jobs[0].options.batch_size, quiet=jobs[0].options.quiet,
                 )  # fmt: skip
                 stored = [
-                    _write(building, job, encoder.identity, cache, corpus, runs)
+                    write_sae(building, job, encoder.identity, cache, corpus, runs)
                     for job, encoder, runs in zip(jobs, encoders, all_runs, strict=True)
                 ]
             manifest = publish.publish(out, current, stored, text)
@@ -187,11 +188,12 @@ def build_all(out: Path, jobs: Sequence[Job], cache: ActivationCache) -> publish
             shutil.rmtree(building, ignore_errors=True)
 
 
-def _write(
-    building: Path, job: Job, identity: str, cache: ActivationCache, corpus: Corpus, runs: Runs
-) -> publish.StoredSae:
+def write_sae(
+    building: Path, job: Job, identity: str, cache: ActivationCache, corpus: Corpus, runs: Runs,
+    watch: Stopwatch | None = None,
+) -> publish.StoredSae:  # fmt: skip
     """The file of one SAE, in the build directory."""
-    sae, options = job.sae, job.options
+    sae, options, watch = job.sae, job.options, watch or Stopwatch()
     meta = {
         "format_version": schema.FORMAT_VERSION, "name": options.name, "sae": sae.spec.name,
         "d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k, "hook_name": options.hook,
@@ -210,8 +212,8 @@ def _write(
         name = f"sae-{identity[:12]}-{len(taken)}.duckdb"
     build = Build(
         corpus=corpus, d_sae=sae.d_sae, n_activations=runs.n_activations,
-        groups=runs.groups(tables.GROUP_SIZE), given=given_by(sae, corpus, job.W_U_DV, job.metrics),
-        options=options,
+        groups=runs.groups(tables.GROUP_SIZE, tables.GROUP_LATENTS), options=options, watch=watch,
+        given=given_by(sae, corpus, job.W_U_DV, job.metrics, watch),
         context_index=(lambda connection: index_by_context(connection, corpus, runs))
         if options.context_index
         else None,

@@ -18,8 +18,8 @@ from saebench.store.lots import lots
 from saebench.store.runs import Activations
 from saebench.store.schema import NEIGHBOR_KINDS, NEIGHBORS_PER_FEATURE
 
-MOST_PAIRS = 400_000_000
-"""Pairs of latents, over all tokens looked at, that are counted; some five seconds' work."""
+MOST_PAIRS = 200_000_000
+"""Pairs of latents, over all tokens looked at, that are counted; some fifteen seconds' work of one core."""
 
 BLOCK = 512
 """Latents whose pairs are in memory at once."""

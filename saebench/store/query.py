@@ -15,6 +15,7 @@ from saebench.store.schema import (
     GROUPS,
     HIST_KINDS,
     NEIGHBOR_KINDS,
+    QUANTILE_GRID,
     TOKEN_ROLES,
     nearest,
     require_column,
@@ -211,22 +212,27 @@ class FeatureStore(Several):
         """
         if group is not None and group not in GROUPS:
             raise UserError(f"{group!r} is not a group of examples; {nearest(group, GROUPS)}")
-        wanted = list(GROUPS.values()) if group is None else [GROUPS[group]]
-        frame = self._frame(
+        import pandas as pd
+
+        values, picked = [self._known(feature)], ""
+        if group is not None:
+            values, picked = [*values, GROUPS[group]], " AND grp = ?"
+        rows = self._columns(
             "SELECT grp, rank, ctx, pos, value, doc, fold, weight, start, tokens, acts FROM sae.example "
-            "WHERE feature = ? AND list_contains(?, grp) ORDER BY grp, rank",
-            [self._known(feature), wanted],
+            f"WHERE feature = ?{picked} ORDER BY grp, rank",
+            values,
         )
         names = {number: name for name, number in GROUPS.items()}
-        frame.insert(0, "group", [names[number] for number in frame.pop("grp")])
-        frame["tokens"] = [tokens.tolist() for tokens in frame["tokens"]]
-        frame["acts"] = [acts.tolist() for acts in frame["acts"]]
-        labels = self._labels(frame["doc"].dropna().unique())
-        shown = [labels.get(doc) for doc in frame["doc"]] if labels else [None] * len(frame)
-        frame.insert(frame.columns.get_loc("start"), "label", shown)
-        texts = [self._pieces(tokens) for tokens in frame["tokens"]]
-        frame.insert(frame.columns.get_loc("acts"), "pieces", texts)
-        return frame
+        tokens = [list(map(int, one)) for one in rows["tokens"]]
+        docs = [None if pd.isna(doc) else int(doc) for doc in rows["doc"]]
+        labels = self._labels({doc for doc in docs if doc is not None})
+        return pd.DataFrame({
+            "group": [names[number] for number in rows["grp"].tolist()],
+            **{name: rows[name] for name in ("rank", "ctx", "pos", "value", "doc", "fold", "weight")},
+            "label": [None if doc is None else labels.get(doc) for doc in docs],
+            "start": rows["start"], "tokens": tokens,
+            "pieces": [self._pieces(one) for one in tokens], "acts": [one.tolist() for one in rows["acts"]],
+        })  # fmt: skip
 
     def logits(self, feature: int) -> pd.DataFrame:
         """Promoted (+1) and suppressed (-1) tokens: sign, rank, token, text, value (logits per unit)."""
@@ -265,6 +271,61 @@ class FeatureStore(Several):
             "ctx": ctx, "n_tokens": n_tokens, "tokens": tokens, "pieces": self._pieces(tokens),
             "docs": docs, "doc": docs[0], "label": self._labels(docs[:1]).get(docs[0]),
         }  # fmt: skip
+
+    def token_features(self, token: int) -> pd.DataFrame:
+        """Features that fire on a token often, and on others less, best first.
+
+        Columns feature, n, p_token_given_fire, p_fire_given_token, lift. Empty when none fires on it.
+        """
+        self._require("token_feature")
+        return self._frame(
+            "SELECT feature, n, p_token_given_fire, p_fire_given_token, lift FROM sae.token_feature "
+            "WHERE token = ? ORDER BY rank",
+            [int(token)],
+        )
+
+    def quantiles(self, feature: int) -> pd.DataFrame:
+        """Quantiles of its activations: q, value. Empty for a dead feature."""
+        import pandas as pd
+
+        rows = self._rows("SELECT qs FROM sae.quantile WHERE feature = ?", [self._known(feature)])
+        return pd.DataFrame({"q": QUANTILE_GRID if rows else (), "value": rows[0][0] if rows else ()})
+
+    def positions(self, feature: int) -> pd.DataFrame:
+        """Where in the context it fires: lo, hi (not included), n, share of firings, p_fire."""
+        import numpy as np
+        import pandas as pd
+
+        self._require("position")
+        rows = self._rows("SELECT counts FROM sae.position WHERE feature = ?", [self._known(feature)])
+        n, there = np.array(rows[0][0] if rows else []), np.array(self._meta["position_rows"])
+        edges = -(-np.arange(len(there) + 1) * self._meta["ctx_len"] // len(there))
+        lo, hi = edges[: len(n)], edges[1 : len(n) + 1]
+        shares = {"share": n / max(n.sum(), 1), "p_fire": n / np.maximum(there[: len(n)], 1)}
+        return pd.DataFrame({"lo": lo, "hi": hi, "n": n, **shares})
+
+    def labels(self, feature: int) -> pd.DataFrame:
+        """Labels of the documents it fires in, most often first: label, n, p_label_given_fire, lift."""
+        self._require("feature_label")
+        return self._frame(
+            "SELECT label, n, p_label_given_fire, lift FROM sae.feature_label WHERE feature = ? "
+            "ORDER BY rank",
+            [self._known(feature)],
+        )
+
+    def context_activations(self, ctx: int) -> pd.DataFrame:
+        """All that fires in a context: pos, feature, value. Needs an index --with-context-index."""
+        self._require("act_by_ctx")
+        return self._frame(
+            "SELECT pos, unnest(features) AS feature, unnest(acts) AS value FROM sae.act_by_ctx "
+            "WHERE ctx = ?",
+            [int(ctx)],
+        )
+
+    def train_metrics(self) -> pd.DataFrame:
+        """The run's metrics as it was trained: step, name, value."""
+        self._require("train_metric")
+        return self._frame("SELECT step, name, value FROM sae.train_metric ORDER BY step, name")
 
 
 def _one_of(known: Mapping[str, int], name: str, what: str) -> int:

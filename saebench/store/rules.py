@@ -275,7 +275,8 @@ SAE_RULES = (
           "DISTINCT FROM r.h"),
     _rule("act_by_ctx", "activations by context are not sorted by context and position",
           "SELECT ctx FROM (SELECT *, lag(ctx) OVER () AS ctx_0, lag(pos) OVER () AS pos_0 FROM "
-          "sae.act_by_ctx) WHERE (ctx, pos) <= (ctx_0, pos_0) OR len(features) <> len(acts)"),
+          "sae.act_by_ctx) WHERE (ctx_0 IS NOT NULL AND (ctx, pos) <= (ctx_0, pos_0)) OR "
+          "len(features) <> len(acts)"),
     _rule("train_metric", "a metric of the training is there twice for one step",
           "SELECT step FROM sae.train_metric GROUP BY step, name HAVING count(*) > 1"),
 )  # fmt: skip

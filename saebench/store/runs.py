@@ -115,9 +115,9 @@ class Runs:
         self._take(path)
         return path
 
-    def groups(self, size: int) -> Iterator[Activations]:
-        """All latents in order, in groups of at most ``size`` activations (or of one latent)."""
-        for first, stop in ranges(self.counts_M, size):
+    def groups(self, size: int, latents: int) -> Iterator[Activations]:
+        """All latents in order, in groups of at most ``size`` activations (or of one latent); see ranges."""
+        for first, stop in ranges(self.counts_M, size, latents):
             yield self.read(first, stop)
 
     def read(self, first: int, stop: int) -> Activations:
@@ -162,13 +162,13 @@ class Runs:
         self._files.append(file)
 
 
-def ranges(counts_M: NDArray[np.int64], size: int) -> Iterator[tuple[int, int]]:
-    """``(first, stop)`` of groups of latents with at most ``size`` activations (or of one latent)."""
+def ranges(counts_M: NDArray[np.int64], size: int, latents: int) -> Iterator[tuple[int, int]]:
+    """``(first, stop)`` of groups: at most ``latents`` latents, and unless one has more ``size`` entries."""
     first, d_sae = 0, len(counts_M)
     total = np.concatenate([[0], counts_M.cumsum()])
     while first < d_sae:
         stop = int(np.searchsorted(total, total[first] + size, side="right")) - 1
-        stop = min(max(stop, first + 1), d_sae, first + size)
+        stop = min(max(stop, first + 1), d_sae, first + min(size, latents))
         yield first, stop
         first = stop
 

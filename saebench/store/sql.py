@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from saebench.errors import UserError
 from saebench.store import publish
 from saebench.store.database import attach, first_line, lock_down, memory_instance
-from saebench.store.frames import signed
 from saebench.store.limits import time_limit
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ class SqlConsole:
                 raise UserError(f"the query was not answered: {first_line(error)}") from None
         filled = [frame for frame in frames if len(frame)] or frames[:1]
         found = pd.concat(filled, ignore_index=True)
-        answer = signed(found.head(limit))
+        answer = _signed(found.head(limit))
         answer.attrs["more"] = len(found) > limit
         return answer
 
@@ -150,3 +149,14 @@ def _nodes(tree: Any, table_function: bool = False) -> Iterator[dict[str, Any]]:
     elif isinstance(tree, list):
         for value in tree:
             yield from _nodes(value)
+
+
+def _signed(frame: pd.DataFrame) -> pd.DataFrame:
+    """``frame`` with signed integers for unsigned ones: differences of positions must not wrap around."""
+    kinds = {
+        name: "Int64" if str(kind).startswith("U") else "int64"
+        for name, kind in frame.dtypes.items()
+        if str(kind).lower().startswith("uint")
+    }
+    made: pd.DataFrame = frame.astype(kinds)
+    return made

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,8 +42,13 @@ if TYPE_CHECKING:
 
     from saebench.saes.base import SAE
 
+ItemT = TypeVar("ItemT")
+
 GROUP_SIZE = 4_000_000
 """Activations of which the tables are made at once; bounds memory, at some 200 bytes an activation."""
+
+GROUP_LATENTS = 1024
+"""Latents of which the tables are made at once; bounds the examples in memory."""
 
 NEED_TEXT = (
     "context", "token", "document", "feature_token", "token_feature", "feature_label", "position",
@@ -74,16 +79,28 @@ class Given:
 
 
 class Stopwatch:
-    """Seconds spent on each table."""
+    """Seconds spent on each table: by the clock, and of processors, which other programs do not change."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
     def on(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + time.process_time() - cpu_start
+
+    def each(self, name: str, items: Iterable[ItemT]) -> Iterator[ItemT]:
+        """The items; the time that it takes to get them counts under ``name``."""
+        iterator = iter(items)
+        while True:
+            with self.on(name):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +131,7 @@ def write_sae_file(path: Path, build: Build, meta: dict[str, Any]) -> None:
     ):
         for table, rows in build.given.tables:
             insert(connection, table, rows)
-        for acts in build.groups:
+        for acts in watch.each("read", build.groups):
             with watch.on("act"):
                 insert(connection, schema.ACT, _act_rows(acts, corpus))
             with watch.on("feature"):

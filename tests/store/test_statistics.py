@@ -63,7 +63,7 @@ def test_tables_equal_brute_force(world, batch, run_size, group_size, n, size):
         runs = write_runs(Path(folder) / "runs", codes_NM, batch)
         seen, inverse = 0, TokenFeatures()
         together = Together(cache.n_rows, codes_NM.shape[1], runs.n_activations, 0)
-        for acts in runs.groups(group_size):
+        for acts in runs.groups(group_size, 4):
             assert acts.first == seen
             seen += acts.n_latents
             assert len(acts.value_S) <= group_size or acts.n_latents == 1
@@ -298,7 +298,7 @@ def test_only_some_tokens_of_a_large_store_are_paired(tmp_path, monkeypatch):
     runs = write_runs(tmp_path / "runs", codes_NM, 1000)
     monkeypatch.setattr(cofiring, "MOST_PAIRS", 1000 * 9)
     together = Together(4000, 6, runs.n_activations, 0)
-    for acts in runs.groups(3000):
+    for acts in runs.groups(3000, 100):
         together.add(acts)
     assert 900 < together.n_tokens < 1100
     rows = together.rows()
