@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from saebench.formats import export_sae, import_sae
     from saebench.saes import load
     from saebench.saes.base import SAE
-    from saebench.store import index, open_store
+    from saebench.store import export_store, index, open_store
     from saebench.store.query import FeatureStore
     from saebench.training import sweep, train
 
@@ -42,6 +42,7 @@ _HOMES = {
     "compare_prompts": "saebench.analysis.prompts",
     "evaluate": "saebench.evaluation",
     "export_sae": "saebench.formats",
+    "export_store": "saebench.store",
     "features_of": "saebench.analysis.prompts",
     "harvest": "saebench.activations.harvest",
     "import_activations": "saebench.activations.importing",
@@ -75,6 +76,7 @@ __all__ = [  # noqa: RUF022
     "compare_prompts",
     "evaluate",
     "export_sae",
+    "export_store",
     "features_of",
     "harvest",
     "import_activations",

@@ -34,6 +34,7 @@ ALIASES = {"batchtopk": "mutual-choice"}
 StoredDtype = Literal["bf16", "fp16", "fp32"]
 ComputeDtype = Literal["auto", "bf16", "fp32"]
 ForeignFormat = Literal["saelens"]
+StoreFormat = Literal["parquet", "html", "delphi", "neuronpedia"]
 SyntheticData = Literal["tree", "zipf", "readout", "superposition"]
 
 DEMO_HOOK = "blocks.2.hook_resid_post"
@@ -357,6 +358,30 @@ class ExportConfig:
     """Whose form: 'saelens'."""
     quiet: bool = False
     """No progress display, as everywhere; an export has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreExportConfig:
+    """Write what a feature store knows of an SAE in a form that others read."""
+
+    store: Path
+    """Directory of the feature store."""
+    out: Path
+    """Directory to write; it must be empty or not exist."""
+    format: StoreFormat = "parquet"
+    """'parquet' (the tables), 'html' (one page), 'delphi' (its latent cache), 'neuronpedia' (its JSON)."""
+    sae: str | None = None
+    """Which SAE of the store; the first by default."""
+    features: tuple[str | int, ...] = ()
+    """Only these features, like 3 17 40-49; all by default."""
+    list: str | None = None
+    """Only the features of this list, which people made in the explorer or with annotations.add_to_list."""
+    quiet: bool = False
+    """No progress display, as everywhere; an export has none."""
+
+    def __post_init__(self) -> None:
+        if self.features and self.list is not None:
+            raise UserError(f"both features and the list {self.list!r} were named; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

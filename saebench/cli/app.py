@@ -28,6 +28,7 @@ from saebench.config import (
     ImportSaeConfig,
     IndexConfig,
     RebuildConfig,
+    StoreExportConfig,
     SynthConfig,
     TrainConfig,
     architecture,
@@ -79,10 +80,11 @@ def build(argv: Sequence[str]) -> App:
     cache.command(_simple(commands.cache_info, "cache", Cache), name="info")
     cache.command(_simple(commands.cache_verify, "cache", Cache), name="verify")
     cache.command(station(ImportConfig, "cache import", commands.cache_import, "source"), name="import")
-    store = App(name="store", help="Look at a feature store or check it.")
+    store = App(name="store", help="Look at a feature store, check it, or write it in another form.")
     store.command(_simple(commands.store_info, "store", Store), name="info")
     store.command(station(CheckConfig, "store check", commands.store_check, "store"), name="check")
     store.command(station(RebuildConfig, "store rebuild", commands.store_rebuild, "store"), name="rebuild")
+    store.command(station(StoreExportConfig, "store export", commands.store_export, "store"), name="export")
     in_the_order_of_the_road: dict[str, Any] = {
         "demo": station(DemoConfig, "demo", commands.demo),
         "harvest": station(HarvestConfig, "harvest", commands.harvest),

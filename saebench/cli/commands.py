@@ -23,6 +23,7 @@ from saebench.config import (
     ImportSaeConfig,
     IndexConfig,
     RebuildConfig,
+    StoreExportConfig,
     SynthConfig,
 )
 from saebench.errors import UserError
@@ -196,6 +197,16 @@ def store_rebuild(config: RebuildConfig) -> Result:
     manifest = rebuild_store(config.store, quiet=config.quiet)
     data = {"path": str(config.store), "generation": manifest.generation}
     return Result(data, f"{config.store}: all tables are made again, in generation {manifest.generation}")
+
+
+def store_export(config: StoreExportConfig) -> Result:
+    from saebench.store.exports import export_store
+
+    made = export_store(config)
+    data = dataclasses.asdict(made)
+    shown = {name: value for name, value in data.items() if name not in ("notes", "files")}
+    shown |= {"files": len(made.files), "bytes": human_bytes(made.bytes)}
+    return Result(data, "\n".join([pairs(shown), *made.notes]))
 
 
 def explore(

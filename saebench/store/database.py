@@ -36,29 +36,51 @@ def open_reader(sae_file: Path, text_file: Path | None = None) -> duckdb.DuckDBP
     Raises:
         UserError: a file is missing, damaged, or locked by a writer.
     """
-    import duckdb
-
-    connection = duckdb.connect(":memory:", config=_offline(READER_MEMORY))
+    connection = memory_instance(READER_MEMORY)
     try:
         for path, alias in ((sae_file, "sae"), (text_file, "txt")):
-            if path is None:
-                continue
-            if not path.is_file():
-                raise UserError(f"{path} is missing from the store; run saebench index again")
-            try:
-                connection.execute(f"ATTACH {quoted(path)} AS {alias} (READ_ONLY)")
-            except duckdb.Error as error:
-                raise UserError(
-                    f"{path} cannot be read ({first_line(error)}); run saebench index again"
-                ) from error
-        connection.execute(f"SET disabled_optimizers = '{DISABLED_OPTIMIZERS}'")
-        connection.execute("SET temp_directory = ''")
-        connection.execute("SET enable_external_access = false")
-        connection.execute("SET lock_configuration = true")
+            if path is not None:
+                attach(connection, path, alias)
+        lock_down(connection)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def memory_instance(memory: str) -> duckdb.DuckDBPyConnection:
+    """A connection to an empty instance of its own, which sees no variable of the program."""
+    import duckdb
+
+    return duckdb.connect(":memory:", config=_offline(memory) | {"python_enable_replacements": "false"})
+
+
+def attach(connection: duckdb.DuckDBPyConnection, path: Path, alias: str) -> None:
+    """Attach a store file for reading.
+
+    Raises:
+        UserError: it is missing, damaged, or locked by a writer.
+    """
+    import duckdb
+
+    if not path.is_file():
+        raise UserError(f"{path} is missing from the store; run saebench index again")
+    try:
+        connection.execute(f"ATTACH {quoted(path)} AS {alias} (READ_ONLY)")
+    except duckdb.Error as error:
+        if "lock on file" in str(error):
+            raise UserError(
+                f"{path} is open for writing in another program, where a store is only ever read; close that"
+            ) from error
+        raise UserError(f"{path} cannot be read ({first_line(error)}); run saebench index again") from error
+
+
+def lock_down(connection: duckdb.DuckDBPyConnection) -> None:
+    """From now on, ``connection`` reaches no other file and changes no setting."""
+    connection.execute(f"SET disabled_optimizers = '{DISABLED_OPTIMIZERS}'")
+    connection.execute("SET temp_directory = ''")
+    connection.execute("SET enable_external_access = false")
+    connection.execute("SET lock_configuration = true")
 
 
 @contextlib.contextmanager

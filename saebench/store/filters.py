@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from saebench.errors import UserError
+from saebench.store.limits import check_pattern
 from saebench.store.schema import FEATURE, require_column
 
 Range = tuple[float | None, float | None]
@@ -19,17 +20,26 @@ class FeatureFilter:
         ranges: column -> (lowest, highest), both included; None leaves that side open.
         flags: column -> the truth value it must have ('dead', 'dense').
         text: part of the top token's text, in any case.
+        regex: a regular expression (RE2) found in the top token's text.
+        among: only these features, such as those of a list.
     """
 
     ranges: Mapping[str, Range] = field(default_factory=dict)
     flags: Mapping[str, bool] = field(default_factory=dict)
     text: str | None = None
+    regex: str | None = None
+    among: Sequence[int] | None = None
+
+    @property
+    def searches(self) -> bool:
+        """Whether a person's words decide how long it takes."""
+        return bool(self.text) or self.regex is not None
 
     def where(self) -> tuple[str, list[object]]:
         """``(condition, parameters)``; names come from the schema, values are always parameters.
 
         Raises:
-            UserError: a column that does not exist or is not of the right kind.
+            UserError: a column that does not exist or is not of the right kind, a bad regular expression.
         """
         conditions, values = ["true"], list[object]()
         for name, (low, high) in self.ranges.items():
@@ -52,6 +62,12 @@ class FeatureFilter:
         if self.text:
             conditions.append("contains(lower(top_token), lower(?))")
             values.append(self.text)
+        if self.regex is not None:
+            conditions.append("regexp_matches(top_token, ?)")
+            values.append(check_pattern(self.regex))
+        if self.among is not None:
+            conditions.append("feature IN (SELECT unnest(?::UBIGINT[]))")
+            values.append([int(feature) for feature in self.among if feature >= 0])
         return " AND ".join(conditions), values
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from saebench.errors import UserError
 from saebench.store import publish
+from saebench.store.annotations import Annotations
 from saebench.store.filters import FeatureFilter, Range, order_clause
-from saebench.store.reader import StoreReader
 from saebench.store.schema import (
     FEATURE,
     GROUPS,
@@ -20,6 +20,7 @@ from saebench.store.schema import (
     nearest,
     require_column,
 )
+from saebench.store.several import Several
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,10 +51,10 @@ def open_store(path: str | Path, sae: str | None = None) -> FeatureStore:
     raise AssertionError
 
 
-class FeatureStore(StoreReader):
+class FeatureStore(Several):
     """One SAE of a store. Answers are pandas DataFrames unless said; safe to use from several threads.
 
-    Attributes: path, sae, saes, generation and tables, see StoreReader.
+    Attributes: path, sae, saes, generation, tables and time_limit, see StoreReader.
     """
 
     # The whole SAE
@@ -63,8 +64,10 @@ class FeatureStore(StoreReader):
         current = publish.read_manifest(self.path).generation
         return current if current > self.generation else None
 
-    def has(self, table: str) -> bool:
-        return table in self.tables
+    @property
+    def annotations(self) -> Annotations:
+        """What people said of this SAE's features: labels, bookmarks, comments, lists, saved views."""
+        return Annotations(self.path, self._meta["sae_hash"], d_sae=self._meta["d_sae"])
 
     def info(self) -> dict[str, Any]:
         """What was indexed and how much of it.
@@ -83,6 +86,8 @@ class FeatureStore(StoreReader):
         ranges: Mapping[str, Range] | None = None,
         flags: Mapping[str, bool] | None = None,
         text: str | None = None,
+        regex: str | None = None,
+        among: Sequence[int] | None = None,
         order_by: str = "feature",
         descending: bool = False,
         limit: int | None = None,
@@ -94,29 +99,35 @@ class FeatureStore(StoreReader):
             ranges: column -> (lowest, highest), both included; None leaves that side open.
             flags: 'dead' or 'dense' -> the truth value it must have.
             text: part of the top token's text, in any case.
+            regex: a regular expression (RE2) found in the top token's text; ``(?i)`` ignores case.
+            among: only these features, such as those of a list.
             order_by: a column; ties go by feature, unknown values come last.
 
         Raises:
-            UserError: a column that does not exist, or a negative ``limit`` or ``offset``.
+            UserError: a column that does not exist, a bad regular expression, a negative ``limit`` or
+                ``offset``, or a search that reached the time limit.
         """
         for name, value in (("limit", limit), ("offset", offset)):
             if value is not None and value < 0:
                 raise UserError(f"{name} is {value}; it must be at least 0")
         names = ", ".join(require_column(FEATURE, name) for name in (columns or FEATURE.names))
-        where, values = _filter(ranges, flags, text).where()
+        chosen = _filter(ranges, flags, text, regex, among)
+        where, values = chosen.where()
         query = f"SELECT {names} FROM sae.feature WHERE {where} ORDER BY {order_clause(order_by, descending)}"
         if limit is not None or offset:
             query += " LIMIT ? OFFSET ?"
             values += [2**62 if limit is None else limit, offset]
-        return self._frame(query, values)
+        return self._frame(query, values, timed=chosen.searches)
 
     def count_features(
         self, *, ranges: Mapping[str, Range] | None = None, flags: Mapping[str, bool] | None = None,
-        text: str | None = None,
+        text: str | None = None, regex: str | None = None, among: Sequence[int] | None = None,
     ) -> int:  # fmt: skip
         """How many features pass the filter."""
-        where, values = _filter(ranges, flags, text).where()
-        return int(self._rows(f"SELECT count(*) FROM sae.feature WHERE {where}", values)[0][0])
+        chosen = _filter(ranges, flags, text, regex, among)
+        where, values = chosen.where()
+        query = f"SELECT count(*) FROM sae.feature WHERE {where}"
+        return int(self._rows(query, values, timed=chosen.searches)[0][0])
 
     def neighbours_in_order(
         self,
@@ -125,6 +136,8 @@ class FeatureStore(StoreReader):
         ranges: Mapping[str, Range] | None = None,
         flags: Mapping[str, bool] | None = None,
         text: str | None = None,
+        regex: str | None = None,
+        among: Sequence[int] | None = None,
         order_by: str = "feature",
         descending: bool = False,
     ) -> tuple[int | None, int | None]:
@@ -132,14 +145,16 @@ class FeatureStore(StoreReader):
 
         (None, None) when ``feature`` does not pass the filter itself.
         """
-        where, values = _filter(ranges, flags, text).where()
+        chosen = _filter(ranges, flags, text, regex, among)
+        where, values = chosen.where()
         order = order_clause(order_by, descending)
         listed = (
             "SELECT feature, lag(feature) OVER w AS before, lead(feature) OVER w AS after "
             f"FROM sae.feature WHERE {where} WINDOW w AS (ORDER BY {order})"
         )
         values.append(self._known(feature))
-        rows = self._rows(f"SELECT before, after FROM ({listed}) WHERE feature = ?", values)
+        query = f"SELECT before, after FROM ({listed}) WHERE feature = ?"
+        rows = self._rows(query, values, timed=chosen.searches)
         return rows[0] if rows else (None, None)
 
     # One feature
@@ -219,10 +234,6 @@ class FeatureStore(StoreReader):
             "pieces": [self._pieces(one) for one in tokens], "acts": [one.tolist() for one in rows["acts"]],
         })  # fmt: skip
 
-    def activations(self, feature: int) -> pd.DataFrame:
-        """Every activation: ctx, pos, value, sorted by ctx and pos."""
-        return self._frame("SELECT ctx, pos, value FROM sae.act WHERE feature = ?", [self._known(feature)])
-
     def logits(self, feature: int) -> pd.DataFrame:
         """Promoted (+1) and suppressed (-1) tokens: sign, rank, token, text, value (logits per unit)."""
         self._require("logit")
@@ -253,13 +264,11 @@ class FeatureStore(StoreReader):
             UserError: no such context, or a store without contexts.
         """
         self._require("context")
-        rows = self._rows("SELECT n_tokens, tokens, docs FROM txt.context WHERE ctx = ?", [int(ctx)])
-        if not rows:
-            n_contexts = self._meta["n_contexts"]
-            raise UserError(f"context {ctx} is not in the store {self.path}; it has 0 to {n_contexts - 1}")
+        ctx = self._known_context(ctx)
+        rows = self._rows("SELECT n_tokens, tokens, docs FROM txt.context WHERE ctx = ?", [ctx])
         n_tokens, tokens, docs = rows[0]
         return {
-            "ctx": int(ctx), "n_tokens": n_tokens, "tokens": tokens, "pieces": self._pieces(tokens),
+            "ctx": ctx, "n_tokens": n_tokens, "tokens": tokens, "pieces": self._pieces(tokens),
             "docs": docs, "doc": docs[0], "label": self._labels(docs[:1]).get(docs[0]),
         }  # fmt: skip
 
@@ -327,6 +336,7 @@ def _one_of(known: Mapping[str, int], name: str, what: str) -> int:
 
 
 def _filter(
-    ranges: Mapping[str, Range] | None, flags: Mapping[str, bool] | None, text: str | None
-) -> FeatureFilter:
-    return FeatureFilter(ranges=ranges or {}, flags=flags or {}, text=text)
+    ranges: Mapping[str, Range] | None, flags: Mapping[str, bool] | None, text: str | None,
+    regex: str | None, among: Sequence[int] | None,
+) -> FeatureFilter:  # fmt: skip
+    return FeatureFilter(ranges=ranges or {}, flags=flags or {}, text=text, regex=regex, among=among)

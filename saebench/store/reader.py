@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 from saebench.errors import UserError
 from saebench.store import publish
 from saebench.store.database import first_line, open_reader, read_meta, tables_of
+from saebench.store.limits import time_limit
 from saebench.store.schema import FORMAT_VERSION, nearest
 from saebench.store.text import pieces, token_text
 
@@ -33,13 +34,17 @@ class StoreReader:
         sae: name of the SAE that is open.
         saes: names of all SAEs of the store.
         generation: number of the generation that is open.
+        time_limit: seconds after which a search, a scan or a person's SQL is stopped.
         tables: names of the tables that exist, of the SAE and of its text.
     """
+
+    time_limit: float = 5.0
 
     def __init__(
         self, path: Path, manifest: publish.Manifest, sae: str | None, lock: IO[bytes] | None = None
     ) -> None:
         self.path = path
+        self._manifest = manifest
         self.saes = [stored.name for stored in manifest.saes]
         if not self.saes:
             raise UserError(f"the store {path} has no SAE; add one with saebench index")
@@ -99,19 +104,29 @@ class StoreReader:
         with self._opening:
             return self._connection.cursor()
 
-    def _rows(self, query: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
-        with self._reading(), self._cursor() as cursor:
+    @contextlib.contextmanager
+    def _asking(self, timed: bool) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A cursor for one question; ``timed`` when a person's words decide how long it takes."""
+        with self._reading(), self._cursor() as cursor, contextlib.ExitStack() as stack:
+            if timed:
+                stack.enter_context(time_limit(cursor, self.time_limit))
+            yield cursor
+
+    def _rows(
+        self, query: str, values: Sequence[object] = (), *, timed: bool = False
+    ) -> list[tuple[Any, ...]]:
+        with self._asking(timed) as cursor:
             rows: list[tuple[Any, ...]] = cursor.execute(query, list(values)).fetchall()
         return rows
 
-    def _frame(self, query: str, values: Sequence[object] = ()) -> pd.DataFrame:
+    def _frame(self, query: str, values: Sequence[object] = (), *, timed: bool = False) -> pd.DataFrame:
         import pandas as pd
 
-        return pd.DataFrame(self._columns(query, values), copy=False)
+        return pd.DataFrame(self._columns(query, values, timed=timed), copy=False)
 
-    def _columns(self, query: str, values: Sequence[object] = ()) -> dict[str, Any]:
+    def _columns(self, query: str, values: Sequence[object] = (), *, timed: bool = False) -> dict[str, Any]:
         """Name -> array; making the frame from these takes half as long as DuckDB's own."""
-        with self._reading(), self._cursor() as cursor:
+        with self._asking(timed) as cursor:
             columns = cursor.execute(query, list(values)).fetchnumpy()
         return {name: _plain(column) for name, column in columns.items()}
 
@@ -122,10 +137,16 @@ class StoreReader:
             raise UserError(f"feature {feature!r} is not in {self.sae!r}; it has 0 to {d_sae - 1}")
         return int(feature)
 
+    def why_missing(self, table: str) -> str:
+        """Why the store has no such table, as its index said it."""
+        reasons = {**self._meta["left_out"], **self._meta["missing"]}
+        return str(reasons.get(table, "it was indexed without"))
+
     def _require(self, table: str) -> None:
         if table not in self.tables:
-            why = {**self._meta["left_out"], **self._meta["missing"]}.get(table, "it was indexed without")
-            raise UserError(f"the store {self.path} has no table {table!r} for {self.sae!r}: {why}")
+            raise UserError(
+                f"the store {self.path} has no table {table!r} for {self.sae!r}: {self.why_missing(table)}"
+            )
 
     def _labels(self, docs: Iterable[int]) -> dict[int, str | None]:
         wanted = [int(doc) for doc in docs]

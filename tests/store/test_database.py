@@ -168,3 +168,23 @@ def test_a_missing_file_is_named(tmp_path):
     file.unlink()
     with pytest.raises(UserError, match=rf"{file.name} is missing"):
         open_store(store)
+
+
+HOLDER = """
+import sys, duckdb
+connection = duckdb.connect(sys.argv[1])
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_file_that_is_open_for_writing_elsewhere_is_named(tmp_path):
+    store = build_small_store(tmp_path / "store")
+    file = next(store.rglob("sae-*.duckdb"))
+    command = [sys.executable, "-c", HOLDER, str(file)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"{file.name} is open for writing in another program"):
+            open_store(store)
+        holder.stdin.close()
+    open_store(store).close()

@@ -1,0 +1,148 @@
+"""What a store knows of an SAE, in forms that others read: one file a format."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saebench.config import StoreExportConfig
+from saebench.errors import UserError
+from saebench.fields import station
+from saebench.files import (
+    TEMPORARY_SUFFIX,
+    is_leftover,
+    require_writable,
+    sentence_for_os_errors,
+    sync_directory,
+)
+
+if TYPE_CHECKING:
+    from saebench.store.query import FeatureStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreExport:
+    """What was written."""
+
+    path: Path
+    """The directory that was written."""
+    format: str
+    sae: str
+    n_features: int
+    """Features that it is about."""
+    files: tuple[str, ...]
+    """Relative to ``path``."""
+    bytes: int
+    notes: tuple[str, ...] = ()
+    """What is not as one might think, a sentence each."""
+
+
+@station(StoreExportConfig)
+def export_store(config: StoreExportConfig) -> StoreExport:
+    """Write an SAE of a feature store in another form; the directory appears whole or not at all.
+
+    >>> made = sb.export_store(store=store.path, format="html", features=["0-2", 5], out="page")
+    >>> made.files, made.n_features
+    (('features.html',), 4)
+
+    Raises:
+        UserError: no such store, SAE, feature or list, a store without a table that the format needs, or a
+            directory that is not empty.
+    """
+    from saebench.store.query import open_store
+
+    module = importlib.import_module(f"saebench.store.exports.{config.format}")
+    with open_store(config.store, config.sae) as store:
+        features = chosen_features(store, config)
+        module.check(store, features)
+        with new_directory(config.out) as directory:
+            notes: tuple[str, ...] = module.write(store, features, directory)
+            found = sorted(path for path in directory.rglob("*") if path.is_file())
+            files = tuple(str(path.relative_to(directory)) for path in found)
+            n_bytes = sum(path.stat().st_size for path in found)
+        n_features = store.info()["d_sae"] if features is None else len(features)
+        return StoreExport(
+            path=config.out, format=config.format, sae=store.sae, n_features=n_features, files=files,
+            bytes=n_bytes, notes=notes,
+        )  # fmt: skip
+
+
+def chosen_features(store: FeatureStore, config: StoreExportConfig) -> list[int] | None:
+    """The features to export, each once, in the order given; None is all.
+
+    Raises:
+        UserError: one that the SAE has not, or words that name none.
+    """
+    if config.list is not None:
+        wanted = store.annotations.list_features(config.list)
+    elif config.features:
+        d_sae = store.info()["d_sae"]
+        wanted = [number for word in config.features for number in _numbers(str(word), d_sae)]
+    else:
+        return None
+    for feature in wanted:
+        store._known(feature)
+    return list(dict.fromkeys(wanted))
+
+
+def _numbers(words: str, d_sae: int) -> Iterator[int]:
+    for word in words.split(","):
+        match = re.fullmatch(r"\s*(\d{1,10})\s*(?:-\s*(\d{1,10})\s*)?", word, re.ASCII)
+        if match is None:
+            raise UserError(f"{word!r} names no features; write them like 3,17,40-49")
+        first = int(match[1])
+        last = first if match[2] is None else int(match[2])
+        if last < first:
+            raise UserError(f"{word!r} names no features; write the smaller number first")
+        if last >= d_sae:
+            raise UserError(f"feature {last} is not in the SAE; it has 0 to {d_sae - 1}")
+        yield from range(first, last + 1)
+
+
+@contextlib.contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A directory to fill, which on a clean exit is synced and becomes ``out``.
+
+    Raises:
+        UserError: ``out`` is not empty, cannot be made, or the disk is full.
+    """
+    out = Path(out).absolute()
+    if out.exists():
+        require_writable(out, what="the folder")
+        strangers = sorted(path.name for path in out.iterdir() if not is_leftover(path))
+        if strangers:
+            raise UserError(f"{out} is not empty (it holds {strangers[0]}); choose another --out")
+    require_writable(out.parent, what="the folder")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with sentence_for_os_errors(out):
+            temporary.mkdir()
+            yield temporary
+            for path in temporary.rglob("*"):
+                if path.is_dir():
+                    sync_directory(path)
+                else:
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
+            sync_directory(temporary)
+            os.rename(temporary, out)
+            sync_directory(out.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def record_batches(
+    store: FeatureStore, query: str, values: list[Any], *, rows: int = 122_880
+) -> Iterator[Any]:
+    """An Arrow reader over the answer, in the order of the query, ``rows`` at a time."""
+    with store._reading(), store._cursor() as cursor:
+        yield cursor.sql(query, params=values).to_arrow_reader(rows)

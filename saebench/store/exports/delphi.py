@@ -1,0 +1,107 @@
+"""The latent cache of delphi (EleutherAI): what its explainers and scorers read instead of running a model.
+
+    OUT/<hook>/<first>_<last>.safetensors    locations [n, 3], activations [n] fp16, tokens [contexts, ctx]
+    OUT/<hook>/config.json
+
+A row of ``locations`` is (context, position, latent - first), uint16 where all fit and else uint32. Like
+delphi, activations of size 1e-5 and less are left out. Give delphi OUT as ``raw_dir``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from saebench.errors import UserError
+from saebench.files import write_json_atomic
+
+if TYPE_CHECKING:
+    from saebench.store.query import FeatureStore
+
+SMALLEST = 1e-5
+PER_SPLIT = 8_000_000
+"""Activations in a file, about: delphi loads one at a time."""
+SPLITS = 5
+
+
+def check(store: FeatureStore, features: list[int] | None) -> None:
+    store._require("context")
+    largest = np.finfo(np.float16).max
+    worst = store.features(
+        ["feature", "max_act"], among=features, order_by="max_act", descending=True, limit=1
+    )
+    if len(worst) and worst["max_act"][0] > largest:
+        raise UserError(
+            f"feature {worst['feature'][0]} reaches {worst['max_act'][0]:g}, and delphi keeps activations as "
+            f"fp16, up to {largest:g}; leave it out with --features"
+        )
+
+
+def write(store: FeatureStore, features: list[int] | None, directory: Path) -> tuple[str, ...]:
+    from safetensors.numpy import save_file
+
+    info = store.info()
+    folder = directory / module_name(info["hook_name"])
+    folder.mkdir()
+    tokens = _tokens(store)
+    n_splits = min(info["d_sae"], max(SPLITS, math.ceil(info["n_activations"] / PER_SPLIT)))
+    edges = [info["d_sae"] * i // n_splits for i in range(n_splits + 1)]
+    for first, end in itertools.pairwise(edges):
+        locations, activations = _activations(store, features, first, end)
+        fits = max(len(tokens), tokens.shape[1], end - first) <= 2**16
+        save_file(
+            {
+                "locations": locations.astype(np.uint16 if fits else np.uint32),
+                "activations": activations.astype(np.float16), "tokens": tokens,
+            },
+            folder / f"{first}_{end - 1}.safetensors",
+        )  # fmt: skip
+    ctx_len = tokens.shape[1]
+    write_json_atomic(folder / "config.json", {
+        "model_name": info["model"], "dataset_repo": info["text"], "dataset_split": "", "dataset_name": "",
+        "dataset_row": "", "dataset_column": "", "batch_size": 32, "ctx_len": ctx_len,
+        "cache_ctx_len": ctx_len, "n_tokens": int(tokens.size), "n_splits": n_splits,
+    })  # fmt: skip
+    notes = ["delphi takes its tokenizer from model_name in config.json; change it to where yours is."]
+    lengths = store._rows("SELECT min(n_tokens), max(n_tokens) FROM txt.context")[0]
+    if lengths[0] != lengths[1]:
+        notes.append(
+            f"Contexts shorter than {lengths[1]} tokens end in token 0, which delphi takes for text."
+        )
+    return tuple(notes)
+
+
+def module_name(hook: str) -> str:
+    """The name of the folder: the hook, without what a path may not hold."""
+    return re.sub(r"[^\w.-]", "_", hook).lstrip(".") or "hook"
+
+
+def _tokens(store: FeatureStore) -> np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]:
+    """[contexts, longest], uint16 where the vocabulary fits."""
+    n_contexts, longest = store._rows("SELECT count(*), max(n_tokens) FROM txt.context")[0]
+    dtype = np.uint16 if len(store._vocab) <= 2**16 else np.uint32
+    tokens = np.zeros((n_contexts, longest), dtype=dtype)
+    for start in range(0, n_contexts, 10_000):
+        query = "SELECT ctx, tokens FROM txt.context WHERE ctx BETWEEN ? AND ?"
+        for ctx, row in store._rows(query, [start, start + 9_999]):
+            tokens[ctx, : len(row)] = row
+    return tokens
+
+
+def _activations(store: FeatureStore, features: list[int] | None, first: int, end: int) -> tuple[Any, Any]:
+    """locations [n, 3] int64 and activations [n] fp32 of the latents from ``first`` to before ``end``."""
+    query = "SELECT ctx, pos, feature, value FROM sae.act WHERE feature BETWEEN ? AND ? AND abs(value) > ?"
+    values: list[object] = [first, end - 1, SMALLEST]
+    if features is not None:
+        query += " AND feature IN (SELECT unnest(?::UBIGINT[]))"
+        values.append(features)
+    frame = store._frame(query, values)
+    latent = frame["feature"].to_numpy() - first
+    return np.stack([frame["ctx"].to_numpy(), frame["pos"].to_numpy(), latent], axis=1), frame[
+        "value"
+    ].to_numpy()

@@ -1,0 +1,106 @@
+"""Neuronpedia's JSON of features, with the keys that SAEDashboard writes and Neuronpedia's importer reads.
+
+    OUT/batch-0.json, batch-1.json, ...    128 features each
+
+What a store does not keep (the neurons that a feature aligns with, the histogram of its logits) is an empty
+list. ``frac_nonzero`` is exact, where SAEDashboard reads it back from the title of a chart.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saebench.files import write_json_atomic
+from saebench.store.schema import DECILES
+
+if TYPE_CHECKING:
+    from saebench.store.query import FeatureStore
+
+PER_BATCH = 128
+SHOWN_NEIGHBORS = 10
+
+
+def check(store: FeatureStore, features: list[int] | None) -> None:
+    store._require("context")
+    store._require("logit")
+
+
+def write(store: FeatureStore, features: list[int] | None, directory: Path) -> tuple[str, ...]:
+    info = store.info()
+    (ctx_len,) = store._rows("SELECT max(n_tokens) FROM txt.context")[0]
+    wanted = range(info["d_sae"]) if features is None else features
+    for number, start in enumerate(range(0, len(wanted), PER_BATCH)):
+        write_json_atomic(directory / f"batch-{number}.json", {
+            "model_id": info["model"] or "", "layer": layer_of(info["hook_name"]), "sae_set": store.sae,
+            "features": [
+                feature_json(store, feature, info, ctx_len) for feature in wanted[start : start + PER_BATCH]
+            ],
+        })  # fmt: skip
+    return (
+        "What the store does not keep is empty: neuron alignment, correlated neurons, the cosine of "
+        "activations, the histogram of logits.",
+    )
+
+
+def layer_of(hook: str) -> int:
+    """The layer in the name of a hook such as blocks.2.hook_resid_post; 0 when it has none."""
+    match = re.search(r"\.(\d+)\.", hook)
+    return int(match[1]) if match else 0
+
+
+def feature_json(store: FeatureStore, feature: int, info: dict[str, Any], ctx_len: int) -> dict[str, Any]:
+    row = store.feature(feature)
+    logits = store.logits(feature)
+    up, down = (logits[logits["sign"] == sign] for sign in (1, -1))
+    bins = store.histogram(feature)
+    near = store.neighbors(feature, "correlation").head(SHOWN_NEIGHBORS)
+    empty = dict.fromkeys((
+        "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1",
+        "correlated_neurons_indices", "correlated_neurons_l1", "correlated_neurons_pearson",
+        "correlated_features_l1", "logits_hist_data_bar_heights", "logits_hist_data_bar_values",
+        "decoder_weights_dist",
+    ), ())  # fmt: skip
+    return {
+        **empty,
+        "feature_index": feature,
+        "correlated_features_indices": near["other"].tolist(),
+        "correlated_features_pearson": near["score"].tolist(),
+        "pos_str": up["text"].tolist(), "pos_values": up["value"].tolist(),
+        "neg_str": down["text"].tolist(), "neg_values": down["value"].tolist(),
+        "frac_nonzero": row["density"],
+        "freq_hist_data_bar_values": ((bins["lo"] + bins["hi"]) / 2).tolist(),
+        "freq_hist_data_bar_heights": bins["count"].tolist(),
+        "n_prompts_total": info["n_contexts"], "n_tokens_in_prompt": ctx_len, "dataset": info["text"] or "",
+        "activations": _activations(store, feature, row),
+    }  # fmt: skip
+
+
+def _activations(store: FeatureStore, feature: int, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Examples of firings under the interval that each group comes from; the top ones under -1, its sign."""
+    intervals = {"top": (-1.0, row["max_act"], -1.0), **_tenths(store, feature)}
+    examples = store.examples(feature)
+    return [
+        {
+            "bin_min": interval[0],
+            "bin_max": interval[1],
+            "bin_contains": interval[2],
+            "tokens": example.pieces,
+            "values": example.acts,
+        }
+        for group, interval in intervals.items()
+        for example in examples[examples["group"] == group].itertuples()
+    ]
+
+
+def _tenths(store: FeatureStore, feature: int) -> dict[str, tuple[float, float, float]]:
+    """Group -> its smallest and largest activation, and the share of the firings in it."""
+    acts = [value for (value,) in store._rows(
+        "SELECT value FROM sae.act WHERE feature = ? ORDER BY value", [feature])]  # fmt: skip
+    n, found = len(acts), {}
+    for tenth, decile in enumerate(DECILES):
+        low, high = -(-tenth * n // 10), -(-(tenth + 1) * n // 10)
+        if low < high:
+            found[f"decile-{decile}"] = (acts[low], acts[high - 1], (high - low) / n)
+    return dict(reversed(found.items()))

@@ -1,0 +1,68 @@
+"""What bounds a question whose cost a person's words decide: a time limit, and patterns that are patterns."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from saebench.errors import UserError
+from saebench.store.database import first_line
+
+if TYPE_CHECKING:
+    import duckdb
+
+LONGEST_PATTERN = 500
+
+
+@contextlib.contextmanager
+def time_limit(cursor: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[None]:
+    """Interrupt what ``cursor`` runs in the body once ``seconds`` are over.
+
+    Raises:
+        UserError: they were.
+    """
+    import duckdb
+
+    def stop() -> None:
+        with contextlib.suppress(duckdb.Error):  # it may have ended, and been closed, just now
+            cursor.interrupt()
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except duckdb.InterruptException:
+        raise UserError(
+            f"the question took longer than {seconds:g} s and was stopped; ask for less, "
+            "or set the store's time_limit to more"
+        ) from None
+    finally:
+        timer.cancel()
+
+
+@functools.lru_cache(maxsize=256)
+def check_pattern(pattern: str) -> str:
+    """``pattern`` if it is a regular expression of RE2, whose time is linear in the text it searches.
+
+    Raises:
+        UserError: it is not, or it is too long.
+    """
+    import duckdb
+
+    if len(pattern) > LONGEST_PATTERN:
+        raise UserError(
+            f"the regular expression has {len(pattern)} characters; it may have {LONGEST_PATTERN} at most"
+        )
+    with duckdb.connect(":memory:") as connection:
+        try:
+            connection.execute("SELECT regexp_matches('', ?)", [pattern]).fetchall()
+        except (duckdb.Error, UnicodeEncodeError) as error:
+            reason = first_line(error).removeprefix("Invalid Input Error: ")
+            raise UserError(
+                f"{pattern!r} is not a regular expression ({reason}); correct it, or search for it as text"
+            ) from None
+    return pattern

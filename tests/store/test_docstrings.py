@@ -1,0 +1,42 @@
+"""The examples in the docstrings of a store run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+
+import saebench as sb
+from saebench.store import open_store
+from saebench.store.annotations import Annotations
+from saebench.store.drilldown import DrillDown
+from saebench.store.several import Several
+from tests.store.small_store import build_small_store
+
+EXAMPLES = [
+    test
+    for thing in (DrillDown, Several, Annotations, sb.export_store)
+    for test in doctest.DocTestFinder().find(thing, module=importlib.import_module(thing.__module__))
+    if test.examples
+]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    with open_store(build_small_store(tmp_path_factory.mktemp("examples") / "store")) as opened:
+        yield opened
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) >= 11
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda test: test.name)
+def test_the_examples_run(example, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example.globs.update(sb=sb, store=store)
+    said = []
+    result = doctest.DocTestRunner().run(example, out=said.append, clear_globs=False)
+    example.globs.clear()
+    assert result.failed == 0, "".join(said)
