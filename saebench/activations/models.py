@@ -296,6 +296,10 @@ def load_model(
     safetensors only and no code comes with a model. ``dtype`` ('fp32', 'bf16', 'fp16') is that of the
     computation.
 
+    >>> model = sb.load_model("demo")
+    >>> model.n_layers, model.d_model
+    (4, 256)
+
     Raises:
         UserError: no such model, files missing or damaged, a tokenizer that does not fit, a model that is not
             causal or that TransformerLens does not know, or too little memory on the GPU.

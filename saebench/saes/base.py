@@ -274,6 +274,11 @@ class SAE(nn.Module):
 def load(path: Path | str, *, device: str | torch.device = "cpu") -> SAE:
     """Load a trained SAE from a run directory or any folder with ``sae.json`` and ``sae.safetensors``.
 
+    >>> sae = sb.load(run)
+    >>> codes = sae.encode(cache.activations()[:8])
+    >>> sae.decode(codes).shape[-1] == sae.d_in
+    True
+
     Raises:
         UserError: the folder holds no finished SAE, its format is newer, or a file is damaged.
     """
