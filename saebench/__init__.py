@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from saebench.activations.importing import import_activations
     from saebench.activations.models import load_model
     from saebench.analysis.attribution import Attribution, logit_attribution
+    from saebench.analysis.geometry import Redundancy, clusters, decoder_map, redundancy
     from saebench.analysis.interventions import Steering, ablate, steer
     from saebench.analysis.matching import Matching, match, splits
     from saebench.analysis.prompts import compare_prompts, features_of
@@ -33,13 +34,16 @@ _HOMES = {
     "EvalReport": "saebench.evaluation",
     "FeatureStore": "saebench.store.query",
     "Matching": "saebench.analysis.matching",
+    "Redundancy": "saebench.analysis.geometry",
     "SAE": "saebench.saes.base",
     "SparseCodes": "saebench.codes",
     "Steering": "saebench.analysis.interventions",
     "UserError": "saebench.errors",
     "ablate": "saebench.analysis.interventions",
+    "clusters": "saebench.analysis.geometry",
     "compare": "saebench.evaluation.compare",
     "compare_prompts": "saebench.analysis.prompts",
+    "decoder_map": "saebench.analysis.geometry",
     "evaluate": "saebench.evaluation",
     "export_sae": "saebench.formats",
     "features_of": "saebench.analysis.prompts",
@@ -53,6 +57,7 @@ _HOMES = {
     "match": "saebench.analysis.matching",
     "open_cache": "saebench.activations.cache",
     "open_store": "saebench.store",
+    "redundancy": "saebench.analysis.geometry",
     "splits": "saebench.analysis.matching",
     "steer": "saebench.analysis.interventions",
     "sweep": "saebench.training",
@@ -65,14 +70,17 @@ __all__ = [  # noqa: RUF022
     "EvalReport",
     "FeatureStore",
     "Matching",
+    "Redundancy",
     "SAE",
     "SparseCodes",
     "Steering",
     "UserError",
     "__version__",
     "ablate",
+    "clusters",
     "compare",
     "compare_prompts",
+    "decoder_map",
     "evaluate",
     "export_sae",
     "features_of",
@@ -86,6 +94,7 @@ __all__ = [  # noqa: RUF022
     "match",
     "open_cache",
     "open_store",
+    "redundancy",
     "splits",
     "steer",
     "sweep",

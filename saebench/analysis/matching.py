@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from saebench.analysis.correlations import BLOCK_BYTES, Correlations
-from saebench.analysis.mounting import run_folder
-from saebench.device import pick_device
+from saebench.analysis.mounting import read_sae
 from saebench.errors import UserError
 from saebench.evaluation.measure import require_width
-from saebench.evaluation.sources import Origin, first_rows, read_origin
+from saebench.evaluation.sources import Origin, first_rows
 from saebench.evaluation.synthetic.recovery import absolute_cosines
 from saebench.evaluation.synthetic.recovery import match as best_pairs
 from saebench.progress import progress
-from saebench.saes.base import SAE, load
+from saebench.saes.base import SAE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,7 +114,7 @@ def match(
         raise UserError(f"threshold is {threshold}; similarities are between -1 and 1, so give one of these")
     if rows < 2:
         raise UserError(f"rows is {rows}; a correlation needs at least 2")
-    sides = [_read(a, "a"), _read(b, "b")]
+    sides = [read_sae(a, "a"), read_sae(b, "b")]
     sae_a, sae_b = (sae for sae, _ in sides)
     _require_memory(sae_a, sae_b, memory_gib, quiet)
     n_rows = None
@@ -154,7 +153,7 @@ def splits(
         raise UserError(f"threshold is {threshold}; give a cosine above 0 and at most 1")
     if at_least < 2:
         raise UserError(f"at_least is {at_least}; a split makes at least 2 of one")
-    (narrow, _), (wide, _) = _read(a, "a"), _read(b, "b")
+    (narrow, _), (wide, _) = read_sae(a, "a"), read_sae(b, "b")
     _require_same_width(narrow, wide)
     if narrow.d_sae > wide.d_sae:
         raise UserError(
@@ -261,13 +260,6 @@ def _encoded(
                 f"held-out rows of {cache.path} at {hook} hold NaN or infinity; harvest again in bf16 or fp32"
             )
         yield sae.encode(x_ND.to(sae.W_dec.device))
-
-
-def _read(sae: SAE | str | Path, name: str) -> tuple[SAE, Origin]:
-    if isinstance(sae, SAE):
-        return sae, Origin(None, None, None)
-    folder = run_folder(sae, name)
-    return load(folder, device=pick_device("auto")), read_origin(folder)
 
 
 def _open(cache: ActivationCache | str | Path | None, sides: list[tuple[SAE, Origin]]) -> ActivationCache:

@@ -6,6 +6,7 @@ Shapes: T tokens of a prompt.
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,9 +131,21 @@ def mount(
     return Mounted(loaded, model, hook, _bos(model, origin, bos), model.token_bytes())
 
 
+def read_sae(sae: SAE | str | Path, name: str) -> tuple[SAE, Origin]:
+    """The SAE that the argument ``name`` is or leads to, and what is known of where it was trained.
+
+    Raises:
+        UserError: neither an SAE nor a folder that holds one.
+    """
+    if isinstance(sae, SAE):
+        return sae, Origin(None, None, None)
+    folder = run_folder(sae, name)
+    return load(folder, device=pick_device("auto")), read_origin(folder)
+
+
 def run_folder(sae: object, name: str = "sae") -> Path:
     """``sae`` as a path; raises a UserError when the argument ``name`` is nothing like one."""
-    if not isinstance(sae, str | Path):
+    if not isinstance(sae, str | os.PathLike):
         raise UserError(f"{name} is {sae!r:.60}; give a run directory, or an SAE from saebench.load")
     return Path(sae)
 
