@@ -22,6 +22,7 @@ from saebench.store import publish, schema
 from saebench.store.corpus import Corpus
 from saebench.store.database import insert, insert_meta, new_database, sentence_for_duckdb_errors
 from saebench.store.examples import examples
+from saebench.store.extras import kept_extras
 from saebench.store.geometry import directions, nearest_decoders, neighbor_rows
 from saebench.store.logits import find_unembedding, logit_rows
 from saebench.store.runs import BYTES_PER_ENTRY, Runs
@@ -150,7 +151,10 @@ def build_store(
                 write_sae_file(path, sae, corpus, runs, options, W_U_DV, meta)
                 shutil.rmtree(building / "runs")
             key = corpus.hash if corpus.has_text else None
-            stored = publish.StoredSae(name=options.name, file=publish.describe(path), text=key)
+            extras = kept_extras(out, current, options.name, meta)
+            stored = publish.StoredSae(
+                name=options.name, file=publish.describe(path), text=key, extras=extras
+            )
             return publish.publish(out, current, stored, text)
         finally:
             shutil.rmtree(building, ignore_errors=True)

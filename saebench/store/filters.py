@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from saebench.errors import UserError
-from saebench.store.schema import FEATURE, require_column
+from saebench.store.schema import FEATURE, FEATURE_EXTRAS, extra_of, feature_column
 
 Range = tuple[float | None, float | None]
 
@@ -25,6 +25,11 @@ class FeatureFilter:
     flags: Mapping[str, bool] = field(default_factory=dict)
     text: str | None = None
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns that it looks at, the top token's text aside."""
+        return [*self.ranges, *self.flags]
+
     def where(self) -> tuple[str, list[object]]:
         """``(condition, parameters)``; names come from the schema, values are always parameters.
 
@@ -33,8 +38,8 @@ class FeatureFilter:
         """
         conditions, values = ["true"], list[object]()
         for name, (low, high) in self.ranges.items():
-            column = require_column(FEATURE, name)
-            if _type(column) in ("VARCHAR", "BOOLEAN"):
+            column, kind = name, feature_column(name).type
+            if kind in ("VARCHAR", "BOOLEAN"):
                 raise UserError(
                     f"{column!r} is not a number, so it has no range; filter it with text or flags"
                 )
@@ -43,8 +48,8 @@ class FeatureFilter:
                     conditions.append(f"{column} {comparison} ?")
                     values.append(float(bound))
         for name, wanted in self.flags.items():
-            column = require_column(FEATURE, name)
-            if _type(column) != "BOOLEAN":
+            column, kind = name, feature_column(name).type
+            if kind != "BOOLEAN":
                 flags = [c.name for c in FEATURE.columns if c.type == "BOOLEAN"]
                 raise UserError(f"{column!r} is not a flag; the flags are {', '.join(flags)}")
             conditions.append(f"{column} = ?")
@@ -57,9 +62,28 @@ class FeatureFilter:
 
 def order_clause(order_by: str, descending: bool) -> str:
     """ORDER BY that puts unknown values last and decides ties by the number of the feature."""
-    column = require_column(FEATURE, order_by)
+    column = feature_column(order_by).name
     return f"{column} {'DESC' if descending else 'ASC'} NULLS LAST, feature"
 
 
-def _type(column: str) -> str:
-    return next(c.type for c in FEATURE.columns if c.name == column)
+def feature_source(used: Iterable[str], extras: Collection[str], table: str = "sae.feature") -> str:
+    """The feature table for FROM, or a part of it, with those columns of ``used`` that come from extras.
+
+    Only extras that are used are joined; a column of one that the store has not (it has ``extras``) is NULL.
+
+    Raises:
+        UserError: a column that does not exist.
+    """
+    columns = [column for column in dict.fromkeys(used) if extra_of(feature_column(column).name)]
+    if not columns:
+        return table
+    joined = dict.fromkeys(name for column in columns if (name := extra_of(column)) in extras)
+    values = [
+        f"{extra_of(column)}.{column}" if extra_of(column) in extras
+        else f"NULL::{feature_column(column).type} AS {column}"
+        for column in columns
+    ]  # fmt: skip
+    joins = "".join(
+        f" LEFT JOIN {name}.{FEATURE_EXTRAS[name].name} AS {name} USING (feature)" for name in joined if name
+    )
+    return f"(SELECT f.*, {', '.join(values)} FROM {table} AS f{joins})"

@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 from saebench.errors import UserError
 from saebench.store import publish
 from saebench.store.database import first_line, open_reader, read_meta, tables_of
+from saebench.store.extras import extras_of
 from saebench.store.schema import FORMAT_VERSION, nearest
 from saebench.store.text import pieces, token_text
 
@@ -30,7 +31,7 @@ class StoreReader:
         sae: name of the SAE that is open.
         saes: names of all SAEs of the store.
         generation: number of the generation that is open.
-        tables: names of the tables that exist, of the SAE and of its text.
+        tables: names of the tables that exist, of the SAE, of its text and of its extras.
     """
 
     def __init__(
@@ -48,11 +49,18 @@ class StoreReader:
         self._opening = threading.Lock()
         stored = manifest.sae(self.sae)
         text = manifest.texts[stored.text] if stored.text else None
-        for file in [stored.file, *([text] if text else [])]:
+        extras = extras_of(stored)
+        for file in [stored.file, *([text] if text else []), *extras.values()]:
             _check_size(path, file)
-        self._connection = open_reader(path / stored.file.path, path / text.path if text else None)
+        self._extras = frozenset(extras)
+        self._connection = open_reader(
+            path / stored.file.path, path / text.path if text else None,
+            {name: path / file.path for name, file in extras.items()},
+        )  # fmt: skip
         try:
-            self.tables = tables_of(self._connection, "sae") | tables_of(self._connection, "txt")
+            self.tables = {
+                table for alias in ("sae", "txt", *extras) for table in tables_of(self._connection, alias)
+            }
             with self._reading():
                 self._meta = read_meta(self._connection)
             version = self._meta.get("format_version")

@@ -147,3 +147,20 @@ TEXT_RULES = (
     _rule("context document", "contexts have documents that are not listed",
           "SELECT ctx FROM txt.context WHERE list_max(docs) >= (SELECT count(*) FROM txt.document)"),
 )  # fmt: skip
+
+EXTRA_RULES: dict[str, tuple[Rule, ...]] = {
+    "explanations": (
+        _rule("explained", "explained features are not latents of this SAE, in order, each once",
+              "SELECT feature FROM (SELECT feature, lag(feature) OVER () AS before FROM "
+              "explanations.explained) WHERE feature >= $d_sae OR feature <= before"),
+        _rule("explained", "an explanation is shown without its text or its score",
+              "SELECT feature FROM explanations.explained WHERE explanation IS NULL OR NOT "
+              "coalesce(isfinite(explanation_score), false)"),
+    ),
+    "effects": (
+        _rule("effect", "features with an effect are not latents of this SAE, in order, each once",
+              "SELECT feature FROM (SELECT feature, lag(feature) OVER () AS before FROM effects.effect) "
+              "WHERE feature >= $d_sae OR feature <= before"),
+    ),
+}  # fmt: skip
+"""Extra -> its rules; the tables of the SAE and of its text are there too."""

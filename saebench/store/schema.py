@@ -1,8 +1,9 @@
 """The tables of a feature store, format 1: one place that says what each column is.
 
-Two kinds of DuckDB files. An *SAE file* holds what one SAE does on one text; a *text file* holds the
-contexts and tokens, and is shared by all SAEs indexed over that text. Identifiers in SQL come from here
-and nowhere else.
+Three kinds of DuckDB files. An *SAE file* holds what one SAE does on one text; a *text file* holds the
+contexts and tokens, and is shared by all SAEs indexed over that text; an *extra* holds what was derived
+from an SAE file after indexing, and comes and goes by itself. Identifiers in SQL come from here and nowhere
+else.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from saebench.errors import UserError
 
@@ -38,10 +38,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table and the file it lives in; rows are stored in the order of ``order``."""
+    """A table and the file it lives in: "sae", "text", or an extra's name. Rows are stored in the order of
+    ``order``."""
 
     name: str
-    file: Literal["sae", "text"]
+    file: str
     order: tuple[str, ...]
     columns: tuple[Column, ...]
 
@@ -55,7 +56,7 @@ class Table:
         return f"CREATE TABLE {self.name} ({columns})"
 
 
-def _table(name: str, file: Literal["sae", "text"], order: str, *columns: tuple[str, str, str]) -> Table:
+def _table(name: str, file: str, order: str, *columns: tuple[str, str, str]) -> Table:
     return Table(name, file, tuple(order.split()), tuple(Column(*column) for column in columns))
 
 
@@ -194,3 +195,48 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=3)
     return f"did you mean {' or '.join(close)}?" if close else f"there is {', '.join(known)}"
+
+
+# Extras: files beside the SAE file, one a name, each attached under its name (extras.py)
+
+EXPLAINED = _table(
+    "explained", "explanations", "feature",
+    ("feature", "UINTEGER", "latent; those without a scored explanation have no row"),
+    ("explanation", "VARCHAR", "its explanation with the highest score"),
+    ("explanation_score", "DOUBLE", "score of that explanation on documents that were not used to find it"),
+)  # fmt: skip
+
+EFFECT = _table(
+    "effect", "effects", "feature",
+    ("feature", "UINTEGER", "latent; those that were not measured have no row"),
+    ("loss_effect", "DOUBLE", "mean change of the model's loss on sampled contexts without it, nats a token"),
+)  # fmt: skip
+
+EXTRA_TABLES: dict[str, dict[str, Table]] = {
+    "explanations": {table.name: table for table in (EXPLAINED,)},
+    "effects": {table.name: table for table in (EFFECT,)},
+}
+"""Name of an extra -> its tables. Each also has a meta table, which says what it was derived from."""
+
+FEATURE_EXTRAS = {"explanations": EXPLAINED, "effects": EFFECT}
+"""Extra -> its table with at most one row a feature; the columns of it go with the feature table."""
+
+
+def extra_of(column: str) -> str | None:
+    """The extra that a column beside the feature table comes from; None for the feature table's own."""
+    if column in FEATURE.names:
+        return None
+    return next((name for name, table in FEATURE_EXTRAS.items() if column in table.names), None)
+
+
+def feature_column(name: str) -> Column:
+    """The column ``name`` of the feature table, or of an extra that goes with it.
+
+    Raises:
+        UserError: there is none; the nearest names are offered.
+    """
+    known = {column.name: column for table in FEATURE_EXTRAS.values() for column in table.columns}
+    known |= {column.name: column for column in FEATURE.columns}
+    if name in known:
+        return known[name]
+    raise UserError(f"{name!r} is not a column of the feature table; {nearest(name, known)}")
