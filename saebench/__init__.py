@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from saebench.activations.importing import import_activations
     from saebench.activations.models import load_model
     from saebench.analysis.attribution import Attribution, logit_attribution
+    from saebench.analysis.effects import LossEffects, index_effects, loss_effects
     from saebench.analysis.geometry import Redundancy, clusters, decoder_map, redundancy
     from saebench.analysis.interventions import Steering, ablate, steer
     from saebench.analysis.matching import Matching, match, splits
@@ -33,6 +34,7 @@ _HOMES = {
     "Attribution": "saebench.analysis.attribution",
     "EvalReport": "saebench.evaluation",
     "FeatureStore": "saebench.store.query",
+    "LossEffects": "saebench.analysis.effects",
     "Matching": "saebench.analysis.matching",
     "Redundancy": "saebench.analysis.geometry",
     "SAE": "saebench.saes.base",
@@ -51,9 +53,11 @@ _HOMES = {
     "import_activations": "saebench.activations.importing",
     "import_sae": "saebench.formats",
     "index": "saebench.store",
+    "index_effects": "saebench.analysis.effects",
     "load": "saebench.saes",
     "load_model": "saebench.activations.models",
     "logit_attribution": "saebench.analysis.attribution",
+    "loss_effects": "saebench.analysis.effects",
     "match": "saebench.analysis.matching",
     "open_cache": "saebench.activations.cache",
     "open_store": "saebench.store",
@@ -69,6 +73,7 @@ __all__ = [  # noqa: RUF022
     "Attribution",
     "EvalReport",
     "FeatureStore",
+    "LossEffects",
     "Matching",
     "Redundancy",
     "SAE",
@@ -88,9 +93,11 @@ __all__ = [  # noqa: RUF022
     "import_activations",
     "import_sae",
     "index",
+    "index_effects",
     "load",
     "load_model",
     "logit_attribution",
+    "loss_effects",
     "match",
     "open_cache",
     "open_store",

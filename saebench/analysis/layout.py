@@ -32,7 +32,8 @@ def principal_layout(unit_MD: Tensor) -> Tensor:
     if axes_D2.shape[1] < 2:
         axes_D2 = torch.nn.functional.pad(axes_D2, (0, 2 - axes_D2.shape[1]))
     largest_2 = axes_D2.gather(0, axes_D2.abs().argmax(dim=0, keepdim=True))[0]
-    return (centred_MD @ (axes_D2 * torch.where(largest_2 < 0, -1.0, 1.0))).float()
+    points_M2: Tensor = centred_MD @ (axes_D2 * torch.where(largest_2 < 0, -1.0, 1.0))
+    return points_M2.float()
 
 
 def neighbour_layout(unit_MD: Tensor, n_neighbours: int, *, seed: int, rounds: int | None = None) -> Tensor:

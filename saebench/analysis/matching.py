@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saebench.analysis.correlations import BLOCK_BYTES, Correlations
-from saebench.analysis.mounting import read_sae
+from saebench.analysis.mounting import open_for, read_sae
 from saebench.errors import UserError
 from saebench.evaluation.measure import require_width
 from saebench.evaluation.sources import Origin, first_rows
@@ -122,7 +122,7 @@ def match(
         _require_same_width(sae_a, sae_b)
         similarity_AB = absolute_cosines(sae_a.W_dec, sae_b.W_dec).clamp_max_(1)
     else:
-        similarity_AB, n_rows = _correlations(sides, cache, hook, rows, quiet)
+        similarity_AB, n_rows = _correlations(sides, open_for(a, b, cache=cache), hook, rows, quiet)
     return _matching(similarity_AB, by, threshold, n_rows)
 
 
@@ -217,13 +217,12 @@ def _matching(similarity_AB: Tensor, by: str, threshold: float, n_rows: int | No
 
 def _correlations(
     sides: list[tuple[SAE, Origin]],
-    cache: ActivationCache | str | Path | None,
+    opened: ActivationCache,
     hook: str | None,
     rows: int,
     quiet: bool,
 ) -> tuple[Tensor, int]:
     """Pearson's correlation [A, B] float32 of all pairs, and the number of rows it is over."""
-    opened = _open(cache, sides)
     row_N = first_rows(opened.held_out, True, limit=rows)
     if len(row_N) < 2:
         raise UserError(
@@ -260,18 +259,6 @@ def _encoded(
                 f"held-out rows of {cache.path} at {hook} hold NaN or infinity; harvest again in bf16 or fp32"
             )
         yield sae.encode(x_ND.to(sae.W_dec.device))
-
-
-def _open(cache: ActivationCache | str | Path | None, sides: list[tuple[SAE, Origin]]) -> ActivationCache:
-    from saebench.activations.cache import ActivationCache, open_cache
-
-    if isinstance(cache, ActivationCache):
-        return cache
-    if cache is None:
-        cache = next((origin.cache for _, origin in sides if origin.cache is not None), None)
-    if cache is None:
-        raise UserError("nothing says on which cache these SAEs were trained; name it with cache=...")
-    return open_cache(cache)
 
 
 def _require_same_width(a: SAE, b: SAE) -> None:

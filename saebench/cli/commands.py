@@ -15,6 +15,7 @@ from saebench.cli.output import Result, pairs, table, visible
 from saebench.config import (
     CompareConfig,
     DemoConfig,
+    EffectsConfig,
     EvalConfig,
     ExportConfig,
     HarvestConfig,
@@ -38,6 +39,7 @@ STORE_FACTS = (
 )  # fmt: skip
 SETTINGS = Group("Settings", sort_key=0)
 PICKS_CHANGED = "not TopK's picks"
+EFFECTS_SHOWN = 10
 DEMO_SCORES = ("n_tokens", "explained_variance", "l0", "dead_fraction", "ce_loss_score", "kl")
 
 
@@ -185,6 +187,24 @@ def store_check(store: Path) -> Result:
     places = "1 place" if len(findings) == 1 else f"{len(findings)} places"
     complaint = f"the store {store} is damaged in {places}; make it again with saebench index"
     return Result({"path": str(store), "findings": findings}, text, complaint)
+
+
+def effects(config: EffectsConfig) -> Result:
+    from saebench.analysis.effects import index_effects
+
+    found = index_effects(config)
+    measured = found.features[found.features["loss_effect_n"] > 0]
+    data = {
+        "path": str(config.store), "n_contexts": found.n_contexts, "n_measured": len(measured),
+        "n_estimated": int((found.features["loss_estimate_n"] > 0).sum()), "n_pairs": len(found.pairs),
+        "correlation": found.correlation,
+    }  # fmt: skip
+    shown = measured.sort_values("loss_effect", ascending=False, kind="stable").head(EFFECTS_SHOWN)
+    rows = [list(row.values()) for row in shown.to_dict("records")]
+    text = "\n\n".join(
+        [pairs(data), table(list(shown.columns), rows), f"Next: saebench explore {config.store}"]
+    )
+    return Result(data, text)
 
 
 def explore(

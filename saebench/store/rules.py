@@ -161,6 +161,10 @@ EXTRA_RULES: dict[str, tuple[Rule, ...]] = {
         _rule("effect", "features with an effect are not latents of this SAE, in order, each once",
               "SELECT feature FROM (SELECT feature, lag(feature) OVER () AS before FROM effects.effect) "
               "WHERE feature >= $d_sae OR feature <= before"),
+        _rule("effect", "an effect is not finite, or is there without a context that it was measured on",
+              "SELECT feature FROM effects.effect WHERE loss_effect_n < 0 OR loss_estimate_n < 1 OR "
+              "loss_effect_n > loss_estimate_n OR NOT coalesce(isfinite(loss_estimate), false) OR "
+              "NOT coalesce(isfinite(loss_effect) AND isfinite(kl), loss_effect_n = 0)"),
     ),
 }  # fmt: skip
 """Extra -> its rules; the tables of the SAE and of its text are there too."""

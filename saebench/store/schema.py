@@ -208,8 +208,12 @@ EXPLAINED = _table(
 
 EFFECT = _table(
     "effect", "effects", "feature",
-    ("feature", "UINTEGER", "latent; those that were not measured have no row"),
+    ("feature", "UINTEGER", "latent; those that fire in no context of the sample have no row"),
     ("loss_effect", "DOUBLE", "mean change of the model's loss on sampled contexts without it, nats a token"),
+    ("kl", "DOUBLE", "mean KL divergence of the predictions without it from those with it, nats a token"),
+    ("loss_effect_n", "BIGINT", "contexts that it was taken out of; without any, loss_effect is unknown"),
+    ("loss_estimate", "DOUBLE", "loss_effect to first order, by gradient x activation"),
+    ("loss_estimate_n", "BIGINT", "contexts that the estimate is over"),
 )  # fmt: skip
 
 EXTRA_TABLES: dict[str, dict[str, Table]] = {

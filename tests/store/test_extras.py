@@ -35,7 +35,9 @@ def add(store, extra="explanations", build=fill):
 
 
 def add_effects(store, value=1.0):
-    add(store, "effects", lambda c: insert(c, EFFECT, {"feature": [4], "loss_effect": [value]}))
+    row = {"feature": 4, "loss_effect": value, "loss_effect_n": 1, "loss_estimate_n": 1}
+    columns = {name: [row.get(name, 0.5)] for name in EFFECT.names}
+    add(store, "effects", lambda connection: insert(connection, EFFECT, columns))
 
 
 @pytest.fixture(scope="module")
