@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from saebench.activations.harvest import harvest
     from saebench.activations.importing import import_activations
     from saebench.activations.models import load_model
+    from saebench.analysis import figures
     from saebench.analysis.attribution import Attribution, logit_attribution
     from saebench.analysis.effects import LossEffects, index_effects, loss_effects
     from saebench.analysis.geometry import Redundancy, clusters, decoder_map, redundancy
@@ -49,6 +50,7 @@ _HOMES = {
     "evaluate": "saebench.evaluation",
     "export_sae": "saebench.formats",
     "features_of": "saebench.analysis.prompts",
+    "figures": "saebench.analysis.figures",
     "harvest": "saebench.activations.harvest",
     "import_activations": "saebench.activations.importing",
     "import_sae": "saebench.formats",
@@ -89,6 +91,7 @@ __all__ = [  # noqa: RUF022
     "evaluate",
     "export_sae",
     "features_of",
+    "figures",
     "harvest",
     "import_activations",
     "import_sae",
@@ -113,7 +116,8 @@ def __getattr__(name: str) -> Any:
     """Load a public name when it is first used: ``import saebench`` itself costs nothing."""
     if name not in _HOMES:
         raise AttributeError(f"module 'saebench' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    home = importlib.import_module(_HOMES[name])
+    value = home if _HOMES[name].endswith(f".{name}") else getattr(home, name)
     globals()[name] = value
     return value
 

@@ -14,19 +14,20 @@ import saebench as sb
 from saebench.activations.cache import ActivationCache
 from saebench.activations.models import Model
 
-FUNCTIONS = [
-    name
-    for name in sb.__all__
-    if inspect.isfunction(getattr(sb, name)) and not getattr(sb, name).__module__.startswith("saebench.store")
-]
-"""Those of the store are shown on the README alone."""
+THINGS = {name: getattr(sb, name) for name in sb.__all__}
+THINGS |= {f"figures.{name}": getattr(sb.figures, name) for name in sb.figures.__all__}
+FUNCTIONS = {
+    name: thing
+    for name, thing in THINGS.items()
+    if inspect.isfunction(thing) and not thing.__module__.startswith("saebench.store")
+}
+"""Those of the store are shown in the README alone."""
 
 
 def examples() -> list[Any]:
     """The docstrings with examples, each as a test; of a class those of its own methods, too."""
     finder, found = doctest.DocTestFinder(exclude_empty=True), []
-    for name in sb.__all__:
-        thing = getattr(sb, name)
+    for name, thing in THINGS.items():
         if inspect.isfunction(thing) or inspect.isclass(thing):
             module = importlib.import_module(thing.__module__)
             found += [test for test in finder.find(thing, name, module, {}) if test.examples]
@@ -51,7 +52,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, run: Path, tiny_cache: Activ
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_public_function_shows_how_it_is_called(name: str) -> None:
-    assert ">>> " in (getattr(sb, name).__doc__ or "")
+    assert ">>> " in (FUNCTIONS[name].__doc__ or "")
 
 
 @pytest.mark.parametrize("example", examples(), ids=lambda test: test.name)
