@@ -136,7 +136,7 @@ def test_they_stand_on_any_background_and_are_plain_data() -> None:
         ("prompt_heatmap", [POINTS], "found has no column 'pos'; give what features_of"),
         ("prompt_heatmap", [PROMPT, 0], "top is 0; it must be at least 1"),
         ("prompt_heatmap", [PROMPT[:1]], "no latent that fires behind position 0; give keep_first=True"),
-        ("prompt_heatmap", [fires(*((i, "a", 1, 1) for i in range(600)))], "has 599 tokens; show at most 512"),
+        ("prompt_heatmap", [fires(*((i, "", 1, 1) for i in range(600)))], "has 599 tokens; show at most 512"),
         ("decoder_scatter", [PROMPT], "points has no column 'x'"),
         ("decoder_scatter", [POINTS, "density"], "colour is 'density'; give one of cluster"),
         ("decoder_scatter", [POINTS, "cluster", PROMPT.drop(columns="feature")], "features has no column"),
