@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from saebench.activations.importing import import_activations
     from saebench.activations.models import load_model
     from saebench.analysis import figures
+    from saebench.analysis.absorption import absorbed
     from saebench.analysis.attribution import Attribution, logit_attribution
     from saebench.analysis.effects import LossEffects, index_effects, loss_effects
     from saebench.analysis.geometry import Redundancy, clusters, decoder_map, redundancy
@@ -43,6 +44,7 @@ _HOMES = {
     "Steering": "saebench.analysis.interventions",
     "UserError": "saebench.errors",
     "ablate": "saebench.analysis.interventions",
+    "absorbed": "saebench.analysis.absorption",
     "clusters": "saebench.analysis.geometry",
     "compare": "saebench.evaluation.compare",
     "compare_prompts": "saebench.analysis.prompts",
@@ -84,6 +86,7 @@ __all__ = [  # noqa: RUF022
     "UserError",
     "__version__",
     "ablate",
+    "absorbed",
     "clusters",
     "compare",
     "compare_prompts",
