@@ -216,7 +216,7 @@ def _backwards(
         return found_P
     for batch in reader.batches():
         error_NM, part_NM = reader.along(*batch)
-        for some in torch.arange(len(general_P)).split(max(1, BLOCK_BYTES // (16 * len(error_NM)))):
+        for some in torch.split(torch.arange(len(general_P)), max(1, BLOCK_BYTES // (16 * len(error_NM)))):
             general, specific = general_P[some], specific_P[some]
             written = part_NM[:, general] * cosine_P[some]
             left = error_NM[:, specific] + part_NM[:, specific]
