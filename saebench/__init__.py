@@ -72,6 +72,9 @@ _HOMES = {
     "train": "saebench.training",
 }
 
+_MODULES = {"figures"}
+"""Names that are a module, not something in one."""
+
 __all__ = [  # noqa: RUF022
     "ActivationCache",
     "Attribution",
@@ -120,7 +123,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'saebench' has no attribute {name!r}")
     home = importlib.import_module(_HOMES[name])
-    value = home if _HOMES[name].endswith(f".{name}") else getattr(home, name)
+    value = home if name in _MODULES else getattr(home, name)
     globals()[name] = value
     return value
 
