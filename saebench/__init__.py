@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from saebench.errors import UserError
     from saebench.evaluation import EvalReport, evaluate
     from saebench.evaluation.compare import compare
+    from saebench.explaining import explain
     from saebench.formats import export_sae, import_sae
     from saebench.saes import load
     from saebench.saes.base import SAE
@@ -41,6 +42,7 @@ _HOMES = {
     "compare": "saebench.evaluation.compare",
     "compare_prompts": "saebench.analysis.prompts",
     "evaluate": "saebench.evaluation",
+    "explain": "saebench.explaining",
     "export_sae": "saebench.formats",
     "features_of": "saebench.analysis.prompts",
     "harvest": "saebench.activations.harvest",
@@ -74,6 +76,7 @@ __all__ = [  # noqa: RUF022
     "compare",
     "compare_prompts",
     "evaluate",
+    "explain",
     "export_sae",
     "features_of",
     "harvest",
