@@ -332,7 +332,7 @@ class ExplainConfig:
     key_env: str = "OPENAI_API_KEY"
     """openai: environment variable that holds the key; it is stored nowhere."""
     features: tuple[int, ...] = ()
-    """Which features; repeat for several. All that are not dead by default."""
+    """Which features, like 3,17; all that are not dead by default."""
     limit: int | None = None
     """At most so many features, those that fire most."""
     budget: int | None = None

@@ -81,7 +81,6 @@ class Induction:
         self._whole_kinds: dict[int, tuple[Numbers, dict[tuple[str, int], Numbers]]] = {}
         self._fires_N = np.zeros(words.n_rows, dtype=bool)
         last = int(words.pos_N.max(initial=0))
-        self._ends = [2**i for i in range(12) if 2**i < last]
         self._base_P = np.bincount(words.pos_N[train], minlength=last + 1).astype(np.float64)
         self._n_repeated = float(words.repeated_N[train].sum())
 
@@ -215,16 +214,16 @@ class Induction:
         if not any("position" in atom for atom in before):
             base_P = self._base_positions(counts)
             n_P = np.bincount(self.words.pos_N[firing_F], minlength=len(base_P)) * weight
-            true, said = np.cumsum(n_P), np.cumsum(base_P)
-            ends = [end for end in self._ends if end < len(true)]
-            candidates = [([0, end], true[end], said[end]) for end in ends]
-            candidates += [
-                ([end, None], true[-1] - true[end - 1], said[-1] - said[end - 1]) for end in ends if end > 1
-            ]
-            if candidates:
-                scores = [float(so_far.f1(np.array(t), np.array(s))) for _, t, s in candidates]
-                bounds, t, s = candidates[int(np.argmax(scores))]
-                add({"position": bounds}, t, s)
+            upto_true, upto_said = np.cumsum(n_P), np.cumsum(base_P)
+            for kind, true, said in (
+                ("first", upto_true, upto_said),
+                ("last", upto_true[-1] - upto_true, upto_said[-1] - upto_said),
+                ("one", n_P, base_P),
+            ):
+                at = int(so_far.f1(true, said).argmax())
+                if true[at]:
+                    bounds = {"first": [0, at], "last": [at + 1, None], "one": [at, at]}[kind]
+                    add({"position": bounds}, true[at], said[at])
         if not any("repeated" in atom for atom in before):
             n = float(self.words.repeated_N[firing_F].sum()) * weight
             if n:

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import saebench as sb
@@ -32,6 +32,7 @@ def wide_words(wide_store):
 def test_stored_scores_are_those_of_counting_token_by_token(own_store):
     with sb.explain(own_store, quiet=True) as store:
         contexts = [store.context(ctx) for ctx in range(store.info()["n_contexts"])]
+        fold = fold_of(np.arange(store.info()["n_documents"]))
         n_scores = 0
         for feature in store.features(["feature"])["feature"]:
             fires = set(zip(*store.activations(feature)[["ctx", "pos"]].to_numpy().T, strict=True))
@@ -40,9 +41,9 @@ def test_stored_scores_are_those_of_counting_token_by_token(own_store):
                     (context["ctx"], pos)
                     for context in contexts
                     for pos, holds in enumerate(apply_rule(json.loads(score.rule), context["tokens"], VOCAB))
-                    if holds and pos >= 1 and fold_of(context["docs"][pos]) == TEST
+                    if holds and pos >= 1 and fold[context["docs"][pos]] == TEST
                 }
-                true = {at for at in fires if fold_of(contexts[at[0]]["docs"][at[1]]) == TEST}
+                true = {at for at in fires if fold[contexts[at[0]]["docs"][at[1]]] == TEST}
                 tp, fp, fn = len(said & true), len(said - true), len(true - said)
                 assert (score.tp, score.fp, score.fn) == (tp, fp, fn)
                 assert score.value == pytest.approx(2 * tp / (2 * tp + fp + fn))
@@ -54,14 +55,21 @@ def test_stored_scores_are_those_of_counting_token_by_token(own_store):
     assert check_store(own_store) == []
 
 
-@settings(max_examples=40)
+def plantable(term: dict) -> bool:
+    """Whether the term is of the kind that is searched: an atom a place, positions from or up to one."""
+    places = ["position" if "position" in atom else atom.get("at", "repeated") for atom in term["all"]]
+    bounds = [atom["position"] for atom in term["all"] if "position" in atom]
+    return len(set(places)) == len(places) and all(low is None or high is None for low, high in bounds)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much])
 @given(rules)
 def test_a_planted_rule_is_found(wide_words, rule):
     """Whatever short rule says where a latent fires, one as good is found from the training fold alone."""
     train, test = (wide_words.rows_where(rule, fold) for fold in (TRAIN, TEST))
     n_rows = wide_words.n_rows
-    if not n_rows / 200 < len(train) < n_rows / 3 or len(test) < 20 or len(rule["any"]) > 1:
-        return
+    assume(n_rows / 200 < len(train) < n_rows / 3 and len(test) >= 20)
+    assume(len(rule["any"]) == 1 and plantable(rule["any"][0]))
     found = Induction(wide_words).rule(train)
     assert Judge(wide_words, 0).score(wide_words.rows_where(found, TEST), test).value > 0.75
 
@@ -145,8 +153,8 @@ def test_explaining_goes_on_where_it_was_interrupted(own_store, tmp_path, monkey
     with sb.explain(store, sae="other", quiet=True) as opened:
         for table, rows in whole.items():
             assert opened.arrow(f"FROM explanations.{table}").equals(rows)
-    assert explained == [*explained[:6], *sorted(set(explained) - set(explained[:6]))] or len(explained) == 23
-    assert explained.count(explained[0]) == 1
+    assert explained.count(explained[6]) == 2
+    assert len(explained) == len(set(explained)) + 1  # the one that was interrupted, twice
     assert not (store / WORK).exists()
     assert check_store(store) == []
 
@@ -161,7 +169,8 @@ def test_what_others_explained_stays(own_store):
     assert check_store(own_store) == []
 
 
-def test_bad_input_is_refused_at_once(own_store, textless_store, tmp_path):
+def test_bad_input_is_refused_at_once(own_store, tmp_path):
+    textless_store = build_small_store(tmp_path / "textless", text=False)
     with pytest.raises(UserError, match="feature 99 is not in 'small'"):
         sb.explain(own_store, features=(99,))
     with pytest.raises(UserError, match="'smal' is not an SAE"):
@@ -204,7 +213,7 @@ def test_on_the_command_line(own_store, capsys):
     data = json.loads(capsys.readouterr().out)
     assert data["status"] == {"ok": 5}
     assert {row["scorer"] for row in data["scores"]} == {"rule", "best token", "shuffled"}
-    assert main(["explain", str(own_store), "--features", "3", "--features", "4"]) == 0
+    assert main(["explain", str(own_store), "--features", "3,4"]) == 0
     out = capsys.readouterr()
     assert "2 features" in out.err
     assert "fires on" in out.out
