@@ -29,7 +29,7 @@ class Rules:
     """Explains the features of one store; records are what the journal keeps (tables.py)."""
 
     def __init__(self, store: FeatureStore, seed: int) -> None:
-        self.store = store
+        self.store, self.version = store, PROMPT
         self.words = Words(store)
         self.induction = Induction(self.words)
         self.judge = Judge(self.words, seed)
@@ -66,7 +66,7 @@ class Rules:
     def firings(self, features: Sequence[int]) -> Iterator[tuple[int, Rows]]:
         """The rows on which each of ``features`` fires; activations of neighbouring ones are read at once."""
         n_act = self.store.features(["n_act"])["n_act"].to_numpy()
-        for block in _blocks(features, n_act):
+        for block in blocks(features, n_act):
             fired = self.words.firings(self.store, block[0], block[-1] + 1)
             for feature in block:
                 yield feature, fired[feature - block[0]][0]
@@ -98,7 +98,7 @@ class Rules:
         return {"scorer": scorer, **score.to_dict(), "auc": None, "n_failed": 0, "rule": json.dumps(rule)}
 
 
-def _blocks(features: Sequence[int], n_act: Any) -> Iterator[list[int]]:
+def blocks(features: Sequence[int], n_act: Any) -> Iterator[list[int]]:
     """``features``, ascending, in runs between whose ends there are at most BLOCK activations."""
     total = np.concatenate([[0], np.cumsum(n_act)])
     block: list[int] = []

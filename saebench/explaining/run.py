@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from saebench.config import ExplainConfig
 from saebench.errors import UserError
-from saebench.explaining.journal import discard, open_journal
+from saebench.explaining.asking import Provider
+from saebench.explaining.journal import WORK, discard, open_journal
 from saebench.explaining.tables import publish_records
 from saebench.fields import station, to_flat
 from saebench.progress import progress
@@ -26,6 +27,9 @@ NOT_OF_THE_RESULT = set(
 
 class Explainer(Protocol):
     """Makes records (tables.py) of features."""
+
+    version: str
+    """What the records depend on beside the settings: prompts, grammar, a model's hash."""
 
     def explain(self, features: Sequence[int]) -> Iterator[Record]:
         """A record for each of ``features``, in order; ends early where it may not go on."""
@@ -54,7 +58,7 @@ def explain(config: ExplainConfig) -> FeatureStore:
         features = chosen_features(store, config)
         explainer = make_explainer(store, config)
         made_from = store.info()
-        settings = to_flat(config) | {"sae": store.sae}
+        settings = to_flat(config) | {"sae": store.sae, "version": explainer.version}
         identity = [origin(made_from), {k: v for k, v in settings.items() if k not in NOT_OF_THE_RESULT}]
         with open_journal(config.store, identity) as journal:
             left = [feature for feature in features if feature not in journal.done]
@@ -109,9 +113,35 @@ def chosen_features(store: FeatureStore, config: ExplainConfig) -> list[int]:
 
 
 def make_explainer(store: FeatureStore, config: ExplainConfig) -> Explainer:
-    from saebench.explaining.rules import Rules
+    """Who explains, ready to begin.
 
-    return Rules(store, config.seed)
+    Raises:
+        UserError: see explain.
+    """
+    if config.provider == "rules":
+        from saebench.explaining.rules import Rules
+
+        return Rules(store, config.seed)
+    from saebench.explaining.asked import Asked
+
+    return Asked(
+        store, make_provider(config), n=config.examples, window=config.window, seed=config.seed,
+        budget=config.budget,
+    )  # fmt: skip
+
+
+def make_provider(config: ExplainConfig) -> Provider:
+    assert config.model
+    if config.provider == "hf":
+        from saebench.explaining.hf import HuggingFace
+
+        return HuggingFace(config.model, config.device)
+    from saebench.explaining.openai import OpenAICompatible
+
+    return OpenAICompatible(
+        config.model, base_url=config.base_url, key_env=config.key_env, timeout=config.timeout,
+        retries=config.retries, concurrency=config.concurrency, answers=config.store / WORK / "answers",
+    )  # fmt: skip
 
 
 def _kept(n: int) -> str:

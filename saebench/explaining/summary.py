@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from saebench.config import ExplainConfig
+from saebench.explaining.asking import shown_name
 from saebench.store.explanations import summary
 
 if TYPE_CHECKING:
@@ -28,6 +29,6 @@ def summarise(store: FeatureStore, config: ExplainConfig) -> dict[str, Any]:
         "generation": store.generation,
         "provider": config.provider,
         "model": config.model,
-        **summary(store, config.provider, config.model or ""),
+        **summary(store, config.provider, shown_name(config.model) if config.model else ""),
         "best": best.to_dict("records"),
     }

@@ -40,7 +40,7 @@ class Words:
 
     Attributes:
         token_N: for each offset, the token there; V where the context has none.
-        pos_N, doc_N, fold_N: position, document, and fold of the document.
+        ctx_N, pos_N, doc_N, fold_N: context, position in it, document, and fold of the document.
         repeated_N: whether the same token stands earlier in the context.
         rows: for each fold, its rows.
 
@@ -52,7 +52,6 @@ class Words:
         tokens_X, docs_X, length_C = read_contexts(store)
         counts_V = read_token_counts(store)
         self.vocab = store.vocab
-        self._length_C = length_C
         self._start_C = np.concatenate([[0], np.cumsum(length_C)[:-1]])
         pos_X = np.arange(len(tokens_X)) - np.repeat(self._start_C, length_C)
         last_X = np.repeat(length_C, length_C) - 1 - pos_X
@@ -65,7 +64,7 @@ class Words:
             there_X[-offset:] = tokens_X[: len(tokens_X) + offset]
             there_X[pos_X < -offset] = len(self.vocab)
             self.token_N[offset] = there_X[keep_X]
-        self.place_N = np.flatnonzero(keep_X)
+        self.ctx_N = np.repeat(np.arange(len(length_C)), length_C)[keep_X]
         self.pos_N = pos_X[keep_X].astype(np.int32)
         self.doc_N = docs_X[keep_X]
         self.fold_N = fold_of(self.doc_N)
