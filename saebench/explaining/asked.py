@@ -132,9 +132,8 @@ class Asked:
         if self.budget is not None and self._spent + most > self.budget:
             raise OutOfBudget
         replies = self.provider.ask(questions)
-        tokens = sum(reply.tokens for reply in replies)
-        self._spent += tokens
-        record["tokens"] += tokens
+        self._spent += sum(reply.tokens for reply in replies if not reply.kept)
+        record["tokens"] += sum(reply.tokens for reply in replies)
         return replies
 
 

@@ -31,13 +31,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer: its text, or why there is none; the probability of yes; the tokens it took."""
+    """An answer: its text, or why there is none; the probability of yes; the tokens it took.
+
+    A ``kept`` one was paid for earlier.
+    """
 
     status: Status
     text: str = ""
     probability: float | None = None
     reason: str = ""
     tokens: int = 0
+    kept: bool = False
 
 
 class Provider(Protocol):

@@ -61,6 +61,8 @@ class OpenAICompatible:
         self, model: str, *, base_url: str, key_env: str, timeout: float, retries: int, concurrency: int,
         answers: Path, first_wait: float = 0.5,
     ) -> None:  # fmt: skip
+        import httpx
+
         self.model, self.version = model, ""
         self._url = base_url.rstrip("/") + "/chat/completions"
         self._timeout, self._retries, self._first_wait = timeout, retries, first_wait
@@ -71,6 +73,7 @@ class OpenAICompatible:
         if not (key.isascii() and key.isprintable()):
             raise UserError(f"what the environment variable {key_env} holds is no key; check it")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._certificates = httpx.create_ssl_context()  # reading them takes longer than many a question
         self._answered = False
         self._logprobs = True
 
@@ -95,7 +98,7 @@ class OpenAICompatible:
 
         several = asyncio.Semaphore(self._concurrency)
         async with httpx.AsyncClient(
-            headers=self._headers, timeout=self._timeout, follow_redirects=False
+            headers=self._headers, timeout=self._timeout, follow_redirects=False, verify=self._certificates
         ) as client:
 
             async def ask(question: Question) -> Reply:
@@ -119,11 +122,12 @@ class OpenAICompatible:
         }  # fmt: skip
         kept = self._answers / f"{sha256_json([self._url, body, question.yes_or_no])}.json"
         if (answer := _kept(kept)) is not None:
-            return Reply("ok", answer["text"], answer["probability"])
+            return Reply("ok", answer["text"], answer["probability"], tokens=answer["tokens"], kept=True)
         reply = await self._attempts(client, body, question.yes_or_no)
         if reply.status == "ok":
             self._answers.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(kept, {"text": reply.text, "probability": reply.probability})
+            content = {"text": reply.text, "probability": reply.probability, "tokens": reply.tokens}
+            write_json_atomic(kept, content)
         return reply
 
     async def _attempts(self, client: httpx.AsyncClient, body: dict[str, Any], yes_or_no: bool) -> Reply:
@@ -234,7 +238,7 @@ def _kept(path: Path) -> dict[str, Any] | None:
         return None
     try:
         answer = read_json(path, what="the kept answer")
-        assert isinstance(answer["text"], str)
+        assert isinstance(answer["text"], str) and isinstance(answer["tokens"], int)
         assert answer["probability"] is None or 0 <= answer["probability"] <= 1
         return dict(answer)
     except (UserError, KeyError, TypeError, AssertionError):

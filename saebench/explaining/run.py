@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from saebench.config import ExplainConfig
 from saebench.errors import UserError
-from saebench.explaining.asking import Provider
+from saebench.explaining.asking import Provider, shown_name
 from saebench.explaining.journal import WORK, discard, open_journal
 from saebench.explaining.tables import publish_records
 from saebench.fields import station, to_flat
@@ -23,6 +23,7 @@ NOT_OF_THE_RESULT = set(
     "store features limit budget concurrency timeout retries key_env device quiet".split()
 )
 """Settings that say how much is done and how, not what comes of it: a journal goes on when they change."""
+NOT_STORED = ("store", "features", "quiet")
 
 
 class Explainer(Protocol):
@@ -83,14 +84,18 @@ def explain(config: ExplainConfig) -> FeatureStore:
                     if config.budget
                     else f"there is no feature to explain in {store.sae!r} of {config.store}"
                 )
-            shared = {name: settings[name] for name in settings if name not in ("store", "features", "quiet")}
-            publish_records(config.store, store.sae, made_from, records, shared)
+            if config.model:
+                settings["model"] = shown_name(config.model)
+            kept = {
+                name: value for name, value in settings.items() if name not in ("store", "features", "quiet")
+            }
+            publish_records(config.store, store.sae, made_from, records, kept)
             discard(journal)
         sae = store.sae
     if len(records) < len(features) and not config.quiet:
         print(
             f"--budget {config.budget} tokens are spent: {len(features) - len(records):,} features are left; "
-            "name them with --features to go on",
+            "run the same command again to go on, answers that are kept cost nothing",
             file=sys.stderr,
         )
     return open_store(config.store, sae)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,15 @@ def wide_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def own_store(tmp_path: Path) -> Path:
-    """A store with two SAEs that a test may change."""
-    store = build_small_store(tmp_path / "store")
+@pytest.fixture(scope="session")
+def two_saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with two SAEs, "small" over 60 contexts and "other" over 10; read it, do not change it."""
+    store = tmp_path_factory.mktemp("two") / "store"
     build_store(store, small_sae(), SmallCache(n_contexts=60), small_options(), no_logits="not needed")
     return build_small_store(store, name="other", seed=1)
+
+
+@pytest.fixture
+def own_store(two_saes: Path, tmp_path: Path) -> Path:
+    """The store with two SAEs, for a test to change."""
+    return shutil.copytree(two_saes, tmp_path / "store")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -127,11 +128,10 @@ def test_a_feature_that_hardly_fires_has_a_reason_and_no_score(own_store):
     assert LEAST_FIRINGS > 0
 
 
-def test_explaining_goes_on_where_it_was_interrupted(own_store, tmp_path, monkeypatch):
+def test_explaining_goes_on_where_it_was_interrupted(own_store, two_saes, tmp_path, monkeypatch):
     with sb.explain(own_store, sae="other", quiet=True) as store:
         whole = {table: store.arrow(f"FROM explanations.{table}") for table in ("explanation", "expl_score")}
-    store = build_small_store(tmp_path / "second")
-    build_small_store(store, name="other", seed=1)
+    store = shutil.copytree(two_saes, tmp_path / "second")
     real, explained = Rules._explain, []
 
     def interrupted(self, feature, rows):
