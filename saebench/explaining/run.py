@@ -86,10 +86,8 @@ def explain(config: ExplainConfig) -> FeatureStore:
                 )
             if config.model:
                 settings["model"] = shown_name(config.model)
-            kept = {
-                name: value for name, value in settings.items() if name not in ("store", "features", "quiet")
-            }
-            publish_records(config.store, store.sae, made_from, records, kept)
+            made_with = {name: settings[name] for name in settings if name not in NOT_STORED}
+            publish_records(config.store, store.sae, made_from, records, made_with)
             discard(journal)
         sae = store.sae
     if len(records) < len(features) and not config.quiet:

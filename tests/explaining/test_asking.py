@@ -266,12 +266,12 @@ def test_a_budget_ends_it_and_the_next_run_goes_on(own_store, capsys):
         with pytest.raises(UserError, match="--budget 50; raise it"):
             explain(own_store, served, budget=50)
         assert served.bodies == []
-        with explain(own_store, served, features=tuple(range(8)), budget=5000, quiet=False) as store:
+        with explain(own_store, served, features=tuple(range(8)), budget=3000, quiet=False) as store:
             done = [i for i in range(8) if len(store.explanations(i))]
         assert "features are left; run the same command again" in capsys.readouterr().err
         assert 0 < len(done) < 8
-        assert 50 * len(served.bodies) <= 5000
-        with explain(own_store, served, features=tuple(range(8)), budget=5000) as store:
+        assert 50 * len(served.bodies) <= 3000
+        with explain(own_store, served, features=tuple(range(8)), budget=3000) as store:
             more = [i for i in range(8) if len(store.explanations(i))]
         assert len(more) > len(done)
     assert check_store(own_store) == []
