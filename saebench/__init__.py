@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from saebench.errors import UserError
     from saebench.evaluation import EvalReport, evaluate
     from saebench.evaluation.compare import compare
+    from saebench.explaining import explain
     from saebench.formats import export_sae, import_sae
     from saebench.saes import load
     from saebench.saes.base import SAE
@@ -50,6 +51,7 @@ _HOMES = {
     "compare_prompts": "saebench.analysis.prompts",
     "decoder_map": "saebench.analysis.geometry",
     "evaluate": "saebench.evaluation",
+    "explain": "saebench.explaining",
     "export_sae": "saebench.formats",
     "features_of": "saebench.analysis.prompts",
     "figures": "saebench.analysis.figures",
@@ -95,6 +97,7 @@ __all__ = [  # noqa: RUF022
     "compare_prompts",
     "decoder_map",
     "evaluate",
+    "explain",
     "export_sae",
     "features_of",
     "figures",

@@ -17,6 +17,7 @@ from saebench.config import (
     DemoConfig,
     EffectsConfig,
     EvalConfig,
+    ExplainConfig,
     ExportConfig,
     HarvestConfig,
     ImportConfig,
@@ -165,6 +166,23 @@ def index(config: IndexConfig) -> Result:
     with make(config) as store:
         data = {"path": str(store.path), **store.info()}
     return Result(data, _store_text(data) + f"\n\nNext: saebench explore {config.out}")
+
+
+def explain(config: ExplainConfig) -> Result:
+    from saebench.explaining.summary import summarise
+
+    with saebench.explain(config) as store:
+        data = summarise(store, config)
+    head = {name: data[name] for name in ("path", "generation", "provider", "model")}
+    rows = [(row["scorer"], row["n"], row["mean"], row["median"]) for row in data["scores"]]
+    shown = [(row["feature"], row["explanation_score"], row["explanation"]) for row in data["best"]]
+    parts = [
+        pairs(head | {f"features {status}": n for status, n in data["status"].items()}),
+        table(("score", "features", "mean", "median"), rows),
+        table(("feature", "score", "explanation"), shown),
+        f"Next: saebench explore {config.store}",
+    ]
+    return Result(data, "\n\n".join(parts))
 
 
 def store_info(store: Path) -> Result:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from saebench.errors import UserError
 from saebench.store import publish
+from saebench.store.explanations import ExplanationReader
 from saebench.store.filters import FeatureFilter, Range, feature_source, order_clause
-from saebench.store.reader import StoreReader
 from saebench.store.schema import FEATURE, FEATURE_EXTRAS, GROUPS, extra_of, feature_column, nearest
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def open_store(path: str | Path, sae: str | None = None) -> FeatureStore:
     raise AssertionError
 
 
-class FeatureStore(StoreReader):
+class FeatureStore(ExplanationReader):
     """One SAE of a store. Answers are pandas DataFrames unless said; safe to use from several threads.
 
     Attributes: path, sae, saes, generation and tables, see StoreReader.

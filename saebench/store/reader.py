@@ -115,12 +115,21 @@ class StoreReader:
         unsigned = [name for name, kind in frame.dtypes.items() if str(kind).lower().startswith("uint")]
         return frame.astype({name: _signed(frame.dtypes[name]) for name in unsigned})
 
+    def arrow(self, query: str, values: Sequence[object] = ()) -> Any:
+        """The answer as a pyarrow Table, for columns that are long (scan.py)."""
+        with self._reading(), self._cursor() as cursor:
+            return cursor.sql(query, params=list(values)).to_arrow_table()
+
     def _known(self, feature: int) -> int:
         d_sae = self._meta["d_sae"]
         number = isinstance(feature, numbers.Real) and not isinstance(feature, bool)
         if not (number and 0 <= feature < d_sae and int(feature) == feature):
             raise UserError(f"feature {feature!r} is not in {self.sae!r}; it has 0 to {d_sae - 1}")
         return int(feature)
+
+    def require(self, table: str) -> None:
+        """Raise a UserError that says why the store has no ``table``, if it has none."""
+        self._require(table)
 
     def _require(self, table: str) -> None:
         if table not in self.tables:
@@ -141,6 +150,11 @@ class StoreReader:
         at = frame.columns.get_loc("token")
         frame.insert(at + 1, "text", [token_text(self._vocab[token]) for token in frame["token"]])
         return frame
+
+    @property
+    def vocab(self) -> list[bytes]:
+        """Every token's exact bytes; empty in a store without text."""
+        return self._vocab
 
     @functools.cached_property
     def _vocab(self) -> list[bytes]:

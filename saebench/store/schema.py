@@ -199,11 +199,64 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 # Extras: files beside the SAE file, one a name, each attached under its name (extras.py)
 
+EXPLANATION = _table(
+    "explanation", "explanations", "feature provider model",
+    ("feature", "UINTEGER", "latent"),
+    ("provider", "VARCHAR", "who explained: rules, hf, openai"),
+    ("model", "VARCHAR", "the language model asked; empty for rules"),
+    ("prompt", "VARCHAR", "version of the prompts, or of the grammar of rules"),
+    ("text", "VARCHAR", "the explanation; NULL unless status is ok"),
+    ("rule", "VARCHAR", "the same as JSON that can be evaluated (explaining/grammar.py)"),
+    ("status", "VARCHAR", "ok, few (it fires too seldom to tell), failed, refused or unparsed"),
+    ("reason", "VARCHAR", "why there is none, one sentence"),
+    ("n_train", "BIGINT", "firings in the documents from which explanations are made"),
+    ("n_test", "BIGINT", "firings in the documents on which they are scored"),
+    ("tokens", "BIGINT", "tokens sent to and taken from the language model for it"),
+)  # fmt: skip
+
+EXPL_SCORE = _table(
+    "expl_score", "explanations", "feature provider model scorer",
+    ("feature", "UINTEGER", "latent"),
+    ("provider", "VARCHAR", "as in explanation"),
+    ("model", "VARCHAR", "as in explanation"),
+    ("scorer", "VARCHAR", "rule, best token, shuffled; detection, fuzzing"),
+    ("value", "DOUBLE", "F1 of rules, balanced accuracy of detection and fuzzing; NULL with status failed"),
+    ("ci_lo", "DOUBLE", "2.5% quantile of value over resampled documents"),
+    ("ci_hi", "DOUBLE", "97.5% quantile"),
+    ("precision", "DOUBLE", "tp / (tp + fp)"),
+    ("recall", "DOUBLE", "tp / (tp + fn)"),
+    ("auc", "DOUBLE", "area under the ROC curve, where the model gives probabilities"),
+    ("tp", "BIGINT", "true positives: tokens of test documents, or examples"),
+    ("fp", "BIGINT", "false positives"),
+    ("fn", "BIGINT", "false negatives"),
+    ("tn", "BIGINT", "true negatives"),
+    ("n_failed", "BIGINT", "questions that were not answered; they are in none of the counts"),
+    ("rule", "VARCHAR", "the rule that was scored, JSON"),
+)  # fmt: skip
+
+EXPL_ITEM = _table(
+    "expl_item", "explanations", "feature provider model scorer rank",
+    ("feature", "UINTEGER", "latent"),
+    ("provider", "VARCHAR", "as in explanation"),
+    ("model", "VARCHAR", "as in explanation"),
+    ("scorer", "VARCHAR", "detection or fuzzing"),
+    ("rank", "UINTEGER", "number of the question"),
+    ("doc", "UINTEGER", "document of the example"),
+    ("ctx", "UINTEGER", "context"),
+    ("start", "UINTEGER", "position of the first token shown"),
+    ("n_shown", "UINTEGER", "tokens shown"),
+    ("marked", "UINTEGER[]", "positions that were marked in it"),
+    ("truth", "BOOLEAN", "whether it fires there (detection), or at what was marked (fuzzing)"),
+    ("verdict", "BOOLEAN", "what the model said; NULL when there is no answer"),
+    ("probability", "DOUBLE", "the model's probability of yes, where it gives one"),
+    ("status", "VARCHAR", "ok, failed, refused or unparsed"),
+)  # fmt: skip
+
 EXPLAINED = _table(
     "explained", "explanations", "feature",
     ("feature", "UINTEGER", "latent; those without a scored explanation have no row"),
     ("explanation", "VARCHAR", "its explanation with the highest score"),
-    ("explanation_score", "DOUBLE", "score of that explanation on documents that were not used to find it"),
+    ("explanation_score", "DOUBLE", "F1 of a rule, 2 x balanced accuracy - 1 of a text; held out"),
 )  # fmt: skip
 
 EFFECT = _table(
@@ -217,7 +270,7 @@ EFFECT = _table(
 )  # fmt: skip
 
 EXTRA_TABLES: dict[str, dict[str, Table]] = {
-    "explanations": {table.name: table for table in (EXPLAINED,)},
+    "explanations": {table.name: table for table in (EXPLAINED, EXPLANATION, EXPL_SCORE, EXPL_ITEM)},
     "effects": {table.name: table for table in (EFFECT,)},
 }
 """Name of an extra -> its tables. Each also has a meta table, which says what it was derived from."""

@@ -1,0 +1,27 @@
+"""Folds: documents from which explanations are made, and documents on which they are scored.
+
+Documents 2i and 2i + 1 always go to different folds, so that both folds have half of them however few there
+are; which of the two goes where is a hash of i. The fold of a document is thus the same in every store.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saebench.store.lots import lots
+
+TRAIN, TEST = 0, 1
+FOLDS = {"train": TRAIN, "test": TEST}
+"""Name -> stored number of a fold."""
+
+
+def fold_of(doc_S: NDArray[Any]) -> NDArray[np.uint8]:
+    """[S]: TRAIN or TEST for each document number."""
+    doc = np.asarray(doc_S).astype(np.uint64)
+    fold: NDArray[np.uint8] = (
+        (doc & np.uint64(1)) ^ (lots(doc >> np.uint64(1), 0, 1) >> np.uint64(63))
+    ).astype(np.uint8)
+    return fold
