@@ -69,6 +69,25 @@ def test_each_effect_is_that_of_the_latent_taken_out_by_hand(
     assert found.pairs["effect"].abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("place", ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"])
+def test_between_blocks_the_model_runs_once_up_to_the_hook(
+    tiny_model: Model, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids_1T = torch.arange(9)[None]
+    x_FTD = torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(0))
+    expected = tiny_model.logits(ids_1T.expand(3, -1), edit={place: lambda _: x_FTD})
+    batches: list[int] = []
+    run = tiny_model._run
+
+    def counting(tokens_BT: Tensor, *args: Any, **options: Any) -> Any:
+        batches.append(len(tokens_BT))
+        return run(tokens_BT, *args, **options)
+
+    monkeypatch.setattr(tiny_model, "_run", counting)
+    torch.testing.assert_close(tiny_model.variants(ids_1T, place, x_FTD), expected, rtol=0, atol=1e-6)
+    assert batches == [1]
+
+
 def test_the_estimate_is_the_slope(
     run: Path, tiny_model: Model, tiny_cache: ActivationCache, hook: str
 ) -> None:
