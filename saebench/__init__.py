@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from saebench.analysis import figures
     from saebench.analysis.absorption import absorbed
     from saebench.analysis.attribution import Attribution, logit_attribution
-    from saebench.analysis.effects import LossEffects, index_effects, loss_effects
+    from saebench.analysis.effect_columns import index_effects
+    from saebench.analysis.effects import LossEffects, loss_effects
     from saebench.analysis.geometry import Redundancy, clusters, decoder_map, redundancy
     from saebench.analysis.interventions import Steering, ablate, steer
     from saebench.analysis.matching import Matching, match, splits
@@ -59,7 +60,7 @@ _HOMES = {
     "import_activations": "saebench.activations.importing",
     "import_sae": "saebench.formats",
     "index": "saebench.store",
-    "index_effects": "saebench.analysis.effects",
+    "index_effects": "saebench.analysis.effect_columns",
     "load": "saebench.saes",
     "load_model": "saebench.activations.models",
     "logit_attribution": "saebench.analysis.attribution",

@@ -18,24 +18,20 @@ import torch
 from torch import Tensor
 
 from saebench.activations.backward import contexts_at_once, summed_cross_entropy
+from saebench.analysis.contexts import Place, draw_contexts
 from saebench.analysis.mounting import Mounted, check_features, mount, open_for
-from saebench.config import EffectsConfig
-from saebench.device import pick_device
 from saebench.errors import UserError
-from saebench.fields import station
 from saebench.progress import progress
-from saebench.saes.base import SAE, load
+from saebench.saes.base import SAE
 from saebench_kernels import gathered_dots
 
 if TYPE_CHECKING:
-    import duckdb
     import pandas as pd
 
     from saebench.activations.cache import ActivationCache
     from saebench.activations.models import Model
 
 ROWS = ("held-out", "all")
-EXTRA = "effects"
 
 
 @dataclass(frozen=True)
@@ -132,107 +128,6 @@ def loss_effects(
             sums.add(_Read.of(mounted, place), contexts)
             bar.update(1)
     return sums.result(len(drawn))
-
-
-@station(EffectsConfig)
-def index_effects(config: EffectsConfig) -> LossEffects:
-    """Measure `loss_effects` of an SAE and publish them as columns of its feature table in ``config.store``.
-
-    The store gets a new generation, in which the columns loss_effect, kl, loss_effect_n, loss_estimate and
-    loss_estimate_n can be filtered and sorted by; earlier effects are replaced.
-
-    >>> indexed = sb.index(run=run, cache=cache, out="store", quiet=True)
-    >>> found = sb.index_effects("store", run=run, contexts=1, sample=4, quiet=True)
-    >>> ordered = sb.open_store("store").features(order_by="loss_effect", descending=True)
-    >>> bool(ordered["loss_effect"][0] == found.features["loss_effect"].max())
-    True
-
-    Raises:
-        UserError: the store has not this SAE, or indexed it over another cache, and what `loss_effects`
-            raises.
-    """
-    from saebench.activations.cache import open_cache
-    from saebench.analysis.mounting import run_folder
-    from saebench.evaluation.sources import read_origin
-
-    cache = open_cache(config.cache or _trained_on(config.run))
-    sae = load(run_folder(config.run), device=pick_device(config.device))
-    name, info = _indexed(config, sae, cache)
-    origin = read_origin(Path(config.run))
-    found = loss_effects(
-        config.run, cache, config.model, origin.hook_name or info["hook_name"],
-        contexts=config.contexts, sample=config.sample, rows=config.rows, seed=config.seed,
-        quiet=config.quiet,
-    )  # fmt: skip
-    publish_effects(config.store, name, info, found, settings={
-        "contexts": config.contexts, "sample": config.sample, "rows": config.rows, "seed": config.seed,
-    })  # fmt: skip
-    return found
-
-
-def publish_effects(
-    store: Path, sae: str, info: dict[str, Any], found: LossEffects, settings: dict[str, Any]
-) -> None:
-    """Write effects beside the SAE ``sae`` of a store; ``info`` is what FeatureStore.info() says of it."""
-    from saebench.store.database import insert
-    from saebench.store.extras import publish_extra
-    from saebench.store.schema import EFFECT
-
-    rows = found.features[found.features["loss_estimate_n"] > 0]
-
-    def build(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
-        columns = {name: rows[name].to_numpy() for name in EFFECT.names}
-        for name in ("loss_effect", "kl"):
-            columns[name] = [
-                None if missing else value
-                for value, missing in zip(rows[name], rows[name].isna(), strict=True)
-            ]
-        insert(connection, EFFECT, columns)
-        return {**settings, "correlation": found.correlation, "n_contexts": found.n_contexts}
-
-    publish_extra(Path(store), sae, EXTRA, build, made_from=info)
-
-
-@dataclass(frozen=True)
-class Place:
-    """A context of a cache: its number, its tokens [T], and the positions that are rows."""
-
-    ctx: int
-    ids_T: Tensor
-    positions: Tensor
-
-
-def draw_contexts(cache: ActivationCache, n: int, *, rows: str, seed: int) -> list[Place]:
-    """The first ``n`` contexts of a random order, or of those of them that are held out.
-
-    Raises:
-        UserError: a cache without contexts, or without a held-out one.
-    """
-    if cache.ctx is None or cache.pos is None or cache.context_tokens is None or cache.context_len is None:
-        raise UserError(
-            f"{cache.path} was imported without tokens, so a model cannot read its contexts; "
-            "name a cache that was harvested"
-        )
-    order_C = torch.randperm(cache.n_contexts, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
-    starts_C = torch.searchsorted(cache.ctx, order_C)  # rows are in the order of their contexts
-    ends_C = torch.searchsorted(cache.ctx, order_C, right=True)
-    has_rows_C = ends_C > starts_C
-    if rows == "held-out":
-        has_rows_C &= cache.held_out[starts_C.clamp_max(cache.n_rows - 1)]
-    chosen = has_rows_C.nonzero()[:n, 0].tolist()
-    if not chosen:
-        raise UserError(
-            f"none of the {cache.n_contexts:,} contexts of {cache.path} is held out from training; give a "
-            "cache of more documents, or rows='all'"
-        )
-    return [
-        Place(
-            ctx := int(order_C[i]),
-            cache.context_tokens[ctx, : int(cache.context_len[ctx])].long(),
-            cache.pos[starts_C[i] : ends_C[i]].long(),
-        )
-        for i in chosen
-    ]
 
 
 @dataclass(frozen=True)
@@ -372,37 +267,3 @@ class _Sums:
         if pairs["effect"].nunique() > 1 and pairs["estimate"].nunique() > 1:
             correlation = float(pairs["effect"].corr(pairs["estimate"]))
         return LossEffects(frame, pairs, correlation, n_contexts)
-
-
-def _trained_on(run: Path) -> Path:
-    from saebench.evaluation.sources import read_origin
-
-    cache = read_origin(Path(run)).cache
-    if cache is None:
-        raise UserError(f"nothing says on which cache {run} was trained; name it with --cache")
-    return cache
-
-
-def _indexed(config: EffectsConfig, sae: SAE, cache: ActivationCache) -> tuple[str, dict[str, Any]]:
-    """Name and info of this SAE in the store."""
-    from saebench.store.build import hash_of
-    from saebench.store.query import open_store
-
-    with open_store(config.store) as first:
-        names = first.saes
-    identity = hash_of(sae)
-    for name in names:
-        with open_store(config.store, name) as store:
-            info = store.info()
-        if info["sae_hash"] != identity:
-            continue
-        if info["cache_hash"] != cache.hash:
-            raise UserError(
-                f"the store {config.store} indexed {name!r} over another cache than {cache.path}; name that "
-                "one with --cache"
-            )
-        return name, info
-    raise UserError(
-        f"the store {config.store} has not the SAE {config.run} (its weights are those of none of "
-        f"{', '.join(names)}); run saebench index {config.run} into it first"
-    )

@@ -1,9 +1,4 @@
-"""Plotly figures of what the API returns, in one visual language.
-
-Orange is activation, blue its opposite or a second thing; further kinds take colours that differ for every
-common colour blindness (Okabe and Ito 2008). Backgrounds are clear and text is a middle grey, so that a
-figure stands on a light page as on a dark one.
-"""
+"""Plotly figures of what the API returns, in one visual language (looks.py)."""
 
 from __future__ import annotations
 
@@ -16,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saebench.analysis.looks import COLD, HEAT, HOT, KINDS, SCALE, TEXT, counts, note, styled, visible
 from saebench.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,15 +31,6 @@ __all__ = [
     "training_curves",
 ]
 
-HOT, COLD = "#e8770c", "#2f7fc1"
-KINDS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8A7F00", "#7F7F7F")
-TEXT, LINE = "#7a7a7a", "rgba(128, 128, 128, 0.25)"
-HEAT = [[0.0, "rgba(232, 119, 12, 0.0)"], [0.15, "rgba(232, 119, 12, 0.25)"], [1.0, HOT]]
-SCALE = "Cividis"
-"""For numbers that are no activations; its lightness rises evenly for every colour blindness."""
-
-LOWEST = -0.2
-"""log10 of where a logarithmic axis of counts begins: a bin with one of them is still seen."""
 DENSITY_BINS = 60
 SIMILARITY_BINS = 50
 MOST_TOKENS = 512
@@ -71,8 +58,8 @@ def histogram(bins: pd.DataFrame) -> go.Figure:
         customdata=bins[["lo", "hi"]].to_numpy(),
         hovertemplate="%{y:,} tokens<br>%{customdata[0]:.3g} to %{customdata[1]:.3g}<extra></extra>",
     )  # fmt: skip
-    figure = _styled(go.Figure(bars), "activation", "tokens (log)")
-    return figure.update_layout(bargap=0, yaxis=_counts(count))
+    figure = styled(go.Figure(bars), "activation", "tokens (log)")
+    return figure.update_layout(bargap=0, yaxis=counts(count))
 
 
 def density_histogram(features: pd.DataFrame) -> go.Figure:
@@ -101,12 +88,12 @@ def density_histogram(features: pd.DataFrame) -> go.Figure:
         customdata=10 ** np.stack([edges[:-1], edges[1:]], axis=1),
         hovertemplate="%{y:,} latents<br>fire on %{customdata[0]:.2%} to %{customdata[1]:.2%}<extra></extra>",
     )  # fmt: skip
-    figure = _styled(go.Figure(bars), "share of the tokens that it fires on", "latents")
+    figure = styled(go.Figure(bars), "share of the tokens that it fires on", "latents")
     ticks = range(math.floor(edges[0]), math.ceil(edges[-1]) + 1)
     axis = {"tickvals": list(ticks), "ticktext": [f"{100 * 10.0**tick:g}%" for tick in ticks]}
     silent = int((density == 0).sum())
     if silent:
-        _note(figure, f"{silent:,} of {len(density):,} fire on none")
+        note(figure, f"{silent:,} of {len(density):,} fire on none")
     return figure.update_layout(bargap=0, xaxis=axis)
 
 
@@ -142,7 +129,7 @@ def prompt_heatmap(found: pd.DataFrame, top: int = 20, *, keep_first: bool = Fal
     rows = largest.sort_values(kind="stable", ascending=False).index[:top]
     values = shown.pivot_table(index="feature", columns="pos", values="value", aggfunc="sum", fill_value=0.0)
     values = values.loc[rows, columns.index]
-    names = [_visible(token) for token in columns]
+    names = [visible(token) for token in columns]
     heat = go.Heatmap(
         z=values.to_numpy(), x=list(range(len(columns))), y=[f"{feature}" for feature in rows],
         colorscale=HEAT, zmin=min(0.0, float(values.to_numpy().min())), xgap=1, ygap=1,
@@ -150,7 +137,7 @@ def prompt_heatmap(found: pd.DataFrame, top: int = 20, *, keep_first: bool = Fal
         hovertemplate="feature %{y}<br>%{customdata[1]} at %{customdata[0]}<br>%{z:.4g}<extra></extra>",
         colorbar={"title": {"text": "value"}, "thickness": 12, "outlinewidth": 0},
     )  # fmt: skip
-    figure = _styled(go.Figure(heat), "", "feature", height=max(220, 60 + 18 * len(rows)))
+    figure = styled(go.Figure(heat), "", "feature", height=max(220, 60 + 18 * len(rows)))
     return figure.update_layout(
         xaxis={"tickvals": list(range(len(columns))), "ticktext": names, "showgrid": False, "tickangle": -60},
         yaxis={"type": "category", "autorange": "reversed", "showgrid": False},
@@ -185,8 +172,7 @@ def decoder_scatter(
         numbers = [str(name) for name in points.select_dtypes("number") if name not in ("feature", "x", "y")]
         raise UserError(f"colour is {colour!r}; give one of {', '.join(numbers)}")
     token = [
-        _visible(text) if isinstance(text, str) else ""
-        for text in points.get("top_token", [""] * len(points))
+        visible(text) if isinstance(text, str) else "" for text in points.get("top_token", [""] * len(points))
     ]
     points = points.assign(
         _hover=[f"feature {f}<br>{t}" for f, t in zip(points["feature"], token, strict=True)]
@@ -209,7 +195,7 @@ def decoder_scatter(
         figure.add_trace(
             go.Scattergl(x=points["x"], y=points["y"], text=points["_hover"], marker=marker, **common)
         )
-    figure = _styled(figure, "", "", height=520)
+    figure = styled(figure, "", "", height=520)
     bare = {"showgrid": False, "zeroline": False, "showticklabels": False}
     return figure.update_layout(
         showlegend=colour == "cluster", xaxis=bare, yaxis={**bare, "scaleanchor": "x", "scaleratio": 1}
@@ -236,9 +222,9 @@ def matching_similarity(matching: Matching) -> go.Figure:
         hovertemplate="%{y:,} pairs at %{x:.2f}<extra></extra>",
     )  # fmt: skip
     name = "|cos| of the decoder rows" if matching.by == "decoder" else "correlation of the activations"
-    figure = _styled(go.Figure(bars), name, "pairs")
+    figure = styled(go.Figure(bars), name, "pairs")
     figure.add_vline(matching.threshold, line={"color": TEXT, "dash": "dot", "width": 1})
-    _note(
+    note(
         figure,
         f"{matching.stability:.1%} at least {matching.threshold:g}, mean {matching.mean_similarity:.3f}",
     )
@@ -277,7 +263,7 @@ def steering_curve(steering: Steering, measure: str = "kl") -> go.Figure:
                 hovertemplate="strength %{x:g}: %{y:.4g}<extra>" + name + "</extra>",
             )
         )  # fmt: skip
-    return _styled(figure, "strength", EFFECTS[measure]).update_layout(showlegend=True)
+    return styled(figure, "strength", EFFECTS[measure]).update_layout(showlegend=True)
 
 
 def training_curves(
@@ -320,45 +306,9 @@ def training_curves(
                 ),
                 row=1, col=i + 1,
             )  # fmt: skip
-    figure = _styled(figure, None, None, height=320)
+    figure = styled(figure, None, None, height=320)
     figure.update_xaxes(title={"text": "tokens"})
     return figure.update_layout(showlegend=len(courses) > 1)
-
-
-def _styled(figure: go.Figure, x: str | None, y: str | None, *, height: int = 260) -> go.Figure:
-    """The looks that all figures share, and what their axes are called."""
-    axis: dict[str, Any] = {
-        "gridcolor": LINE, "linecolor": LINE, "zerolinecolor": LINE, "automargin": True,
-    }  # fmt: skip
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(**axis)
-    if x is not None:
-        figure.update_xaxes(title={"text": x})
-    if y is not None:
-        figure.update_yaxes(title={"text": y})
-    return figure.update_layout(
-        template="none", height=height, margin={"l": 8, "r": 8, "t": 28, "b": 8}, showlegend=False,
-        paper_bgcolor="rgba(0, 0, 0, 0)", plot_bgcolor="rgba(0, 0, 0, 0)", font={"color": TEXT},
-    )  # fmt: skip
-
-
-def _counts(count: Any) -> dict[str, Any]:
-    """A logarithmic axis that shows a single one and leaves room above the most."""
-    highest = max(math.log10(max(int(count.max()), 1)) + 0.1, 0.5) if len(count) else 0.5
-    return {"type": "log", "dtick": 1, "range": [LOWEST, highest]}
-
-
-def _note(figure: go.Figure, text: str) -> None:
-    figure.add_annotation(
-        text=text, xref="paper", yref="paper", x=0, y=1, xanchor="left", yanchor="bottom", showarrow=False,
-        font={"color": TEXT},
-    )  # fmt: skip
-
-
-def _visible(token: str) -> str:
-    """A token as a label: white space shown, nothing that Plotly would take for markup."""
-    shown = token.replace("\n", "\u23ce").replace("\t", "\u21e5").replace(" ", "\u00b7")
-    return html.escape(shown, quote=False)
 
 
 def _require(frame: pd.DataFrame, name: str, origin: str, *columns: str) -> None:

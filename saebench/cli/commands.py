@@ -208,7 +208,7 @@ def store_check(store: Path) -> Result:
 
 
 def effects(config: EffectsConfig) -> Result:
-    from saebench.analysis.effects import index_effects
+    from saebench.analysis.effect_columns import index_effects
 
     found = index_effects(config)
     measured = found.features[found.features["loss_effect_n"] > 0]

@@ -17,7 +17,8 @@ from torch import Tensor
 import saebench as sb
 from saebench.activations.cache import ActivationCache
 from saebench.activations.models import Model
-from saebench.analysis.effects import draw_contexts, loss_effects
+from saebench.analysis.contexts import draw_contexts
+from saebench.analysis.effects import loss_effects
 from saebench.cli import main
 from saebench.errors import UserError
 from saebench.saes.base import SAE, load

@@ -13,6 +13,7 @@ import pytest
 
 from saebench.analysis import figures
 from saebench.analysis.interventions import Steering
+from saebench.analysis.looks import HOT, KINDS
 from saebench.analysis.matching import match
 from saebench.errors import UserError
 from tests.analysis.test_matching import random_sae
@@ -66,7 +67,7 @@ def test_a_map_has_every_latent_and_its_colour() -> None:
     figure = figures.decoder_scatter(POINTS)
     assert sum(len(trace.x) for trace in figure.data) == 12
     assert [trace.name for trace in figure.data] == [str(c) for c in range(9)]
-    assert figure.data[0].marker.color == figure.data[8].marker.color == figures.KINDS[0]  # they go round
+    assert figure.data[0].marker.color == figure.data[8].marker.color == KINDS[0]  # they go round
     features = pd.DataFrame(
         {"feature": range(12), "density": [0.0, *[0.01] * 11], "top_token": ["<b>", None, *["x"] * 10]}
     )
@@ -80,7 +81,7 @@ def test_pairs_are_counted_by_their_similarity() -> None:
     figure = figures.matching_similarity(found)
     [bars] = figure.data
     assert bars.y.sum() == 30
-    above = [colour == figures.HOT for colour in bars.marker.color]
+    above = [colour == HOT for colour in bars.marker.color]
     assert bars.y[above].sum() == (found.pairs["similarity"] >= found.threshold).sum()
     assert f"{found.stability:.1%}" in figure.layout.annotations[0].text
 
