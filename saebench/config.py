@@ -292,6 +292,8 @@ class IndexConfig:
     """Activation cache."""
     out: Path
     """Directory of the feature store; an existing store gets a new generation."""
+    also: tuple[Path, ...] = ()
+    """Further runs to index in the same pass over the cache."""
     hook: str | None = None
     """Which hook of the cache; by default the run's own."""
     model: str = "cache"
@@ -299,13 +301,15 @@ class IndexConfig:
     name: str | None = None
     """Name of the SAE in the store; by default the name of the run directory."""
     examples: int = 20
-    """Top examples kept for each feature (and as many random ones)."""
+    """Top examples kept for each feature; as many random ones and negatives, and a fifth of each tenth."""
     window: int = 32
     """Tokens shown around an example."""
     batch_size: int = 8192
     """Rows encoded at once."""
     seed: int = 0
     """Seeds the choice of random examples."""
+    with_context_index: bool = False
+    """Also keep the activations by context, for pages that show a whole context."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda' or 'cuda:1'."""
     quiet: bool = False
@@ -313,6 +317,8 @@ class IndexConfig:
 
     def __post_init__(self) -> None:
         at_least(self, examples=1, window=1, batch_size=1, seed=0)
+        if self.also and self.name is not None:
+            raise UserError(f"name is {self.name!r}, but several runs are named; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -478,11 +484,18 @@ class SynthConfig:
 class BenchConfig:
     """Time training steps against others and against the bare matrix product, in turns.
 
-    On a GPU: encoders and steps at two fixed sizes, beside plain torch. With --cpu: ours and SAELens's.
+    On a GPU: encoders and steps at two fixed sizes, beside plain torch. With --cpu: ours and SAELens's. With
+    --store: the feature store.
     """
 
     cpu: bool = False
     """Measure on the CPU, even where there is a GPU."""
+    store: bool = False
+    """Measure the feature store instead: how long it takes to make, its size, and how fast it answers."""
+    store_activations: int = 60_000_000
+    """With --store: activations of the made-up store."""
+    store_features: int = 16_384
+    """With --store: number of latents."""
     peers: Path = Path(".venv-peers")
     """With --cpu: virtual environment with sae-lens, as 'make peers' builds it; without one its rows stay
     empty."""
@@ -504,8 +517,9 @@ class BenchConfig:
     """No progress display."""
 
     def __post_init__(self) -> None:
-        at_least(self, d_in=1, batch_size=1, threads=1, turns=1)
+        at_least(self, d_in=1, batch_size=1, threads=1, turns=1, store_activations=1)
         SaeSpec(d_sae=self.d_sae, k=self.k)
+        SaeSpec(d_sae=self.store_features, k=self.k)
 
 
 @dataclass(frozen=True, kw_only=True)

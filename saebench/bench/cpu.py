@@ -120,7 +120,7 @@ def measure(config: BenchConfig, said: Callable[[str], None]) -> BenchReport:
         for slower, faster, bound, goal in GOALS
     ]
     return BenchReport(
-        device=f"{_processor()}, {config.threads} threads",
+        device=f"{processor()}, {config.threads} threads",
         versions=versions,
         settings=to_flat(config),
         optimizer=f"Adam, lr {LEARNING_RATE:g}, gradient clipped to norm 1, fp32",
@@ -203,7 +203,7 @@ def _threads(n_threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -89,7 +89,7 @@ def build(argv: Sequence[str]) -> App:
         "train": station(TrainConfig, "train", commands.train),
         "eval": station(EvalConfig, "eval", commands.evaluate, "run"),
         "compare": station(CompareConfig, "compare", commands.compare, "runs"),
-        "index": station(IndexConfig, "index", commands.index, "run"),
+        "index": station(IndexConfig, "index", commands.index, "run", "also"),
         "explain": station(ExplainConfig, "explain", commands.explain, "store"),
         "store": store,
         "effects": station(EffectsConfig, "effects", commands.effects, "store"),

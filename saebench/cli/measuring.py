@@ -8,17 +8,20 @@ from saebench.cli.output import Result, pairs, table
 from saebench.config import BenchConfig
 
 if TYPE_CHECKING:
-    from saebench.bench import BenchReport, GpuReport
+    from saebench.bench import BenchReport, GpuReport, StoreReport
 
 MET = {None: "", True: "met", False: "missed"}
 
 
 def bench(config: BenchConfig) -> Result:
-    from saebench.bench import GpuReport
+    from saebench.bench import GpuReport, StoreReport
     from saebench.bench import bench as measure
 
     report = measure(config)
-    shown = of_gpu(report) if isinstance(report, GpuReport) else of_cpu(report)
+    if isinstance(report, StoreReport):
+        shown = of_store(report)
+    else:
+        shown = of_gpu(report) if isinstance(report, GpuReport) else of_cpu(report)
     return Result(report.as_json(), shown)
 
 
@@ -87,3 +90,28 @@ def of_cpu(report: BenchReport) -> str:
         table(("topk SAEs", "apart s", "in a sweep s", "gain"), sweeps),
     ]
     return "\n\n".join(parts)
+
+
+def of_store(report: StoreReport) -> str:
+    sizes, times = report.bytes_per_activation, (report.seconds, report.cpu_seconds)
+    lines = [
+        (name, *(f"{seconds[name]:,.1f}" if name in seconds else "" for seconds in times),
+         f"{sizes[name]:.2f}" if name in sizes else "")
+        for name in dict.fromkeys([*report.seconds, *sizes])
+    ]  # fmt: skip
+    goals, further = (
+        [
+            (one.name, f"{one.value:,.2f}", one.unit, "" if one.goal is None else f"{one.goal:g}",
+             MET[one.met])
+            for one in rows
+        ]
+        for rows in (report.measured, report.extrapolated)
+    )  # fmt: skip
+    heads = ("", "", "at most", "")
+    return "\n\n".join([
+        pairs({"device": report.device, **report.settings, **report.versions}),
+        table(("table", "seconds", "of processors", "bytes an activation"), lines),
+        table(("measured", *heads), goals),
+        table(("at 1,000,000,000 activations", *heads), further),
+        report.reasoning,
+    ])  # fmt: skip

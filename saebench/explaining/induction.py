@@ -80,12 +80,13 @@ class Induction:
         self.some_R = _thinned(train, MOST_ROWS * 3)
         self._whole_kinds: dict[int, tuple[Numbers, dict[tuple[str, int], Numbers]]] = {}
         self._fires_N = np.zeros(words.n_rows, dtype=bool)
+        self._said_N = np.zeros(words.n_rows, dtype=bool)
         last = int(words.pos_N.max(initial=0))
         self._base_P = np.bincount(words.pos_N[train], minlength=last + 1).astype(np.float64)
         self._n_repeated = float(words.repeated_N[train].sum())
 
     def rule(self, firing_F: Rows) -> Rule:
-        """The rule for a latent that fires, within the training fold, on the rows ``firing_F``."""
+        """The rule for a latent that fires, within the training fold, on ``firing_F`` (ascending)."""
         self._fires_N[firing_F] = True
         terms: list[tuple[Atom, ...]] = []
         said_R: Rows = np.empty(0, dtype=np.int64)
@@ -95,15 +96,19 @@ class Induction:
             atoms = self._term(left_F, said_R, so_far)
             if atoms is None:
                 break
-            more_R = np.union1d(said_R, self.words.rows_of_term(list(atoms), TRAIN))
-            n_true = int(self._fires_N[more_R].sum())
-            objective = 2 * n_true / (len(more_R) + len(firing_F)) - sum(map(_length, [*terms, atoms]))
+            new_R = self.words.rows_of_term(list(atoms), TRAIN)
+            new_R = new_R[~self._said_N[new_R]]
+            n_true = so_far.n_true + int(self._fires_N[new_R].sum())
+            n_said = so_far.n_said + len(new_R)
+            objective = 2 * n_true / (n_said + len(firing_F)) - sum(map(_length, [*terms, atoms]))
             if terms and objective < best + LEAST_GAIN:
                 break
             terms.append(atoms)
-            said_R, best = more_R, objective
-            left_F = firing_F[~np.isin(firing_F, said_R, assume_unique=True)]
+            said_R, best = np.concatenate([said_R, new_R]), objective
+            self._said_N[new_R] = True
+            left_F = left_F[~self._said_N[left_F]]
         self._fires_N[firing_F] = False
+        self._said_N[said_R] = False
         return {"version": VERSION, "any": [{"all": list(atoms)} for atoms in terms]}
 
     def best_token(self, firing_F: Rows) -> Rule:
@@ -141,7 +146,7 @@ class Induction:
         if not len(here_F):
             return []
         row_R, stands_for = self._where(atoms)
-        row_R = row_R[~np.isin(row_R, said_R)] if len(said_R) else row_R
+        row_R = row_R[~self._said_N[row_R]] if len(said_R) else row_R
         return self._atoms(here_F, weight, Counts(row_R, said_R, stands_for), so_far, atoms)
 
     def _where(self, atoms: tuple[Atom, ...]) -> tuple[Rows, float]:
@@ -172,9 +177,9 @@ class Induction:
             if any(atom.get("at") == offset for atom in before):
                 continue
             base_V = self._base(counts, offset)
-            token_U, times_U = np.unique(self.words.token_N[offset][firing_F], return_counts=True)
-            known = token_U < len(self.words.vocab)
-            token_U, n_U = token_U[known], times_U[known] * weight
+            times_V = np.bincount(self.words.token_N[offset][firing_F], minlength=len(base_V))[:-1]
+            token_U = np.flatnonzero(times_V)
+            n_U = times_V[token_U] * weight
             if not len(token_U):
                 continue
             said_U = np.maximum(base_V[token_U], n_U)

@@ -1,15 +1,14 @@
-"""``saebench index``: encode a cache with an SAE, once, and write what every latent does as a store."""
+"""``saebench index``: encode a cache with SAEs, once, and write what every latent does as a store."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from saebench.config import IndexConfig
@@ -17,17 +16,24 @@ from saebench.device import pick_device
 from saebench.errors import UserError
 from saebench.fields import station
 from saebench.files import directory_lock, read_json, require_disk, require_writable
-from saebench.progress import progress
-from saebench.store import publish, schema
+from saebench.store import publish, schema, tables
 from saebench.store.corpus import Corpus
-from saebench.store.database import insert, insert_meta, new_database, sentence_for_duckdb_errors
-from saebench.store.examples import examples
-from saebench.store.extras import kept_extras
-from saebench.store.geometry import directions, nearest_decoders, neighbor_rows
-from saebench.store.logits import find_unembedding, logit_rows
+from saebench.store.database import sentence_for_duckdb_errors
+from saebench.store.encode import ENCODED, Encoder, encode
+from saebench.store.examples import per_decile
+from saebench.store.extras import keep_extras
+from saebench.store.logits import find_unembedding
 from saebench.store.runs import BYTES_PER_ENTRY, Runs
-from saebench.store.statistics import activation_statistics, histograms, token_statistics
-from saebench.store.text import token_text
+from saebench.store.tables import (
+    Build,
+    Stopwatch,
+    TableOptions,
+    given_by,
+    index_by_context,
+    left_out_tables,
+    missing_tables,
+    write_sae_file,
+)
 from saebench.store.textfile import write_text_file
 
 if TYPE_CHECKING:
@@ -35,24 +41,34 @@ if TYPE_CHECKING:
     from saebench.saes.base import SAE
     from saebench.store.query import FeatureStore
 
-GROUP_SIZE = 4_000_000
-"""Activations of which the tables are made at once; bounds memory, at some 150 bytes an activation."""
-
 STORED_BYTES_PER_ACTIVATION = 10
-TEXT_TABLES = ("context", "token", "document", "feature_token")
+INDEX_BYTES_PER_ACTIVATION = 9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(TableOptions):
     """What a build needs to know beside the SAE and the cache; see IndexConfig."""
 
     name: str
     hook: str
-    examples: int = 20
-    window: int = 32
     batch_size: int = 8192
-    seed: int = 0
-    quiet: bool = False
+    context_index: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One SAE on its way into a store.
+
+    ``W_U_DV`` is the unembedding [d_in, vocabulary] for the logits, without it ``no_logits`` says why;
+    ``evaluation`` what eval.json says of the SAE; ``metrics`` the run's metrics.jsonl.
+    """
+
+    sae: SAE
+    options: Options
+    W_U_DV: Tensor | None = None
+    no_logits: str = ""
+    evaluation: dict[str, Any] | None = None
+    metrics: Path | None = None
 
 
 @station(IndexConfig)
@@ -60,32 +76,45 @@ def index(config: IndexConfig) -> FeatureStore:
     """Encode all rows of a cache and publish the result as a new generation of the store ``config.out``.
 
     An SAE of the same name is replaced, others stay as they are. Readers go on with the generation they
-    opened. A process killed at any instant leaves the store as it was.
+    opened. A process killed at any instant leaves the store as it was; the same call goes on where it was.
+    The store is opened at the first SAE.
 
     Raises:
-        UserError: the SAE does not fit the cache, activations are not finite, the model named is the wrong
+        UserError: an SAE does not fit the cache, activations are not finite, the model named is the wrong
             one, the disk is too small or full, or another process writes the store.
     """
     from saebench.activations.cache import open_cache
     from saebench.saes import load
     from saebench.store.query import open_store
 
-    sae = load(config.run, device=pick_device(config.device))
+    runs = [config.run, *config.also]
+    names = [config.name or Path(run).resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"two of the runs are called {twice!r}; index them one by one, each with --name")
     cache = open_cache(config.cache)
-    hook = choose_hook(cache, config.hook, config.run)
-    check_fit(sae, cache, hook)
+    hooks = [choose_hook(cache, config.hook, run) for run in runs]
+    saes = [load(run, device=pick_device(config.device)) for run in runs]
+    for sae, hook in zip(saes, hooks, strict=True):
+        check_fit(sae, cache, hook)
     require_writable(config.out, what="the feature store")
     publish.before_next(config.out)
-    W_U_DV, no_logits = find_unembedding(config.model, cache, hook, cache.vocab())
-    name = config.name or Path(config.run).resolve().name
-    options = Options(
-        name=name, hook=hook, examples=config.examples, window=config.window, batch_size=config.batch_size,
-        seed=config.seed, quiet=config.quiet,
-    )  # fmt: skip
-    report = Path(config.run) / "eval.json"
-    evaluation = read_json(report, what="the evaluation") if report.exists() else None
-    build_store(config.out, sae, cache, options, W_U_DV=W_U_DV, no_logits=no_logits, evaluation=evaluation)
-    return open_store(config.out, name)
+    unembeddings = {hook: find_unembedding(config.model, cache, hook, cache.vocab()) for hook in set(hooks)}
+    jobs = []
+    for run, sae, name, hook in zip(runs, saes, names, hooks, strict=True):
+        options = Options(
+            name=name, hook=hook, examples=config.examples, window=config.window, seed=config.seed,
+            batch_size=config.batch_size, context_index=config.with_context_index, quiet=config.quiet,
+        )  # fmt: skip
+        report, metrics = Path(run) / "eval.json", Path(run) / "metrics.jsonl"
+        W_U_DV, no_logits = unembeddings[hook]
+        jobs.append(Job(
+            sae=sae, options=options, W_U_DV=W_U_DV, no_logits=no_logits,
+            evaluation=read_json(report, what="the evaluation") if report.exists() else None,
+            metrics=metrics if metrics.is_file() else None,
+        ))  # fmt: skip
+    build_all(config.out, jobs, cache)
+    return open_store(config.out, names[0])
 
 
 def choose_hook(cache: ActivationCache, hook: str | None, run: Path) -> str:
@@ -115,133 +144,85 @@ def check_fit(sae: SAE, cache: ActivationCache, hook: str) -> None:
 
 def build_store(
     out: Path, sae: SAE, cache: ActivationCache, options: Options, *, W_U_DV: Tensor | None = None,
-    no_logits: str = "", evaluation: dict[str, Any] | None = None,
+    no_logits: str = "", evaluation: dict[str, Any] | None = None, metrics: Path | None = None,
 ) -> publish.Manifest:  # fmt: skip
-    """Write one SAE into the store ``out`` and publish it as the next generation.
+    """Write one SAE into the store ``out`` and publish it as the next generation; see Job."""
+    job = Job(
+        sae=sae, options=options, W_U_DV=W_U_DV, no_logits=no_logits, evaluation=evaluation, metrics=metrics
+    )
+    return build_all(out, [job], cache)
 
-    Args:
-        W_U_DV: [d_in, vocabulary] unembedding for the logits; without it ``no_logits`` says why.
-        evaluation: what eval.json says of the SAE.
-    """
+
+def build_all(out: Path, jobs: Sequence[Job], cache: ActivationCache) -> publish.Manifest:
+    """Write SAEs into the store ``out``, in one pass over the cache, and publish them as one generation."""
     corpus = Corpus(cache)
-    missing = _missing(corpus, W_U_DV, no_logits)
+    out = Path(out)
+    encoders = [
+        Encoder(name=job.options.name, sae=job.sae, hook=job.options.hook, identity=hash_of(job.sae))
+        for job in jobs
+    ]
     with directory_lock(out, what="the feature store"):
         current, building = publish.begin(out)
+        encoded = out / ENCODED
         try:
-            require_disk(out, forecast(sae, corpus, options), what="indexing (runs and store together)")
+            there = sum(path.stat().st_size for path in encoded.rglob("*") if path.is_file())
+            needed = sum(forecast(job.sae, corpus, job.options) for job in jobs)
+            require_disk(out, needed - there, what="indexing (runs and store together)")
             with sentence_for_duckdb_errors(building):
                 text = None
                 if corpus.has_text and not has_text_file(out, current, corpus):
                     path = building / f"text-{corpus.hash[:12]}.duckdb"
                     write_text_file(path, corpus, name=text_name(cache))
                     text = publish.describe(path)
-                identity = hash_of(sae)
-                path = building / f"sae-{identity[:12]}.duckdb"
-                runs = encode(building / "runs", sae, cache, options)
-                meta = {
-                    "format_version": schema.FORMAT_VERSION, "name": options.name, "sae": sae.spec.name,
-                    "d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k, "hook_name": options.hook,
-                    "model": (cache.model or {}).get("name"), "text": text_name(cache),
-                    "n_tokens": corpus.n_rows, "n_contexts": corpus.n_contexts,
-                    "n_documents": corpus.n_documents if corpus.has_text else 0,
-                    "n_activations": runs.n_activations, "eval": evaluation, "missing": missing,
-                    "sae_hash": identity, "cache_hash": cache.hash, "examples": options.examples,
-                    "window": options.window, "seed": options.seed,
-                }  # fmt: skip
-                write_sae_file(path, sae, corpus, runs, options, W_U_DV, meta)
-                shutil.rmtree(building / "runs")
-            key = corpus.hash if corpus.has_text else None
-            extras = kept_extras(out, current, options.name, meta)
-            stored = publish.StoredSae(
-                name=options.name, file=publish.describe(path), text=key, extras=extras
-            )
-            return publish.publish(out, current, stored, text)
+                all_runs = encode(
+                    encoded, encoders, cache,
+                    batch_size=jobs[0].options.batch_size, quiet=jobs[0].options.quiet,
+                )  # fmt: skip
+                stored = [
+                    write_sae(building, job, encoder.identity, cache, corpus, runs)
+                    for job, encoder, runs in zip(jobs, encoders, all_runs, strict=True)
+                ]
+            stored = [keep_extras(out, current, building, sae) for sae in stored]
+            manifest = publish.publish(out, current, stored, text)
+            shutil.rmtree(encoded)
+            return manifest
         finally:
             shutil.rmtree(building, ignore_errors=True)
 
 
-@torch.inference_mode()
-def encode(directory: Path, sae: SAE, cache: ActivationCache, options: Options) -> Runs:
-    """The one pass over the cache: the codes of every row into sorted runs.
-
-    Raises:
-        UserError: an activation or a code is not finite.
-    """
-    x_ND = cache.activations(options.hook)
-    device = sae.W_dec.device
-    runs = Runs(directory, sae.d_sae)
-    with progress("encode", total=cache.n_rows, unit="tok", quiet=options.quiet) as bar:
-        for start in range(0, cache.n_rows, options.batch_size):
-            batch_ND = x_ND[start : start + options.batch_size].to(device, torch.float32)
-            if not batch_ND.isfinite().all():
-                row = start + int((~batch_ND.isfinite()).any(1).nonzero()[0])
-                raise UserError(
-                    f"row {row} of {options.hook} in the cache {cache.path} has values that are not finite; "
-                    "make the cache again"
-                )
-            row_S, latent_S, value_S = (part.cpu().numpy() for part in sae.encode(batch_ND).coo())
-            if not np.isfinite(value_S).all():
-                raise UserError(f"the SAE {options.name!r} gives codes that are not finite; train it again")
-            runs.add(latent_S, row_S + start, value_S)
-            bar.update(len(batch_ND))
-    runs.flush()
-    return runs
-
-
-def write_sae_file(
-    path: Path,
-    sae: SAE,
-    corpus: Corpus,
-    runs: Runs,
-    options: Options,
-    W_U_DV: Tensor | None,
-    meta: dict[str, Any],
-) -> None:
-    """Write all tables of one SAE; those in ``meta["missing"]`` are left out."""
-    tables = [table for name, table in schema.SAE_TABLES.items() if name not in meta["missing"]]
-    W_dec_MD = sae.W_dec.detach()
-    other_MJ, cosine_MJ = nearest_decoders(W_dec_MD)
-    constant: dict[str, Any] = directions(sae.W_enc.detach().T, W_dec_MD)
-    alone = other_MJ.shape[1] == 0
-    constant["dec_max_cos"] = [None] * sae.d_sae if alone else cosine_MJ[:, 0].numpy()
-    constant["dec_nn"] = [None] * sae.d_sae if alone else other_MJ[:, 0].numpy()
-    constant["logit_top"] = [None] * sae.d_sae
-    title = "tables"
-    with (
-        new_database(path, tables) as connection,
-        progress(title, total=runs.n_activations, unit="act", quiet=options.quiet) as bar,
-    ):
-        insert(connection, schema.NEIGHBOR, neighbor_rows(other_MJ, cosine_MJ))
-        if W_U_DV is not None:
-            logits = logit_rows(W_dec_MD, W_U_DV)
-            insert(connection, schema.LOGIT, logits)
-            best = logits["token"].reshape(sae.d_sae, -1)[:, 0]
-            constant["logit_top"] = [token_text(corpus.vocab[token]) for token in best]
-        for acts in runs.groups(GROUP_SIZE):
-            latents = slice(acts.first, acts.first + acts.n_latents)
-            insert(connection, schema.ACT, {
-                "feature": acts.latent_S + acts.first,
-                "ctx": corpus.ctx[acts.row_S] if corpus.has_text else acts.row_S,
-                "pos": corpus.pos[acts.row_S] if corpus.has_text else np.zeros_like(acts.row_S),
-                "value": acts.value_S,
-            })  # fmt: skip
-            columns = {name: column[latents] for name, column in constant.items()}
-            columns |= activation_statistics(acts, corpus)
-            columns["feature"] = np.arange(latents.start, latents.stop)
-            if corpus.has_text:
-                rows, token_columns = token_statistics(acts, corpus)
-                insert(connection, schema.FEATURE_TOKEN, rows)
-                columns |= token_columns
-            else:
-                columns |= dict.fromkeys(
-                    ("top_token", "top_token_share", "entropy_tok"), [None] * acts.n_latents
-                )
-            insert(connection, schema.FEATURE, columns)
-            insert(connection, schema.HIST, histograms(acts))
-            insert(connection, schema.EXAMPLE, examples(
-                acts, corpus, n=options.examples, window=options.window, seed=options.seed))  # fmt: skip
-            bar.update(len(acts.row_S))
-        insert_meta(connection, schema.SAE_META, meta)
+def write_sae(
+    building: Path, job: Job, identity: str, cache: ActivationCache, corpus: Corpus, runs: Runs,
+    watch: Stopwatch | None = None,
+) -> publish.StoredSae:  # fmt: skip
+    """The file of one SAE, in the build directory."""
+    sae, options, watch = job.sae, job.options, watch or Stopwatch()
+    meta = {
+        "format_version": schema.FORMAT_VERSION, "name": options.name, "sae": sae.spec.name,
+        "d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k, "hook_name": options.hook,
+        "model": (cache.model or {}).get("name"), "text": text_name(cache),
+        "n_tokens": corpus.n_rows, "n_contexts": corpus.n_contexts, "ctx_len": corpus.ctx_len,
+        "n_documents": corpus.n_documents if corpus.has_text else 0,
+        "n_activations": runs.n_activations, "eval": job.evaluation,
+        "missing": missing_tables(corpus, None if job.W_U_DV is not None else job.no_logits),
+        "left_out": left_out_tables(metrics=bool(job.metrics), context_index=options.context_index),
+        "sae_hash": identity, "cache_hash": cache.hash, "examples": options.examples,
+        "window": options.window, "seed": options.seed,
+    }  # fmt: skip
+    taken = {path.name for path in building.glob("sae-*.duckdb")}
+    name = f"sae-{identity[:12]}.duckdb"
+    if name in taken:  # the same weights under two names
+        name = f"sae-{identity[:12]}-{len(taken)}.duckdb"
+    build = Build(
+        corpus=corpus, d_sae=sae.d_sae, n_activations=runs.n_activations,
+        groups=runs.groups(tables.GROUP_SIZE, tables.GROUP_LATENTS), options=options, watch=watch,
+        given=given_by(sae, corpus, job.W_U_DV, job.metrics, watch),
+        context_index=(lambda connection: index_by_context(connection, corpus, runs))
+        if options.context_index
+        else None,
+    )  # fmt: skip
+    write_sae_file(building / name, build, meta)
+    key = corpus.hash if corpus.has_text else None
+    return publish.StoredSae(name=options.name, file=publish.describe(building / name), text=key)
 
 
 def has_text_file(store: Path, current: publish.Manifest, corpus: Corpus) -> bool:
@@ -254,11 +235,13 @@ def forecast(sae: SAE, corpus: Corpus, options: Options) -> int:
     """Bytes that a build writes at most, its temporary runs included."""
     n_activations = corpus.n_rows * min(sae.k, sae.d_sae)
     shown = min(2 * options.examples * sae.d_sae, 2 * n_activations)
+    shown += (10 * per_decile(options.examples) + 2 * options.examples) * min(sae.d_sae, n_activations)
     examples_bytes = shown * (20 + 6 * options.window * corpus.has_text)
     text_bytes = 8 * corpus.n_contexts * corpus.ctx_len
-    latents = sae.d_sae * 1500
+    latents = sae.d_sae * 6000
     return (
-        n_activations * (BYTES_PER_ENTRY + STORED_BYTES_PER_ACTIVATION)
+        n_activations
+        * (BYTES_PER_ENTRY + STORED_BYTES_PER_ACTIVATION + INDEX_BYTES_PER_ACTIVATION * options.context_index)
         + examples_bytes
         + text_bytes
         + latents
@@ -279,10 +262,3 @@ def text_name(cache: ActivationCache) -> str | None:
     """What the cache calls its text, if it has one."""
     text = cache.manifest.get("made_from", {}).get("text")
     return text.get("name") if isinstance(text, dict) else text
-
-
-def _missing(corpus: Corpus, W_U_DV: Tensor | None, no_logits: str) -> dict[str, str]:
-    missing = {} if W_U_DV is not None else {"logit": no_logits}
-    if not corpus.has_text:
-        missing |= dict.fromkeys(TEXT_TABLES, "the cache was imported without tokens and contexts")
-    return missing

@@ -115,18 +115,21 @@ def _check_tables(
             yield from _check_schema(connection, sae, meta)
             parameters = {**meta, "bins": HIST_BINS}
             every = max(1, -(-meta["n_activations"] // RECOUNTED))
+            pairs = meta["n_activations"] * meta["n_activations"] // meta["n_tokens"]
+            few = max(every, -(-pairs // RECOUNTED))
             present = tables_of(connection, "sae")
             if text:
                 present |= tables_of(connection, "txt")
                 kept = read_meta(connection, "txt")
-                yield from _check_rules(connection, text.path, TEXT_RULES, present, kept, every)
-            yield from _check_rules(connection, sae.file.path, SAE_RULES, present, parameters, every)
+                yield from _check_rules(connection, text.path, TEXT_RULES, present, kept, every, few)
+            yield from _check_rules(connection, sae.file.path, SAE_RULES, present, parameters, every, few)
             for name, file in extras.items():
                 yield from _check_columns(connection, file.path, name, EXTRA_TABLES[name])
                 if origin(read_meta(connection, name)) != origin(meta):
                     yield Finding(file.path, f"these {name} are of other activations than {sae.name!r} has")
                 within = present | tables_of(connection, name)
-                yield from _check_rules(connection, file.path, EXTRA_RULES[name], within, parameters, every)
+                rules = EXTRA_RULES[name]
+                yield from _check_rules(connection, file.path, rules, within, parameters, every, few)
         except (duckdb.Error, KeyError) as error:
             yield Finding(sae.file.path, f"the tables cannot be read ({first_line(error)})")
 
@@ -146,7 +149,9 @@ def _check_schema(
     if sae.text:
         files.append(("txt", TEXT_TABLES))
     for alias, tables in files:
-        yield from _check_columns(connection, sae.file.path, alias, tables, meta["missing"])
+        yield from _check_columns(
+            connection, sae.file.path, alias, tables, {*meta["missing"], *meta["left_out"]}
+        )
 
 
 def _check_columns(
@@ -169,12 +174,16 @@ def _check_columns(
 
 def _check_rules(
     connection: duckdb.DuckDBPyConnection, where: str, rules: Iterable[Rule], present: set[str],
-    parameters: dict[str, Any], every: int,
+    parameters: dict[str, Any], every: int, few: int,
 ) -> Iterator[Finding]:  # fmt: skip
     for rule in rules:
         if not rule.tables <= present:
             continue
-        query = rule.query.replace("{some}", f"feature % {every} = 0")
+        query = rule.query
+        for name, step in (("some", every), ("few", few)):
+            query = query.replace(f"{{{name}}}", f"feature % {step} = 0")
+            for alias in ("a", "e"):
+                query = query.replace(f"{{{alias}.{name}}}", f"{alias}.feature % {step} = 0")
         used = {name: value for name, value in parameters.items() if f"${name}" in query}
         counted = f"SELECT count(*), min(bad) FROM ({query}) broken(bad)"
         n, first = connection.execute(counted, used).fetchall()[0]

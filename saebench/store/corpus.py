@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saebench.errors import UserError
+from saebench.store.schema import POSITION_BUCKETS
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 22
 MOST_ROWS = 1 << 32
+MOST_OCCURRENCES = 1 << 24
+"""Rows of which it is known where a token occurs; of a longer text, as many spread evenly over it."""
 
 
 class Corpus:
@@ -71,6 +74,88 @@ class Corpus:
             return row_S.astype(np.int64)
         return self.ctx[row_S].astype(np.int64) * self.ctx_len + self.pos[row_S]
 
+    def tokens_at(self, row_S: Ints, offset: int) -> NDArray[np.int64]:
+        """[S]: the token ``offset`` places after each row in its context; -1 beyond the context's ends."""
+        if offset == 0:
+            return self.tokens[row_S].astype(np.int64)
+        ctx_S, pos_S = self.ctx[row_S], self.pos[row_S] + offset
+        inside_S = (pos_S >= 0) & (pos_S < self.context_len[ctx_S])
+        tokens_S = self.context_tokens[ctx_S, np.clip(pos_S, 0, self.ctx_len - 1)]
+        return np.where(inside_S, tokens_S, -1).astype(np.int64)
+
+    def is_first(self, row_S: Ints) -> NDArray[np.bool_]:
+        """[S]: whether each row is the first that the cache keeps of its context."""
+        first_S: NDArray[np.bool_] = self.ctx[row_S] != self.ctx[np.maximum(row_S - 1, 0)]
+        first_S |= row_S == 0
+        return first_S
+
+    @property
+    def n_buckets(self) -> int:
+        """Parts into which a context is cut for the profile of positions."""
+        return min(POSITION_BUCKETS, self.ctx_len)
+
+    def bucket(self, row_S: Ints) -> NDArray[np.int64]:
+        """[S]: the part of the context in which each row lies."""
+        return self.pos[row_S].astype(np.int64) * self.n_buckets // self.ctx_len
+
+    @functools.cached_property
+    def bucket_counts(self) -> NDArray[np.int64]:
+        """Rows in each part of the context."""
+        counts = np.zeros(self.n_buckets, dtype=np.int64)
+        for rows in chunks(self.n_rows):
+            counts += np.bincount(self.bucket(np.arange(rows.start, rows.stop)), minlength=len(counts))
+        return counts
+
+    @functools.cached_property
+    def docs_ascend(self) -> bool:
+        """Whether rows are in the order of their documents."""
+        return all(
+            bool((np.diff(self.doc[max(rows.start - 1, 0) : rows.stop]) >= 0).all())
+            for rows in chunks(self.n_rows)
+        )
+
+    @functools.cached_property
+    def label_names(self) -> list[str]:
+        """The different labels of documents, in the order in which they appear."""
+        return list(dict.fromkeys(label for label in self.labels or [] if label))
+
+    @functools.cached_property
+    def label_of_doc(self) -> NDArray[np.int64]:
+        """For each document the place of its label in ``label_names``; -1 without one."""
+        places = {label: place for place, label in enumerate(self.label_names)}
+        labels = (self.labels or [])[: self.n_documents]
+        labels += [""] * (self.n_documents - len(labels))
+        return np.array([places.get(label, -1) for label in labels], dtype=np.int64)
+
+    @functools.cached_property
+    def label_counts(self) -> NDArray[np.int64]:
+        """Rows with each label."""
+        counts = np.zeros(len(self.label_names) + 1, dtype=np.int64)
+        for rows in chunks(self.n_rows):
+            counts += np.bincount(self.label_of_doc[self.doc[rows]] + 1, minlength=len(counts))
+        return counts[1:]
+
+    @functools.cached_property
+    def occurrences(self) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """``(rows, ends)``: rows in the order of their tokens; those of token t end at ends[t + 1]."""
+        step = -(-self.n_rows // MOST_OCCURRENCES)
+        tokens = np.ascontiguousarray(self.tokens[::step])
+        counts = np.bincount(tokens, minlength=len(self.vocab))
+        order = np.argsort(tokens, kind="stable").astype(np.uint32) * np.uint32(step)
+        return order, np.concatenate([[0], np.cumsum(counts)])
+
+    @functools.cached_property
+    def role_counts(self) -> dict[int, NDArray[np.int64]]:
+        """Offset -> [V] rows that have each token at that offset."""
+        counts = {0: self.token_counts}
+        for offset in (-1, 1):
+            found = np.zeros(len(self.vocab) + 1, dtype=np.int64)
+            for rows in chunks(self.n_rows):
+                tokens = self.tokens_at(np.arange(rows.start, rows.stop), offset)
+                found += np.bincount(tokens + 1, minlength=len(found))
+            counts[offset] = found[1:]
+        return counts
+
     @functools.cached_property
     def token_counts(self) -> NDArray[np.int64]:
         """[V]: rows with each token."""
@@ -86,7 +171,7 @@ class Corpus:
     @functools.cached_property
     def hash(self) -> str:
         """SHA-256 of all that a text file holds: equal for caches of other hooks over the same text."""
-        digest = hashlib.sha256(b"text 1")
+        digest = hashlib.sha256(b"text 2")
         for column in (self.context_len, self.context_tokens, self.ctx, self.pos, self.doc):
             digest.update(f"|{column.shape}|".encode())
             for rows in chunks(len(column), CHUNK // max(1, column[:1].size)):

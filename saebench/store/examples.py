@@ -1,6 +1,7 @@
-"""Which firings of a latent are shown, and the window of text around each.
+"""Which firings of a latent are shown, and which places where it stays silent.
 
-Shapes: S activations of a group of latents, G segments (a latent in one context), E examples, W window.
+Shapes: S activations of a group of latents, G segments (a latent in one context), E examples, L latents that
+fire, K parts of their firings.
 """
 
 from __future__ import annotations
@@ -11,40 +12,64 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saebench.store.corpus import Corpus
-from saebench.store.runs import Activations
-from saebench.store.schema import GROUP_RANDOM, GROUP_TOP
-from saebench.store.statistics import list_column, ordered_bits
+from saebench.store.folds import fold_of
+from saebench.store.lots import below, lots
+from saebench.store.negatives import near_misses, silent
+from saebench.store.runs import Activations, ordered_bits
+from saebench.store.schema import DECILES, GROUP_NEAR_MISS, GROUP_NEGATIVE, GROUP_RANDOM, GROUP_TOP
+from saebench.store.windows import Windows
 
-BEFORE = 2 / 3
-"""Share of a window that lies before its token: a causal model has read only that."""
+
+def per_decile(n: int) -> int:
+    """Examples of each tenth of the firings, where ``n`` are kept of the other groups."""
+    return -(-n // 5)
 
 
 def examples(acts: Activations, corpus: Corpus, *, n: int, window: int, seed: int) -> dict[str, Any]:
     """Rows of the example table for a group of latents, ``n`` at most in each group of examples.
 
     Top: the largest activation of each of the ``n`` contexts in which the latent fires hardest; equal ones
-    in the order of rows. Random: ``n`` firings, uniform without replacement; the choice depends on seed,
-    latent and row alone.
+    in the order of rows. Random: ``n`` firings, uniform without replacement. Tenths: see ``deciles``.
+    Negatives: see negatives.py; without text there are no near misses. All choices depend on seed, latent
+    and row alone.
     """
-    chosen = [(GROUP_TOP, top(acts, corpus, n)), (GROUP_RANDOM, random(acts, n, seed))]
-    at_E = np.concatenate([at for _, at in chosen])
-    grp_E = np.concatenate([np.full(len(at), grp) for grp, at in chosen])
-    latent_E = acts.latent_S[at_E]
-    order = np.lexsort((grp_E, latent_E))
-    at_E, grp_E, latent_E = at_E[order], grp_E[order], latent_E[order]
-    row_E = acts.row_S[at_E]
-    rows = {
-        "feature": latent_E + acts.first, "grp": grp_E, "rank": _rank(latent_E * 256 + grp_E),
-        "value": acts.value_S[at_E],
-    }  # fmt: skip
+    top_E, random_E = top(acts, corpus, n), random(acts, n, seed)
+    decile_E, at_E, size_E = deciles(acts, per_decile(n), seed)
+    drawn_M = np.bincount(acts.latent_S[random_E], minlength=acts.n_latents)
+    weight_E = (acts.counts_M / np.maximum(drawn_M, 1))[acts.latent_S[random_E]]
+    firings = np.concatenate([top_E, at_E, random_E])
+    parts = [
+        (acts.latent_S[firings], acts.row_S[firings], acts.value_S[firings],
+         np.concatenate([np.full(len(top_E), GROUP_TOP), decile_E, np.full(len(random_E), GROUP_RANDOM)]),
+         np.concatenate([np.full(len(top_E), np.nan), size_E, weight_E])),
+    ]  # fmt: skip
+    found = [(GROUP_NEGATIVE, silent(acts, corpus, n=n, window=window, seed=seed))]
     if corpus.has_text:
-        return rows | _windows(acts, corpus, latent_E, row_E, window)
+        found.append((GROUP_NEAR_MISS, near_misses(acts, corpus, n=n, window=window, seed=seed)))
+    for group, (latent_E, row_E) in found:
+        zero_E = np.zeros(len(row_E), dtype=np.float32)
+        parts.append((latent_E, row_E, zero_E, np.full(len(row_E), group), np.full(len(row_E), np.nan)))
+    latent_E, row_E, value_E, grp_E, weight_E = (
+        np.concatenate(columns) for columns in zip(*parts, strict=True)
+    )
+    order = np.lexsort((grp_E, latent_E))
+    latent_E, row_E, grp_E = latent_E[order], row_E[order], grp_E[order]
     import pyarrow
 
-    empty = pyarrow.array([[]] * len(at_E), type=pyarrow.list_(pyarrow.float32()))
-    none = pyarrow.nulls(len(at_E), pyarrow.uint32())
-    zero = np.zeros(len(at_E), dtype=np.int64)
-    return rows | {"ctx": row_E, "pos": zero, "doc": none, "start": zero, "tokens": empty, "acts": empty}
+    weight_E = weight_E[order]
+    rows = {
+        "feature": latent_E + acts.first, "grp": grp_E, "rank": _rank(latent_E * 256 + grp_E),
+        "value": value_E[order], "weight": pyarrow.array(weight_E, mask=np.isnan(weight_E)),
+    }  # fmt: skip
+    if corpus.has_text:
+        rows |= Windows(acts, corpus, latent_E, row_E, window).columns()
+        return rows | {"fold": fold_of(rows["doc"])}
+    empty = pyarrow.array([[]] * len(row_E), type=pyarrow.list_(pyarrow.float32()))
+    none = pyarrow.nulls(len(row_E), pyarrow.uint32())
+    zero = np.zeros(len(row_E), dtype=np.int64)
+    return rows | {
+        "ctx": row_E, "pos": zero, "doc": none, "fold": none, "start": zero, "tokens": empty, "acts": empty,
+    }  # fmt: skip
 
 
 def top(acts: Activations, corpus: Corpus, n: int) -> NDArray[np.int64]:
@@ -66,14 +91,39 @@ def top(acts: Activations, corpus: Corpus, n: int) -> NDArray[np.int64]:
 
 def random(acts: Activations, n: int, seed: int) -> NDArray[np.int64]:
     """Indices into S, by latent and then in random order."""
-    lot_S = _hash(acts.row_S.astype(np.uint64), acts.latent_S.astype(np.uint64) + np.uint64(acts.first), seed)
+    lot_S = lots(acts.row_S, acts.latent_S + acts.first, seed)
     # Enough drawn lots are below the threshold in all but one of 10^20 latents; those few take part whole.
     share_M = np.minimum((4 * n + 64) / np.maximum(acts.counts_M, 1), 1.0)
-    low_S = lot_S <= share_M[acts.latent_S] * float(2**64 - 2**12)
+    low_S = lot_S <= (share_M * float(2**64 - 2**12)).astype(np.uint64)[acts.latent_S]
     drawn_M = np.bincount(acts.latent_S[low_S], minlength=acts.n_latents)
     short_M = drawn_M < np.minimum(acts.counts_M, n)
     at = np.flatnonzero(low_S | short_M[acts.latent_S])
     return _first_of_each(acts, at, lot_S[at], n)
+
+
+def deciles(
+    acts: Activations, n: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """``(decile, index into S, firings it stands for)``, by latent and rising activation.
+
+    The firings of a latent in rising order (equal ones in the order of rows) are cut into ten parts of equal
+    count, each of these into ``n``, and one is drawn from each that is not empty. So the sums over examples,
+    weighted by what each stands for, estimate the sums over all firings.
+    """
+    alive_L = np.flatnonzero(acts.counts_M)
+    n_L1 = acts.counts_M[alive_L][:, None]
+    decile_K = np.repeat(np.arange(len(DECILES)), n)
+    tenth = len(DECILES)
+    low_LK, high_LK = -(-decile_K * n_L1 // tenth), -(-(decile_K + 1) * n_L1 // tenth)
+    part_K = np.tile(np.arange(n), tenth)
+    length_LK = high_LK - low_LK
+    low_LK, high_LK = low_LK + length_LK * part_K // n, low_LK + length_LK * (part_K + 1) // n
+    lot_LK = lots((alive_L + acts.first)[:, None], np.arange(n * tenth)[None], seed + 1)
+    rank_LK = low_LK + below(lot_LK, high_LK - low_LK)
+    some_LK = high_LK > low_LK
+    at = acts.order_S[(acts.starts_M[alive_L][:, None] + rank_LK)[some_LK]]
+    decile_LK = np.broadcast_to(decile_K + DECILES[0], some_LK.shape)
+    return decile_LK[some_LK], at, (high_LK - low_LK)[some_LK]
 
 
 def _largest(
@@ -81,7 +131,7 @@ def _largest(
 ) -> NDArray[np.bool_]:
     """Which entries are among the ``n`` largest of their latent, or equal to the last of these."""
     key_G = latent_G.astype(np.uint64) << np.uint64(32) | ordered_bits(value_G)
-    sorted_G = np.sort(key_G)
+    sorted_G = np.sort(key_G, kind="stable")
     count_M = np.bincount(latent_G, minlength=n_latents)
     stop_M = np.cumsum(count_M)
     threshold_M = sorted_G[np.minimum(np.maximum(stop_M - n, stop_M - count_M), len(sorted_G) - 1)]
@@ -99,40 +149,3 @@ def _rank(sorted_key_E: NDArray[np.int64]) -> NDArray[np.int64]:
     """The place of each entry among those of the same key."""
     first = np.searchsorted(sorted_key_E, sorted_key_E)
     return np.arange(len(sorted_key_E)) - first
-
-
-def _hash(row_S: NDArray[np.uint64], latent_S: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
-    """splitmix64 of (row, latent, seed)."""
-    x = row_S * np.uint64(0x9E3779B97F4A7C15) + latent_S * np.uint64(0xD1B54A32D192ED03)
-    x += np.uint64(seed % 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    return x
-
-
-def _windows(
-    acts: Activations, corpus: Corpus, latent_E: NDArray[np.int64], row_E: NDArray[np.int64], window: int
-) -> dict[str, Any]:
-    """Tokens around each example, and the latent's activation at each of them."""
-    ctx_E = corpus.ctx[row_E].astype(np.int64)
-    pos_E = corpus.pos[row_E].astype(np.int64)
-    length_E = corpus.context_len[ctx_E].astype(np.int64)
-    start_E = np.clip(pos_E - int(window * BEFORE), 0, np.maximum(length_E - window, 0))
-    where_EW = start_E[:, None] + np.arange(window)
-    inside_EW = where_EW < length_E[:, None]
-    example_X, offset_X = np.nonzero(inside_EW)
-    where_X = start_E[example_X] + offset_X
-    places = corpus.n_contexts * corpus.ctx_len
-    key_S = acts.latent_S * places + corpus.place(acts.row_S)
-    key_X = latent_E[example_X] * places + ctx_E[example_X] * corpus.ctx_len + where_X
-    found_X = np.minimum(np.searchsorted(key_S, key_X), max(len(key_S) - 1, 0))
-    acts_X: Any = (
-        np.where(key_S[found_X] == key_X, acts.value_S[found_X], np.float32(0)) if len(key_S) else []
-    )
-    tokens_X = corpus.context_tokens[ctx_E[example_X], where_X]
-    lengths_E = inside_EW.sum(1)
-    return {
-        "ctx": ctx_E, "pos": pos_E, "doc": corpus.doc[row_E], "start": start_E,
-        "tokens": list_column(tokens_X, lengths_E),
-        "acts": list_column(np.asarray(acts_X, dtype=np.float32), lengths_E),
-    }  # fmt: skip

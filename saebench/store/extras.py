@@ -67,24 +67,28 @@ def publish_extra(
                 meta = {"format_version": FORMAT_VERSION, "extra": extra, **own}
                 insert_meta(connection, SAE_META, meta | {key: made_from[key] for key in ORIGIN})
             extras = stored.extras | {extra: publish.describe(path)}
-            return publish.publish(store, current, replace(stored, extras=extras), None)
+            return publish.publish(store, current, [replace(stored, extras=extras)], None)
         finally:
             shutil.rmtree(building, ignore_errors=True)
 
 
-def kept_extras(
-    store: Path, current: publish.Manifest, name: str, meta: Mapping[str, Any]
-) -> dict[str, publish.StoredFile]:
-    """The extras of the SAE ``name`` that still hold when it is indexed again, with ``meta``.
+def keep_extras(
+    store: Path, current: publish.Manifest, building: Path, new: publish.StoredSae
+) -> publish.StoredSae:
+    """``new``, whose file is in the build directory, with the extras of the SAE it replaces that still hold.
 
     A damaged one is left out, so that indexing again mends a store.
     """
-    old = next((sae for sae in current.saes if sae.name == name), None)
-    return {
+    old = next((sae for sae in current.saes if sae.name == new.name), None)
+    if old is None or not old.extras:
+        return new
+    activations = origin(meta_of(building / new.file.path))
+    kept = {
         extra: file
-        for extra, file in (extras_of(old) if old else {}).items()
-        if publish.is_intact(store, file) and origin(meta_of(store / file.path)) == origin(meta)
+        for extra, file in extras_of(old).items()
+        if publish.is_intact(store, file) and origin(meta_of(store / file.path)) == activations
     }
+    return replace(new, extras=kept)
 
 
 def extras_of(stored: publish.StoredSae) -> dict[str, publish.StoredFile]:

@@ -1,4 +1,4 @@
-"""Directions of the latents: norms, encoder against decoder, nearest decoder rows.
+"""Directions of the latents: norms, encoder against decoder, nearest others.
 
 Shapes: M = d_sae latents, D = d_in, B latents of a block, J neighbours.
 """
@@ -11,28 +11,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saebench.store.schema import NEIGHBORS_PER_FEATURE
+from saebench.store.schema import NEIGHBOR_KINDS, NEIGHBORS_PER_FEATURE
 
 BLOCK_BYTES = 1 << 27
 
 
 @torch.no_grad()
 def directions(W_enc_MD: Tensor, W_dec_MD: Tensor) -> dict[str, Any]:
-    """dec_norm and enc_dec_cos of every latent; the cosine with a zero row is 0."""
+    """dec_norm, enc_norm and enc_dec_cos of every latent; the cosine with a zero row is 0."""
     decoder, encoder = _unit(W_dec_MD.float()), _unit(W_enc_MD.float())
     return {
         "dec_norm": W_dec_MD.float().norm(dim=1).cpu().numpy(),
+        "enc_norm": W_enc_MD.float().norm(dim=1).cpu().numpy(),
         "enc_dec_cos": (decoder * encoder).sum(1).clamp(-1, 1).cpu().numpy(),
     }
 
 
 @torch.no_grad()
-def nearest_decoders(W_dec_MD: Tensor, n: int = NEIGHBORS_PER_FEATURE) -> tuple[Tensor, Tensor]:
-    """``(other, cosine)`` [M, J] on the CPU: the J = min(n, M - 1) nearest other decoder rows, nearest first.
+def nearest_rows(W_MD: Tensor, n: int = NEIGHBORS_PER_FEATURE) -> tuple[Tensor, Tensor]:
+    """``(other, cosine)`` [M, J] on the CPU: the J = min(n, M - 1) other rows with the largest cosine,
+    nearest first.
 
     Computed in blocks of rows, so memory stays at ``BLOCK_BYTES`` whatever M is.
     """
-    unit_MD = _unit(W_dec_MD.float())
+    unit_MD = _unit(W_MD.float())
     n_latents = len(unit_MD)
     n = min(n, n_latents - 1)
     block = max(1, BLOCK_BYTES // (4 * n_latents))
@@ -47,14 +49,18 @@ def nearest_decoders(W_dec_MD: Tensor, n: int = NEIGHBORS_PER_FEATURE) -> tuple[
     return torch.cat(others), torch.cat(cosines)
 
 
-def neighbor_rows(other_MJ: Tensor, cosine_MJ: Tensor) -> dict[str, Any]:
-    """Rows of the neighbor table."""
+def neighbor_rows(kind: str, other_MJ: Tensor, cosine_MJ: Tensor) -> dict[str, Any]:
+    """Rows of the neighbor table, of one of the NEIGHBOR_KINDS that are cosines."""
+    import pyarrow
+
     n_latents, n = other_MJ.shape
     return {
         "feature": np.repeat(np.arange(n_latents), n),
+        "kind": np.full(n_latents * n, NEIGHBOR_KINDS[kind]),
         "rank": np.tile(np.arange(n), n_latents),
         "other": other_MJ.reshape(-1).numpy(),
-        "cosine": cosine_MJ.reshape(-1).numpy(),
+        "score": cosine_MJ.reshape(-1).numpy(),
+        "n_both": pyarrow.nulls(n_latents * n, pyarrow.uint32()),
     }
 
 

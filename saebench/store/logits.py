@@ -22,8 +22,10 @@ BLOCK_BYTES = 1 << 27
 
 
 @torch.no_grad()
-def logit_rows(W_dec_MD: Tensor, W_U_DV: Tensor, n: int = LOGITS_PER_SIGN) -> dict[str, Any]:
-    """Rows of the logit table: the ``n`` most promoted and most suppressed tokens of every latent.
+def logit_rows(
+    W_dec_MD: Tensor, W_U_DV: Tensor, n: int = LOGITS_PER_SIGN
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``(rows of logit, columns of feature)``: the ``n`` most promoted and suppressed tokens of each latent.
 
     Computed in blocks of latents, so memory stays at ``BLOCK_BYTES`` whatever M is.
     """
@@ -32,19 +34,31 @@ def logit_rows(W_dec_MD: Tensor, W_U_DV: Tensor, n: int = LOGITS_PER_SIGN) -> di
     n = min(n, n_tokens)
     block = max(1, BLOCK_BYTES // (4 * n_tokens))
     token, value = np.empty((n_latents, 2, n), np.int64), np.empty((n_latents, 2, n), np.float32)
+    kurtosis_M = np.empty(n_latents, dtype=np.float32)
     for start in range(0, n_latents, block):
         logits_BV = W_dec_MD[start : start + block].float() @ W_U_DV
         for side, largest in ((0, True), (1, False)):
             value_BJ, token_BJ = logits_BV.topk(n, dim=1, largest=largest)
             value[start : start + block, side] = value_BJ.cpu().numpy()
             token[start : start + block, side] = token_BJ.cpu().numpy()
-    return {
+        kurtosis_M[start : start + block] = _kurtosis(logits_BV).cpu().numpy()
+    rows = {
         "feature": np.repeat(np.arange(n_latents), 2 * n),
         "sign": np.tile(np.repeat([1, -1], n), n_latents),
         "rank": np.tile(np.arange(n), 2 * n_latents),
         "token": token.reshape(-1),
         "value": value.reshape(-1),
     }
+    return rows, {"logit_max": value[:, 0, 0], "logit_kurtosis": kurtosis_M}
+
+
+def _kurtosis(logits_BV: Tensor) -> Tensor:
+    """[B]: excess kurtosis; 0 where all are equal. Overwrites its argument."""
+    logits_BV -= logits_BV.mean(1, keepdim=True)
+    squares_BV = logits_BV.square_()
+    variance_B = squares_BV.mean(1)
+    fourth_B = squares_BV.square_().mean(1)
+    return torch.where(variance_B > 0, fourth_B / variance_B.square().clamp_min(1e-30) - 3, 0)
 
 
 def find_unembedding(

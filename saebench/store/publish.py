@@ -5,6 +5,7 @@
     store/gen-000002/sae-<hash>.duckdb      never changed once published
     store/gen-000001/text-<hash>.duckdb     still in use: a manifest may point into older generations
     store/.building/                        a build under way, or what a killed one left
+    store/.encoded/                         codes that are not in a generation yet, see encode.py
 
 A process killed at any instant leaves the manifest of the old generation or of the new one. Readers hold a
 shared lock on their generation's manifest, so files are removed only when neither the current generation
@@ -17,6 +18,7 @@ import fcntl
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -144,7 +146,8 @@ def before_next(store: Path) -> Manifest:
     """
     if (store / MANIFEST).exists():
         return read_manifest(store)
-    strangers = [p.name for p in store.iterdir() if p.name not in (".lock", BUILDING) and not _number(p)]
+    ours = (".lock", BUILDING, ".encoded")
+    strangers = [p.name for p in store.iterdir() if p.name not in ours and not _number(p)]
     if strangers:
         raise UserError(
             f"{store} is not a feature store and not empty ({strangers[0]}); choose another --out"
@@ -182,8 +185,8 @@ def _require_first_build(store: Path) -> None:
         )
 
 
-def publish(store: Path, current: Manifest, sae: StoredSae, text: StoredFile | None) -> Manifest:
-    """Make the build directory the next generation, in which ``sae`` is added or replaced.
+def publish(store: Path, current: Manifest, saes: Sequence[StoredSae], text: StoredFile | None) -> Manifest:
+    """Make the build directory the next generation, in which ``saes`` are added or replaced.
 
     ``text`` is the text file that was built with it; None when the store has it already. Paths of the
     new files, which are those without a folder, are relative to the build directory.
@@ -193,10 +196,12 @@ def publish(store: Path, current: Manifest, sae: StoredSae, text: StoredFile | N
     def placed(file: StoredFile) -> StoredFile:
         return file if "/" in file.path else replace(file, path=f"{folder}/{file.path}")
 
-    extras = {name: placed(file) for name, file in sae.extras.items()}
-    sae = replace(sae, file=placed(sae.file), extras=extras)
     text = placed(text) if text else None
-    manifest = current.next(sae, text)
+    manifest = current
+    for sae in saes:
+        extras = {name: placed(file) for name, file in sae.extras.items()}
+        manifest = manifest.next(replace(sae, file=placed(sae.file), extras=extras), text)
+    manifest = replace(manifest, generation=current.generation + 1)
     write_json_atomic(store / BUILDING / MANIFEST, manifest.to_json())
     os.rename(store / BUILDING, store / folder)
     sync_directory(store)

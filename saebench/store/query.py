@@ -10,7 +10,18 @@ from saebench.errors import UserError
 from saebench.store import publish
 from saebench.store.explanations import ExplanationReader
 from saebench.store.filters import FeatureFilter, Range, feature_source, order_clause
-from saebench.store.schema import FEATURE, FEATURE_EXTRAS, GROUPS, extra_of, feature_column, nearest
+from saebench.store.schema import (
+    FEATURE,
+    FEATURE_EXTRAS,
+    GROUPS,
+    HIST_KINDS,
+    NEIGHBOR_KINDS,
+    QUANTILE_GRID,
+    TOKEN_ROLES,
+    extra_of,
+    feature_column,
+    nearest,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,18 +176,21 @@ class FeatureStore(ExplanationReader):
         rows = self._rows(query, [self._known(feature)])
         return dict(zip(names, rows[0], strict=True))
 
-    def histogram(self, feature: int) -> pd.DataFrame:
-        """Bins of its activations: lo, hi, count. Empty for a dead feature."""
+    def histogram(self, feature: int, kind: str = "value") -> pd.DataFrame:
+        """Bins of its activations, or of their log10 (kind 'log10'): lo, hi, count. Empty for a dead one."""
         import numpy as np
         import pandas as pd
 
-        rows = self._rows("SELECT lo, hi, counts FROM sae.hist WHERE feature = ?", [self._known(feature)])
+        rows = self._rows(
+            "SELECT lo, hi, counts FROM sae.hist WHERE feature = ? AND kind = ?",
+            [self._known(feature), _one_of(HIST_KINDS, kind, "kind of histogram")],
+        )
         lo, hi, counts = rows[0] if rows else (0.0, 0.0, [])
         edges = np.linspace(lo, hi, len(counts) + 1)
         return pd.DataFrame({"lo": edges[:-1], "hi": edges[1:], "count": np.asarray(counts, dtype=np.int64)})
 
-    def tokens(self, feature: int) -> pd.DataFrame:
-        """Tokens it fires on, most often first.
+    def tokens(self, feature: int, role: str = "active") -> pd.DataFrame:
+        """Tokens it fires on (or the 'previous' or 'next' ones), most often first.
 
         Columns token, text, n, p_token_given_fire, p_fire_given_token, lift.
         """
@@ -184,40 +198,48 @@ class FeatureStore(ExplanationReader):
         return self._with_text(
             self._frame(
                 "SELECT token, n, p_token_given_fire, p_fire_given_token, lift FROM sae.feature_token "
-                "WHERE feature = ? ORDER BY rank",
-                [self._known(feature)],
+                "WHERE feature = ? AND role = ? ORDER BY rank",
+                [self._known(feature), _one_of(TOKEN_ROLES, role, "role of a token")],
             )
         )
 
     def examples(self, feature: int, group: str | None = None) -> pd.DataFrame:
-        """Stored examples: group, rank, ctx, pos, value, doc, label, start, tokens, pieces, acts.
+        """Stored examples, one a row, by group and rank.
 
+        Columns group, rank, ctx, pos, value, doc, fold, weight, label, start, tokens, pieces, acts.
         ``group`` 'top' holds the largest activation of each of the contexts in which it fires hardest,
-        'random' firings drawn uniformly. ``tokens``, ``pieces`` and ``acts`` are lists over the window,
-        which begins at position ``start``; joined, the pieces are the decoded window. Without contexts
-        the lists are empty.
+        'random' firings drawn uniformly, 'decile-1' to 'decile-10' some of each tenth of its firings by
+        rising activation, 'near-miss' and 'negative' windows in which it stays silent. ``weight`` is the
+        number of firings that an example stands for; ``fold``, 0 or 1, is that of the document. ``tokens``,
+        ``pieces`` and ``acts`` are lists over the window, which begins at position ``start``; joined, the
+        pieces are the decoded window. Without contexts the lists are empty.
 
         Raises:
             UserError: no such feature or group.
         """
         if group is not None and group not in GROUPS:
             raise UserError(f"{group!r} is not a group of examples; {nearest(group, GROUPS)}")
-        wanted = list(GROUPS.values()) if group is None else [GROUPS[group]]
-        frame = self._frame(
-            "SELECT grp, rank, ctx, pos, value, doc, start, tokens, acts FROM sae.example "
-            "WHERE feature = ? AND list_contains(?, grp) ORDER BY grp, rank",
-            [self._known(feature), wanted],
+        import pandas as pd
+
+        values, picked = [self._known(feature)], ""
+        if group is not None:
+            values, picked = [*values, GROUPS[group]], " AND grp = ?"
+        rows = self._columns(
+            "SELECT grp, rank, ctx, pos, value, doc, fold, weight, start, tokens, acts FROM sae.example "
+            f"WHERE feature = ?{picked} ORDER BY grp, rank",
+            values,
         )
         names = {number: name for name, number in GROUPS.items()}
-        frame.insert(0, "group", [names[number] for number in frame.pop("grp")])
-        frame["tokens"] = [tokens.tolist() for tokens in frame["tokens"]]
-        frame["acts"] = [acts.tolist() for acts in frame["acts"]]
-        labels = self._labels(frame["doc"].dropna().unique())
-        shown = [labels.get(doc) for doc in frame["doc"]] if labels else [None] * len(frame)
-        frame.insert(frame.columns.get_loc("start"), "label", shown)
-        texts = [self._pieces(tokens) for tokens in frame["tokens"]]
-        frame.insert(frame.columns.get_loc("acts"), "pieces", texts)
-        return frame
+        tokens = [list(map(int, one)) for one in rows["tokens"]]
+        docs = [None if pd.isna(doc) else int(doc) for doc in rows["doc"]]
+        labels = self._labels({doc for doc in docs if doc is not None})
+        return pd.DataFrame({
+            "group": [names[number] for number in rows["grp"].tolist()],
+            **{name: rows[name] for name in ("rank", "ctx", "pos", "value", "doc", "fold", "weight")},
+            "label": [None if doc is None else labels.get(doc) for doc in docs],
+            "start": rows["start"], "tokens": tokens,
+            "pieces": [self._pieces(one) for one in tokens], "acts": [one.tolist() for one in rows["acts"]],
+        })  # fmt: skip
 
     def activations(self, feature: int) -> pd.DataFrame:
         """Every activation: ctx, pos, value, sorted by ctx and pos."""
@@ -233,10 +255,17 @@ class FeatureStore(ExplanationReader):
             )
         )
 
-    def neighbors(self, feature: int) -> pd.DataFrame:
-        """Features with the nearest decoder rows: other, cosine."""
+    def neighbors(self, feature: int, kind: str = "decoder") -> pd.DataFrame:
+        """The nearest other features, nearest first.
+
+        ``kind`` 'decoder' or 'encoder': other, cosine of the directions. 'cofire': other, score (tokens on
+        which both fire / on which either does), n_both. 'correlation': other, score, n_both.
+        """
+        directions = kind in ("decoder", "encoder")
+        columns = "score AS cosine" if directions else "score, n_both"
         return self._frame(
-            "SELECT other, cosine FROM sae.neighbor WHERE feature = ? ORDER BY rank", [self._known(feature)]
+            f"SELECT other, {columns} FROM sae.neighbor WHERE kind = ? AND feature = ? ORDER BY rank",
+            [_one_of(NEIGHBOR_KINDS, kind, "kind of neighbour"), self._known(feature)],
         )
 
     def context(self, ctx: int) -> dict[str, Any]:
@@ -255,6 +284,68 @@ class FeatureStore(ExplanationReader):
             "ctx": int(ctx), "n_tokens": n_tokens, "tokens": tokens, "pieces": self._pieces(tokens),
             "docs": docs, "doc": docs[0], "label": self._labels(docs[:1]).get(docs[0]),
         }  # fmt: skip
+
+    def token_features(self, token: int) -> pd.DataFrame:
+        """Features that fire on a token often, and on others less, best first.
+
+        Columns feature, n, p_token_given_fire, p_fire_given_token, lift. Empty when none fires on it.
+        """
+        self._require("token_feature")
+        return self._frame(
+            "SELECT feature, n, p_token_given_fire, p_fire_given_token, lift FROM sae.token_feature "
+            "WHERE token = ? ORDER BY rank",
+            [int(token)],
+        )
+
+    def quantiles(self, feature: int) -> pd.DataFrame:
+        """Quantiles of its activations: q, value. Empty for a dead feature."""
+        import pandas as pd
+
+        rows = self._rows("SELECT qs FROM sae.quantile WHERE feature = ?", [self._known(feature)])
+        return pd.DataFrame({"q": QUANTILE_GRID if rows else (), "value": rows[0][0] if rows else ()})
+
+    def positions(self, feature: int) -> pd.DataFrame:
+        """Where in the context it fires: lo, hi (not included), n, share of firings, p_fire."""
+        import numpy as np
+        import pandas as pd
+
+        self._require("position")
+        rows = self._rows("SELECT counts FROM sae.position WHERE feature = ?", [self._known(feature)])
+        n, there = np.array(rows[0][0] if rows else []), np.array(self._meta["position_rows"])
+        edges = -(-np.arange(len(there) + 1) * self._meta["ctx_len"] // len(there))
+        lo, hi = edges[: len(n)], edges[1 : len(n) + 1]
+        shares = {"share": n / max(n.sum(), 1), "p_fire": n / np.maximum(there[: len(n)], 1)}
+        return pd.DataFrame({"lo": lo, "hi": hi, "n": n, **shares})
+
+    def labels(self, feature: int) -> pd.DataFrame:
+        """Labels of the documents it fires in, most often first: label, n, p_label_given_fire, lift."""
+        self._require("feature_label")
+        return self._frame(
+            "SELECT label, n, p_label_given_fire, lift FROM sae.feature_label WHERE feature = ? "
+            "ORDER BY rank",
+            [self._known(feature)],
+        )
+
+    def context_activations(self, ctx: int) -> pd.DataFrame:
+        """All that fires in a context: pos, feature, value. Needs an index --with-context-index."""
+        self._require("act_by_ctx")
+        return self._frame(
+            "SELECT pos, unnest(features) AS feature, unnest(acts) AS value FROM sae.act_by_ctx "
+            "WHERE ctx = ?",
+            [int(ctx)],
+        )
+
+    def train_metrics(self) -> pd.DataFrame:
+        """The run's metrics as it was trained: step, name, value."""
+        self._require("train_metric")
+        return self._frame("SELECT step, name, value FROM sae.train_metric ORDER BY step, name")
+
+
+def _one_of(known: Mapping[str, int], name: str, what: str) -> int:
+    """The stored number of a name."""
+    if name not in known:
+        raise UserError(f"{name!r} is not a {what}; {nearest(name, known)}")
+    return known[name]
 
 
 def _filter(

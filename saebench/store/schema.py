@@ -1,4 +1,4 @@
-"""The tables of a feature store, format 1: one place that says what each column is.
+"""The tables of a feature store, format 2: one place that says what each column is.
 
 Three kinds of DuckDB files. An *SAE file* holds what one SAE does on one text; a *text file* holds the
 contexts and tokens, and is shared by all SAEs indexed over that text; an *extra* holds what was derived
@@ -14,19 +14,33 @@ from dataclasses import dataclass
 
 from saebench.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 DENSE_ABOVE = 0.1
 """A latent that fires on more than this share of the tokens is called dense; one that never fires is dead."""
 
 HIST_BINS = 40
+POSITION_BUCKETS = 16
 TOKENS_PER_FEATURE = 32
+FEATURES_PER_TOKEN = 32
+LABELS_PER_FEATURE = 8
 LOGITS_PER_SIGN = 10
 NEIGHBORS_PER_FEATURE = 16
 
-GROUP_TOP, GROUP_RANDOM = 0, 20
-GROUPS = {"top": GROUP_TOP, "random": GROUP_RANDOM}
-"""Name -> stored number of a group of examples; the gap leaves room for deciles."""
+QUANTILE_GRID = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 0.9999, 1)
+"""The quantiles that are kept of each latent: finer where the large activations are."""
+
+GROUP_TOP, GROUP_RANDOM, GROUP_NEAR_MISS, GROUP_NEGATIVE = 0, 20, 30, 31
+DECILES = range(1, 11)
+GROUPS = {
+    "top": GROUP_TOP, **{f"decile-{number}": number for number in DECILES}, "random": GROUP_RANDOM,
+    "near-miss": GROUP_NEAR_MISS, "negative": GROUP_NEGATIVE,
+}  # fmt: skip
+"""Name -> stored number of a group of examples."""
+
+HIST_KINDS = {"value": 0, "log10": 1}
+TOKEN_ROLES = {"active": 0, "previous": -1, "next": 1}
+NEIGHBOR_KINDS = {"decoder": 0, "encoder": 1, "cofire": 2, "correlation": 3}
 
 
 @dataclass(frozen=True)
@@ -68,15 +82,27 @@ FEATURE = _table(
     ("max_act", "FLOAT", "largest activation; 0 when dead, like the other statistics of activations"),
     ("mean_act", "FLOAT", "mean over the tokens on which it fires"),
     ("std_act", "FLOAT", "standard deviation (population) over the tokens on which it fires"),
-    ("p50", "FLOAT", "median of its activations, linear between neighbours"),
+    ("skew", "FLOAT", "skewness of its activations; 0 when they are all equal"),
+    ("kurtosis", "FLOAT", "excess kurtosis of its activations; 0 when they are all equal"),
+    ("p10", "FLOAT", "10% quantile of its activations, linear between neighbours"),
+    ("p25", "FLOAT", "25% quantile of its activations"),
+    ("p50", "FLOAT", "median of its activations"),
+    ("p75", "FLOAT", "75% quantile of its activations"),
     ("p90", "FLOAT", "90% quantile of its activations"),
     ("p99", "FLOAT", "99% quantile of its activations"),
     ("n_ctx_act", "BIGINT", "contexts in which it fires"),
     ("n_doc_act", "BIGINT", "documents in which it fires"),
     ("top_token", "VARCHAR", "text of the token on which it fires most often"),
     ("top_token_share", "FLOAT", "share of its firings that fall on top_token"),
+    ("top_token_p_fire", "FLOAT", "share of top_token's occurrences on which it fires"),
     ("entropy_tok", "FLOAT", "entropy in bits of the token it fires on; 0 is one token only"),
+    ("mean_pos", "FLOAT", "mean position in the context of its firings"),
+    ("first_pos_share", "FLOAT", "share of its firings on the first token that the cache keeps of a context"),
     ("logit_top", "VARCHAR", "text of the token whose logit it raises most"),
+    ("logit_max", "FLOAT", "by how much it raises that logit for one unit of activation"),
+    ("logit_kurtosis", "FLOAT", "excess kurtosis of its effects on all logits; high when few stand out"),
+    ("enc_norm", "FLOAT", "norm of its encoder direction"),
+    ("b_enc", "FLOAT", "its encoder bias"),
     ("dec_norm", "FLOAT", "norm of its decoder row"),
     ("enc_dec_cos", "FLOAT", "cosine of its encoder and decoder directions"),
     ("dec_max_cos", "FLOAT", "cosine with the nearest other decoder row"),
@@ -94,36 +120,76 @@ ACT = _table(
 )  # fmt: skip
 
 HIST = _table(
-    "hist", "sae", "feature",
+    "hist", "sae", "feature kind",
     ("feature", "UINTEGER", "latent; dead ones have no row"),
+    ("kind", "UTINYINT", "0: activations; 1: log10 of the positive ones, from the smallest to the largest"),
     ("lo", "FLOAT", "left edge of the first bin: 0, or the smallest activation when that is negative"),
     ("hi", "FLOAT", "right edge of the last bin: the largest activation, or 0 when that is negative"),
     ("counts", "UINTEGER[]", f"activations in each of {HIST_BINS} bins of equal width"),
 )  # fmt: skip
 
+QUANTILE = _table(
+    "quantile", "sae", "feature",
+    ("feature", "UINTEGER", "latent; dead ones have no row"),
+    ("qs", "FLOAT[]", "quantiles of its activations at schema.QUANTILE_GRID, linear between neighbours"),
+)  # fmt: skip
+
+POSITION = _table(
+    "position", "sae", "feature",
+    ("feature", "UINTEGER", "latent; dead ones have no row"),
+    ("counts", "UINTEGER[]", f"firings in each of up to {POSITION_BUCKETS} parts of the context"),
+)  # fmt: skip
+
 EXAMPLE = _table(
     "example", "sae", "feature grp rank",
     ("feature", "UINTEGER", "latent"),
-    ("grp", "UTINYINT", "0: the largest of each context where it fires hardest; 20: random firings"),
+    ("grp", "UTINYINT", "0: the largest of each context where it fires hardest; 1 to 10: from each tenth of "
+     "its firings, by rising activation; 20: random firings; 30: windows where it stays silent around a "
+     "token it fires on elsewhere; 31: random windows where it stays silent"),
     ("rank", "UINTEGER", "place in its group"),
     ("ctx", "UINTEGER", "context"),
     ("pos", "UINTEGER", "position"),
-    ("value", "FLOAT", "activation there"),
+    ("value", "FLOAT", "activation there; 0 in groups 30 and 31"),
     ("doc", "UINTEGER", "document"),
+    ("fold", "UTINYINT", "fold of the document: 0 to explain with, 1 to score on"),
+    ("weight", "DOUBLE", "firings that it stands for, so that a group's sum is n_act (the tenths' together); "
+     "NULL in groups that are no sample of the firings"),
     ("start", "UINTEGER", "position of the window's first token"),
     ("tokens", "UINTEGER[]", "token ids of the window"),
     ("acts", "FLOAT[]", "activation at each token of the window; 0 also where the cache keeps no row"),
 )  # fmt: skip
 
 FEATURE_TOKEN = _table(
-    "feature_token", "sae", "feature rank",
+    "feature_token", "sae", "feature role rank",
     ("feature", "UINTEGER", "latent"),
+    ("role", "TINYINT", "0: the token it fires on; -1: the one before it; 1: the one after it"),
     ("rank", "UINTEGER", "place, by falling n"),
     ("token", "UINTEGER", "token id"),
+    ("n", "BIGINT", "times it fires with the token in that role"),
+    ("p_token_given_fire", "DOUBLE", "n / n_act"),
+    ("p_fire_given_token", "DOUBLE", "n / rows of the cache with the token in that role"),
+    ("lift", "DOUBLE", "p_token_given_fire / share of these rows"),
+)  # fmt: skip
+
+TOKEN_FEATURE = _table(
+    "token_feature", "sae", "token rank",
+    ("token", "UINTEGER", "token id"),
+    ("rank", "UINTEGER", "place, by falling n * log(lift): it fires on the token often, and on others less"),
+    ("feature", "UINTEGER", "latent"),
     ("n", "BIGINT", "times it fires on the token"),
     ("p_token_given_fire", "DOUBLE", "n / n_act"),
     ("p_fire_given_token", "DOUBLE", "n / times the token occurs in the cache"),
     ("lift", "DOUBLE", "p_token_given_fire / share of the token in the cache"),
+)  # fmt: skip
+
+FEATURE_LABEL = _table(
+    "feature_label", "sae", "feature rank",
+    ("feature", "UINTEGER", "latent"),
+    ("rank", "UINTEGER", "place, by falling n"),
+    ("label", "VARCHAR", "label of documents"),
+    ("n", "BIGINT", "times it fires in documents with the label"),
+    ("p_label_given_fire", "DOUBLE", "n / n_act"),
+    ("lift", "DOUBLE", "p_label_given_fire / share of the label's rows in the cache"),
 )  # fmt: skip
 
 LOGIT = _table(
@@ -136,11 +202,29 @@ LOGIT = _table(
 )  # fmt: skip
 
 NEIGHBOR = _table(
-    "neighbor", "sae", "feature rank",
+    "neighbor", "sae", "kind feature rank",
     ("feature", "UINTEGER", "latent"),
+    ("kind", "UTINYINT", "0: decoder rows, 1: encoder directions, 2: firing together, 3: correlation"),
     ("rank", "UINTEGER", "place, nearest first"),
     ("other", "UINTEGER", "the other latent"),
-    ("cosine", "FLOAT", "cosine of the two decoder rows"),
+    ("score", "FLOAT", "cosine (kinds 0, 1); tokens on which both fire / either fires (2); correlation of "
+     "the activations over tokens (3)"),
+    ("n_both", "UINTEGER", "tokens, of the pair_tokens looked at, on which both fire (kinds 2 and 3)"),
+)  # fmt: skip
+
+ACT_BY_CTX = _table(
+    "act_by_ctx", "sae", "ctx pos",
+    ("ctx", "UINTEGER", "context"),
+    ("pos", "UINTEGER", "position"),
+    ("features", "UINTEGER[]", "latents that fire there, ascending"),
+    ("acts", "FLOAT[]", "their activations"),
+)  # fmt: skip
+
+TRAIN_METRIC = _table(
+    "train_metric", "sae", "step name",
+    ("step", "BIGINT", "training step"),
+    ("name", "VARCHAR", "name of the metric"),
+    ("value", "DOUBLE", "its value"),
 )  # fmt: skip
 
 SAE_META = _table(
@@ -165,6 +249,7 @@ CONTEXT = _table(
     ("n_tokens", "UINTEGER", "tokens in it, padding left out"),
     ("tokens", "UINTEGER[]", "token ids"),
     ("docs", "UINTEGER[]", "document of each token"),
+    ("kept", "BOOLEAN[]", "whether the cache keeps a row of the token"),
 )  # fmt: skip
 
 DOCUMENT = _table(
@@ -174,8 +259,12 @@ DOCUMENT = _table(
 )  # fmt: skip
 
 SAE_TABLES = {
-    table.name: table for table in (SAE_META, FEATURE, HIST, EXAMPLE, ACT, FEATURE_TOKEN, LOGIT, NEIGHBOR)
-}
+    table.name: table
+    for table in (
+        SAE_META, FEATURE, HIST, QUANTILE, POSITION, EXAMPLE, ACT, ACT_BY_CTX, FEATURE_TOKEN, TOKEN_FEATURE,
+        FEATURE_LABEL, LOGIT, NEIGHBOR, TRAIN_METRIC,
+    )
+}  # fmt: skip
 TEXT_TABLES = {table.name: table for table in (TEXT_META, TOKEN, CONTEXT, DOCUMENT)}
 
 

@@ -48,7 +48,16 @@ def _contexts(corpus: Corpus, contexts: slice) -> dict[str, Any]:
         "n_tokens": length_C,
         "tokens": list_column(corpus.context_tokens[contexts][inside_CT], length_C),
         "docs": list_column(_documents(corpus, context_X + contexts.start, pos_X), length_C),
+        "kept": list_column(_kept(corpus, contexts)[inside_CT], length_C),
     }
+
+
+def _kept(corpus: Corpus, contexts: slice) -> NDArray[np.bool_]:
+    """[C, T]: of which tokens the cache keeps a row."""
+    kept_CT = np.zeros((contexts.stop - contexts.start, corpus.ctx_len), dtype=bool)
+    low, high = np.searchsorted(corpus.ctx, np.array([contexts.start, contexts.stop], dtype=corpus.ctx.dtype))
+    kept_CT[corpus.ctx[low:high] - contexts.start, corpus.pos[low:high]] = True
+    return kept_CT
 
 
 def _documents(corpus: Corpus, ctx_X: NDArray[np.int64], pos_X: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -21,16 +21,21 @@ def feature_rows(codes_NM, cache) -> list[dict]:
             "max_act": values.max() if len(at) else 0.0,
             "mean_act": values.mean() if len(at) else 0.0,
             "std_act": values.std() if len(at) else 0.0,
-            **{f"p{q}": np.quantile(values, q / 100) if len(at) else 0.0 for q in (50, 90, 99)},
+            **moments(values),
+            **{f"p{q}": np.quantile(values, q / 100) if len(at) else 0.0 for q in (10, 25, 50, 75, 90, 99)},
             "dead": len(at) == 0,
             "dense": len(at) / len(column) > schema.DENSE_ABOVE,
-            **dict.fromkeys(("n_ctx_act", "n_doc_act", "top_token", "top_token_share", "entropy_tok")),
+            **dict.fromkeys(OF_TEXT),
         }
         if cache.tokens is not None:
             row["n_ctx_act"] = len(set(cache.ctx.numpy()[at]))
             row["n_doc_act"] = len(set(cache.doc.numpy()[at]))
             tokens = token_rows(column, cache)
             if tokens:
+                ctx = cache.ctx.numpy()
+                row["mean_pos"] = float(cache.pos.numpy()[at].mean())
+                row["first_pos_share"] = float(np.mean([a == 0 or ctx[a - 1] != ctx[a] for a in at]))
+                row["top_token_p_fire"] = tokens[0]["p_fire_given_token"]
                 shares = np.array([one["p_token_given_fire"] for one in tokens])
                 row["top_token"] = token_text(cache.vocab()[tokens[0]["token"]])
                 row["top_token_share"] = shares[0]
@@ -39,12 +44,40 @@ def feature_rows(codes_NM, cache) -> list[dict]:
     return rows
 
 
-def token_rows(column, cache) -> list[dict]:
-    """All tokens on which a latent fires, most often first."""
-    tokens = cache.tokens.numpy()
+OF_TEXT = (
+    "n_ctx_act", "n_doc_act", "mean_pos", "first_pos_share", "top_token", "top_token_share",
+    "top_token_p_fire", "entropy_tok",
+)  # fmt: skip
+
+
+def moments(values) -> dict:
+    """Skewness and excess kurtosis, 0 for values that are all equal."""
+    centred = values - values.mean() if len(values) else values
+    variance = (centred**2).mean() if len(values) else 0.0
+    if variance <= 1e-12:
+        return {"skew": 0.0, "kurtosis": 0.0}
+    return {
+        "skew": (centred**3).mean() / variance**1.5,
+        "kurtosis": (centred**4).mean() / variance**2 - 3,
+    }
+
+
+def tokens_at(cache, role: int):
+    """The token before (-1), at (0) or after (1) each row of the cache; -1 beyond the context's ends."""
+    found = []
+    for ctx, pos in zip(cache.ctx.tolist(), cache.pos.tolist(), strict=True):
+        at = pos + role
+        inside = 0 <= at < int(cache.context_len[ctx])
+        found.append(int(cache.context_tokens[ctx, at]) if inside else -1)
+    return np.array(found)
+
+
+def token_rows(column, cache, role: int = 0) -> list[dict]:
+    """All tokens on which a latent fires (or next to which, see tokens_at), most often first."""
+    tokens = cache.tokens.numpy() if role == 0 else tokens_at(cache, role)
     fired = tokens[column != 0]
     rows = []
-    for token in set(fired.tolist()):
+    for token in set(fired.tolist()) - {-1}:
         n, total = int((fired == token).sum()), int((tokens == token).sum())
         rows.append({
             "token": token, "n": n, "p_token_given_fire": n / len(fired), "p_fire_given_token": n / total,
@@ -60,6 +93,20 @@ def histogram(column) -> tuple[float, float, list[int]] | None:
     lo, hi = min(0.0, values.min()), max(0.0, values.max())
     bins = np.minimum((values - lo) / (hi - lo) * schema.HIST_BINS, schema.HIST_BINS - 1).astype(int)
     return lo, hi, np.bincount(bins, minlength=schema.HIST_BINS).tolist()
+
+
+def together(codes_NM) -> dict[tuple[int, int], tuple[int, float, float]]:
+    """(latent, other) -> tokens on which both fire, that over those on which either does, correlation."""
+    found = {}
+    for a in range(codes_NM.shape[1]):
+        for b in range(codes_NM.shape[1]):
+            x, y = codes_NM[:, a].astype(np.float64), codes_NM[:, b].astype(np.float64)
+            both = int(((x != 0) & (y != 0)).sum())
+            if a != b and both:
+                spread = x.std() * y.std()
+                correlation = ((x * y).mean() - x.mean() * y.mean()) / spread if spread > 1e-6 else None
+                found[a, b] = both, both / int(((x != 0) | (y != 0)).sum()), correlation
+    return found
 
 
 def top_rows(column, cache, n: int) -> list[int]:

@@ -100,7 +100,7 @@ PLANTED = {
     "logits are out of order": ("sae-", "UPDATE logit SET value = value + 9 WHERE rank = 3 AND sign = 1"),
     "a logit names no token": ("sae-", "UPDATE logit SET token = 999 WHERE rank = 3 AND feature = 2"),
     "a neighbour is the latent itself": ("sae-", "UPDATE neighbor SET other = feature WHERE rank = 3"),
-    "neighbours are out of order": ("sae-", "UPDATE neighbor SET cosine = 0.99 WHERE rank = 3"),
+    "neighbours are out of order": ("sae-", "UPDATE neighbor SET score = 0.99 WHERE rank = 3"),
     "a table is gone": ("sae-", "DROP TABLE hist"),
     "a column is gone": ("sae-", "ALTER TABLE feature DROP COLUMN p99"),
     "the file is of another SAE": ("sae-", "UPDATE meta SET value = '\"x\"' WHERE key = 'name'"),

@@ -73,7 +73,7 @@ def test_a_full_disk_ends_in_a_sentence_and_not_in_a_store(tmp_path, monkeypatch
     def full(*args, **kwargs):
         raise duckdb.IOException('Could not write file "x": No space left on device')
 
-    monkeypatch.setattr("saebench.store.build.insert", full)
+    monkeypatch.setattr("saebench.store.tables.insert", full)
     with pytest.raises(UserError, match="no space left while writing"):
         build_small_store(store, name="second")
     assert (store / "manifest.json").read_bytes() == before
@@ -107,9 +107,9 @@ def test_a_real_limit_of_the_disk(tmp_path, limit):
 def test_a_newer_format_is_refused_with_a_sentence(tmp_path):
     store = build_small_store(tmp_path / "store")
     content = json.loads((store / "manifest.json").read_text())
-    (store / "manifest.json").write_text(json.dumps(content | {"format_version": 2}))
+    (store / "manifest.json").write_text(json.dumps(content | {"format_version": 3}))
     for use in (open_store, build_small_store):
-        with pytest.raises(UserError, match=r"has format 2 and this saebench reads up to 1; install"):
+        with pytest.raises(UserError, match=r"has format 3 and this saebench reads up to 2; install"):
             use(store)
 
 

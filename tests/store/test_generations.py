@@ -15,7 +15,7 @@ import time
 import pytest
 
 from saebench.errors import UserError
-from saebench.store import check_store, open_store, publish
+from saebench.store import check_store, open_store, publish, schema
 from saebench.store.publish import BUILDING, collect, generations, hold, read_manifest
 from tests.store.small_store import build_small_store
 
@@ -210,7 +210,7 @@ def test_holding_needs_no_lock_support(tmp_path, monkeypatch):
 
 def test_the_manifest_lists_each_file_with_its_checksum(small_store):
     content = json.loads((small_store / "manifest.json").read_text())
-    assert content["format_version"] == 1
+    assert content["format_version"] == schema.FORMAT_VERSION
     assert content["saes"][0]["file"]["path"].startswith("gen-000001/sae-")
     assert read_manifest(small_store).to_json() == json.loads(json.dumps(content)) | {
         "saes": tuple(content["saes"])

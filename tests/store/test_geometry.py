@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kurtosis
 
 from saebench.store import geometry, logits
-from saebench.store.geometry import directions, nearest_decoders, neighbor_rows
+from saebench.store.geometry import directions, nearest_rows, neighbor_rows
 from saebench.store.logits import logit_rows
 
 
@@ -17,19 +18,19 @@ def test_neighbours_equal_brute_force(d_sae, d_in, n, block_bytes, seed):
     W_dec = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(geometry, "BLOCK_BYTES", block_bytes)
-        other, cosine = nearest_decoders(W_dec, n)
+        other, cosine = nearest_rows(W_dec, n)
     full = torch.nn.functional.cosine_similarity(W_dec[:, None], W_dec[None], dim=-1)
     assert other.shape == (d_sae, min(n, d_sae - 1))
     full.fill_diagonal_(-2)
     torch.testing.assert_close(cosine, full.sort(dim=1, descending=True).values[:, : other.shape[1]])
     torch.testing.assert_close(full.gather(1, other), cosine)
-    rows = neighbor_rows(other, cosine)
+    rows = neighbor_rows("encoder", other, cosine)
     assert all(rows["feature"] != rows["other"])
 
 
 def test_zero_rows_have_cosine_zero():
     W_dec = torch.tensor([[1.0, 0.0], [0.0, 0.0], [2.0, 0.0]])
-    other, cosine = nearest_decoders(W_dec, 2)
+    other, cosine = nearest_rows(W_dec, 2)
     assert (other[0, 0], cosine[0, 0]) == (2, 1)
     assert cosine[1].tolist() == [0, 0]
     found = directions(W_dec, W_dec)
@@ -44,8 +45,11 @@ def test_logits_equal_brute_force(d_sae, n_tokens, n, block_bytes, seed):
     W_dec, W_U = torch.randn(d_sae, 5, generator=generator), torch.randn(5, n_tokens, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logits, "BLOCK_BYTES", block_bytes)
-        rows = logit_rows(W_dec, W_U, n)
+        rows, columns = logit_rows(W_dec, W_U, n)
     full = (W_dec @ W_U).numpy()
+    np.testing.assert_allclose(columns["logit_max"], full.max(1), rtol=1e-4, atol=1e-5)
+    expected = [kurtosis(row) if np.ptp(row) else 0 for row in full.astype(np.float64)]
+    np.testing.assert_allclose(columns["logit_kurtosis"], expected, rtol=1e-3, atol=1e-3)
     for feature in range(d_sae):
         for sign in (1, -1):
             here = (rows["feature"] == feature) & (rows["sign"] == sign)

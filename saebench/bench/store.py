@@ -1,0 +1,329 @@
+"""How long it takes to make a feature store, how large it is, and how fast it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import saebench
+from saebench.bench.cpu import processor
+from saebench.bench.store_world import VOCAB, MadeUpCache, made_up_codes, made_up_sae
+from saebench.config import BenchConfig
+from saebench.fields import to_flat
+from saebench.store import publish, schema
+from saebench.store.build import Job, Options, write_sae
+from saebench.store.corpus import Corpus
+from saebench.store.database import insert, insert_meta, new_database
+from saebench.store.query import FeatureStore, open_store
+from saebench.store.runs import RUN_SIZE, Runs
+from saebench.store.tables import Stopwatch
+from saebench.store.textfile import write_text_file
+
+GIB = 2**30
+FIRST_TABLES = ("read", "act", "feature", "hist", "example")
+"""The tables that a page cannot do without, and the reading of the activations that they are made of."""
+ASKED = 200
+"""Features, and tokens, that are asked for, at random; the first tenth of the answers is left out as cold."""
+LARGE = 1_000_000
+"""Features of the table that is filtered and sorted."""
+SHOWN = (
+    "feature", "top_token", "top_token_share", "logit_top", "density", "max_act", "mean_act", "p50", "p99",
+    "n_act", "n_ctx_act", "n_doc_act", "entropy_tok", "enc_dec_cos", "dec_max_cos", "dec_nn",
+)  # fmt: skip
+"""The columns that the explorer shows."""
+BILLION = 1_000_000_000
+SETTINGS = ("store_activations", "store_features", "k", "d_in", "threads")
+N_PARTS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A number with its unit, and the most that it should be."""
+
+    name: str
+    value: float
+    unit: str
+    goal: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.goal is None else self.value <= self.goal
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreReport:
+    """What was measured, where, and with what; ``extrapolated`` is computed from it, with the reasoning."""
+
+    device: str
+    versions: dict[str, str]
+    settings: dict[str, Any]
+    seconds: dict[str, float]
+    cpu_seconds: dict[str, float]
+    bytes_per_activation: dict[str, float]
+    measured: list[Measured]
+    extrapolated: list[Measured]
+    reasoning: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        data = dataclasses.asdict(self)
+        for name in ("measured", "extrapolated"):
+            for shown, one in zip(data[name], getattr(self, name), strict=True):
+                shown["met"] = one.met
+        return data
+
+
+def measure(config: BenchConfig, said: Callable[[str], None]) -> StoreReport:
+    """Make a store of made-up codes in a temporary directory and ask it what pages ask.
+
+    Encoding is left out: it is the SAE's own time. Writing its codes as runs is measured. Goals are those for
+    60 million activations of 16,384 latents on two cores.
+    """
+    import duckdb
+    import pyarrow
+
+    torch.set_num_threads(config.threads)
+    with tempfile.TemporaryDirectory(prefix="saebench-store-") as folder:
+        store = Path(folder) / "store"
+        with peak_memory() as peak:
+            watch, n_activations, n_tokens = build(store, config, said)
+        seconds = watch.seconds
+        sizes = bytes_of_tables(store)
+        said("answers")
+        answers = _answers(store)
+        shutil.rmtree(store)
+        said("a large table")
+        answers += _large_table(Path(folder) / "large")
+    first = sum(seconds[name] for name in FIRST_TABLES)
+    after = sum(seconds.values()) - seconds["runs"]
+    own = {name: size / n_activations for name, size in sizes.items()}
+    rest = sum(size for name, size in own.items() if name not in ("context", "act_by_ctx"))
+    measured = [
+        Measured(name=f"{', '.join(FIRST_TABLES)} built", value=first, unit="s", goal=90),
+        Measured(name="all tables built", value=after, unit="s", goal=300),
+        Measured(name="act", value=own["act"], unit="bytes an activation", goal=8),
+        Measured(name="all but contexts", value=rest, unit="bytes an activation", goal=16),
+        *answers,
+        Measured(name="peak anonymous memory", value=peak.gib, unit="GiB", goal=3),
+    ]
+    extrapolated, reasoning = extrapolate(config, seconds, own, n_activations, n_tokens, peak.gib)
+    return StoreReport(
+        device=f"{processor()}, {config.threads} threads",
+        versions={
+            "saebench": saebench.__version__, "duckdb": duckdb.__version__, "numpy": np.__version__,
+            "pyarrow": pyarrow.__version__, "torch": torch.__version__,
+        },
+        settings={name: to_flat(config)[name] for name in SETTINGS} | {"tokens": n_tokens},
+        seconds=seconds, cpu_seconds=watch.cpu_seconds, bytes_per_activation=own, measured=measured,
+        extrapolated=extrapolated, reasoning=reasoning,
+    )  # fmt: skip
+
+
+def build(store: Path, config: BenchConfig, said: Callable[[str], None]) -> tuple[Stopwatch, int, int]:
+    """``(stopwatch, activations, tokens)`` of a store that is made at ``store``."""
+    watch, n_latents = Stopwatch(), config.store_features
+    said("text")
+    cache: Any = MadeUpCache(config.store_activations // config.k, config.d_in)
+    corpus = Corpus(cache)
+    store.mkdir()
+    current, building = publish.begin(store)
+    runs = Runs(store / "runs", n_latents)
+    said("codes")
+    for batch in made_up_codes(cache, n_latents, config.k):
+        with watch.on("runs"):
+            runs.add(*batch)
+            if runs.n_waiting >= RUN_SIZE:
+                runs.flush()
+    with watch.on("runs"):
+        runs.flush()
+    said("text file")
+    with watch.on("context, token, document"):
+        text_file = building / f"text-{corpus.hash[:12]}.duckdb"
+        write_text_file(text_file, corpus, name="made-up")
+    said("tables")
+    W_U_DV = torch.randn(config.d_in, VOCAB, generator=torch.Generator().manual_seed(2))
+    job = Job(
+        sae=made_up_sae(config.d_in, n_latents, config.k),
+        options=Options(name="made-up", hook="made-up", quiet=True), W_U_DV=W_U_DV,
+    )  # fmt: skip
+    stored = write_sae(building, job, "0" * 64, cache, corpus, runs, watch)
+    publish.publish(store, current, [stored], publish.describe(text_file))
+    shutil.rmtree(store / "runs")
+    return watch, runs.n_activations, corpus.n_rows
+
+
+def bytes_of_tables(store: Path) -> dict[str, int]:
+    """Bytes on disk of each table: the blocks that hold its columns, shared ones counted once."""
+    manifest = publish.read_manifest(store)
+    sizes: dict[str, int] = {}
+    import duckdb
+
+    for file in manifest.files():
+        with duckdb.connect(str(store / file.path), read_only=True) as connection:
+            block = connection.execute("PRAGMA database_size").fetchall()[0][2]
+            rows = connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()
+            for (name,) in rows:
+                query = (
+                    "SELECT count(DISTINCT b) FROM (SELECT block_id AS b FROM pragma_storage_info(?) WHERE "
+                    "block_id >= 0 UNION ALL SELECT unnest(additional_block_ids) FROM pragma_storage_info(?))"
+                )
+                n_blocks = connection.execute(query, [name, name]).fetchall()[0][0]
+                sizes[name] = sizes.get(name, 0) + n_blocks * int(block)
+    return sizes
+
+
+def extrapolate(
+    config: BenchConfig, seconds: dict[str, float], own: dict[str, float], n_activations: int, n_tokens: int,
+    peak_gib: float,
+) -> tuple[list[Measured], str]:  # fmt: skip
+    """What a billion activations of as many latents would take."""
+    times = BILLION / n_activations
+    per_latent = ("neighbor", "neighbor (directions)", "logit", "quantile", "token_feature")
+    fixed = sum(seconds.get(name, 0) for name in per_latent)
+    growing = sum(seconds.values()) - seconds["runs"] - fixed
+    disk = (own["act"] + own.get("context", 0)) * BILLION
+    disk += sum(size for name, size in own.items() if name not in ("act", "context")) * n_activations
+    rows = n_tokens * times * 4 / GIB
+    reasoning = (
+        "Tables are made from groups of at most 4,000,000 activations (or of one latent), each read, sorted "
+        "and written by itself, so time grows with the number of groups, and memory with the densest latent "
+        "(at most one activation a token) and a few arrays of 4 bytes a token, not with the activations. "
+        f"Per latent, and so unchanged, are {', '.join(per_latent)} (co-firing looks at a bounded number of "
+        "pairs). On disk act and contexts grow; examples, token lists and the others hold a fixed number of "
+        "rows a latent."
+    )
+    return [
+        Measured(name="all tables built", value=fixed + growing * times, unit="s"),
+        Measured(name="store on disk", value=disk / GIB, unit="GiB"),
+        Measured(name="peak anonymous memory", value=peak_gib + rows * (1 - 1 / times), unit="GiB", goal=3),
+    ], reasoning
+
+
+@dataclass
+class Peak:
+    gib: float = 0.0
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[Peak]:
+    """The most anonymous memory (no mapped files) that this process had, looked at ten times a second."""
+    peak, done = Peak(), threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.1):
+            peak.gib = max(peak.gib, anonymous_bytes() / GIB)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+        peak.gib = max(peak.gib, anonymous_bytes() / GIB)
+
+
+def anonymous_bytes() -> int:
+    """RssAnon of this process; 0 where the system does not say."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in status.splitlines() if "RssAnon" in line), 0)
+
+
+def _answers(path: Path) -> list[Measured]:
+    """How long pages wait for a store that was just asked similar things."""
+    rng = np.random.default_rng(5)
+    with open_store(path) as store:
+        alive = store.features(["feature"], flags={"dead": False})["feature"].to_numpy()
+        features = rng.choice(alive, ASKED)
+        tokens = rng.integers(0, VOCAB, ASKED)
+
+        def page(feature: int) -> None:
+            store.feature(feature)
+            store.histogram(feature)
+            store.tokens(feature)
+            store.examples(feature, "top")
+            store.logits(feature)
+            store.neighbors(feature)
+
+        return [
+            *_waits("a feature page's data", page, features, 15),
+            *_waits("all activations of a feature", store.activations, features, 50),
+            *_waits("top features of a token", store.token_features, tokens, 15),
+        ]
+
+
+def _large_table(path: Path) -> list[Measured]:
+    """How long a page waits for the first rows of a long feature table, filtered and sorted."""
+    rng = np.random.default_rng(6)
+    with _store_of_features(path, LARGE) as store:
+
+        def first_rows(number: int, columns: Sequence[str] | None = None) -> None:
+            by = ("max_act", "density", "entropy_tok", "dec_max_cos", "skew")[number % 5]
+            bounds: dict[str, Any] = {"n_act": (float(rng.integers(0, 500)), None)}
+            store.features(
+                columns, ranges=bounds, flags={"dead": False}, order_by=by, descending=True, limit=1000
+            )
+
+        def shown_rows(number: int) -> None:
+            first_rows(number, SHOWN)
+
+        name = "first 1,000 of 1,000,000 features"
+        return [
+            *_waits(f"{name} ({len(SHOWN)} columns)", shown_rows, range(40), 50),
+            *_waits(f"{name} (all columns)", first_rows, range(40), 50),
+        ]
+
+
+def _store_of_features(path: Path, n: int) -> FeatureStore:
+    """A store whose feature table is long and whose other tables are empty."""
+    rng = np.random.default_rng(7)
+    path.mkdir()
+    current, building = publish.begin(path)
+    file = building / "sae-large.duckdb"
+    with new_database(file, [schema.SAE_META, schema.FEATURE]) as connection:
+        columns: dict[str, Any] = {}
+        for column in schema.FEATURE.columns:
+            if column.type == "VARCHAR":
+                columns[column.name] = [f" token{number}" for number in rng.integers(0, VOCAB, n)]
+            elif column.type == "BOOLEAN":
+                columns[column.name] = rng.random(n) < 0.05
+            elif column.type in ("BIGINT", "UINTEGER"):
+                columns[column.name] = rng.integers(0, 1000, n)
+            else:
+                columns[column.name] = rng.lognormal(size=n).astype(np.float32)
+        columns["feature"] = np.arange(n)
+        insert(connection, schema.FEATURE, columns)
+        insert_meta(connection, schema.SAE_META, {
+            "format_version": schema.FORMAT_VERSION, "d_sae": n, "missing": {}, "left_out": {},
+        })  # fmt: skip
+    stored = publish.StoredSae(name="large", file=publish.describe(file), text=None)
+    publish.publish(path, current, [stored], None)
+    return open_store(path)
+
+
+def _waits(name: str, ask: Callable[[int], Any], what: Any, goal: float) -> list[Measured]:
+    """Median and 95% quantile of the milliseconds for an answer."""
+    seconds = []
+    for one in what:
+        start = time.perf_counter()
+        ask(int(one))
+        seconds.append(time.perf_counter() - start)
+    warm = 1e3 * np.array(seconds[len(seconds) // 10 :])
+    return [
+        Measured(name=f"{name}, median", value=float(np.median(warm)), unit="ms"),
+        Measured(name=f"{name}, 95%", value=float(np.quantile(warm, 0.95)), unit="ms", goal=goal),
+    ]
