@@ -22,7 +22,7 @@ from saebench.evaluation.measure import require_width
 from saebench.evaluation.sources import first_rows
 from saebench.progress import progress
 from saebench.saes.base import SAE
-from saebench.store.geometry import nearest_decoders
+from saebench.store.geometry import nearest_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -169,7 +169,7 @@ def _pairs(
 ) -> pd.DataFrame:
     import pandas as pd
 
-    general_MJ, cosine_MJ = nearest_decoders(reader.sae.W_dec, CANDIDATES)
+    general_MJ, cosine_MJ = nearest_rows(reader.sae.W_dec, CANDIDATES)
     absorbed_MJ, silent_MJ = (torch.zeros(general_MJ.shape, dtype=torch.int64) for _ in range(2))
     written_MJ = torch.zeros(general_MJ.shape, dtype=torch.float64)
     for row_E, latent_E, value_E, error_ND in reader.batches():

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from saebench.store.geometry import nearest_decoders
+from saebench.store.geometry import nearest_rows
 
 SPREAD_A, SPREAD_B = 1.577, 0.8951
 """The curve 1 / (1 + a d^2b) of UMAP's min_dist 0.1 and spread 1."""
@@ -70,7 +70,7 @@ def fuzzy_graph(unit_MD: Tensor, n_neighbours: int) -> tuple[Tensor, Tensor, Ten
     smallest distance above 0 and sigma_i makes the J members sum to log2(J + 1); the union of w_ij and w_ji
     is w_ij + w_ji - w_ij w_ji.
     """
-    other_MJ, cosine_MJ = nearest_decoders(unit_MD, n_neighbours)
+    other_MJ, cosine_MJ = nearest_rows(unit_MD, n_neighbours)
     n, n_neighbours = other_MJ.shape
     distance_MJ = (1 - cosine_MJ.double()).clamp_min(0)
     positive_MJ = torch.where(distance_MJ > 1e-7, distance_MJ, torch.inf)
