@@ -26,6 +26,7 @@ setup(
         for package in (name, *(f"{name}.{inner}" for inner in find_packages(here / folder)))
     ],
     package_data={
+        "saebench": ["explaining/prompts/*.txt"],
         "saebench_app": ["*.css", "static/*", ".streamlit/*"],
         "saebench_kernels": ["*.md"],
         "saebench_data": ["*.md", "LICENSES/*", "demo_model/*", "text/*"],

@@ -10,7 +10,12 @@ if TYPE_CHECKING:
     from saebench.activations.harvest import harvest
     from saebench.activations.importing import import_activations
     from saebench.activations.models import load_model
+    from saebench.analysis import figures
+    from saebench.analysis.absorption import absorbed
     from saebench.analysis.attribution import Attribution, logit_attribution
+    from saebench.analysis.effect_columns import index_effects
+    from saebench.analysis.effects import LossEffects, loss_effects
+    from saebench.analysis.geometry import Redundancy, clusters, decoder_map, redundancy
     from saebench.analysis.interventions import Steering, ablate, steer
     from saebench.analysis.matching import Matching, match, splits
     from saebench.analysis.prompts import compare_prompts, features_of
@@ -18,6 +23,7 @@ if TYPE_CHECKING:
     from saebench.errors import UserError
     from saebench.evaluation import EvalReport, evaluate
     from saebench.evaluation.compare import compare
+    from saebench.explaining import explain
     from saebench.formats import export_sae, import_sae
     from saebench.saes import load
     from saebench.saes.base import SAE
@@ -32,62 +38,85 @@ _HOMES = {
     "Attribution": "saebench.analysis.attribution",
     "EvalReport": "saebench.evaluation",
     "FeatureStore": "saebench.store.query",
+    "LossEffects": "saebench.analysis.effects",
     "Matching": "saebench.analysis.matching",
+    "Redundancy": "saebench.analysis.geometry",
     "SAE": "saebench.saes.base",
     "SparseCodes": "saebench.codes",
     "Steering": "saebench.analysis.interventions",
     "UserError": "saebench.errors",
     "ablate": "saebench.analysis.interventions",
+    "absorbed": "saebench.analysis.absorption",
+    "clusters": "saebench.analysis.geometry",
     "compare": "saebench.evaluation.compare",
     "compare_prompts": "saebench.analysis.prompts",
+    "decoder_map": "saebench.analysis.geometry",
     "evaluate": "saebench.evaluation",
+    "explain": "saebench.explaining",
     "export_sae": "saebench.formats",
     "export_store": "saebench.store",
     "features_of": "saebench.analysis.prompts",
+    "figures": "saebench.analysis.figures",
     "harvest": "saebench.activations.harvest",
     "import_activations": "saebench.activations.importing",
     "import_sae": "saebench.formats",
     "index": "saebench.store",
+    "index_effects": "saebench.analysis.effect_columns",
     "load": "saebench.saes",
     "load_model": "saebench.activations.models",
     "logit_attribution": "saebench.analysis.attribution",
+    "loss_effects": "saebench.analysis.effects",
     "match": "saebench.analysis.matching",
     "open_cache": "saebench.activations.cache",
     "open_store": "saebench.store",
+    "redundancy": "saebench.analysis.geometry",
     "splits": "saebench.analysis.matching",
     "steer": "saebench.analysis.interventions",
     "sweep": "saebench.training",
     "train": "saebench.training",
 }
 
+_MODULES = {"figures"}
+"""Names that are a module, not something in one."""
+
 __all__ = [  # noqa: RUF022
     "ActivationCache",
     "Attribution",
     "EvalReport",
     "FeatureStore",
+    "LossEffects",
     "Matching",
+    "Redundancy",
     "SAE",
     "SparseCodes",
     "Steering",
     "UserError",
     "__version__",
     "ablate",
+    "absorbed",
+    "clusters",
     "compare",
     "compare_prompts",
+    "decoder_map",
     "evaluate",
+    "explain",
     "export_sae",
     "export_store",
     "features_of",
+    "figures",
     "harvest",
     "import_activations",
     "import_sae",
     "index",
+    "index_effects",
     "load",
     "load_model",
     "logit_attribution",
+    "loss_effects",
     "match",
     "open_cache",
     "open_store",
+    "redundancy",
     "splits",
     "steer",
     "sweep",
@@ -99,7 +128,8 @@ def __getattr__(name: str) -> Any:
     """Load a public name when it is first used: ``import saebench`` itself costs nothing."""
     if name not in _HOMES:
         raise AttributeError(f"module 'saebench' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    home = importlib.import_module(_HOMES[name])
+    value = home if name in _MODULES else getattr(home, name)
     globals()[name] = value
     return value
 

@@ -347,6 +347,95 @@ class RebuildConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EffectsConfig:
+    """Measure what the model's loss changes without each latent, as columns of a store's feature table."""
+
+    store: Path
+    """Directory of the feature store; it gets a new generation."""
+    run: Path
+    """The run directory of an SAE that is in the store."""
+    cache: Path | None = None
+    """Activation cache that it was indexed over; by default the one the run was trained on."""
+    model: str = "cache"
+    """Model that reads the contexts; 'cache' is the one that made the cache."""
+    contexts: int = 4
+    """Each latent is taken out of so many contexts, at most; 0 for first-order estimates alone."""
+    sample: int = 256
+    """Contexts of the cache that are looked at, at most."""
+    rows: Literal["held-out", "all"] = "held-out"
+    """'all' includes contexts that the SAE was trained on."""
+    seed: int = 0
+    """Seeds the choice of contexts."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda' or 'cuda:1'."""
+    quiet: bool = False
+    """No progress display."""
+
+    def __post_init__(self) -> None:
+        at_least(self, contexts=0, sample=1, seed=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainConfig:
+    """Explain the features of a store in words, and score the explanations on documents they never saw."""
+
+    store: Path
+    """Directory of the feature store, which gets a new generation."""
+    sae: str | None = None
+    """Which SAE of the store; the first by default."""
+    provider: Literal["rules", "hf", "openai"] = "rules"
+    """'rules' finds rules by counting, without any model; 'hf' asks a local model, 'openai' a server."""
+    model: str | None = None
+    """hf: 'demo', 'smollm2' or a local Hugging Face folder; openai: the name that the server knows."""
+    base_url: str = "https://api.openai.com/v1"
+    """openai: where the server is; any that speaks OpenAI's chat completions."""
+    key_env: str = "OPENAI_API_KEY"
+    """openai: environment variable that holds the key; it is stored nowhere."""
+    features: tuple[int, ...] = ()
+    """Which features, like 3,17; all that are not dead by default."""
+    limit: int | None = None
+    """At most so many features, those that fire most."""
+    budget: int | None = None
+    """Language models: stop before this many tokens are spent; what is finished is kept."""
+    examples: int = 10
+    """Language models: examples shown to explain a feature, and as many asked of each kind to score it."""
+    window: int = 32
+    """Language models: tokens shown of an example, at most."""
+    concurrency: int = 8
+    """openai: questions under way at once."""
+    timeout: float = 60.0
+    """openai: seconds to wait for an answer."""
+    retries: int = 4
+    """openai: further attempts at a question that failed for a while."""
+    seed: int = 0
+    """Seeds the choice of examples and the resampling of documents."""
+    device: str = "auto"
+    """hf: 'auto', 'cpu', 'cuda' or 'cuda:1'."""
+    quiet: bool = False
+    """No progress display."""
+
+    def __post_init__(self) -> None:
+        at_least(self, examples=1, window=4, concurrency=1, retries=0, seed=0)
+        if not 0 < self.timeout < float("inf"):
+            raise UserError(f"timeout is {self.timeout}; give a positive number of seconds")
+        for name in ("limit", "budget"):
+            if getattr(self, name) is not None:
+                at_least(self, **{name: 1})
+        if self.features and self.limit is not None:
+            raise UserError("--features and --limit both say which features; leave one out")
+        if self.provider == "rules" and self.model is not None:
+            raise UserError(f"--model {self.model} goes with --provider hf or openai; rules need none")
+        if self.provider != "rules" and not self.model:
+            raise UserError(f"--provider {self.provider} asks a language model; name it with --model")
+        if not self.base_url.startswith(("http://", "https://")):
+            raise UserError(f"--base-url {self.base_url} is no address; it begins with http:// or https://")
+        if {"@", "?"} & set(self.base_url):
+            raise UserError(
+                "--base-url may hold no password and no query, because it is stored; see --key-env"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Write a trained SAE in the form of another library."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import saebench as sb
 from saebench.cli import app
 from saebench.config import ALIASES, ARCHITECTURES
 
@@ -44,6 +46,14 @@ def test_the_table_of_architectures_has_every_one_and_no_other() -> None:
     assert {(alias, name) for name, alias in names if alias} == set(ALIASES.items())
 
 
+def test_the_table_of_the_api_has_every_function_and_figure() -> None:
+    named = set(re.findall(r"^\| `sb\.(\w+)", README, re.MULTILINE))
+    public = {name for name in sb.__all__ if inspect.isfunction(getattr(sb, name))}
+    assert named == public | {"figures"}
+    [row] = re.findall(r"^\| `sb\.figures\..*$", README, re.MULTILINE)
+    assert {name for name in re.findall(r"\w+", row) if name in dir(sb.figures)} >= set(sb.figures.__all__)
+
+
 def test_targets_of_make_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     documented = set(re.findall(r"^ {4}make ([a-z-]+)", README, re.MULTILINE))
@@ -68,4 +78,4 @@ def test_the_example_runs(tmp_path: Path) -> None:
     assert re.search(r"explained variance 0\.\d{3}, CE loss score -?\d+\.\d{3}", done.stdout)
     assert done.stdout.count("We must") == 2
     assert re.search(r"without feature \d+: KL \d\.\d\d nats", done.stdout)
-    assert {path.name for path in tmp_path.iterdir()} == {"cache", "runs", "store"}
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "map.html", "runs", "store"}

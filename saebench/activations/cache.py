@@ -256,6 +256,10 @@ def open_cache(path: str | Path) -> ActivationCache:
     Reads the manifest and checks that every file is there with its exact size and header;
     `ActivationCache.verify` computes the checksums too.
 
+    >>> cache = sb.open_cache(cache)
+    >>> len(cache.tokens) == len(cache.activations())
+    True
+
     Raises:
         UserError: there is no cache, it is unfinished, damaged, cut short, or of a newer format.
     """

@@ -54,6 +54,10 @@ def harvest(config: HarvestConfig) -> ActivationCache:
     With ``gradients`` the gradient of the model's loss at each row is stored beside it (`Model.gradients`),
     and the last position of each context, which predicts nothing, is no row.
 
+    >>> made = sb.harvest(out="made", model="demo", text="sotu", tokens=500, quiet=True)
+    >>> made.n_rows, made.d_in()
+    (500, 256)
+
     A killed harvest goes on where it stopped when the same call is made again, and ends with the same bytes
     as one left in peace; a finished one is opened as it is. The model computes in float32 on a CPU and in
     the stored type on a GPU (in float32 where that is fp16 and gradients are asked for).

@@ -55,6 +55,11 @@ def import_activations(config: ImportConfig) -> ActivationCache:
     contexts. ``config.gradients`` [n, d_in] are stored beside the rows, row for row. A killed import goes on
     where it stopped when run again.
 
+    >>> import numpy as np
+    >>> np.save("x.npy", np.random.default_rng(0).normal(size=(100, 8)).astype("float32"))
+    >>> sb.import_activations(source="x.npy", out="imported", quiet=True).activations().shape
+    torch.Size([100, 8])
+
     Raises:
         UserError: a file is not such an array, the gradients have another shape than the activations, one
             holds NaN or infinite values (also those that arise when values do not fit ``dtype``), the disk is

@@ -26,6 +26,7 @@ Edit = Callable[[Tensor], Tensor]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _RESIDUAL = re.compile(r"blocks\.\d+\.(hook_resid_(pre|mid|post)|hook_(attn|mlp)_out|hook_in|hook_out)")
+_BETWEEN_BLOCKS = re.compile(r"blocks\.\d+\.hook_(resid_(pre|post)|in|out)")
 _ALSO_SKIPS = re.compile(r"blocks\.\d+\.hook_resid_mid")
 """The bridge shows this one as the input of the MLP's norm alone, but the skip connection reads the same
 tensor: a change in place reaches both."""
@@ -141,6 +142,23 @@ class Model:
         with torch.no_grad():
             logits: Tensor = self._run(tokens_BT, listeners, return_type="logits", stop_at_layer=None)
         return logits
+
+    @torch.no_grad()
+    def variants(self, tokens_1T: Tensor, hook: str, x_FTD: Tensor) -> Tensor:
+        """Logits [F, T, V] of one context whose activations at ``hook`` are replaced by each of ``x_FTD``.
+
+        In the residual stream between blocks the model runs once up to the hook and F times from there on.
+        """
+        self.check_hook(hook)
+        if _BETWEEN_BLOCKS.fullmatch(hook):
+
+            def branch(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
+                return x_FTD.to(value)
+
+            logits: Tensor = self._run(tokens_1T, [(hook, branch)], return_type="logits", stop_at_layer=None)
+            if len(logits) == len(x_FTD):
+                return logits
+        return self.logits(tokens_1T.expand(len(x_FTD), -1), edit={hook: lambda _: x_FTD})
 
     def gradients(
         self,
@@ -295,6 +313,10 @@ def load_model(
     ``name`` is 'demo', 'smollm2', a local Hugging Face folder, or a hub name; weights are read from
     safetensors only and no code comes with a model. ``dtype`` ('fp32', 'bf16', 'fp16') is that of the
     computation.
+
+    >>> model = sb.load_model("demo")
+    >>> model.n_layers, model.d_model
+    (4, 256)
 
     Raises:
         UserError: no such model, files missing or damaged, a tokenizer that does not fit, a model that is not

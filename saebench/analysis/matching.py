@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from saebench.analysis.correlations import BLOCK_BYTES, Correlations
-from saebench.analysis.mounting import run_folder
-from saebench.device import pick_device
+from saebench.analysis.mounting import open_for, read_sae
 from saebench.errors import UserError
 from saebench.evaluation.measure import require_width
-from saebench.evaluation.sources import Origin, first_rows, read_origin
+from saebench.evaluation.sources import Origin, first_rows
 from saebench.evaluation.synthetic.recovery import absolute_cosines
 from saebench.evaluation.synthetic.recovery import match as best_pairs
 from saebench.progress import progress
-from saebench.saes.base import SAE, load
+from saebench.saes.base import SAE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,7 +114,7 @@ def match(
         raise UserError(f"threshold is {threshold}; similarities are between -1 and 1, so give one of these")
     if rows < 2:
         raise UserError(f"rows is {rows}; a correlation needs at least 2")
-    sides = [_read(a, "a"), _read(b, "b")]
+    sides = [read_sae(a, "a"), read_sae(b, "b")]
     sae_a, sae_b = (sae for sae, _ in sides)
     _require_memory(sae_a, sae_b, memory_gib, quiet)
     n_rows = None
@@ -123,7 +122,7 @@ def match(
         _require_same_width(sae_a, sae_b)
         similarity_AB = absolute_cosines(sae_a.W_dec, sae_b.W_dec).clamp_max_(1)
     else:
-        similarity_AB, n_rows = _correlations(sides, cache, hook, rows, quiet)
+        similarity_AB, n_rows = _correlations(sides, open_for(a, b, cache=cache), hook, rows, quiet)
     return _matching(similarity_AB, by, threshold, n_rows)
 
 
@@ -154,7 +153,7 @@ def splits(
         raise UserError(f"threshold is {threshold}; give a cosine above 0 and at most 1")
     if at_least < 2:
         raise UserError(f"at_least is {at_least}; a split makes at least 2 of one")
-    (narrow, _), (wide, _) = _read(a, "a"), _read(b, "b")
+    (narrow, _), (wide, _) = read_sae(a, "a"), read_sae(b, "b")
     _require_same_width(narrow, wide)
     if narrow.d_sae > wide.d_sae:
         raise UserError(
@@ -218,13 +217,12 @@ def _matching(similarity_AB: Tensor, by: str, threshold: float, n_rows: int | No
 
 def _correlations(
     sides: list[tuple[SAE, Origin]],
-    cache: ActivationCache | str | Path | None,
+    opened: ActivationCache,
     hook: str | None,
     rows: int,
     quiet: bool,
 ) -> tuple[Tensor, int]:
     """Pearson's correlation [A, B] float32 of all pairs, and the number of rows it is over."""
-    opened = _open(cache, sides)
     row_N = first_rows(opened.held_out, True, limit=rows)
     if len(row_N) < 2:
         raise UserError(
@@ -261,25 +259,6 @@ def _encoded(
                 f"held-out rows of {cache.path} at {hook} hold NaN or infinity; harvest again in bf16 or fp32"
             )
         yield sae.encode(x_ND.to(sae.W_dec.device))
-
-
-def _read(sae: SAE | str | Path, name: str) -> tuple[SAE, Origin]:
-    if isinstance(sae, SAE):
-        return sae, Origin(None, None, None)
-    folder = run_folder(sae, name)
-    return load(folder, device=pick_device("auto")), read_origin(folder)
-
-
-def _open(cache: ActivationCache | str | Path | None, sides: list[tuple[SAE, Origin]]) -> ActivationCache:
-    from saebench.activations.cache import ActivationCache, open_cache
-
-    if isinstance(cache, ActivationCache):
-        return cache
-    if cache is None:
-        cache = next((origin.cache for _, origin in sides if origin.cache is not None), None)
-    if cache is None:
-        raise UserError("nothing says on which cache these SAEs were trained; name it with cache=...")
-    return open_cache(cache)
 
 
 def _require_same_width(a: SAE, b: SAE) -> None:

@@ -6,6 +6,7 @@ Shapes: T tokens of a prompt.
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from saebench.saes.base import SAE, load
 from saebench.store.text import token_text
 
 if TYPE_CHECKING:
+    from saebench.activations.cache import ActivationCache
     from saebench.activations.models import Model
 
 Positions = int | slice | Iterable[int] | None
@@ -130,9 +132,36 @@ def mount(
     return Mounted(loaded, model, hook, _bos(model, origin, bos), model.token_bytes())
 
 
+def read_sae(sae: SAE | str | Path, name: str) -> tuple[SAE, Origin]:
+    """The SAE that the argument ``name`` is or leads to, and what is known of where it was trained.
+
+    Raises:
+        UserError: neither an SAE nor a folder that holds one.
+    """
+    if isinstance(sae, SAE):
+        return sae, Origin(None, None, None)
+    folder = run_folder(sae, name)
+    return load(folder, device=pick_device("auto")), read_origin(folder)
+
+
+def open_for(*saes: SAE | str | Path, cache: ActivationCache | str | Path | None) -> ActivationCache:
+    """``cache``, or else the one that the first of ``saes`` whose folder says so was trained on."""
+    from saebench.activations.cache import ActivationCache, open_cache
+
+    if isinstance(cache, ActivationCache):
+        return cache
+    if cache is None:
+        folders = [run_folder(sae) for sae in saes if not isinstance(sae, SAE)]
+        known = (read_origin(folder).cache for folder in folders)
+        cache = next((path for path in known if path is not None), None)
+    if cache is None:
+        raise UserError("nothing says on which cache the SAE was trained; name it with cache=...")
+    return open_cache(cache)
+
+
 def run_folder(sae: object, name: str = "sae") -> Path:
     """``sae`` as a path; raises a UserError when the argument ``name`` is nothing like one."""
-    if not isinstance(sae, str | Path):
+    if not isinstance(sae, str | os.PathLike):
         raise UserError(f"{name} is {sae!r:.60}; give a run directory, or an SAE from saebench.load")
     return Path(sae)
 

@@ -16,7 +16,9 @@ from saebench.config import (
     CheckConfig,
     CompareConfig,
     DemoConfig,
+    EffectsConfig,
     EvalConfig,
+    ExplainConfig,
     ExportConfig,
     HarvestConfig,
     ImportConfig,
@@ -41,6 +43,7 @@ STORE_FACTS = (
 )  # fmt: skip
 SETTINGS = Group("Settings", sort_key=0)
 PICKS_CHANGED = "not TopK's picks"
+EFFECTS_SHOWN = 10
 DEMO_SCORES = ("n_tokens", "explained_variance", "l0", "dead_fraction", "ce_loss_score", "kl")
 
 
@@ -168,6 +171,23 @@ def index(config: IndexConfig) -> Result:
     return Result(data, _store_text(data) + f"\n\nNext: saebench explore {config.out}")
 
 
+def explain(config: ExplainConfig) -> Result:
+    from saebench.explaining.summary import summarise
+
+    with saebench.explain(config) as store:
+        data = summarise(store, config)
+    head = {name: data[name] for name in ("path", "generation", "provider", "model")}
+    rows = [(row["scorer"], row["n"], row["mean"], row["median"]) for row in data["scores"]]
+    shown = [(row["feature"], row["explanation_score"], row["explanation"]) for row in data["best"]]
+    parts = [
+        pairs(head | {f"features {status}": n for status, n in data["status"].items()}),
+        table(("score", "features", "mean", "median"), rows),
+        table(("feature", "score", "explanation"), shown),
+        f"Next: saebench explore {config.store}",
+    ]
+    return Result(data, "\n\n".join(parts))
+
+
 def store_info(store: Path) -> Result:
     """Say what is in a feature store."""
     from saebench.store import store_info as read
@@ -207,6 +227,24 @@ def store_export(config: StoreExportConfig) -> Result:
     shown = {name: value for name, value in data.items() if name not in ("notes", "files")}
     shown |= {"files": len(made.files), "bytes": human_bytes(made.bytes)}
     return Result(data, "\n".join([pairs(shown), *made.notes]))
+
+
+def effects(config: EffectsConfig) -> Result:
+    from saebench.analysis.effect_columns import index_effects
+
+    found = index_effects(config)
+    measured = found.features[found.features["loss_effect_n"] > 0]
+    data = {
+        "path": str(config.store), "n_contexts": found.n_contexts, "n_measured": len(measured),
+        "n_estimated": int((found.features["loss_estimate_n"] > 0).sum()), "n_pairs": len(found.pairs),
+        "correlation": found.correlation,
+    }  # fmt: skip
+    shown = measured.sort_values("loss_effect", ascending=False, kind="stable").head(EFFECTS_SHOWN)
+    rows = [list(row.values()) for row in shown.to_dict("records")]
+    text = "\n\n".join(
+        [pairs(data), table(list(shown.columns), rows), f"Next: saebench explore {config.store}"]
+    )
+    return Result(data, text)
 
 
 def explore(

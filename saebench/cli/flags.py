@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -45,7 +45,7 @@ def parameters(
         how = Parameter(
             help=docs.get(field.name, ""),
             group=group,
-            converter=_whole_number if int in (types[field.name], *get_args(types[field.name])) else None,
+            converter=_converter(types[field.name]),
             negative=None if default is True else (),
             consume_multiple=get_origin(types[field.name]) is tuple,
             show_default=False
@@ -70,8 +70,20 @@ def _written(default: object) -> str:
     return " ".join(map(str, default)) if isinstance(default, tuple | list) else str(default)
 
 
+def _converter(kind: Any) -> Callable[[object, Sequence[Any]], Any] | None:
+    """What makes a value of words for a field of whole numbers; None for other fields."""
+    if int not in (kind, *get_args(kind)):
+        return None
+    return _whole_numbers if get_origin(kind) is tuple else _whole_number
+
+
 def _whole_number(kind: object, tokens: Sequence[Any]) -> int:
     return whole_number(tokens[0].value)
+
+
+def _whole_numbers(kind: object, tokens: Sequence[Any]) -> tuple[int, ...]:
+    """Several words, each of which may be several numbers with commas between them."""
+    return tuple(whole_number(part) for token in tokens for part in token.value.split(",") if part)
 
 
 def values_in(argv: Sequence[str], flag: str) -> list[str]:

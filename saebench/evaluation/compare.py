@@ -116,6 +116,10 @@ def compare(config: CompareConfig) -> Comparison:
     differ in nothing but the seed become one row, mean and standard deviation. A run that is named twice
     counts once, and so do runs that agree in the seed too: their spread would say nothing.
 
+    >>> report = sb.evaluate(run, quiet=True)
+    >>> [row.sae for row in sb.compare(runs=[run]).rows]
+    ['topk']
+
     Raises:
         UserError: a run was not evaluated, or its report is damaged.
     """

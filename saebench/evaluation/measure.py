@@ -56,6 +56,10 @@ def evaluate(config: EvalConfig) -> EvalReport:
     ce_mean puts in the mean of the cache's training rows; the mean of the rows measured when there is no
     cache of this model with such rows.
 
+    >>> report = sb.evaluate(run, model="cache", quiet=True)
+    >>> bool(report.explained_variance < 1), bool(report.kl > 0)
+    (True, True)
+
     Raises:
         UserError: no finished SAE, a cache or model that does not fit it, nothing held out to measure on,
             activations that are not finite, an ``inference`` that the SAE does not know, or a cache without

@@ -17,6 +17,7 @@ from saebench.errors import UserError
 from saebench.evaluation.faithfulness import Contexts
 from saebench.runfile import RUN_FILE, read_run
 from saebench.saes.base import read_description
+from saebench.saes.checkpoints import run_of
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
@@ -41,8 +42,12 @@ class Origin:
 
 
 def read_origin(run: Path) -> Origin:
-    """From ``sae.json`` and, in a run directory, ``run.json``."""
-    facts = read_description(run)
+    """From ``sae.json`` and, in a run directory, ``run.json``; for a checkpoint, from ``run.json`` alone."""
+    if run.is_file():
+        run = run_of(run)
+        facts = read_run(run)
+    else:
+        facts = read_description(run)
     cache = None
     if (run / RUN_FILE).exists():
         settings = read_run(run, needs=("train",))["train"]

@@ -32,6 +32,9 @@ class Translation:
 def export_sae(config: ExportConfig) -> Translation:
     """Write a trained SAE as another library keeps them.
 
+    >>> sb.export_sae(run, out="theirs", format="saelens").architecture
+    'topk'
+
     Raises:
         UserError: no finished SAE there, one that the format cannot hold, or a folder that is not empty.
     """
@@ -57,6 +60,11 @@ def export_sae(config: ExportConfig) -> Translation:
 @station(ImportSaeConfig)
 def import_sae(config: ImportSaeConfig) -> Translation:
     """Make a folder that ``load``, ``evaluate`` and ``index`` accept of an SAE of another library.
+
+    >>> theirs = sb.export_sae(run, out="foreign", format="saelens")
+    >>> ours = sb.import_sae("foreign", out="ours", format="saelens")
+    >>> bool((sb.load("ours").W_dec == sb.load(run).W_dec).all())
+    True
 
     Raises:
         UserError: no SAE there, a damaged one, one that none of ours computes, or a folder that is not

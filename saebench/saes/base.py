@@ -273,10 +273,22 @@ class SAE(nn.Module):
 def load(path: Path | str, *, device: str | torch.device = "cpu") -> SAE:
     """Load a trained SAE from a run directory or any folder with ``sae.json`` and ``sae.safetensors``.
 
+    A checkpoint of a run, ``RUN/checkpoints/step-....safetensors``, is loaded as it was then; thresholds that
+    are only set when a training ends are not set there.
+
+    >>> sae = sb.load(run)
+    >>> codes = sae.encode(cache.activations()[:8])
+    >>> sae.decode(codes).shape[-1] == sae.d_in
+    True
+
     Raises:
         UserError: the folder holds no finished SAE, its format is newer, or a file is damaged.
     """
     directory = Path(path)
+    if directory.is_file():
+        from saebench.saes.checkpoints import load_checkpoint
+
+        return load_checkpoint(directory, device=device)
     if not (directory / SPEC_FILE).exists():
         if (directory / RUN_FILE).exists():
             raise UserError(f"the run {directory} has not finished; go on with saebench train ... --resume")

@@ -21,6 +21,7 @@ from saebench.store.corpus import Corpus
 from saebench.store.database import sentence_for_duckdb_errors
 from saebench.store.encode import ENCODED, Encoder, encode
 from saebench.store.examples import per_decile
+from saebench.store.extras import keep_extras
 from saebench.store.logits import find_unembedding
 from saebench.store.runs import BYTES_PER_ENTRY, Runs
 from saebench.store.tables import (
@@ -181,6 +182,7 @@ def build_all(out: Path, jobs: Sequence[Job], cache: ActivationCache) -> publish
                     write_sae(building, job, encoder.identity, cache, corpus, runs)
                     for job, encoder, runs in zip(jobs, encoders, all_runs, strict=True)
                 ]
+            stored = [keep_extras(out, current, building, sae) for sae in stored]
             manifest = publish.publish(out, current, stored, text)
             shutil.rmtree(encoded)
             return manifest

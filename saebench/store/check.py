@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +11,18 @@ from saebench.errors import UserError
 from saebench.files import sha256_file
 from saebench.store import publish
 from saebench.store.database import first_line, open_reader, read_meta, tables_of
+from saebench.store.extras import extras_of, origin
 from saebench.store.folds import fold_of
 from saebench.store.recompute import is_of, load_witnesses, problems
-from saebench.store.rules import SAE_RULES, TEXT_RULES, Rule
-from saebench.store.schema import FORMAT_VERSION, HIST_BINS, SAE_TABLES, TEXT_TABLES, Table
+from saebench.store.rules import EXTRA_RULES, SAE_RULES, TEXT_RULES, Rule
+from saebench.store.schema import (
+    EXTRA_TABLES,
+    FORMAT_VERSION,
+    HIST_BINS,
+    SAE_TABLES,
+    TEXT_TABLES,
+    Table,
+)
 
 if TYPE_CHECKING:
     import duckdb
@@ -63,7 +71,8 @@ def check_store(
         if sae.text and text is None:
             findings.append(Finding(publish.MANIFEST, f"the text of {sae.name!r} is not listed"))
         elif not damaged & {sae.file.path, text.path if text else ""}:
-            findings += _check_tables(path, sae, text)
+            extras = {name: file for name, file in extras_of(sae).items() if file.path not in damaged}
+            findings += _check_tables(path, sae, text, extras)
     if witness is not None:
         findings += _check_witness(path, manifest, damaged, witness, rows, model, run)
     return findings
@@ -104,11 +113,19 @@ def _check_file(store: Path, file: publish.StoredFile) -> Iterator[Finding]:
         yield Finding(file.path, "a write-ahead log lies beside the file, so something wrote to it")
 
 
-def _check_tables(store: Path, sae: publish.StoredSae, text: publish.StoredFile | None) -> Iterator[Finding]:
+def _check_tables(
+    store: Path,
+    sae: publish.StoredSae,
+    text: publish.StoredFile | None,
+    extras: dict[str, publish.StoredFile],
+) -> Iterator[Finding]:
     import duckdb
 
     try:
-        connection = open_reader(store / sae.file.path, store / text.path if text else None)
+        connection = open_reader(
+            store / sae.file.path, store / text.path if text else None,
+            {name: store / file.path for name, file in extras.items()},
+        )  # fmt: skip
     except UserError as error:
         yield Finding(sae.file.path, str(error))
         return
@@ -132,6 +149,13 @@ def _check_tables(store: Path, sae: publish.StoredSae, text: publish.StoredFile 
             if text:
                 yield from _check_folds(connection, sae.file.path)
             yield from _check_rules(connection, sae.file.path, SAE_RULES, present, parameters, every, few)
+            for name, file in extras.items():
+                yield from _check_columns(connection, file.path, name, EXTRA_TABLES[name])
+                if origin(read_meta(connection, name)) != origin(meta):
+                    yield Finding(file.path, f"these {name} are of other activations than {sae.name!r} has")
+                within = present | tables_of(connection, name)
+                rules = EXTRA_RULES[name]
+                yield from _check_rules(connection, file.path, rules, within, parameters, every, few)
         except (duckdb.Error, KeyError) as error:
             yield Finding(sae.file.path, f"the tables cannot be read ({first_line(error)})")
 
@@ -173,18 +197,27 @@ def _check_schema(
     if sae.text:
         files.append(("txt", TEXT_TABLES))
     for alias, tables in files:
-        for name, table in tables.items():
-            query = (
-                "SELECT column_name, data_type FROM duckdb_columns() "
-                "WHERE database_name = ? AND table_name = ? ORDER BY column_index"
-            )
-            found = connection.execute(query, [alias, name]).fetchall()
-            expected = [(column.name, column.type) for column in table.columns]
-            absent = name in meta["missing"] or name in meta["left_out"]
-            if absent and found:
-                yield Finding(sae.file.path, f"table {name} exists but is recorded as missing")
-            elif not absent and found != expected:
-                yield Finding(sae.file.path, f"table {name} is missing or has other columns than its format")
+        yield from _check_columns(
+            connection, sae.file.path, alias, tables, {*meta["missing"], *meta["left_out"]}
+        )
+
+
+def _check_columns(
+    connection: duckdb.DuckDBPyConnection, where: str, alias: str, tables: dict[str, Table],
+    missing: Collection[str] = (),
+) -> Iterator[Finding]:  # fmt: skip
+    for name, table in tables.items():
+        query = (
+            "SELECT column_name, data_type FROM duckdb_columns() "
+            "WHERE database_name = ? AND table_name = ? ORDER BY column_index"
+        )
+        found = connection.execute(query, [alias, name]).fetchall()
+        expected = [(column.name, column.type) for column in table.columns]
+        absent = name in missing
+        if absent and found:
+            yield Finding(where, f"table {name} exists but is recorded as missing")
+        elif not absent and found != expected:
+            yield Finding(where, f"table {name} is missing or has other columns than its format")
 
 
 def _check_folds(connection: duckdb.DuckDBPyConnection, where: str) -> Iterator[Finding]:

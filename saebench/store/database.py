@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.errors import UserError
-from saebench.store.schema import Table
+from saebench.store.schema import EXTRA_TABLES, Table
 
 if TYPE_CHECKING:
     import duckdb
@@ -27,8 +27,12 @@ def n_threads() -> int:
     return min(4, os.cpu_count() or 1)
 
 
-def open_reader(sae_file: Path, text_file: Path | None = None) -> duckdb.DuckDBPyConnection:
+def open_reader(
+    sae_file: Path, text_file: Path | None = None, extras: Mapping[str, Path] | None = None
+) -> duckdb.DuckDBPyConnection:
     """A read-only connection in which ``sae.<table>`` and ``txt.<table>`` are the two files.
+
+    Each of ``extras`` is attached under its name, which must be one that the schema knows.
 
     The files are attached to an instance of their own, because DuckDB shares one instance among all
     connections of a process to the same path. Queries can reach no other file and change no setting.
@@ -38,7 +42,9 @@ def open_reader(sae_file: Path, text_file: Path | None = None) -> duckdb.DuckDBP
     """
     connection = memory_instance(READER_MEMORY)
     try:
-        for path, alias in ((sae_file, "sae"), (text_file, "txt")):
+        assert set(extras or {}) <= set(EXTRA_TABLES), extras
+        named = [(file, name) for name, file in (extras or {}).items()]
+        for path, alias in ((sae_file, "sae"), (text_file, "txt"), *named):
             if path is not None:
                 attach(connection, path, alias)
         lock_down(connection)

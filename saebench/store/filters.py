@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from saebench.errors import UserError
 from saebench.store.limits import check_pattern
-from saebench.store.schema import FEATURE, require_column
+from saebench.store.schema import FEATURE, FEATURE_EXTRAS, extra_of, feature_column
 
 Range = tuple[float | None, float | None]
 
@@ -35,6 +35,11 @@ class FeatureFilter:
         """Whether a person's words decide how long it takes."""
         return bool(self.text) or self.regex is not None
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns that it looks at, the top token's text aside."""
+        return [*self.ranges, *self.flags]
+
     def where(self) -> tuple[str, list[object]]:
         """``(condition, parameters)``; names come from the schema, values are always parameters.
 
@@ -43,8 +48,8 @@ class FeatureFilter:
         """
         conditions, values = ["true"], list[object]()
         for name, (low, high) in self.ranges.items():
-            column = require_column(FEATURE, name)
-            if _type(column) in ("VARCHAR", "BOOLEAN"):
+            column, kind = name, feature_column(name).type
+            if kind in ("VARCHAR", "BOOLEAN"):
                 raise UserError(
                     f"{column!r} is not a number, so it has no range; filter it with text or flags"
                 )
@@ -53,8 +58,8 @@ class FeatureFilter:
                     conditions.append(f"{column} {comparison} ?")
                     values.append(float(bound))
         for name, wanted in self.flags.items():
-            column = require_column(FEATURE, name)
-            if _type(column) != "BOOLEAN":
+            column, kind = name, feature_column(name).type
+            if kind != "BOOLEAN":
                 flags = [c.name for c in FEATURE.columns if c.type == "BOOLEAN"]
                 raise UserError(f"{column!r} is not a flag; the flags are {', '.join(flags)}")
             conditions.append(f"{column} = ?")
@@ -73,9 +78,28 @@ class FeatureFilter:
 
 def order_clause(order_by: str, descending: bool) -> str:
     """ORDER BY that puts unknown values last and decides ties by the number of the feature."""
-    column = require_column(FEATURE, order_by)
+    column = feature_column(order_by).name
     return f"{column} {'DESC' if descending else 'ASC'} NULLS LAST, feature"
 
 
-def _type(column: str) -> str:
-    return next(c.type for c in FEATURE.columns if c.name == column)
+def feature_source(used: Iterable[str], extras: Collection[str], table: str = "sae.feature") -> str:
+    """The feature table for FROM, or a part of it, with those columns of ``used`` that come from extras.
+
+    Only extras that are used are joined; a column of one that the store has not (it has ``extras``) is NULL.
+
+    Raises:
+        UserError: a column that does not exist.
+    """
+    columns = [column for column in dict.fromkeys(used) if extra_of(feature_column(column).name)]
+    if not columns:
+        return table
+    joined = dict.fromkeys(name for column in columns if (name := extra_of(column)) in extras)
+    values = [
+        f"{extra_of(column)}.{column}" if extra_of(column) in extras
+        else f"NULL::{feature_column(column).type} AS {column}"
+        for column in columns
+    ]  # fmt: skip
+    joins = "".join(
+        f" LEFT JOIN {name}.{FEATURE_EXTRAS[name].name} AS {name} USING (feature)" for name in joined if name
+    )
+    return f"(SELECT f.*, {', '.join(values)} FROM {table} AS f{joins})"

@@ -45,11 +45,15 @@ class StoredFile:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredSae:
-    """One SAE: its file, and the hash of the text it was indexed over (None for a cache without text)."""
+    """One SAE: its file, and the hash of the text it was indexed over (None for a cache without text).
+
+    ``extras``: name -> file of what was derived from it after indexing (extras.py).
+    """
 
     name: str
     file: StoredFile
     text: str | None
+    extras: dict[str, StoredFile] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +66,8 @@ class Manifest:
         return next(sae for sae in self.saes if sae.name == name)
 
     def files(self) -> list[StoredFile]:
-        return [sae.file for sae in self.saes] + list(self.texts.values())
+        extras = [file for sae in self.saes for file in sae.extras.values()]
+        return [sae.file for sae in self.saes] + list(self.texts.values()) + extras
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
@@ -109,9 +114,12 @@ def parse_manifest(path: Path) -> Manifest:
         )
     try:
         saes = tuple(
-            StoredSae(name=sae["name"], text=sae["text"], file=StoredFile(**sae["file"]))
+            StoredSae(
+                name=sae["name"], text=sae["text"], file=StoredFile(**sae["file"]),
+                extras={name: StoredFile(**file) for name, file in sae.get("extras", {}).items()},
+            )
             for sae in content["saes"]
-        )
+        )  # fmt: skip
         texts = {key: StoredFile(**file) for key, file in content["texts"].items()}
         manifest = Manifest(generation=int(content["generation"]), saes=saes, texts=texts)
         for file in manifest.files():
@@ -138,7 +146,7 @@ def before_next(store: Path) -> Manifest:
     """
     if (store / MANIFEST).exists():
         return read_manifest(store)
-    ours = (".lock", BUILDING, ".encoded")
+    ours = (".lock", BUILDING, ".encoded", "user.sqlite", "user.sqlite-wal", "user.sqlite-shm")
     strangers = [p.name for p in store.iterdir() if p.name not in ours and not _number(p)]
     if strangers:
         raise UserError(
@@ -181,14 +189,18 @@ def publish(store: Path, current: Manifest, saes: Sequence[StoredSae], text: Sto
     """Make the build directory the next generation, in which ``saes`` are added or replaced.
 
     ``text`` is the text file that was built with it; None when the store has it already. Paths of the
-    new files are relative to the build directory.
+    new files, which are those without a folder, are relative to the build directory.
     """
     folder = f"gen-{current.generation + 1:06d}"
-    text = replace(text, path=f"{folder}/{text.path}") if text else None
+
+    def placed(file: StoredFile) -> StoredFile:
+        return file if "/" in file.path else replace(file, path=f"{folder}/{file.path}")
+
+    text = placed(text) if text else None
     manifest = current
     for sae in saes:
-        moved = replace(sae, file=replace(sae.file, path=f"{folder}/{sae.file.path}"))
-        manifest = manifest.next(moved, text)
+        extras = {name: placed(file) for name, file in sae.extras.items()}
+        manifest = manifest.next(replace(sae, file=placed(sae.file), extras=extras), text)
     manifest = replace(manifest, generation=current.generation + 1)
     write_json_atomic(store / BUILDING / MANIFEST, manifest.to_json())
     os.rename(store / BUILDING, store / folder)

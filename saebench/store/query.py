@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any
 from saebench.errors import UserError
 from saebench.store import publish
 from saebench.store.annotations import Annotations
-from saebench.store.filters import FeatureFilter, Range, order_clause
+from saebench.store.explanations import ExplanationReader
+from saebench.store.filters import FeatureFilter, Range, feature_source, order_clause
 from saebench.store.schema import (
     FEATURE,
+    FEATURE_EXTRAS,
     GROUPS,
     HIST_KINDS,
     NEIGHBOR_KINDS,
     QUANTILE_GRID,
     TOKEN_ROLES,
+    extra_of,
+    feature_column,
     nearest,
-    require_column,
 )
 from saebench.store.several import Several
 
@@ -51,7 +54,7 @@ def open_store(path: str | Path, sae: str | None = None) -> FeatureStore:
     raise AssertionError
 
 
-class FeatureStore(Several):
+class FeatureStore(Several, ExplanationReader):
     """One SAE of a store. Answers are pandas DataFrames unless said; safe to use from several threads.
 
     Attributes: path, sae, saes, generation, tables and time_limit, see StoreReader.
@@ -79,6 +82,12 @@ class FeatureStore(Several):
         dead, dense = self._rows("SELECT count(*) FILTER (dead), count(*) FILTER (dense) FROM sae.feature")[0]
         return {**self._meta, "n_dead": dead, "n_dense": dense, "generation": self.generation}
 
+    @property
+    def feature_columns(self) -> list[str]:
+        """Names of the columns of the feature table, those of the extras that are there included."""
+        extras = [FEATURE_EXTRAS[name].names for name in FEATURE_EXTRAS if name in self._extras]
+        return FEATURE.names + [name for names in extras for name in names if extra_of(name)]
+
     def features(
         self,
         columns: Sequence[str] | None = None,
@@ -95,6 +104,9 @@ class FeatureStore(Several):
     ) -> pd.DataFrame:
         """The feature table: ``columns`` (all by default) of the features that pass the filter, in order.
 
+        The columns of extras, such as ``explanation`` and ``explanation_score``, are among them once the
+        store has them; asked for before that, they are unknown (NULL).
+
         Args:
             ranges: column -> (lowest, highest), both included; None leaves that side open.
             flags: 'dead' or 'dense' -> the truth value it must have.
@@ -110,14 +122,19 @@ class FeatureStore(Several):
         for name, value in (("limit", limit), ("offset", offset)):
             if value is not None and value < 0:
                 raise UserError(f"{name} is {value}; it must be at least 0")
-        names = ", ".join(require_column(FEATURE, name) for name in (columns or FEATURE.names))
+        names = [feature_column(name).name for name in (columns or self.feature_columns)]
         chosen = _filter(ranges, flags, text, regex, among)
         where, values = chosen.where()
-        query = f"SELECT {names} FROM sae.feature WHERE {where} ORDER BY {order_clause(order_by, descending)}"
+        order = f"ORDER BY {order_clause(order_by, descending)}"
+        needed = [*chosen.columns, order_by]
+        page = f"FROM {feature_source(needed, self._extras)} WHERE {where} {order}"
         if limit is not None or offset:
-            query += " LIMIT ? OFFSET ?"
+            page += " LIMIT ? OFFSET ?"
             values += [2**62 if limit is None else limit, offset]
-        return self._frame(query, values, timed=chosen.searches)
+        shown = [name for name in names if extra_of(name) and name not in needed]
+        if shown:  # joined to the page alone
+            page = f"FROM {feature_source(shown, self._extras, f'(SELECT * {page})')} {order}"
+        return self._frame(f"SELECT {', '.join(names)} {page}", values, timed=chosen.searches)
 
     def count_features(
         self, *, ranges: Mapping[str, Range] | None = None, flags: Mapping[str, bool] | None = None,
@@ -126,7 +143,7 @@ class FeatureStore(Several):
         """How many features pass the filter."""
         chosen = _filter(ranges, flags, text, regex, among)
         where, values = chosen.where()
-        query = f"SELECT count(*) FROM sae.feature WHERE {where}"
+        query = f"SELECT count(*) FROM {feature_source(chosen.columns, self._extras)} WHERE {where}"
         return int(self._rows(query, values, timed=chosen.searches)[0][0])
 
     def neighbours_in_order(
@@ -148,9 +165,10 @@ class FeatureStore(Several):
         chosen = _filter(ranges, flags, text, regex, among)
         where, values = chosen.where()
         order = order_clause(order_by, descending)
+        source = feature_source([*chosen.columns, order_by], self._extras)
         listed = (
             "SELECT feature, lag(feature) OVER w AS before, lead(feature) OVER w AS after "
-            f"FROM sae.feature WHERE {where} WINDOW w AS (ORDER BY {order})"
+            f"FROM {source} WHERE {where} WINDOW w AS (ORDER BY {order})"
         )
         values.append(self._known(feature))
         query = f"SELECT before, after FROM ({listed}) WHERE feature = ?"
@@ -165,9 +183,10 @@ class FeatureStore(Several):
         Raises:
             UserError: no such feature.
         """
-        query = f"SELECT {', '.join(FEATURE.names)} FROM sae.feature WHERE feature = ?"
+        names = self.feature_columns
+        query = f"SELECT {', '.join(names)} FROM {feature_source(names, self._extras)} WHERE feature = ?"
         rows = self._rows(query, [self._known(feature)])
-        return dict(zip(FEATURE.names, rows[0], strict=True))
+        return dict(zip(names, rows[0], strict=True))
 
     def histogram(self, feature: int, kind: str = "value") -> pd.DataFrame:
         """Bins of its activations, or of their log10 (kind 'log10'): lo, hi, count. Empty for a dead one."""

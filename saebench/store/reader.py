@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 from saebench.errors import UserError
 from saebench.store import publish
 from saebench.store.database import first_line, open_reader, read_meta, tables_of
+from saebench.store.extras import extras_of
 from saebench.store.limits import time_limit
 from saebench.store.schema import FORMAT_VERSION, nearest
 from saebench.store.text import pieces, token_text
@@ -35,7 +36,7 @@ class StoreReader:
         saes: names of all SAEs of the store.
         generation: number of the generation that is open.
         time_limit: seconds after which a search, a scan or a person's SQL is stopped.
-        tables: names of the tables that exist, of the SAE and of its text.
+        tables: names of the tables that exist, of the SAE, of its text and of its extras.
     """
 
     time_limit: float = 5.0
@@ -56,11 +57,18 @@ class StoreReader:
         self._opening = threading.Lock()
         stored = manifest.sae(self.sae)
         text = manifest.texts[stored.text] if stored.text else None
-        for file in [stored.file, *([text] if text else [])]:
+        extras = extras_of(stored)
+        for file in [stored.file, *([text] if text else []), *extras.values()]:
             _check_size(path, file)
-        self._connection = open_reader(path / stored.file.path, path / text.path if text else None)
+        self._extras = frozenset(extras)
+        self._connection = open_reader(
+            path / stored.file.path, path / text.path if text else None,
+            {name: path / file.path for name, file in extras.items()},
+        )  # fmt: skip
         try:
-            self.tables = tables_of(self._connection, "sae") | tables_of(self._connection, "txt")
+            self.tables = {
+                table for alias in ("sae", "txt", *extras) for table in tables_of(self._connection, alias)
+            }
             with self._reading():
                 self._meta = read_meta(self._connection)
             version = self._meta.get("format_version")
@@ -130,6 +138,11 @@ class StoreReader:
             columns = cursor.execute(query, list(values)).fetchnumpy()
         return {name: _plain(column) for name, column in columns.items()}
 
+    def arrow(self, query: str, values: Sequence[object] = ()) -> Any:
+        """The answer as a pyarrow Table, for columns that are long (scan.py)."""
+        with self._reading(), self._cursor() as cursor:
+            return cursor.sql(query, params=list(values)).to_arrow_table()
+
     def _known(self, feature: int) -> int:
         d_sae = self._meta["d_sae"]
         number = isinstance(feature, numbers.Real) and not isinstance(feature, bool)
@@ -141,6 +154,10 @@ class StoreReader:
         """Why the store has no such table, as its index said it."""
         reasons = {**self._meta["left_out"], **self._meta["missing"]}
         return str(reasons.get(table, "it was indexed without"))
+
+    def require(self, table: str) -> None:
+        """Raise a UserError that says why the store has no ``table``, if it has none."""
+        self._require(table)
 
     def _require(self, table: str) -> None:
         if table not in self.tables:
@@ -168,6 +185,11 @@ class StoreReader:
         at = frame.columns.get_loc("token")
         frame.insert(at + 1, "text", [token_text(self._vocab[token]) for token in frame["token"]])
         return frame
+
+    @property
+    def vocab(self) -> list[bytes]:
+        """Every token's exact bytes; empty in a store without text."""
+        return self._vocab
 
     @functools.cached_property
     def _vocab(self) -> list[bytes]:

@@ -1,8 +1,9 @@
 """The tables of a feature store, format 2: one place that says what each column is.
 
-Two kinds of DuckDB files. An *SAE file* holds what one SAE does on one text; a *text file* holds the
-contexts and tokens, and is shared by all SAEs indexed over that text. Identifiers in SQL come from here
-and nowhere else.
+Three kinds of DuckDB files. An *SAE file* holds what one SAE does on one text; a *text file* holds the
+contexts and tokens, and is shared by all SAEs indexed over that text; an *extra* holds what was derived
+from an SAE file after indexing, and comes and goes by itself. Identifiers in SQL come from here and nowhere
+else.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from saebench.errors import UserError
 
@@ -52,10 +52,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table and the file it lives in; rows are stored in the order of ``order``."""
+    """A table and the file it lives in: "sae", "text", or an extra's name. Rows are stored in the order of
+    ``order``."""
 
     name: str
-    file: Literal["sae", "text"]
+    file: str
     order: tuple[str, ...]
     columns: tuple[Column, ...]
 
@@ -69,7 +70,7 @@ class Table:
         return f"CREATE TABLE {self.name} ({columns})"
 
 
-def _table(name: str, file: Literal["sae", "text"], order: str, *columns: tuple[str, str, str]) -> Table:
+def _table(name: str, file: str, order: str, *columns: tuple[str, str, str]) -> Table:
     return Table(name, file, tuple(order.split()), tuple(Column(*column) for column in columns))
 
 
@@ -283,3 +284,105 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=3)
     return f"did you mean {' or '.join(close)}?" if close else f"there is {', '.join(known)}"
+
+
+# Extras: files beside the SAE file, one a name, each attached under its name (extras.py)
+
+EXPLANATION = _table(
+    "explanation", "explanations", "feature provider model",
+    ("feature", "UINTEGER", "latent"),
+    ("provider", "VARCHAR", "who explained: rules, hf, openai"),
+    ("model", "VARCHAR", "the language model asked; empty for rules"),
+    ("prompt", "VARCHAR", "version of the prompts, or of the grammar of rules"),
+    ("text", "VARCHAR", "the explanation; NULL unless status is ok"),
+    ("rule", "VARCHAR", "the same as JSON that can be evaluated (explaining/grammar.py)"),
+    ("status", "VARCHAR", "ok, few (it fires too seldom to tell), failed, refused or unparsed"),
+    ("reason", "VARCHAR", "why there is none, one sentence"),
+    ("n_train", "BIGINT", "firings in the documents from which explanations are made"),
+    ("n_test", "BIGINT", "firings in the documents on which they are scored"),
+    ("tokens", "BIGINT", "tokens sent to and taken from the language model for it"),
+)  # fmt: skip
+
+EXPL_SCORE = _table(
+    "expl_score", "explanations", "feature provider model scorer",
+    ("feature", "UINTEGER", "latent"),
+    ("provider", "VARCHAR", "as in explanation"),
+    ("model", "VARCHAR", "as in explanation"),
+    ("scorer", "VARCHAR", "rule, best token, shuffled; detection, fuzzing"),
+    ("value", "DOUBLE", "F1 of rules, balanced accuracy of detection and fuzzing; NULL with status failed"),
+    ("ci_lo", "DOUBLE", "2.5% quantile of value over resampled documents"),
+    ("ci_hi", "DOUBLE", "97.5% quantile"),
+    ("precision", "DOUBLE", "tp / (tp + fp)"),
+    ("recall", "DOUBLE", "tp / (tp + fn)"),
+    ("auc", "DOUBLE", "area under the ROC curve, where the model gives probabilities"),
+    ("tp", "BIGINT", "true positives: tokens of test documents, or examples"),
+    ("fp", "BIGINT", "false positives"),
+    ("fn", "BIGINT", "false negatives"),
+    ("tn", "BIGINT", "true negatives"),
+    ("n_failed", "BIGINT", "questions that were not answered; they are in none of the counts"),
+    ("rule", "VARCHAR", "the rule that was scored, JSON"),
+)  # fmt: skip
+
+EXPL_ITEM = _table(
+    "expl_item", "explanations", "feature provider model scorer rank",
+    ("feature", "UINTEGER", "latent"),
+    ("provider", "VARCHAR", "as in explanation"),
+    ("model", "VARCHAR", "as in explanation"),
+    ("scorer", "VARCHAR", "detection or fuzzing"),
+    ("rank", "UINTEGER", "number of the question"),
+    ("doc", "UINTEGER", "document of the example"),
+    ("ctx", "UINTEGER", "context"),
+    ("start", "UINTEGER", "position of the first token shown"),
+    ("n_shown", "UINTEGER", "tokens shown"),
+    ("marked", "UINTEGER[]", "positions that were marked in it"),
+    ("truth", "BOOLEAN", "whether it fires there (detection), or at what was marked (fuzzing)"),
+    ("verdict", "BOOLEAN", "what the model said; NULL when there is no answer"),
+    ("probability", "DOUBLE", "the model's probability of yes, where it gives one"),
+    ("status", "VARCHAR", "ok, failed, refused or unparsed"),
+)  # fmt: skip
+
+EXPLAINED = _table(
+    "explained", "explanations", "feature",
+    ("feature", "UINTEGER", "latent; those without a scored explanation have no row"),
+    ("explanation", "VARCHAR", "its explanation with the highest score"),
+    ("explanation_score", "DOUBLE", "F1 of a rule, 2 x balanced accuracy - 1 of a text; held out"),
+)  # fmt: skip
+
+EFFECT = _table(
+    "effect", "effects", "feature",
+    ("feature", "UINTEGER", "latent; those that fire in no context of the sample have no row"),
+    ("loss_effect", "DOUBLE", "mean change of the model's loss on sampled contexts without it, nats a token"),
+    ("kl", "DOUBLE", "mean KL divergence of the predictions without it from those with it, nats a token"),
+    ("loss_effect_n", "BIGINT", "contexts that it was taken out of; without any, loss_effect is unknown"),
+    ("loss_estimate", "DOUBLE", "loss_effect to first order, by gradient x activation"),
+    ("loss_estimate_n", "BIGINT", "contexts that the estimate is over"),
+)  # fmt: skip
+
+EXTRA_TABLES: dict[str, dict[str, Table]] = {
+    "explanations": {table.name: table for table in (EXPLAINED, EXPLANATION, EXPL_SCORE, EXPL_ITEM)},
+    "effects": {table.name: table for table in (EFFECT,)},
+}
+"""Name of an extra -> its tables. Each also has a meta table, which says what it was derived from."""
+
+FEATURE_EXTRAS = {"explanations": EXPLAINED, "effects": EFFECT}
+"""Extra -> its table with at most one row a feature; the columns of it go with the feature table."""
+
+
+def extra_of(column: str) -> str | None:
+    """The extra that a column beside the feature table comes from; None for the feature table's own."""
+    if column in FEATURE.names:
+        return None
+    return next((name for name, table in FEATURE_EXTRAS.items() if column in table.names), None)
+
+
+def feature_column(name: str) -> Column:
+    """The column ``name`` of the feature table, or of an extra that goes with it.
+
+    Raises:
+        UserError: there is none; the nearest names are offered.
+    """
+    known = {column.name: column for table in FEATURE_EXTRAS.values() for column in table.columns}
+    known |= {column.name: column for column in FEATURE.columns}
+    if name in known:
+        return known[name]
+    raise UserError(f"{name!r} is not a column of the feature table; {nearest(name, known)}")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from saebench.errors import UserError
 from saebench.store import publish
 from saebench.store.database import attach, first_line, lock_down, memory_instance
+from saebench.store.extras import extras_of
 from saebench.store.limits import time_limit
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ who may run SQL here may still use up memory on purpose.
 class SqlConsole:
     """What `FeatureStore.sql` asks. ``sae`` is the open SAE, ``sae1``, ``sae2``, ... are all of the store.
 
-    Names without a prefix are looked up in the open SAE and then in its text, ``txt``.
+    Names without a prefix are looked up in the open SAE, then in its text, ``txt``, and in its extras.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -61,7 +62,11 @@ class SqlConsole:
             for number, stored in enumerate(manifest.saes, 1):
                 if stored.name != sae:
                     attach(self._connection, store / stored.file.path, f"sae{number}")
-            self._search_path = "sae.main,txt.main" if text else "sae.main"
+            extras = extras_of(chosen)
+            for name, file in extras.items():
+                attach(self._connection, store / file.path, name)
+            names = ["sae", *(["txt"] if text else []), *extras]
+            self._search_path = ",".join(f"{name}.main" for name in names)
             lock_down(self._connection)
         except BaseException:
             self._connection.close()

@@ -49,6 +49,10 @@ def train(
     Killed at any instant and called again with ``resume=True``, it ends with the same bytes as a run that
     was never disturbed. Ctrl-C and SIGTERM save a checkpoint first.
 
+    >>> made = sb.train(cache=cache, out="runs/a", d_sae=64, k=4, tokens=2_000, batch_size=200, quiet=True)
+    >>> made.sae.W_dec.shape[0]
+    64
+
     Raises:
         UserError: bad settings, a cache that does not fit, a directory in use, activations that are not
             finite, or a loss that diverged.
@@ -79,6 +83,11 @@ def sweep(grid: Mapping[str, Sequence[Any]], /, **settings: Any) -> list[Run]:
     ``run.json`` says them), and its own resume. The grid may vary the architecture and its settings, lr,
     seed, warmup, decay, grad_clip and normalize; an architecture that lacks a setting is trained once for
     all its values. An SAE that diverges ends alone; the others go on.
+
+    >>> common = {"cache": cache, "d_sae": 64, "tokens": 600, "batch_size": 200, "quiet": True}
+    >>> runs = sb.sweep({"k": [2, 4]}, out="grid", **common)
+    >>> [made.path.name for made in runs]
+    ['k2', 'k4']
 
     Returns:
         The runs in grid order, the last named setting varying fastest.

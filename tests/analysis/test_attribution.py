@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import saebench as sb
 from saebench.activations.models import Model
-from saebench.analysis import attribution
 from saebench.analysis.attribution import logit_attribution
 from saebench.analysis.prompts import features_of
 from saebench.errors import UserError
@@ -159,9 +156,3 @@ def test_what_makes_no_sense_is_one_sentence(
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         logit_attribution(**{"text": TEXT, "sae": run, "model": tiny_model, "target": 3, **settings})
-
-
-def test_the_examples_of_the_docstrings(run: Path, tiny_model: Model) -> None:
-    globs = {"sb": sb, "run": run, "model": tiny_model}
-    failed, tried = doctest.testmod(attribution, extraglobs=globs)
-    assert (failed, tried > 0) == (0, True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import saebench as sb
 from saebench.activations.models import Model
 from saebench.analysis import interventions, prompts
 from saebench.analysis.interventions import Edit, ablate, latent_values, steer
@@ -242,10 +240,3 @@ def test_one_token_can_be_edited_when_it_is_named(run: Path, tiny_model: Model) 
         ablate("a", 0, run, tiny_model)
     assert ablate("a", 0, run, tiny_model, positions=0)["edited"].tolist() == [True]
     steer("a", 0, run, tiny_model, strength=1)  # edits what it generates
-
-
-@pytest.mark.parametrize("module", [interventions, prompts])
-def test_the_examples_of_the_docstrings(run: Path, tiny_model: Model, module: Any) -> None:
-    globs = {"sb": sb, "run": run, "model": tiny_model}
-    failed, tried = doctest.testmod(module, extraglobs=globs)
-    assert (failed, tried > 0) == (0, True)

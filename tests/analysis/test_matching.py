@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import saebench as sb
 from saebench.activations.cache import ActivationCache
 from saebench.analysis import correlations, matching
 from saebench.analysis.matching import WAYS, match, splits
@@ -241,8 +239,3 @@ def test_splits_that_make_no_sense(settings: dict[str, Any], sentence: str) -> N
     a = random_sae(5, 8, 1)
     with pytest.raises(UserError, match=sentence):
         splits(**{"a": a, "b": a, **settings})
-
-
-def test_the_examples_of_the_docstrings(run: Path) -> None:
-    failed, tried = doctest.testmod(matching, extraglobs={"sb": sb, "run": run})
-    assert (failed, tried > 0) == (0, True)

@@ -33,6 +33,18 @@ def test_another_model_than_the_saes_is_refused(run: Path, other_model: Model, h
     assert mount(load(run), other_model, hook).model is other_model
 
 
+def test_whatever_is_a_path_names_a_run(run: Path, tiny_model: Model, hook: str) -> None:
+    """A finished training, as train returns it, is one."""
+
+    class Finished:
+        def __fspath__(self) -> str:
+            return str(run)
+
+    for named in (run, str(run), Finished()):
+        mounted = mount(named, tiny_model)  # type: ignore[arg-type]
+        assert mounted.hook == hook and mounted.sae.d_sae == load(run).d_sae
+
+
 def test_what_an_sae_in_memory_cannot_know_is_asked_for(run: Path, tiny_model: Model, hook: str) -> None:
     sae = load(run)
     with pytest.raises(UserError, match=r"at which hook .*hook=\.\.\."):

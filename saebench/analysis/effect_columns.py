@@ -1,0 +1,118 @@
+"""The effects of latents as columns of a store's feature table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saebench.analysis.contexts import draw_contexts
+from saebench.analysis.effects import LossEffects, loss_effects
+from saebench.analysis.mounting import run_folder
+from saebench.config import EffectsConfig
+from saebench.device import pick_device
+from saebench.errors import UserError
+from saebench.evaluation.sources import read_origin
+from saebench.fields import station
+from saebench.saes.base import SAE, load
+
+if TYPE_CHECKING:
+    import duckdb
+
+    from saebench.activations.cache import ActivationCache
+
+EXTRA = "effects"
+
+
+@station(EffectsConfig)
+def index_effects(config: EffectsConfig) -> LossEffects:
+    """Measure `loss_effects` of an SAE and publish them as columns of its feature table in ``config.store``.
+
+    The store gets a new generation, in which the columns loss_effect, kl, loss_effect_n, loss_estimate and
+    loss_estimate_n can be filtered and sorted by; earlier effects are replaced.
+
+    >>> indexed = sb.index(run=run, cache=cache, out="store", quiet=True)
+    >>> found = sb.index_effects("store", run=run, contexts=1, sample=4, quiet=True)
+    >>> ordered = sb.open_store("store").features(order_by="loss_effect", descending=True)
+    >>> bool(ordered["loss_effect"][0] == found.features["loss_effect"].max())
+    True
+
+    Raises:
+        UserError: the store has not this SAE, or indexed it over another cache, and what `loss_effects`
+            raises.
+    """
+    from saebench.activations.cache import open_cache
+    from saebench.activations.models import load_model
+
+    cache = open_cache(config.cache or _trained_on(config.run))
+    device = pick_device(config.device)
+    sae = load(run_folder(config.run), device=device)
+    name, info = _indexed(config, sae, cache)
+    draw_contexts(cache, 1, rows=config.rows, seed=config.seed)  # complains before a model is loaded
+    assert cache.model is not None, "contexts without the model that read them"
+    named, revision = config.model, None
+    if named == "cache":
+        named, revision = cache.model["name"], cache.model["revision"]
+    model = load_model(named, revision=revision, device=device)
+    found = loss_effects(
+        sae, cache, model, info["hook_name"], contexts=config.contexts, sample=config.sample,
+        rows=config.rows, seed=config.seed, quiet=config.quiet,
+    )  # fmt: skip
+    publish_effects(config.store, name, info, found, settings={
+        "contexts": config.contexts, "sample": config.sample, "rows": config.rows, "seed": config.seed,
+    })  # fmt: skip
+    return found
+
+
+def publish_effects(
+    store: Path, sae: str, info: dict[str, Any], found: LossEffects, settings: dict[str, Any]
+) -> None:
+    """Write effects beside the SAE ``sae`` of a store; ``info`` is what FeatureStore.info() says of it."""
+    from saebench.store.database import insert
+    from saebench.store.extras import publish_extra
+    from saebench.store.schema import EFFECT
+
+    rows = found.features[found.features["loss_estimate_n"] > 0]
+
+    def build(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
+        columns = {name: rows[name].to_numpy() for name in EFFECT.names}
+        for name in ("loss_effect", "kl"):
+            columns[name] = [
+                None if missing else value
+                for value, missing in zip(rows[name], rows[name].isna(), strict=True)
+            ]
+        insert(connection, EFFECT, columns)
+        return {**settings, "correlation": found.correlation, "n_contexts": found.n_contexts}
+
+    publish_extra(Path(store), sae, EXTRA, build, made_from=info)
+
+
+def _trained_on(run: Path) -> Path:
+    cache = read_origin(Path(run)).cache
+    if cache is None:
+        raise UserError(f"nothing says on which cache {run} was trained; name it with --cache")
+    return cache
+
+
+def _indexed(config: EffectsConfig, sae: SAE, cache: ActivationCache) -> tuple[str, dict[str, Any]]:
+    """Name and info of this SAE in the store."""
+    from saebench.store.build import hash_of
+    from saebench.store.query import open_store
+
+    with open_store(config.store) as first:
+        names = first.saes
+    identity = hash_of(sae)
+    for name in names:
+        with open_store(config.store, name) as store:
+            info = store.info()
+        if info["sae_hash"] != identity:
+            continue
+        if info["cache_hash"] != cache.hash:
+            raise UserError(
+                f"the store {config.store} indexed {name!r} over another cache than {cache.path}; name that "
+                "one with --cache"
+            )
+        return name, info
+    raise UserError(
+        f"the store {config.store} has not the SAE {config.run} (its weights are those of none of "
+        f"{', '.join(names)}); run saebench index {config.run} into it first"
+    )

@@ -1,0 +1,333 @@
+"""Plotly figures of what the API returns, in one visual language (looks.py)."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saebench.analysis.looks import COLD, HEAT, HOT, KINDS, SCALE, TEXT, counts, note, styled, visible
+from saebench.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from saebench.analysis.interventions import Steering
+    from saebench.analysis.matching import Matching
+
+__all__ = [
+    "decoder_scatter",
+    "density_histogram",
+    "histogram",
+    "matching_similarity",
+    "prompt_heatmap",
+    "steering_curve",
+    "training_curves",
+]
+
+DENSITY_BINS = 60
+SIMILARITY_BINS = 50
+MOST_TOKENS = 512
+MEASURES = ("fvu", "l0", "dead")
+EFFECTS = {"kl": "KL(clean || steered), nats", "difference": "log-probability of the text, change in nats"}
+
+
+def histogram(bins: pd.DataFrame) -> go.Figure:
+    """The activations of one feature, counts on a logarithmic axis.
+
+    >>> alive = store.features(flags={"dead": False}, limit=1)
+    >>> figure = sb.figures.histogram(store.histogram(alive["feature"][0]))
+    >>> bool(figure.data[0].y.sum() == alive["n_act"][0])
+    True
+
+    Args:
+        bins: columns lo, hi, count, as `FeatureStore.histogram` gives them.
+    """
+    import plotly.graph_objects as go
+
+    _require(bins, "bins", "what store.histogram(feature) gives", "lo", "hi", "count")
+    lo, hi, count = (bins[name].to_numpy() for name in ("lo", "hi", "count"))
+    bars = go.Bar(
+        x=(lo + hi) / 2, y=count, width=hi - lo, marker={"color": HOT, "line": {"width": 0}},
+        customdata=bins[["lo", "hi"]].to_numpy(),
+        hovertemplate="%{y:,} tokens<br>%{customdata[0]:.3g} to %{customdata[1]:.3g}<extra></extra>",
+    )  # fmt: skip
+    figure = styled(go.Figure(bars), "activation", "tokens (log)")
+    return figure.update_layout(bargap=0, yaxis=counts(count))
+
+
+def density_histogram(features: pd.DataFrame) -> go.Figure:
+    """How often the latents of one SAE fire: how many of them fire on which share of the tokens.
+
+    >>> figure = sb.figures.density_histogram(store.features())
+    >>> bool(figure.data[0].y.sum() == (store.features()["n_act"] > 0).sum())
+    True
+
+    Args:
+        features: column density, as `FeatureStore.features` gives it; those that never fire are counted
+            beside the bars.
+    """
+    import numpy as np
+    import plotly.graph_objects as go
+
+    _require(features, "features", "what store.features() gives", "density")
+    density = features["density"].to_numpy(dtype="float64")
+    logs = np.log10(density[density > 0])
+    count, edges = np.histogram(
+        logs, bins=DENSITY_BINS if len(logs) else 1, range=None if len(logs) else (-1, 0)
+    )
+    bars = go.Bar(
+        x=(edges[1:] + edges[:-1]) / 2, y=count, width=np.diff(edges),
+        marker={"color": HOT, "line": {"width": 0}},
+        customdata=10 ** np.stack([edges[:-1], edges[1:]], axis=1),
+        hovertemplate="%{y:,} latents<br>fire on %{customdata[0]:.2%} to %{customdata[1]:.2%}<extra></extra>",
+    )  # fmt: skip
+    figure = styled(go.Figure(bars), "share of the tokens that it fires on", "latents")
+    ticks = range(math.floor(edges[0]), math.ceil(edges[-1]) + 1)
+    axis = {"tickvals": list(ticks), "ticktext": [f"{100 * 10.0**tick:g}%" for tick in ticks]}
+    silent = int((density == 0).sum())
+    if silent:
+        note(figure, f"{silent:,} of {len(density):,} fire on none")
+    return figure.update_layout(bargap=0, xaxis=axis)
+
+
+def prompt_heatmap(found: pd.DataFrame, top: int = 20, *, keep_first: bool = False) -> go.Figure:
+    """Which latents fire where in a prompt: a row a latent, a column a token.
+
+    >>> figure = sb.figures.prompt_heatmap(sb.features_of("The Congress", run, model), top=5)
+    >>> figure.data[0].z.shape[0] <= 5
+    True
+
+    Args:
+        found: columns pos, token, feature, value, first, as `features_of` gives them (without its ``top``).
+        top: the latents with the largest values, the largest on top.
+        keep_first: also position 0, which is out of proportion in most models.
+
+    Raises:
+        UserError: other columns, nothing to show, or more than 512 tokens.
+    """
+    import plotly.graph_objects as go
+
+    _require(found, "found", "what features_of(text, ...) gives", "pos", "token", "feature", "value", "first")
+    if top < 1:
+        raise UserError(f"top is {top}; it must be at least 1")
+    shown = found if keep_first else found[~found["first"]]
+    if shown.empty:
+        raise UserError(
+            "found has no latent that fires behind position 0; give keep_first=True or a longer text"
+        )
+    columns = shown.drop_duplicates("pos").set_index("pos")["token"].sort_index()
+    if len(columns) > MOST_TOKENS:
+        raise UserError(f"found has {len(columns):,} tokens; show at most {MOST_TOKENS} at once")
+    largest = shown.groupby("feature")["value"].max()
+    rows = largest.sort_values(kind="stable", ascending=False).index[:top]
+    values = shown.pivot_table(index="feature", columns="pos", values="value", aggfunc="sum", fill_value=0.0)
+    values = values.loc[rows, columns.index]
+    names = [visible(token) for token in columns]
+    heat = go.Heatmap(
+        z=values.to_numpy(), x=list(range(len(columns))), y=[f"{feature}" for feature in rows],
+        colorscale=HEAT, zmin=min(0.0, float(values.to_numpy().min())), xgap=1, ygap=1,
+        customdata=[[[int(pos), name] for pos, name in zip(columns.index, names, strict=True)]] * len(rows),
+        hovertemplate="feature %{y}<br>%{customdata[1]} at %{customdata[0]}<br>%{z:.4g}<extra></extra>",
+        colorbar={"title": {"text": "value"}, "thickness": 12, "outlinewidth": 0},
+    )  # fmt: skip
+    figure = styled(go.Figure(heat), "", "feature", height=max(220, 60 + 18 * len(rows)))
+    return figure.update_layout(
+        xaxis={"tickvals": list(range(len(columns))), "ticktext": names, "showgrid": False, "tickangle": -60},
+        yaxis={"type": "category", "autorange": "reversed", "showgrid": False},
+    )
+
+
+def decoder_scatter(
+    points: pd.DataFrame, colour: str = "cluster", features: pd.DataFrame | None = None
+) -> go.Figure:
+    """The map of `decoder_map`, each latent a point, coloured by its cluster or by a number.
+
+    >>> points = sb.decoder_map(run, n_clusters=3)
+    >>> figure = sb.figures.decoder_scatter(points, "density", store.features())
+    >>> len(figure.data[0].x) == len(points)
+    True
+
+    Args:
+        points: columns feature, x, y, cluster, as `decoder_map` gives them.
+        colour: 'cluster', or a column of numbers of ``points`` or ``features``; density is shown by its
+            logarithm.
+        features: as `FeatureStore.features` gives them; top_token is shown with each point.
+    """
+    import numpy as np
+    import plotly.graph_objects as go
+
+    _require(points, "points", "what decoder_map(sae) gives", "feature", "x", "y", "cluster")
+    if features is not None:
+        _require(features, "features", "what store.features() gives", "feature")
+        more = features[[name for name in features if name == "feature" or name not in points]]
+        points = points.merge(more, on="feature", how="left")
+    if colour not in points or not np.issubdtype(points[colour].dtype, np.number):
+        numbers = [str(name) for name in points.select_dtypes("number") if name not in ("feature", "x", "y")]
+        raise UserError(f"colour is {colour!r}; give one of {', '.join(numbers)}")
+    token = [
+        visible(text) if isinstance(text, str) else "" for text in points.get("top_token", [""] * len(points))
+    ]
+    points = points.assign(
+        _hover=[f"feature {f}<br>{t}" for f, t in zip(points["feature"], token, strict=True)]
+    )
+    common = {"mode": "markers", "hovertemplate": "%{text}<extra></extra>"}
+    figure = go.Figure()
+    if colour == "cluster":
+        for (cluster, group), kind in zip(points.groupby("cluster"), itertools.cycle(KINDS), strict=False):
+            figure.add_trace(
+                go.Scattergl(x=group["x"], y=group["y"], text=group["_hover"], name=f"{cluster}",
+                             marker={"color": kind, "size": 5, "opacity": 0.75}, **common)
+            )  # fmt: skip
+        figure.update_layout(legend={"title": {"text": "cluster"}, "itemsizing": "constant"})
+    else:
+        values, name = points[colour].to_numpy(dtype="float64"), colour
+        if colour == "density":
+            values, name = np.log10(np.where(values > 0, values, np.nan)), "log10 density"
+        bar = {"title": {"text": name}, "thickness": 12, "outlinewidth": 0}
+        marker = {"color": values, "colorscale": SCALE, "size": 5, "opacity": 0.8, "colorbar": bar}
+        figure.add_trace(
+            go.Scattergl(x=points["x"], y=points["y"], text=points["_hover"], marker=marker, **common)
+        )
+    figure = styled(figure, "", "", height=520)
+    bare = {"showgrid": False, "zeroline": False, "showticklabels": False}
+    return figure.update_layout(
+        showlegend=colour == "cluster", xaxis=bare, yaxis={**bare, "scaleanchor": "x", "scaleratio": 1}
+    )
+
+
+def matching_similarity(matching: Matching) -> go.Figure:
+    """How alike the pairs of `match` are, with its threshold and stability.
+
+    >>> figure = sb.figures.matching_similarity(sb.match(run, run, quiet=True))
+    >>> int(figure.data[0].y.sum()) == sb.load(run).d_sae
+    True
+    """
+    import numpy as np
+    import plotly.graph_objects as go
+
+    values = matching.pairs["similarity"].to_numpy()
+    lowest = -1.0 if len(values) and values.min() < 0 else 0.0
+    count, edges = np.histogram(values, bins=SIMILARITY_BINS, range=(lowest, 1.0))
+    middle = (edges[1:] + edges[:-1]) / 2
+    bars = go.Bar(
+        x=middle, y=count, width=np.diff(edges),
+        marker={"color": np.where(middle >= matching.threshold, HOT, COLD).tolist(), "line": {"width": 0}},
+        hovertemplate="%{y:,} pairs at %{x:.2f}<extra></extra>",
+    )  # fmt: skip
+    name = "|cos| of the decoder rows" if matching.by == "decoder" else "correlation of the activations"
+    figure = styled(go.Figure(bars), name, "pairs")
+    figure.add_vline(matching.threshold, line={"color": TEXT, "dash": "dot", "width": 1})
+    note(
+        figure,
+        f"{matching.stability:.1%} at least {matching.threshold:g}, mean {matching.mean_similarity:.3f}",
+    )
+    return figure.update_layout(bargap=0)
+
+
+def steering_curve(steering: Steering, measure: str = "kl") -> go.Figure:
+    """What each strength of a sweep does to the predictions on the prompt: mean and largest over positions.
+
+    >>> found = sb.steer("The Congress", 3, run, model, strength=[0, 4, 8], new_tokens=0)
+    >>> sb.figures.steering_curve(found).data[0].x.tolist()
+    [0.0, 4.0, 8.0]
+
+    Args:
+        steering: what `steer` gives for several strengths.
+        measure: 'kl', or 'difference' of the log-probabilities of the text's own tokens.
+    """
+    import plotly.graph_objects as go
+
+    if measure not in EFFECTS:
+        raise UserError(f"measure is {measure!r}; give {' or '.join(map(repr, EFFECTS))}")
+    effects = steering.effects
+    first = effects.loc[effects["edited"], "pos"].min() if effects["edited"].any() else 0
+    reached = effects[effects["pos"] >= first].groupby("strength")[measure]
+    largest = (
+        reached.max()
+        if measure == "kl"
+        else reached.agg(lambda v: v.loc[v.abs().idxmax()] if v.notna().any() else math.nan)
+    )
+    figure = go.Figure()
+    for name, line, kind in (("mean", reached.mean(), HOT), ("largest", largest, COLD)):
+        figure.add_trace(
+            go.Scatter(
+                x=line.index.to_numpy(), y=line.to_numpy(), name=name, mode="lines+markers",
+                line={"color": kind, "dash": "solid" if name == "mean" else "dot"},
+                hovertemplate="strength %{x:g}: %{y:.4g}<extra>" + name + "</extra>",
+            )
+        )  # fmt: skip
+    return styled(figure, "strength", EFFECTS[measure]).update_layout(showlegend=True)
+
+
+def training_curves(
+    runs: str | PathLike[str] | Iterable[str | PathLike[str]], measures: Sequence[str] = MEASURES
+) -> go.Figure:
+    """The course of one or several trainings, a panel a measure, a colour a run.
+
+    >>> sb.figures.training_curves(run, ["fvu"]).data[0].y[-1] < 1
+    True
+
+    Args:
+        runs: run directories.
+        measures: names in their metrics.jsonl.
+
+    Raises:
+        UserError: no run, one without metrics, or a measure that none of them has.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    folders = [Path(runs)] if isinstance(runs, str | PathLike) else [Path(run) for run in runs]
+    if not folders or not measures:
+        raise UserError(f"{'measures' if folders else 'runs'} is empty; name at least one")
+    courses = {folder: _metrics(folder) for folder in dict.fromkeys(folders)}
+    known = {name: None for course in courses.values() for line in course for name in line}
+    for measure in measures:
+        if measure not in known:
+            raise UserError(f"{measure!r} is no measure of these runs; there is {', '.join(known)}")
+    figure = make_subplots(rows=1, cols=len(measures), subplot_titles=list(measures))
+    dashes = itertools.cycle(["solid"] * len(KINDS) + ["dot"] * len(KINDS) + ["dash"] * len(KINDS))
+    for (folder, course), kind, dash in zip(courses.items(), itertools.cycle(KINDS), dashes, strict=False):
+        name = html.escape(folder.resolve().name)
+        for i, measure in enumerate(measures):
+            points = [(line["tokens"], line[measure]) for line in course if line.get(measure) is not None]
+            figure.add_trace(
+                go.Scatter(
+                    x=[x for x, _ in points], y=[y for _, y in points], name=name, legendgroup=str(folder),
+                    showlegend=i == 0, mode="lines", line={"color": kind, "dash": dash, "width": 1.5},
+                    hovertemplate="%{x:,} tokens: %{y:.4g}<extra>" + name + "</extra>",
+                ),
+                row=1, col=i + 1,
+            )  # fmt: skip
+    figure = styled(figure, None, None, height=320)
+    figure.update_xaxes(title={"text": "tokens"})
+    return figure.update_layout(showlegend=len(courses) > 1)
+
+
+def _require(frame: pd.DataFrame, name: str, origin: str, *columns: str) -> None:
+    missing = [column for column in columns if column not in getattr(frame, "columns", ())]
+    if missing:
+        raise UserError(f"{name} has no column {missing[0]!r}; give {origin}")
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; an unfinished last one, of a run that is being trained, is left out."""
+    file = folder / "metrics.jsonl"
+    if not file.is_file():
+        raise UserError(f"{folder} has no metrics.jsonl; name a run directory of saebench train")
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    if not found:
+        raise UserError(f"{file} has no line yet; wait for the training's first report")
+    return found

@@ -1,0 +1,252 @@
+"""Where decoder rows point: a map in the plane, clusters, and how many say the same.
+
+All goes by directions: rows are given unit norm first.
+
+Shapes: M = d_sae latents, D = d_in, C clusters, B latents of a block, P pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from saebench.analysis.layout import neighbour_layout, principal_layout
+from saebench.analysis.mounting import read_sae
+from saebench.errors import UserError
+from saebench.saes.base import SAE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+METHODS = ("pca", "umap")
+BLOCK_BYTES = 2**27
+MOST_PAIRS = 5_000_000
+MOST_ROUNDS = 100
+
+
+@dataclass(frozen=True)
+class Redundancy:
+    """What `redundancy` found."""
+
+    pairs: pd.DataFrame
+    """feature, other, cosine: pairs of latents (feature < other) with a cosine of at least ``threshold``, the
+    largest first."""
+    threshold: float
+    share: float
+    """Of the latents, how many are in such a pair."""
+    effective_rank: float
+    """exp(-sum p log p), p = s / sum s, with s the singular values of the unit decoder rows (Roy and Vetterli
+    2007): how many directions they fill, at most d_in."""
+    participation_ratio: float
+    """(sum s^2)^2 / sum s^4: the same, ruled by the large ones."""
+
+    def __repr__(self) -> str:
+        return (
+            f"Redundancy({len(self.pairs):,} pairs at {self.threshold:g} or more, {self.share:.1%} of the "
+            f"latents, effective rank {self.effective_rank:.1f}, "
+            f"participation ratio {self.participation_ratio:.1f})"
+        )
+
+
+@torch.no_grad()
+def decoder_map(
+    sae: SAE | str | Path,
+    method: str = "pca",
+    *,
+    n_clusters: int = 8,
+    neighbours: int = 15,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Every latent as a point of the plane: feature, x, y, cluster.
+
+    By 'pca' the points are the unit decoder rows on their first two principal axes: exact, and the same
+    for everyone, but two axes show little of many directions. By 'umap' near directions become near points,
+    by our own torch implementation of UMAP's objective (McInnes et al. 2018, arXiv 1802.03426) on the
+    exact nearest neighbours by cosine, begun from the principal axes: which points are neighbours means
+    something, large distances do not. ``cluster`` is that of `clusters`, found among directions, not in the
+    plane.
+
+    >>> points = sb.decoder_map(run, n_clusters=4)
+    >>> points.columns.tolist(), len(points) == sb.load(run).d_sae
+    (['feature', 'x', 'y', 'cluster'], True)
+
+    Args:
+        sae: a run directory, or an SAE in memory.
+        method: 'pca' or 'umap'.
+        n_clusters: of ``cluster``, the largest being 0.
+        neighbours: of each latent, that 'umap' keeps near.
+        seed: of the clusters' beginnings, and of 'umap'; the same gives the same.
+
+    Raises:
+        UserError: no such SAE, weights that are not finite, fewer than 3 latents, or a setting that makes no
+            sense.
+    """
+    if method not in METHODS:
+        raise UserError(f"method is {method!r}; give {' or '.join(map(repr, METHODS))}")
+    if neighbours < 2:
+        raise UserError(f"neighbours is {neighbours}; give at least 2")
+    unit_MD = _directions(sae)
+    if len(unit_MD) < 3:
+        raise UserError(f"the SAE has {len(unit_MD)} latents; a map needs at least 3")
+    found = _clustered(unit_MD, n_clusters, seed)
+    points_M2 = (
+        principal_layout(unit_MD) if method == "pca" else neighbour_layout(unit_MD, neighbours, seed=seed)
+    )
+    found.insert(1, "x", points_M2[:, 0].numpy())
+    found.insert(2, "y", points_M2[:, 1].numpy())
+    return found[["feature", "x", "y", "cluster"]]
+
+
+@torch.no_grad()
+def clusters(sae: SAE | str | Path, n: int = 32, *, seed: int = 0) -> pd.DataFrame:
+    """Group the latents by direction: feature, cluster, cosine (with the mean direction of its cluster).
+
+    Spherical k-means: the sum of the cosines rises until no latent changes its cluster. Begun as greedy
+    k-means++ is, with 1 - cosine as the distance. Clusters are numbered by size, 0 the
+    largest; none is empty.
+
+    >>> found = sb.clusters(run, 4)
+    >>> found["cluster"].value_counts().is_monotonic_decreasing
+    True
+
+    Args:
+        sae: a run directory, or an SAE in memory.
+        n: how many, at most as many as latents.
+        seed: of the beginning; the same gives the same.
+
+    Raises:
+        UserError: no such SAE, weights that are not finite, or more clusters than latents.
+    """
+    return _clustered(_directions(sae), n, seed)
+
+
+@torch.no_grad()
+def redundancy(sae: SAE | str | Path, *, threshold: float = 0.9) -> Redundancy:
+    """Which latents of one SAE write nearly the same direction, and how many directions all of them fill.
+
+    >>> found = sb.redundancy(run, threshold=0.5)
+    >>> bool((found.pairs.feature < found.pairs.other).all()), 1 <= found.effective_rank <= 32
+    (True, True)
+
+    Args:
+        sae: a run directory, or an SAE in memory.
+        threshold: two rows with at least this cosine count as the same.
+
+    Raises:
+        UserError: no such SAE, weights that are not finite, a threshold outside 0 to 1, or one that millions
+            of pairs reach.
+    """
+    import pandas as pd
+
+    if not 0 < threshold <= 1:
+        raise UserError(f"threshold is {threshold}; give a cosine above 0 and at most 1")
+    unit_MD = _directions(sae)
+    feature, other, cosine = _pairs(unit_MD, threshold)
+    pairs = pd.DataFrame({"feature": feature.numpy(), "other": other.numpy(), "cosine": cosine.numpy()})
+    energy_D = torch.linalg.eigvalsh(unit_MD.double().T @ unit_MD.double()).clamp_min(0)
+    share_D = energy_D.sqrt() / energy_D.sqrt().sum()
+    return Redundancy(
+        pairs=pairs.sort_values("cosine", ascending=False, kind="stable", ignore_index=True),
+        threshold=threshold,
+        share=len(torch.unique(torch.cat([feature, other]))) / len(unit_MD),
+        effective_rank=math.exp(torch.special.entr(share_D).sum().item()),
+        participation_ratio=(energy_D.sum().square() / energy_D.square().sum()).item(),
+    )
+
+
+def _directions(sae: SAE | str | Path) -> Tensor:
+    """[M, D] float32 on the CPU, rows of unit norm."""
+    loaded, _ = read_sae(sae, "sae")
+    W_MD = loaded.W_dec.detach().float().cpu()
+    if not W_MD.isfinite().all():
+        raise UserError("the decoder of the SAE holds NaN or infinity; train it again or restore a copy")
+    return torch.nn.functional.normalize(W_MD)
+
+
+def _clustered(unit_MD: Tensor, n: int, seed: int) -> pd.DataFrame:
+    import pandas as pd
+
+    if not 1 <= n <= len(unit_MD):
+        raise UserError(f"the number of clusters is {n}; give 1 to {len(unit_MD)}, the number of latents")
+    centre_CD = _beginnings(unit_MD, n, seed)
+    cluster_M = torch.full((len(unit_MD),), -1)
+    for _ in range(MOST_ROUNDS):
+        cosine_M, nearest_M = _nearest(unit_MD, centre_CD)
+        nearest_M = _without_empty(nearest_M, cosine_M, n)
+        if torch.equal(nearest_M, cluster_M):
+            break
+        cluster_M = nearest_M
+        sums_CD = torch.zeros(n, unit_MD.shape[1], dtype=torch.float64)
+        centre_CD = torch.nn.functional.normalize(sums_CD.index_add_(0, cluster_M, unit_MD.double())).float()
+    size_C = torch.bincount(cluster_M, minlength=n)
+    place_C = torch.empty(n, dtype=torch.int64)
+    place_C[size_C.sort(descending=True, stable=True).indices] = torch.arange(n)
+    cosine_M = (unit_MD * centre_CD[cluster_M]).sum(1).clamp_(-1, 1)
+    return pd.DataFrame(
+        {
+            "feature": range(len(unit_MD)),
+            "cluster": place_C[cluster_M].numpy(),
+            "cosine": cosine_M.numpy(),
+        }
+    )
+
+
+def _beginnings(unit_MD: Tensor, n: int, seed: int) -> Tensor:
+    """[C, D]: rows; each is the best of a few drawn with a probability that grows with 1 - cosine to those
+    before (greedy k-means++)."""
+    generator = torch.Generator().manual_seed(seed)
+    tried = 2 + int(math.log(n))
+    chosen = [int(torch.randint(len(unit_MD), (1,), generator=generator))]
+    apart_M = (1 - unit_MD @ unit_MD[chosen[0]]).clamp_min(0)
+    for _ in range(n - 1):
+        apart_M[chosen] = 0.0
+        total_M = apart_M.double().cumsum(0)
+        if total_M[-1] > 0:
+            drawn = torch.rand(tried, generator=generator, dtype=torch.float64) * total_M[-1]
+            drawn_L = torch.searchsorted(total_M, drawn, right=True).clamp_max(len(unit_MD) - 1)
+        else:  # all that is left are copies of those chosen
+            drawn_L = torch.tensor([next(i for i in range(len(unit_MD)) if i not in set(chosen))])
+        left_LM = torch.minimum(apart_M, (1 - unit_MD[drawn_L] @ unit_MD.T).clamp_min(0))
+        best = int(left_LM.double().sum(1).argmin())
+        chosen.append(int(drawn_L[best]))
+        apart_M = left_LM[best]
+    return unit_MD[chosen]
+
+
+def _without_empty(cluster_M: Tensor, cosine_M: Tensor, n: int) -> Tensor:
+    """A cluster that lost all its latents gets the one that fits worst where it is, from one of several."""
+    for empty in (torch.bincount(cluster_M, minlength=n) == 0).nonzero()[:, 0].tolist():
+        shared_M = torch.bincount(cluster_M, minlength=n)[cluster_M] > 1
+        worst = int(torch.where(shared_M, cosine_M, torch.inf).argmin())
+        cluster_M, cosine_M = cluster_M.clone(), cosine_M.clone()
+        cluster_M[worst], cosine_M[worst] = empty, torch.inf
+    return cluster_M
+
+
+def _nearest(unit_MD: Tensor, centre_CD: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest cosine [M] of each row with a centre, and which that is [M]; in blocks."""
+    block = max(1, BLOCK_BYTES // (4 * len(centre_CD)))
+    found = [(part_BD @ centre_CD.T).max(dim=1) for part_BD in torch.split(unit_MD, block)]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+
+def _pairs(unit_MD: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``(i, j, cosine)`` [P], i < j, of all pairs that reach the threshold; in blocks of rows."""
+    block = max(1, BLOCK_BYTES // (4 * len(unit_MD)))
+    found, n_found = [(torch.empty(0, dtype=torch.int64),) * 2 + (torch.empty(0),)], 0
+    for start in range(0, len(unit_MD), block):
+        cosine_BM = (unit_MD[start : start + block] @ unit_MD[start:].T).clamp_(-1, 1)
+        row, column = (cosine_BM >= threshold).triu_(1).nonzero(as_tuple=True)
+        found.append((row + start, column + start, cosine_BM[row, column]))
+        n_found += len(row)
+        if n_found > MOST_PAIRS:
+            raise UserError(
+                f"more than {MOST_PAIRS:,} pairs have a cosine of {threshold} or more; raise threshold"
+            )
+    first, second, cosine = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return first, second, cosine

@@ -1,0 +1,61 @@
+"""What a language model is asked and what comes back; a provider is whatever answers.
+
+An answer that did not come is a state, never a verdict: what is ``failed`` (no answer in time, an error),
+``refused`` (the model or its server declines) or ``unparsed`` (an answer that says nothing) counts nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+Status = Literal["ok", "failed", "refused", "unparsed"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt. With ``yes_or_no`` it is answered by one of the two, perhaps with a probability."""
+
+    system: str
+    user: str
+    yes_or_no: bool
+    max_tokens: int
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that asking this may take: a token has three bytes or more in all but odd text."""
+        return (len(self.system.encode()) + len(self.user.encode())) // 3 + self.max_tokens + 16
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer: its text, or why there is none; the probability of yes; the tokens it took.
+
+    A ``kept`` one was paid for earlier.
+    """
+
+    status: Status
+    text: str = ""
+    probability: float | None = None
+    reason: str = ""
+    tokens: int = 0
+    kept: bool = False
+
+
+class Provider(Protocol):
+    """Answers questions with a language model."""
+
+    name: str
+    model: str
+    version: str
+    """A hash of the model, where it is known."""
+
+    def ask(self, questions: Sequence[Question]) -> list[Reply]:
+        """One reply a question, in order."""
+
+
+def shown_name(model: str) -> str:
+    """What a model is called in a store: for a folder its name, without where it lies."""
+    return Path(model).resolve().name if Path(model).is_dir() else model

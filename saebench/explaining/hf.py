@@ -1,0 +1,124 @@
+"""The provider ``hf``: a causal language model in a local folder, asked in this process.
+
+Shapes: B questions, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from saebench.errors import UserError
+from saebench.explaining.asking import Question, Reply, shown_name
+
+BATCH = 8
+
+
+class HuggingFace:
+    """Answers with transformers. Of yes and no it says the probability, given that it is one of the two.
+
+    Raises:
+        UserError: no such folder, or no language model with weights as safetensors in it.
+    """
+
+    name = "hf"
+
+    def __init__(self, model: str, device: str) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from saebench.activations.model_source import peek_model
+        from saebench.assets import resolve_model
+        from saebench.device import pick_device
+
+        if not isinstance(resolve_model(model), Path):
+            raise UserError(f"--model {model} is no local folder; the hf provider fetches none")
+        info = peek_model(model)
+        self.model, self.version = shown_name(model), info.hash
+        self._n_ctx = info.n_ctx or 2**31
+        local = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(info.folder, **local)
+            lm: Any = AutoModelForCausalLM.from_pretrained(info.folder, use_safetensors=True, **local)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"model {model} cannot be asked ({reason}); give another --model") from None
+        self._lm = lm.to(pick_device(device)).eval()
+        self._chat = bool(getattr(self._tokenizer, "chat_template", None))
+
+    def ask(self, questions: Sequence[Question]) -> list[Reply]:
+        """Greedy text, or the probability of yes; a prompt longer than the model reads is ``failed``."""
+        prompts = [self._ids(question) for question in questions]
+        replies: list[Reply | None] = [
+            self._too_long(ids, q) for ids, q in zip(prompts, questions, strict=True)
+        ]
+        left = [i for i, reply in enumerate(replies) if reply is None]
+        choices = sorted((i for i in left if questions[i].yes_or_no), key=lambda i: len(prompts[i]))
+        for start in range(0, len(choices), BATCH):
+            batch = choices[start : start + BATCH]
+            for i, chance in zip(batch, self._chances([prompts[i] for i in batch]), strict=True):
+                text = "Yes" if chance >= 0.5 else "No"
+                replies[i] = Reply("ok", text, probability=chance, tokens=len(prompts[i]))
+        for i in left:
+            if not questions[i].yes_or_no:
+                replies[i] = self._generate(prompts[i], questions[i].max_tokens)
+        return [reply for reply in replies if reply is not None]
+
+    def _ids(self, question: Question) -> list[int]:
+        if self._chat:
+            turns = [
+                {"role": "system", "content": question.system},
+                {"role": "user", "content": question.user},
+            ]
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            return list(self._tokenizer.encode(text, add_special_tokens=False))
+        text = f"{question.system}\n\n{question.user}"
+        return list(self._tokenizer.encode(f"{text}\nAnswer:" if question.yes_or_no else text))
+
+    def _too_long(self, ids: list[int], question: Question) -> Reply | None:
+        if len(ids) + question.max_tokens <= self._n_ctx:
+            return None
+        reason = (
+            f"the prompt has {len(ids)} tokens, and with {question.max_tokens} for the answer these are more "
+            f"than the {self._n_ctx} that the model reads; lower --examples or --window"
+        )
+        return Reply("failed", reason=reason)
+
+    def _chances(self, prompts: list[list[int]]) -> list[float]:
+        """P(yes) of each prompt: the model's log-probabilities of the two answers, normalised to one."""
+        import torch
+
+        answers = [self._answer(word) for word in ("Yes", "No")]
+        rows = [ids + answer for ids in prompts for answer in answers]
+        longest = max(map(len, rows))
+        # Padding comes after the text: a causal model does not see it, and positions stay as they are.
+        ids_BT = torch.tensor(
+            [row + [row[-1]] * (longest - len(row)) for row in rows], device=self._lm.device
+        )
+        with torch.inference_mode():
+            logits_BTV = self._lm(input_ids=ids_BT).logits
+        totals: list[float] = []
+        for b, row in enumerate(rows):
+            n_answer = len(answers[b % 2])
+            at = slice(len(row) - n_answer - 1, len(row) - 1)
+            logprobs_TV = logits_BTV[b, at].float().log_softmax(-1)
+            totals.append(sum(float(logprobs_TV[t, token]) for t, token in enumerate(row[-n_answer:])))
+        yes_minus_no = -torch.tensor(totals, dtype=torch.float64).view(-1, 2).diff(dim=1)[:, 0]
+        return [float(chance) for chance in yes_minus_no.sigmoid()]
+
+    def _answer(self, word: str) -> list[int]:
+        return list(self._tokenizer.encode(word if self._chat else f" {word}", add_special_tokens=False))
+
+    def _generate(self, ids: list[int], max_tokens: int) -> Reply:
+        import torch
+
+        ids_BT = torch.tensor([ids], device=self._lm.device)
+        with torch.inference_mode():
+            made_BT = self._lm.generate(
+                input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=max_tokens,
+                do_sample=False, pad_token_id=self._tokenizer.eos_token_id,
+            )  # fmt: skip
+        made = made_BT[0, len(ids) :]
+        return Reply(
+            "ok", self._tokenizer.decode(made, skip_special_tokens=True), tokens=len(ids) + len(made)
+        )

@@ -1,0 +1,115 @@
+"""Examples for language models: from training documents to explain, from test documents to score.
+
+A window is a run of encoded tokens of one document in one context. What is shown to explain a feature and
+what is asked to score it have no document in common, and no context either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saebench.explaining.words import Rows, Words
+from saebench.store.folds import TEST, TRAIN
+from saebench.store.lots import lots
+
+BEFORE = 2 / 3
+"""Share of a window that lies before the token it is drawn for."""
+NEAR_MISS = 0.5
+"""Share of the negatives that hold a token on which the feature fires elsewhere."""
+TRIES = 20
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of a context: ``tokens`` from position ``start``; ``fires``: positions at which it fires."""
+
+    doc: int
+    ctx: int
+    start: int
+    tokens: tuple[int, ...]
+    fires: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """``shown`` (training documents); ``positive`` and ``negative`` (test documents) fire, or do not."""
+
+    shown: list[Window] = field(default_factory=list)
+    positive: list[Window] = field(default_factory=list)
+    negative: list[Window] = field(default_factory=list)
+
+
+class Sampler:
+    """Draws examples; the same seed draws the same ones, whatever else is drawn."""
+
+    def __init__(self, words: Words, *, n: int, window: int, seed: int) -> None:
+        self.words, self.n, self.window, self.seed = words, n, window, seed
+        new_N = np.ones(words.n_rows, dtype=bool)
+        new_N[1:] = (np.diff(words.ctx_N) != 0) | (np.diff(words.doc_N) != 0) | (np.diff(words.pos_N) != 1)
+        first = np.flatnonzero(new_N)
+        length = np.diff(np.append(first, words.n_rows))
+        self._first_N, self._stop_N = np.repeat(first, length), np.repeat(first + length, length)
+        self._fires_N = np.zeros(words.n_rows, dtype=bool)
+
+    def draw(self, feature: int, row_R: Rows, value_R: NDArray[np.float32]) -> Examples:
+        """Examples of a latent that fires on ``row_R`` with the activations ``value_R``.
+
+        Half of what is shown are its largest activations, the rest and all positives are drawn at random;
+        twice as many positives as negatives are drawn where there are enough.
+        """
+        fold_R = self.words.fold_N[row_R]
+        train_R, test_R = row_R[fold_R == TRAIN], row_R[fold_R == TEST]
+        self._fires_N[row_R] = True
+        used: set[int] = set()
+        strongest = train_R[np.lexsort((train_R, -value_R[fold_R == TRAIN]))]
+        shown = self._windows(strongest, (self.n + 1) // 2, used)
+        shown += self._windows(self._shuffled(train_R, feature, 0), self.n - len(shown), used)
+        positive = self._windows(self._shuffled(test_R, feature, 1), 2 * self.n, used)
+        near = round(self.n * NEAR_MISS)
+        negative = self._windows(self._near(train_R, feature), near, used, silent=True)
+        some = self._shuffled(self._some(TEST, feature), feature, 3)
+        negative += self._windows(some, self.n - len(negative), used, silent=True)
+        self._fires_N[row_R] = False
+        return Examples(shown, positive, negative)
+
+    def _windows(self, row_R: Rows, n: int, used: set[int], *, silent: bool = False) -> list[Window]:
+        """Windows around the first ``n`` rows in unused contexts; in ``silent`` ones it does not fire."""
+        found: list[Window] = []
+        for row in row_R[: TRIES * self.n * 4].tolist():
+            if len(found) >= n:
+                break
+            ctx = int(self.words.ctx_N[row])
+            if ctx in used:
+                continue
+            first, stop = int(self._first_N[row]), int(self._stop_N[row])
+            low = max(first, min(row - int(self.window * BEFORE), stop - self.window))
+            rows = np.arange(low, min(low + self.window, stop))
+            fires = self._fires_N[rows]
+            if silent and fires.any():
+                continue
+            used.add(ctx)
+            found.append(Window(
+                doc=int(self.words.doc_N[row]), ctx=ctx, start=int(self.words.pos_N[low]),
+                tokens=tuple(self.words.token_N[0][rows].tolist()),
+                fires=tuple(self.words.pos_N[rows[fires]].tolist()),
+            ))  # fmt: skip
+        return found
+
+    def _near(self, train_R: Rows, feature: int) -> Rows:
+        """Test rows with the tokens on which it fires most often, but where it does not fire."""
+        token_U, n_U = np.unique(self.words.token_N[0][train_R], return_counts=True)
+        often = token_U[np.lexsort((token_U, -n_U))[:8]].tolist()
+        row_R = self.words.rows_of_term([{"at": 0, "in": often}], TEST)
+        return self._shuffled(row_R[~self._fires_N[row_R]], feature, 2)
+
+    def _some(self, fold: int, feature: int) -> Rows:
+        """Rows of a fold, drawn with replacement: enough to find silent windows for all but dense latents."""
+        row_R = self.words.rows[fold]
+        lot = lots(np.arange(TRIES * self.n * 4), feature, self.seed)
+        return np.unique(row_R[(lot % np.uint64(max(len(row_R), 1))).astype(np.int64)])
+
+    def _shuffled(self, row_R: Rows, feature: int, use: int) -> Rows:
+        return row_R[np.argsort(lots(row_R, feature * 4 + use, self.seed), kind="stable")]

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from saebench.store.build import build_store
+from tests.store.small_store import SmallCache, build_small_store, small_options, small_sae
+
+
+@pytest.fixture(scope="session")
+def wide_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small world with 400 contexts, so that every live latent fires often; read it, do not change it."""
+    path = tmp_path_factory.mktemp("wide") / "store"
+    build_store(path, small_sae(), SmallCache(n_contexts=400), small_options(), no_logits="not needed")
+    return path
+
+
+@pytest.fixture(scope="session")
+def two_saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with two SAEs, "small" over 60 contexts and "other" over 10; read it, do not change it."""
+    store = tmp_path_factory.mktemp("two") / "store"
+    build_store(store, small_sae(), SmallCache(n_contexts=60), small_options(), no_logits="not needed")
+    return build_small_store(store, name="other", seed=1)
+
+
+@pytest.fixture
+def own_store(two_saes: Path, tmp_path: Path) -> Path:
+    """The store with two SAEs, for a test to change."""
+    return shutil.copytree(two_saes, tmp_path / "store")

@@ -1,0 +1,220 @@
+"""Rules: found on one half of the documents, and what is said of them on the other half is exact."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import saebench as sb
+from saebench.errors import UserError
+from saebench.explaining.grammar import apply_rule
+from saebench.explaining.induction import Induction
+from saebench.explaining.journal import WORK
+from saebench.explaining.rules import LEAST_FIRINGS, Rules
+from saebench.explaining.scoring import Judge
+from saebench.explaining.words import Words
+from saebench.store import check_store, open_store
+from saebench.store.folds import TEST, TRAIN, fold_of
+from tests.explaining.test_grammar import rules
+from tests.store.small_store import VOCAB, build_small_store
+
+
+@pytest.fixture(scope="module")
+def wide_words(wide_store):
+    with open_store(wide_store) as store:
+        return Words(store)
+
+
+def test_stored_scores_are_those_of_counting_token_by_token(own_store):
+    with sb.explain(own_store, quiet=True) as store:
+        contexts = [store.context(ctx) for ctx in range(store.info()["n_contexts"])]
+        fold = fold_of(np.arange(store.info()["n_documents"]))
+        n_scores = 0
+        for feature in store.features(["feature"])["feature"]:
+            fires = set(zip(*store.activations(feature)[["ctx", "pos"]].to_numpy().T, strict=True))
+            for score in store.explanation_scores(feature).itertuples():
+                said = {
+                    (context["ctx"], pos)
+                    for context in contexts
+                    for pos, holds in enumerate(apply_rule(json.loads(score.rule), context["tokens"], VOCAB))
+                    if holds and pos >= 1 and fold[context["docs"][pos]] == TEST
+                }
+                true = {at for at in fires if fold[contexts[at[0]]["docs"][at[1]]] == TEST}
+                tp, fp, fn = len(said & true), len(said - true), len(true - said)
+                assert (score.tp, score.fp, score.fn) == (tp, fp, fn)
+                assert score.value == pytest.approx(2 * tp / (2 * tp + fp + fn))
+                assert 0 <= score.ci_lo <= score.ci_hi <= 1
+                n_scores += 1
+        assert n_scores >= 3 * 15
+        scorers = set(store.explanation_scores(0)["scorer"])
+        assert scorers == {"rule", "best token", "shuffled"}
+    assert check_store(own_store) == []
+
+
+def plantable(term: dict) -> bool:
+    """Whether the term is of the kind that is searched: an atom a place, positions from or up to one."""
+    places = ["position" if "position" in atom else atom.get("at", "repeated") for atom in term["all"]]
+    bounds = [atom["position"] for atom in term["all"] if "position" in atom]
+    return len(set(places)) == len(places) and all(low is None or high is None for low, high in bounds)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much])
+@given(rules)
+def test_a_planted_rule_is_found(wide_words, rule):
+    """Whatever short rule says where a latent fires, one as good is found from the training fold alone."""
+    train, test = (wide_words.rows_where(rule, fold) for fold in (TRAIN, TEST))
+    n_rows = wide_words.n_rows
+    assume(n_rows / 200 < len(train) < n_rows / 3 and len(test) >= 20)
+    assume(len(rule["any"]) == 1 and plantable(rule["any"][0]))
+    found = Induction(wide_words).rule(train)
+    assert Judge(wide_words, 0).score(wide_words.rows_where(found, TEST), test).value > 0.75
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        [{"at": 0, "in": [3]}],
+        [{"at": -1, "in": [1, 2, 5]}],
+        [{"at": 0, "is": "punctuation"}],
+        [{"at": -2, "is": "white space"}, {"at": 0, "word": "the"}],
+        [{"position": [0, 2]}],
+    ],
+)
+def test_a_simple_rule_is_found_as_it_is(wide_words, term):
+    rule = {"version": 1, "any": [{"all": term}]}
+    found = Induction(wide_words).rule(wide_words.rows_where(rule, TRAIN))
+    for fold in (TRAIN, TEST):
+        assert np.array_equal(wide_words.rows_where(found, fold), wide_words.rows_where(rule, fold))
+    assert len(found["any"]) == 1
+
+
+def test_an_interval_holds_the_value_and_narrows_to_it(wide_words):
+    judge = Judge(wide_words, 0)
+    fires = wide_words.rows[TEST][::7]
+    perfect = judge.score(fires, fires)
+    assert (perfect.value, perfect.ci_lo, perfect.ci_hi) == (1, 1, 1)
+    half = judge.score(fires[::2], fires)
+    assert half.ci_lo <= half.value <= half.ci_hi
+    assert half.tp + half.fp + half.fn + half.tn == len(wide_words.rows[TEST])
+    assert judge.score(fires[:0], fires).precision is None
+
+
+@given(st.integers(1, 30), st.integers(0, 3))
+def test_resampling_documents_is_resampling_with_replacement(n, seed):
+    from saebench.explaining.scoring import resamplings
+
+    drawn = resamplings(n, seed)
+    assert (drawn.sum(1) == n).all()
+    assert np.array_equal(drawn, resamplings(n, seed))
+
+
+def test_a_feature_that_hardly_fires_has_a_reason_and_no_score(own_store):
+    with sb.explain(own_store, features=(0, 22), quiet=True) as store:
+        [dead] = store.explanations(22).to_dict("records")
+        assert dead["status"] == "few"
+        assert dead["text"] is None
+        assert np.isnan(dead["score"])
+        assert "it fires on 0 tokens of the documents from which rules are made and on 0 of" in dead["reason"]
+        assert store.explanation_scores(22).empty
+        assert store.feature(22)["explanation"] is None
+        assert store.feature(0)["explanation_score"] == store.explanations(0)["score"][0]
+        assert store.explanations(1).empty
+        assert store.explanation_items(0).empty
+    assert LEAST_FIRINGS > 0
+
+
+def test_explaining_goes_on_where_it_was_interrupted(own_store, two_saes, tmp_path, monkeypatch):
+    with sb.explain(own_store, sae="other", quiet=True) as store:
+        whole = {table: store.arrow(f"FROM explanations.{table}") for table in ("explanation", "expl_score")}
+    store = shutil.copytree(two_saes, tmp_path / "second")
+    real, explained = Rules._explain, []
+
+    def interrupted(self, feature, rows):
+        explained.append(feature)
+        if len(explained) == 7:
+            raise KeyboardInterrupt
+        return real(self, feature, rows)
+
+    monkeypatch.setattr(Rules, "_explain", interrupted)
+    generation = open_store(store).generation
+    with pytest.raises(KeyboardInterrupt):
+        sb.explain(store, sae="other", quiet=True)
+    with open_store(store, "other") as opened:
+        assert opened.generation == generation
+        assert opened.explanations(0).empty
+    [journal] = (store / WORK).glob("*/finished.jsonl")
+    with open(journal, "ab") as file:
+        file.write(b'{"feature": 6, "provi')  # what a killed process may leave
+    with sb.explain(store, sae="other", quiet=True) as opened:
+        for table, rows in whole.items():
+            assert opened.arrow(f"FROM explanations.{table}").equals(rows)
+    assert explained.count(explained[6]) == 2
+    assert len(explained) == len(set(explained)) + 1  # the one that was interrupted, twice
+    assert not (store / WORK).exists()
+    assert check_store(store) == []
+
+
+def test_what_others_explained_stays(own_store):
+    sb.explain(own_store, features=(0, 1, 2), quiet=True).close()
+    with sb.explain(own_store, features=(2, 3), seed=5, quiet=True) as store:
+        assert [len(store.explanations(i)) for i in range(5)] == [1, 1, 1, 1, 0]
+        assert len(store.explanation_scores(2)) == 3
+    with open_store(own_store, "other") as store:
+        assert store.explanations(0).empty
+    assert check_store(own_store) == []
+
+
+def test_bad_input_is_refused_at_once(own_store, tmp_path):
+    textless_store = build_small_store(tmp_path / "textless", text=False)
+    with pytest.raises(UserError, match="feature 99 is not in 'small'"):
+        sb.explain(own_store, features=(99,))
+    with pytest.raises(UserError, match="'smal' is not an SAE"):
+        sb.explain(own_store, sae="smal")
+    with pytest.raises(UserError, match="without tokens and contexts"):
+        sb.explain(textless_store, quiet=True)
+    with pytest.raises(UserError, match="is not a feature store"):
+        sb.explain(tmp_path / "nothing")
+    with pytest.raises(UserError, match="--features and --limit"):
+        sb.explain(own_store, features=(1,), limit=2)
+    with pytest.raises(UserError, match="name it with --model"):
+        sb.explain(own_store, provider="hf")
+    assert not (tmp_path / "nothing").exists()
+    assert not (own_store / WORK).exists()
+
+
+def test_a_score_that_was_changed_is_found(own_store):
+    import duckdb
+
+    from saebench.store import publish
+
+    sb.explain(own_store, features=(0, 1), quiet=True).close()
+    [file] = publish.read_manifest(own_store).sae("small").extras.values()
+    path = own_store / file.path
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("UPDATE expl_score SET value = 0.987654 WHERE feature = 1 AND scorer = 'rule'")
+    for manifest in (own_store / "manifest.json", path.parent / "manifest.json"):
+        content = json.loads(manifest.read_text())
+        described = publish.describe(path)
+        content["saes"][0]["extras"]["explanations"] |= {"bytes": described.bytes, "sha256": described.sha256}
+        manifest.write_text(json.dumps(content))
+    problems = [finding.problem for finding in check_store(own_store)]
+    assert any("scores of rules do not follow from their counts" in problem for problem in problems)
+
+
+def test_on_the_command_line(own_store, capsys):
+    from saebench.cli import main
+
+    assert main(["explain", str(own_store), "--limit", "5", "--json", "--quiet"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["status"] == {"ok": 5}
+    assert {row["scorer"] for row in data["scores"]} == {"rule", "best token", "shuffled"}
+    assert main(["explain", str(own_store), "--features", "3,4"]) == 0
+    out = capsys.readouterr()
+    assert "2 features" in out.err
+    assert "fires on" in out.out
+    assert main(["explain", str(own_store), "--features", "77"]) == 2
