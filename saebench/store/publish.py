@@ -146,7 +146,7 @@ def before_next(store: Path) -> Manifest:
     """
     if (store / MANIFEST).exists():
         return read_manifest(store)
-    ours = (".lock", BUILDING, ".encoded")
+    ours = (".lock", BUILDING, ".encoded", ".explain")
     strangers = [p.name for p in store.iterdir() if p.name not in ours and not _number(p)]
     if strangers:
         raise UserError(
