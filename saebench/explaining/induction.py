@@ -77,7 +77,7 @@ class Induction:
         self.words = words
         train = words.rows[TRAIN]
         self.base_V = {offset: words.counts(TRAIN, offset).astype(np.float64) for offset in OFFSETS}
-        self.some_R = _thinned(train, MOST_ROWS * 3)
+        self.some_R = _thinned(train, 3 * MOST_ROWS)
         self._whole_kinds: dict[int, tuple[Numbers, dict[tuple[str, int], Numbers]]] = {}
         self._fires_N = np.zeros(words.n_rows, dtype=bool)
         self._said_N = np.zeros(words.n_rows, dtype=bool)
@@ -151,11 +151,12 @@ class Induction:
 
     def _where(self, atoms: tuple[Atom, ...]) -> tuple[Rows, float]:
         """Rows at which all ``atoms`` hold, all or a sample, and for how many each stands."""
-        row_R, stands_for = self.some_R, len(self.words.rows[TRAIN]) / max(len(self.some_R), 1)
-        for atom in atoms:
-            if "in" in atom or "word" in atom:
-                row_R, stands_for = self.words.rows_of_term([atom], TRAIN), 1.0
-                break
+        all_R = self.words.rows[TRAIN]
+        first = next((atom for atom in atoms if "in" in atom or "word" in atom), None)
+        if first is not None:
+            all_R = self.words.rows_of_term([first], TRAIN)
+        row_R = self.some_R if first is None else _thinned(all_R, 3 * MOST_ROWS)
+        stands_for = len(all_R) / max(len(row_R), 1)
         for atom in atoms:
             row_R = row_R[self.words.holds(atom, row_R)]
         thin = _thinned(row_R, MOST_ROWS)

@@ -72,7 +72,7 @@ def explain(config: ExplainConfig) -> FeatureStore:
                 print(explainer.forecast(len(left)), file=sys.stderr)
             try:
                 with progress(
-                    "explain", total=len(features), unit="feature", initial=len(features) - len(left),
+                    "explain", total=len(features), unit="features", initial=len(features) - len(left),
                     quiet=config.quiet,
                 ) as bar:  # fmt: skip
                     for record in explainer.explain(left):

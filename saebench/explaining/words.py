@@ -25,14 +25,13 @@ from saebench.explaining.grammar import (
     text_of,
     word_of,
 )
-from saebench.store.folds import fold_of
+from saebench.store.folds import TEST, TRAIN, fold_of
 from saebench.store.scan import read_activations, read_contexts, read_token_counts
 
 if TYPE_CHECKING:
     from saebench.store.query import FeatureStore
 
 Rows = NDArray[np.int64]
-FOLDS = (0, 1)
 
 
 class Words:
@@ -69,7 +68,7 @@ class Words:
         self.doc_N = docs_X[keep_X]
         self.fold_N = fold_of(self.doc_N)
         self.repeated_N = _repeated(tokens_X, np.repeat(np.arange(len(length_C)), length_C))[keep_X]
-        self.rows: tuple[Rows, ...] = tuple(np.flatnonzero(self.fold_N == fold) for fold in FOLDS)
+        self.rows: tuple[Rows, ...] = tuple(np.flatnonzero(self.fold_N == fold) for fold in (TRAIN, TEST))
         self._indices: dict[tuple[int, int], tuple[Rows, NDArray[np.int64]]] = {}
 
     @property

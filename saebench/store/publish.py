@@ -146,7 +146,7 @@ def before_next(store: Path) -> Manifest:
     """
     if (store / MANIFEST).exists():
         return read_manifest(store)
-    ours = (".lock", BUILDING, ".encoded", "user.sqlite", "user.sqlite-wal", "user.sqlite-shm")
+    ours = (".lock", BUILDING, ".encoded", ".explain", "user.sqlite", "user.sqlite-wal", "user.sqlite-shm")
     strangers = [p.name for p in store.iterdir() if p.name not in ours and not _number(p)]
     if strangers:
         raise UserError(

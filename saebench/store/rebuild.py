@@ -22,6 +22,7 @@ from saebench.files import directory_lock, require_disk
 from saebench.store import publish, schema, tables
 from saebench.store.corpus import Corpus, chunks
 from saebench.store.database import open_reader, quoted, read_meta, sentence_for_duckdb_errors, tables_of
+from saebench.store.extras import keep_extras
 from saebench.store.runs import Activations, ranges
 from saebench.store.tables import (
     GIVEN_COLUMNS,
@@ -58,6 +59,7 @@ def rebuild_store(path: str | Path, *, quiet: bool = False) -> publish.Manifest:
             try:
                 with sentence_for_duckdb_errors(building):
                     stored, text = _rebuild(path, current, old, building, quiet=quiet)
+                    stored = keep_extras(path, current, building, stored)
                 manifest = publish.publish(path, current, [stored], text)
             finally:
                 shutil.rmtree(building, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saebench.errors import UserError
+from saebench.explaining import grammar
 from saebench.explaining.grammar import CLASSES, OFFSETS, apply_rule, check_rule, describe
 from saebench.explaining.words import Words
 from saebench.store import open_store
@@ -87,6 +89,11 @@ def test_what_is_no_rule_is_refused(rule):
 def test_a_later_version_is_refused_by_its_number():
     with pytest.raises(UserError, match="version 2 and this saebench knows 1"):
         check_rule({"version": 2, "any": []})
+
+
+def test_the_example_in_its_help_is_true():
+    assert doctest.testmod(grammar).attempted > 0
+    assert doctest.testmod(grammar).failed == 0
 
 
 def test_words_of_a_rule():
