@@ -389,7 +389,8 @@ class SynthConfig:
 class BenchConfig:
     """Time training steps against others and against the bare matrix product, in turns.
 
-    On a GPU: encoders and steps at two fixed sizes, beside plain torch. With --cpu: ours and SAELens's.
+    On a GPU: encoders and steps at three fixed sizes, beside plain torch and whichever of sae-lens,
+    eai-sparsify and dictionary-learning can be imported. With --cpu: ours and SAELens's.
     """
 
     cpu: bool = False
