@@ -8,19 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import saebench
 from saebench.bench import gpu_peers
 from saebench.bench.gpu_ours import ENCODERS, PURSUIT, STEPS, TOPK, product
 from saebench.bench.gpu_sizes import SIZES, Make, Size
-from saebench.bench.gpu_timing import (
-    CALL_SECONDS,
-    MOST_REPEATS,
-    free,
-    peak_gib,
-    reason,
-    timed,
-)
+from saebench.bench.gpu_timing import CALL_SECONDS, MOST_REPEATS, free, peak_gib, reason, timed
 from saebench.bench.provenance import commit, now
 from saebench.bench.steps import LEARNING_RATE
 from saebench.bench.timing import Timed, Timing, take_turns
@@ -33,8 +27,6 @@ STEPS_TO_PEAK = 10
 """Steps after which ours have taken their graph, and with it all their memory."""
 PRODUCT = "bare product"
 NOT_FUSED = "left out: matching pursuit is not fused for more than 65,536 latents"
-
-
 GOALS: tuple[tuple[str, str, dict[str, float]], ...] = (
     ("topk encode", PRODUCT, {"S1": 1.25, "S2": 1.10}),
     ("gradient encode", "two bare products", {"S1": 1.35, "S2": 1.15}),
@@ -122,25 +114,29 @@ def require_gpu() -> None:
 
 def n_parts(config: BenchConfig) -> int:
     """How often `measure` says what it is at, if nothing fails."""
-    return (config.turns + 1) * sum(1 + len(_ours(size)) + 2 * len(_others(size)) for size in SIZES)
+    ours = sum(1 + len(group) for size in SIZES for group in _ours(size))
+    return (config.turns + 1) * (ours + sum(2 * len(_others(size)) for size in SIZES))
 
 
 def measure(config: BenchConfig, said: Callable[[str], None]) -> GpuReport:
     """Time everything: bfloat16 products, float32 masters, gradients clipped to norm 1, random normal rows.
 
     A step is all that a training does with rows that are on the GPU, as it does it: as a graph where it is
-    one. At each size, ours take turns with each other and with the bare product. Then each other contestant
-    (see `saebench.bench.gpu_peers`) is built, takes turns with the one of ours that it is compared with, and
-    is freed before the next: all of them together would not fit. What fails, or is not enough memory for,
-    gets a row that says why.
+    one. All of them together would not fit. So at each size, ours without matching pursuit take turns with
+    each other and with the bare product, and matching pursuit with the bare product. Then each other
+    contestant (see `saebench.bench.gpu_peers`) is built, takes turns with the one of ours that it is compared
+    with, and is freed before the next. What fails, or finds too little memory, gets a row that says why.
     """
     rows: list[GpuRow] = []
     ratios: list[GpuRatio] = []
     for size in SIZES:
-        of_size = _Measuring(size, config.turns, said)
-        of_size.measure_ours()
+        of_size = _Measuring(size, _random_rows(size), config.turns, said)
+        for group in _ours(size):
+            of_size.measure_ours(group)
         for name, make in _others(size).items():
             of_size.measure_beside(name, make)
+        if size.only_topk:
+            of_size.leave_out_pursuit()
         rows += of_size.rows
         ratios += of_size.ratios
         del of_size
@@ -171,35 +167,35 @@ def measure(config: BenchConfig, said: Callable[[str], None]) -> GpuReport:
 class _Measuring:
     """The rows and ratios of one size as they come in."""
 
-    def __init__(self, size: Size, turns: int, said: Callable[[str], None]) -> None:
-        generator = torch.Generator("cuda").manual_seed(0)
-        shape = (N_BATCHES, size.batch_size, size.d_in)
-        self.rows_BND = torch.randn(shape, generator=generator, device="cuda").bfloat16()
-        self.size, self.turns, self.said = size, turns, said
+    def __init__(self, size: Size, rows_BND: Tensor, turns: int, said: Callable[[str], None]) -> None:
+        self.size, self.rows_BND, self.turns, self.said = size, rows_BND, turns, said
         self.rows: list[GpuRow] = []
         self.ratios: list[GpuRatio] = []
         self._kept: dict[str, Timed] = {}
         self._product = 0.0
 
-    def measure_ours(self) -> None:
-        """All of ours and the bare product, in turns; those that others are compared with are kept."""
+    def measure_ours(self, group: dict[str, Make]) -> None:
+        """Some of ours and the bare product, in turns; those that others are compared with are kept."""
+        free()
         contestants = {PRODUCT: timed(product(self.size, self.rows_BND))}
         memory: dict[str, float] = {}
-        for name, make in _ours(self.size).items():
+        for name, make in group.items():
             try:
                 once = make(self.size, self.rows_BND)
                 if name in STEPS:
                     memory[name] = peak_gib(once, calls=STEPS_TO_PEAK)
-            except torch.OutOfMemoryError as error:
+            except Exception as error:  # most likely too little memory; what was measured is not lost
                 self._left_out(name, reason(error))
                 continue
             contestants[name] = timed(once)
         timings = take_turns(contestants, turns=self.turns, said=self.said)
-        self._product = timings[PRODUCT].median
-        for name, timing in timings.items():
-            self._add(name, timing, memory.get(name))
         medians = {name: timing.median for name, timing in timings.items()}
-        medians["two bare products"] = 2 * self._product
+        if not self._product:
+            self._product = medians[PRODUCT]
+            self._add(PRODUCT, timings[PRODUCT], None)
+        for name in [name for name in timings if name != PRODUCT]:
+            self._add(name, timings[name], memory.get(name))
+        medians["two bare products"] = 2 * medians[PRODUCT]
         self.ratios += [
             GpuRatio(
                 size=self.size.name,
@@ -211,10 +207,7 @@ class _Measuring:
             for slower, faster, goal in GOALS
             if slower in medians and faster in medians
         ]
-        self._kept = {name: contestants[name] for name in _COMPARED if name in contestants}
-        if self.size.only_topk:
-            for name in (PURSUIT, gpu_peers.PURSUIT):
-                self._left_out(name, NOT_FUSED)
+        self._kept |= {name: contestants[name] for name in _COMPARED if name in contestants}
 
     def measure_beside(self, name: str, make: Make) -> None:
         """One that is not ours, in turns with the one of ours that does the same."""
@@ -255,12 +248,25 @@ class _Measuring:
             )
         )
 
+    def leave_out_pursuit(self) -> None:
+        for name in (PURSUIT, gpu_peers.PURSUIT):
+            self._left_out(name, NOT_FUSED)
+
     def _left_out(self, name: str, why: str) -> None:
         self.rows.append(GpuRow(size=self.size.name, name=name, reason=why))
 
 
-def _ours(size: Size) -> dict[str, Make]:
-    return {TOPK: STEPS[TOPK]} if size.only_topk else ENCODERS | STEPS
+def _random_rows(size: Size) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (N_BATCHES, size.batch_size, size.d_in)
+    return torch.randn(shape, generator=generator, device="cuda").bfloat16()
+
+
+def _ours(size: Size) -> list[dict[str, Make]]:
+    if size.only_topk:
+        return [{TOPK: STEPS[TOPK]}]
+    steps = {name: make for name, make in STEPS.items() if name != PURSUIT}
+    return [ENCODERS | steps, {PURSUIT: STEPS[PURSUIT]}]
 
 
 def _others(size: Size) -> dict[str, Make]:

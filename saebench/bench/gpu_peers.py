@@ -56,7 +56,7 @@ def _plain(*, compiled: bool) -> Make:
     """A TopK step with a dense code; compiled, its loss and their gradients are one ``torch.compile``."""
 
     def make(size: Size, rows_BND: Tensor) -> Once:
-        device, k = rows_BND.device, size.k
+        device, k, mixed = rows_BND.device, size.k, _mixed(rows_BND.device)
         W_enc_DM, W_dec_MD = (
             torch.nn.Parameter(torch.randn(shape, device=device) / size.d_in**0.5)
             for shape in ((size.d_in, size.d_sae), (size.d_sae, size.d_in))
@@ -70,7 +70,7 @@ def _plain(*, compiled: bool) -> Make:
         def loss_of(
             x_ND: Tensor, W_enc_DM: Tensor, W_dec_MD: Tensor, b_enc_M: Tensor, b_dec_D: Tensor
         ) -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=_mixed(device)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
                 pre_NM = ((x_ND - b_dec_D) @ W_enc_DM + b_enc_M).relu()
                 top = pre_NM.topk(k, dim=1, sorted=False)
                 code_NM = torch.zeros_like(pre_NM).scatter(1, top.indices, top.values)
