@@ -179,13 +179,14 @@ class _Measuring:
         free()
         contestants = {PRODUCT: timed(product(self.size, self.rows_BND))}
         memory: dict[str, float] = {}
+        failed: dict[str, str] = {}
         for name, make in group.items():
             try:
                 once = make(self.size, self.rows_BND)
                 if name in STEPS:
                     memory[name] = peak_gib(once, calls=STEPS_TO_PEAK)
             except Exception as error:  # most likely too little memory; what was measured is not lost
-                self._left_out(name, reason(error))
+                failed[name] = reason(error)
                 continue
             contestants[name] = timed(once)
         timings = take_turns(contestants, turns=self.turns, said=self.said)
@@ -193,8 +194,11 @@ class _Measuring:
         if not self._product:
             self._product = medians[PRODUCT]
             self._add(PRODUCT, timings[PRODUCT], None)
-        for name in [name for name in timings if name != PRODUCT]:
-            self._add(name, timings[name], memory.get(name))
+        for name in group:
+            if name in failed:
+                self._left_out(name, failed[name])
+            else:
+                self._add(name, timings[name], memory.get(name))
         medians["two bare products"] = 2 * medians[PRODUCT]
         self.ratios += [
             GpuRatio(

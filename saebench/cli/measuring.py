@@ -47,7 +47,7 @@ def of_gpu(report: GpuReport) -> str:
 
 def _gpu_line(row: GpuRow) -> tuple[str, ...]:
     if row.timing is None or row.products is None:
-        return (row.name, row.reason or "", "", "", "", "", "", "")
+        return (row.name, "", "", "", "", "", "", row.reason or "")
     times = (row.timing.median, row.timing.smallest, row.timing.largest)
     return (
         row.name,

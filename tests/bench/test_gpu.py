@@ -69,7 +69,7 @@ def test_who_fails_gets_a_row_with_the_reason_and_the_others_go_on(measuring):
     run.measure_beside("a", fails(ImportError("cannot import b. Really")))
     run.measure_beside("c", makes("c"))
     rows = {row.name: row for row in run.rows}
-    assert list(rows) == ["gradient step", PRODUCT, TOPK, "a", "c"]
+    assert list(rows) == [PRODUCT, "gradient step", TOPK, "a", "c"]
     assert rows["gradient step"].reason == "OutOfMemoryError: none left"
     assert (rows["a"].reason, rows["a"].timing) == ("ImportError: cannot import b", None)
     assert rows["c"].timing is not None
