@@ -60,5 +60,5 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt Makefile
 
 $(PEERS_INSTALLED): constraints-peers.txt | $(INSTALLED)
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install -c constraints-peers.txt torch sae-lens
+	$(PEERS)/bin/python -m pip install -c constraints-peers.txt torch sae-lens eai-sparsify
 	touch $@

@@ -533,8 +533,9 @@ class SynthConfig:
 class BenchConfig:
     """Time training steps against others and against the bare matrix product, in turns.
 
-    On a GPU: encoders and steps at two fixed sizes, beside plain torch. With --cpu: ours and SAELens's. With
-    --store: the feature store.
+    On a GPU: encoders and steps at three fixed sizes, beside plain torch and whichever of sae-lens,
+    eai-sparsify and dictionary-learning can be imported. With --cpu: ours and SAELens's. With --store: the
+    feature store.
     """
 
     cpu: bool = False

@@ -23,8 +23,8 @@ ROOMS = {
 }
 NEEDED_BY_OTHERS = {"plotly"}
 """Declared, not imported by us: Streamlit draws the charts with it."""
-OF_PEERS = {"sae-lens"}
-"""Imported by what runs in an environment of its own (make peers)."""
+OF_PEERS = {"sae-lens", "sparsify", "dictionary-learning"}
+"""Imported by what runs in an environment of its own (make peers), or only where they are installed."""
 
 
 def modules_after(code: str) -> set[str]:

@@ -7,7 +7,7 @@ import dataclasses
 import platform
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 import saebench
 from saebench.bench import peer
+from saebench.bench.provenance import commit, now
 from saebench.bench.steps import LEARNING_RATE, encoder_product, error_of, step_of
 from saebench.bench.sweeping import SWEEP_PARTS, SweepGain, sweep_gains
 from saebench.bench.timing import Timed, Timing, take_turns
@@ -75,7 +76,7 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """What was measured, where, and with what."""
+    """What was measured, where, when, and with what."""
 
     device: str
     versions: dict[str, str]
@@ -84,6 +85,8 @@ class BenchReport:
     rows: list[Row]
     ratios: list[Ratio]
     sweep: list[SweepGain]
+    date: str = field(default_factory=now)
+    commit: str | None = field(default_factory=commit)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -9,6 +9,7 @@ from saebench.config import BenchConfig
 
 if TYPE_CHECKING:
     from saebench.bench import BenchReport, GpuReport, StoreReport
+    from saebench.bench.gpu import GpuRow
 
 MET = {None: "", True: "met", False: "missed"}
 
@@ -26,34 +27,43 @@ def bench(config: BenchConfig) -> Result:
 
 
 def of_gpu(report: GpuReport) -> str:
-    parts = [pairs({"device": report.device, **report.versions})]
+    parts = [pairs({"device": report.device, **_when(report), **report.versions})]
     for size in report.sizes:
         rows = [row for row in report.rows if row.size == size.name]
-        lines = [
-            (
-                row.name,
-                *(
-                    f"{1e3 * seconds:.3f}"
-                    for seconds in (row.timing.median, row.timing.smallest, row.timing.largest)
-                ),
-                f"{row.products:.2f}",
-                "" if row.memory_gib is None else f"{row.memory_gib:.2f}",
-                "" if row.goal_ms is None else f"{row.goal_ms:g}",
-                "" if row.goal_ms is None else MET[1e3 * row.timing.median <= row.goal_ms],
-            )
-            for row in rows
-        ]
+        lines = [_gpu_line(row) for row in rows]
         goals = [
-            (f"{ratio.slower} / {ratio.faster}", f"{ratio.value:.3f}", f"at most {ratio.goal:g}",
-             MET[ratio.value <= ratio.goal])
+            (
+                f"{ratio.slower} / {ratio.faster}",
+                f"{ratio.value:.3f}",
+                "" if ratio.goal is None else f"{ratio.bound} {ratio.goal:g}",
+                MET[ratio.met],
+            )
             for ratio in report.ratios
             if ratio.size == size.name
-        ]  # fmt: skip
+        ]
         what = f"{size.name}: N {size.batch_size}, d_in {size.d_in}, d_sae {size.d_sae}, k {size.k}"
         parts.append(what)
         parts.append(table(("", "median ms", "min", "max", "x product", "GiB", "goal ms", ""), lines))
         parts.append(table(("times as long", "ratio", "goal", ""), goals))
     return "\n\n".join(parts)
+
+
+def _gpu_line(row: GpuRow) -> tuple[str, ...]:
+    if row.timing is None or row.products is None:
+        return (row.name, "", "", "", "", "", "", row.reason or "")
+    times = (row.timing.median, row.timing.smallest, row.timing.largest)
+    return (
+        row.name,
+        *(f"{1e3 * seconds:.3f}" for seconds in times),
+        f"{row.products:.2f}",
+        "" if row.memory_gib is None else f"{row.memory_gib:.2f}",
+        "" if row.goal_ms is None else f"{row.goal_ms:g}",
+        MET[row.met],
+    )
+
+
+def _when(report: GpuReport | BenchReport) -> dict[str, str]:
+    return {"date": report.date} | ({} if report.commit is None else {"commit": report.commit})
 
 
 def of_cpu(report: BenchReport) -> str:
@@ -84,7 +94,15 @@ def of_cpu(report: BenchReport) -> str:
     ]
     sizes = " ".join(f"{name} {report.settings[name]}" for name in ("d_in", "d_sae", "k", "batch_size"))
     parts = [
-        pairs({"device": report.device, "sizes": sizes, "optimizer": report.optimizer, **report.versions}),
+        pairs(
+            {
+                "device": report.device,
+                "sizes": sizes,
+                "optimizer": report.optimizer,
+                **_when(report),
+                **report.versions,
+            }
+        ),
         table(("one step", "median ms", "min", "max", "x product", "error"), lines),
         table(("times as long", "ratio", "goal", ""), goals),
         table(("topk SAEs", "apart s", "in a sweep s", "gain"), sweeps),

@@ -1,0 +1,72 @@
+"""What does not need a GPU: how many calls are timed together, and what is said of a failure."""
+
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saebench.bench import provenance
+from saebench.bench.gpu_timing import CALL_SECONDS, MOST_REPEATS, reason, repeats_for
+
+
+@given(st.floats(0, 1e4))
+def test_repeats_fit_into_the_time_of_a_call_but_there_is_always_one(seconds):
+    repeats = repeats_for(seconds)
+    assert 1 <= repeats <= MOST_REPEATS
+    assert repeats == 1 or repeats * seconds <= CALL_SECONDS
+    assert repeats == MOST_REPEATS or (repeats + 1) * seconds > CALL_SECONDS * (1 - 1e-9)
+
+
+OUT_OF_MEMORY = """CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB
+of which 1.2 GiB is free."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError(OUT_OF_MEMORY),
+            "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
+        ),
+        (
+            ImportError("cannot import name 'A'\nfrom 'b'. Try c."),
+            "ImportError: cannot import name 'A' from 'b'",
+        ),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_a_reason_is_short(error, said):
+    assert reason(error) == said
+
+
+@given(st.text())
+def test_a_reason_is_one_short_line(text):
+    line = reason(RuntimeError(text))
+    assert line.startswith("RuntimeError")
+    assert len(line) <= 100
+    assert len(line.splitlines()) == 1
+
+
+def test_the_commit_is_that_of_the_checkout_and_outside_there_is_none(tmp_path, monkeypatch):
+    assert provenance.commit(tmp_path) is None
+    (tmp_path / ".git").mkdir()  # damaged: still no error
+    assert provenance.commit(tmp_path) is None
+    (tmp_path / ".git").rmdir()
+    for name in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{name}_NAME", "a")
+        monkeypatch.setenv(f"GIT_{name}_EMAIL", "a@b")
+
+    def git(*words):
+        done = subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init", "--quiet")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "--quiet", "-m", "a")
+    clean = provenance.commit(tmp_path)
+    assert clean is not None and git("rev-parse", "HEAD").startswith(clean)
+    (tmp_path / "a").write_text("2")
+    assert provenance.commit(tmp_path) == f"{clean}-dirty"
