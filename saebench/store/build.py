@@ -79,6 +79,10 @@ def index(config: IndexConfig) -> FeatureStore:
     opened. A process killed at any instant leaves the store as it was; the same call goes on where it was.
     The store is opened at the first SAE.
 
+    >>> with sb.index(run=run, cache=cache, out="another", quiet=True) as made:
+    ...     made.info()["d_sae"] == sb.load(run).d_sae
+    True
+
     Raises:
         UserError: an SAE does not fit the cache, activations are not finite, the model named is the wrong
             one, the disk is too small or full, or another process writes the store.

@@ -36,6 +36,10 @@ def open_store(path: str | Path, sae: str | None = None) -> FeatureStore:
 
     A reader sees one generation for as long as it is open, whatever is indexed meanwhile.
 
+    >>> with sb.open_store(store.path) as opened:
+    ...     opened.saes == store.saes
+    True
+
     Raises:
         UserError: no store at ``path``, a newer format, an unknown ``sae``, or a damaged file.
     """
@@ -63,7 +67,11 @@ class FeatureStore(Several, ExplanationReader):
     # The whole SAE
 
     def newer_generation(self) -> int | None:
-        """Number of a generation that has been published since this one was opened."""
+        """Number of a generation that has been published since this one was opened.
+
+        >>> store.newer_generation() is None
+        True
+        """
         current = publish.read_manifest(self.path).generation
         return current if current > self.generation else None
 
@@ -78,6 +86,9 @@ class FeatureStore(Several, ExplanationReader):
         Keys: name, sae (architecture), d_in, d_sae, k, hook_name, model, text, n_tokens, n_contexts,
         n_documents, n_activations, n_dead, n_dense, eval (the run's eval.json or None), missing (table ->
         why it is absent, one sentence), sae_hash, cache_hash, generation.
+
+        >>> store.info()["sae"]
+        'topk'
         """
         dead, dense = self._rows("SELECT count(*) FILTER (dead), count(*) FILTER (dense) FROM sae.feature")[0]
         return {**self._meta, "n_dead": dead, "n_dense": dense, "generation": self.generation}
@@ -106,6 +117,10 @@ class FeatureStore(Several, ExplanationReader):
 
         The columns of extras, such as ``explanation`` and ``explanation_score``, are among them once the
         store has them; asked for before that, they are unknown (NULL).
+
+        >>> dense = store.features(["feature", "density"], order_by="density", descending=True, limit=3)
+        >>> dense.shape, dense["density"].is_monotonic_decreasing
+        ((3, 2), True)
 
         Args:
             ranges: column -> (lowest, highest), both included; None leaves that side open.
@@ -140,7 +155,11 @@ class FeatureStore(Several, ExplanationReader):
         self, *, ranges: Mapping[str, Range] | None = None, flags: Mapping[str, bool] | None = None,
         text: str | None = None, regex: str | None = None, among: Sequence[int] | None = None,
     ) -> int:  # fmt: skip
-        """How many features pass the filter."""
+        """How many features pass the filter.
+
+        >>> bool(store.count_features(flags={"dead": False}) == (store.features()["n_act"] > 0).sum())
+        True
+        """
         chosen = _filter(ranges, flags, text, regex, among)
         where, values = chosen.where()
         query = f"SELECT count(*) FROM {feature_source(chosen.columns, self._extras)} WHERE {where}"
@@ -161,6 +180,9 @@ class FeatureStore(Several, ExplanationReader):
         """The features before and after ``feature`` in the filtered, sorted list; None at its ends.
 
         (None, None) when ``feature`` does not pass the filter itself.
+
+        >>> store.neighbours_in_order(1)
+        (0, 2)
         """
         chosen = _filter(ranges, flags, text, regex, among)
         where, values = chosen.where()
@@ -180,6 +202,9 @@ class FeatureStore(Several, ExplanationReader):
     def feature(self, feature: int) -> dict[str, Any]:
         """The row of one feature.
 
+        >>> store.feature(3)["feature"]
+        3
+
         Raises:
             UserError: no such feature.
         """
@@ -189,7 +214,11 @@ class FeatureStore(Several, ExplanationReader):
         return dict(zip(names, rows[0], strict=True))
 
     def histogram(self, feature: int, kind: str = "value") -> pd.DataFrame:
-        """Bins of its activations, or of their log10 (kind 'log10'): lo, hi, count. Empty for a dead one."""
+        """Bins of its activations, or of their log10 (kind 'log10'): lo, hi, count. Empty for a dead one.
+
+        >>> bool(store.histogram(3)["count"].sum() == store.feature(3)["n_act"])
+        True
+        """
         import numpy as np
         import pandas as pd
 
@@ -205,6 +234,9 @@ class FeatureStore(Several, ExplanationReader):
         """Tokens it fires on (or the 'previous' or 'next' ones), most often first.
 
         Columns token, text, n, p_token_given_fire, p_fire_given_token, lift.
+
+        >>> bool((store.tokens(3)["n"] > 0).all())
+        True
         """
         self._require("feature_token")
         return self._with_text(
@@ -225,6 +257,9 @@ class FeatureStore(Several, ExplanationReader):
         number of firings that an example stands for; ``fold``, 0 or 1, is that of the document. ``tokens``,
         ``pieces`` and ``acts`` are lists over the window, which begins at position ``start``; joined, the
         pieces are the decoded window. Without contexts the lists are empty.
+
+        >>> bool((store.examples(3, "top")["value"] <= store.feature(3)["max_act"]).all())
+        True
 
         Raises:
             UserError: no such feature or group.
@@ -254,7 +289,11 @@ class FeatureStore(Several, ExplanationReader):
         })  # fmt: skip
 
     def logits(self, feature: int) -> pd.DataFrame:
-        """Promoted (+1) and suppressed (-1) tokens: sign, rank, token, text, value (logits per unit)."""
+        """Promoted (+1) and suppressed (-1) tokens: sign, rank, token, text, value (logits per unit).
+
+        >>> sorted(set(store.logits(3)["sign"]))
+        [-1, 1]
+        """
         self._require("logit")
         return self._with_text(
             self._frame(
@@ -268,6 +307,9 @@ class FeatureStore(Several, ExplanationReader):
 
         ``kind`` 'decoder' or 'encoder': other, cosine of the directions. 'cofire': other, score (tokens on
         which both fire / on which either does), n_both. 'correlation': other, score, n_both.
+
+        >>> bool(store.neighbors(3)["cosine"].is_monotonic_decreasing)
+        True
         """
         directions = kind in ("decoder", "encoder")
         columns = "score AS cosine" if directions else "score, n_both"
@@ -278,6 +320,9 @@ class FeatureStore(Several, ExplanationReader):
 
     def context(self, ctx: int) -> dict[str, Any]:
         """One context: ctx, n_tokens, tokens, pieces, docs (one a token), doc and label (of the first token).
+
+        >>> len(store.context(0)["tokens"]) == store.context(0)["n_tokens"]
+        True
 
         Raises:
             UserError: no such context, or a store without contexts.

@@ -16,12 +16,7 @@ from saebench.activations.models import Model
 
 THINGS = {name: getattr(sb, name) for name in sb.__all__}
 THINGS |= {f"figures.{name}": getattr(sb.figures, name) for name in sb.figures.__all__}
-FUNCTIONS = {
-    name: thing
-    for name, thing in THINGS.items()
-    if inspect.isfunction(thing) and not thing.__module__.startswith("saebench.store")
-}
-"""Those of the store are shown in the README alone."""
+FUNCTIONS = {name: thing for name, thing in THINGS.items() if inspect.isfunction(thing)}
 
 
 def examples() -> list[Any]:
