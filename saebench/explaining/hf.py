@@ -25,7 +25,9 @@ class HuggingFace:
     name = "hf"
 
     def __init__(self, model: str, device: str) -> None:
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
 
         from saebench.activations.model_source import peek_model
         from saebench.assets import resolve_model
@@ -37,12 +39,21 @@ class HuggingFace:
         self.model, self.version = shown_name(model), info.hash
         self._n_ctx = info.n_ctx or 2**31
         local = {"local_files_only": True, "trust_remote_code": False}
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(info.folder, **local)
-            lm: Any = AutoModelForCausalLM.from_pretrained(info.folder, use_safetensors=True, **local)
-        except (OSError, ValueError, RuntimeError) as error:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                info.folder, use_safetensors=True, output_loading_info=True, **local
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"model {model} cannot be asked ({reason}); give another --model") from None
+        lm, report = loaded
+        if missing := sorted(report["missing_keys"]):  # they would be filled at random
+            raise UserError(
+                f"the weights of model {model} lack {len(missing)} tensors that its config.json asks for "
+                f"({missing[0]}); get both from one place"
+            )
         self._lm = lm.to(pick_device(device)).eval()
         self._chat = bool(getattr(self._tokenizer, "chat_template", None))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -68,3 +70,20 @@ def test_from_a_folder_to_the_store(own_store, folder):
 def test_only_local_folders_are_read(own_store, tmp_path):
     with pytest.raises(UserError, match="is no local folder"):
         sb.explain(own_store, provider="hf", model="some/model", quiet=True)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gap"])
+def test_damaged_weights_are_refused(own_store, folder, tmp_path, damage):
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        tensors = load_file(weights)
+        del tensors["transformer.wpe.weight"]
+        save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=r"cannot be asked|lack 1 tensors"):
+        sb.explain(own_store, provider="hf", model=str(broken), quiet=True)
+    assert check_store(own_store) == []
