@@ -243,12 +243,14 @@ def forecast(sae: SAE, corpus: Corpus, options: Options) -> int:
     examples_bytes = shown * (20 + 6 * options.window * corpus.has_text)
     text_bytes = 8 * corpus.n_contexts * corpus.ctx_len
     latents = sae.d_sae * 6000
+    inverse = 36 * schema.FEATURES_PER_TOKEN * len(corpus.vocab) if corpus.has_text else 0
     return (
         n_activations
         * (BYTES_PER_ENTRY + STORED_BYTES_PER_ACTIVATION + INDEX_BYTES_PER_ACTIVATION * options.context_index)
         + examples_bytes
         + text_bytes
         + latents
+        + inverse
     )
 
 

@@ -2,6 +2,9 @@
 
 Documents 2i and 2i + 1 always go to different folds, so that both folds have half of them however few there
 are; which of the two goes where is a hash of i. The fold of a document is thus the same in every store.
+
+An example's fold is that of the document of its token; where documents are packed into one context, its
+window may show the end of the document before or the beginning of the next.
 """
 
 from __future__ import annotations

@@ -336,18 +336,6 @@ class FeatureStore(Several, ExplanationReader):
             "docs": docs, "doc": docs[0], "label": self._labels(docs[:1]).get(docs[0]),
         }  # fmt: skip
 
-    def token_features(self, token: int) -> pd.DataFrame:
-        """Features that fire on a token often, and on others less, best first.
-
-        Columns feature, n, p_token_given_fire, p_fire_given_token, lift. Empty when none fires on it.
-        """
-        self._require("token_feature")
-        return self._frame(
-            "SELECT feature, n, p_token_given_fire, p_fire_given_token, lift FROM sae.token_feature "
-            "WHERE token = ? ORDER BY rank",
-            [int(token)],
-        )
-
     def quantiles(self, feature: int) -> pd.DataFrame:
         """Quantiles of its activations: q, value. Empty for a dead feature."""
         import pandas as pd
@@ -375,15 +363,6 @@ class FeatureStore(Several, ExplanationReader):
             "SELECT label, n, p_label_given_fire, lift FROM sae.feature_label WHERE feature = ? "
             "ORDER BY rank",
             [self._known(feature)],
-        )
-
-    def context_activations(self, ctx: int) -> pd.DataFrame:
-        """All that fires in a context: pos, feature, value. Needs an index --with-context-index."""
-        self._require("act_by_ctx")
-        return self._frame(
-            "SELECT pos, unnest(features) AS feature, unnest(acts) AS value FROM sae.act_by_ctx "
-            "WHERE ctx = ?",
-            [int(ctx)],
         )
 
     def train_metrics(self) -> pd.DataFrame:

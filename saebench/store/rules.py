@@ -177,10 +177,11 @@ SAE_RULES = (
           "coalesce(example.tokens <> c.tokens[start + 1 : start + len(example.tokens)] OR "
           "len(example.tokens) <> least($window, n_tokens) OR len(acts) <> len(example.tokens) OR "
           "acts[pos - start + 1] <> value OR doc <> docs[pos + 1], true)"),
-    _rule("act example context", "an activation in the window of an example is not the stored one",
-          "SELECT w.feature FROM (SELECT feature, ctx, unnest(range(start, start + len(acts))) AS pos, "
-          "unnest(acts) AS shown FROM sae.example) w LEFT JOIN sae.act a USING (feature, ctx, pos) WHERE "
-          "w.shown <> coalesce(a.value, 0)"),
+    _rule("act example", "an activation in the window of an example is not the stored one",
+          "SELECT any_value(feature) FROM (SELECT id, feature, n, a.value <> acts[a.pos - start + 1] AS "
+          "wrong FROM (SELECT rowid AS id, feature, ctx, start, acts, len(list_filter(acts, lambda a: a <> "
+          "0)) AS n FROM sae.example) e JOIN sae.act a USING (feature, ctx) WHERE a.pos BETWEEN start AND "
+          "start + len(acts)::INTEGER - 1) GROUP BY id HAVING count(*) <> any_value(n) OR bool_or(wrong)"),
     _rule("act context", "an activation lies outside the contexts",
           "SELECT feature FROM sae.act LEFT JOIN txt.context USING (ctx) WHERE pos >= coalesce(n_tokens, "
           "0)"),

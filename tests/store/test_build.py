@@ -238,3 +238,35 @@ def test_index_of_a_real_run_and_an_imported_cache(tmp_path, monkeypatch):
     small_sae().save(run, hook_name="blocks.9.hook_resid_post")
     with pytest.raises(UserError, match=r"blocks\.9.*pass --hook"):
         index(config)
+
+
+def test_several_runs_are_indexed_in_one_pass(tmp_path):
+    from saebench.activations.importing import import_activations
+
+    np.save(tmp_path / "x.npy", SmallCache().activations().numpy())
+    import_activations(source=tmp_path / "x.npy", out=tmp_path / "cache", hook=HOOK, quiet=True)
+    runs = [tmp_path / name for name in ("a", "b", "same")]
+    for run, seed in zip(runs, (0, 1, 0), strict=True):
+        small_sae(seed).save(run, hook_name=HOOK)
+    (runs[1] / "metrics.jsonl").write_text('{"step": 3, "loss": 0.5}\n')
+    config = IndexConfig(
+        run=runs[0], also=tuple(runs[1:]), cache=tmp_path / "cache", out=tmp_path / "store", quiet=True,
+        device="cpu", with_context_index=True,
+    )  # fmt: skip
+    with index(config) as first:
+        assert (first.sae, first.saes, first.generation) == ("a", ["a", "b", "same"], 1)
+        here = first.context_features(5)
+        for feature, value in zip(here["feature"], here["value"], strict=True):
+            fired = first.activations(feature).set_index("ctx")["value"]
+            assert fired[5] == value
+        with pytest.raises(UserError, match=r"no table 'train_metric' .*no metrics\.jsonl"):
+            first.train_metrics()
+        with open_store(tmp_path / "store", "same") as same:
+            assert same.features().equals(first.features())
+    with open_store(tmp_path / "store", "b") as second:
+        assert second.train_metrics().values.tolist() == [[3, "loss", 0.5]]
+    assert check_store(tmp_path / "store") == []
+    with pytest.raises(UserError, match=r"two of the runs are called 'a'"):
+        index(replace(config, also=(runs[0],)))
+    with pytest.raises(UserError, match="several runs are named; leave it out"):
+        replace(config, name="x")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from saebench.errors import UserError
-from saebench.store import open_store
+from saebench.store import open_store, schema
 from saebench.store.schema import FEATURE
 from tests.store.small_store import D_SAE, LABELS, N_CONTEXTS, VOCAB, SmallCache
 
@@ -143,3 +143,42 @@ def test_many_threads_ask_at_once(store):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_what_else_is_known_of_a_feature(store):
+    for feature in (0, 3, 22):
+        row, n_act = store.feature(feature), store.feature(feature)["n_act"]
+        quantiles = store.quantiles(feature).set_index("q")["value"]
+        positions, labels = store.positions(feature), store.labels(feature)
+        assert positions["n"].sum() == labels["n"].sum() == n_act
+        assert store.histogram(feature, "log10")["count"].sum() == n_act
+        if not n_act:
+            assert quantiles.empty and positions.empty and labels.empty
+            continue
+        assert quantiles[0.9] == row["p90"]
+        assert quantiles[1.0] == row["max_act"]
+        assert positions["lo"].iloc[0] == 0
+        assert (positions["lo"].iloc[1:].to_numpy() == positions["hi"].iloc[:-1].to_numpy()).all()
+        assert positions["p_fire"].between(0, 1).all()
+        token = int(store.tokens(feature)["token"][0])
+        mine = store.features_on(token).set_index("feature").loc[feature]
+        assert mine["p_fire_given_token"] == pytest.approx(row["top_token_p_fire"])
+
+
+def test_examples_have_folds_weights_and_groups(store):
+    examples = store.examples(1)
+    assert list(examples["group"].unique()) == [
+        group for group in schema.GROUPS if group in set(examples["group"])
+    ]
+    tenths = examples[examples["group"].str.startswith("decile")]
+    assert tenths["weight"].sum() == store.feature(1)["n_act"]
+    assert (examples.groupby("doc")["fold"].nunique() == 1).all()
+    silent = examples[examples["group"].isin(["near-miss", "negative"])]
+    assert (silent["value"] == 0).all()
+    assert not any(any(acts) for acts in silent["acts"])
+
+
+def test_unknown_kinds_are_refused(store):
+    for ask in (store.neighbors, store.tokens, store.histogram):
+        with pytest.raises(UserError, match="'nearly' is not a"):
+            ask(3, "nearly")
