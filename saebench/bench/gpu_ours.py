@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saebench.activations.loader import Rows
 from saebench.bench.gpu_sizes import Make, Once, Size
-from saebench.bench.gpu_timing import as_graph
+from saebench.bench.gpu_timing import Graph
 from saebench.bench.steps import LEARNING_RATE
 from saebench.config import TrainConfig, architecture
 from saebench.saes.base import Batch
@@ -38,14 +38,14 @@ def _weights(size: Size, device: torch.device) -> tuple[torch.nn.Parameter, Tens
 def _topk(size: Size, rows_BND: Tensor) -> Once:
     x_ND = rows_BND[0]
     W_MD, b_M = _weights(size, x_ND.device)
-    return as_graph(lambda: topk_encode(x_ND, W_MD, b_M, size.k, scan_dtype=torch.bfloat16))
+    return Graph(lambda: topk_encode(x_ND, W_MD, b_M, size.k, scan_dtype=torch.bfloat16))
 
 
 def _gradient(size: Size, rows_BND: Tensor) -> Once:
     x_ND = rows_BND[0]
     (W_MD, b_M), (D_MD, _) = _weights(size, x_ND.device), _weights(size, x_ND.device)
     g_ND = torch.randn_like(x_ND)
-    return as_graph(
+    return Graph(
         lambda: gradient_topk_encode(x_ND, g_ND, W_MD, D_MD, b_M, size.k, 1.0, scan_dtype=torch.bfloat16)
     )
 
@@ -58,7 +58,7 @@ def _mutual_choice(size: Size, rows_BND: Tensor) -> Once:
         x_ND, W_MD, b_M, budget, torch.zeros((), device=x_ND.device), scan_dtype=torch.bfloat16
     )
     hint = 0.95 * values_S.min()
-    return as_graph(lambda: mutual_choice_encode(x_ND, W_MD, b_M, budget, hint, scan_dtype=torch.bfloat16))
+    return Graph(lambda: mutual_choice_encode(x_ND, W_MD, b_M, budget, hint, scan_dtype=torch.bfloat16))
 
 
 ENCODERS: dict[str, Make] = {

@@ -22,7 +22,7 @@ def repeats_for(seconds: float) -> int:
 
 def timed(once: Once) -> Timed:
     """Seconds of one call, from events around as many as its last duration suggests; at first, around one."""
-    repeats = 1
+    repeats, calls = 1, once.calls if isinstance(once, Graph) else 1
 
     def measured() -> float:
         nonlocal repeats
@@ -34,7 +34,7 @@ def timed(once: Once) -> Timed:
         end.synchronize()
         seconds = float(begin.elapsed_time(end)) / 1e3 / repeats
         repeats = repeats_for(seconds)
-        return seconds
+        return seconds / calls
 
     return measured
 
@@ -50,19 +50,23 @@ def peak_gib(once: Once, calls: int) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def as_graph(once: Once) -> Once:
-    """The same as a CUDA graph."""
-    for _ in range(3):
-        once()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        once()
+class Graph:
+    """Several calls as one CUDA graph: within it they follow each other as the kernels of a step do."""
 
-    def replay(kept: Once = once) -> None:  # with it, the tensors that the graph reads
-        graph.replay()
+    calls = MOST_REPEATS
 
-    return replay
+    def __init__(self, once: Once) -> None:
+        for _ in range(3):
+            once()
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        self._kept = once  # with it, the tensors that the graph reads
+        with torch.cuda.graph(self._graph):
+            for _ in range(self.calls):
+                once()
+
+    def __call__(self) -> None:
+        self._graph.replay()
 
 
 def free() -> None:

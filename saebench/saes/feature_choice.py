@@ -226,13 +226,13 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         self.steps_seen += 1
         self.density.lerp_(terms.codes.firings() / n_rows, rate_after(self.steps_seen))
 
-    def batch_threshold(self, batch: Batch, codes: SparseCodes) -> Tensor:
+    def batch_threshold(self, batch: Batch, codes: SparseCodes, smallest: Tensor) -> Tensor:
         """[M]: the m_i-th largest value of each column, 0 where fewer are positive.
 
         A latent without a budget gets the largest value of all, which it will hardly exceed.
         """
         if not self.by_feature(batch.progress):
-            return self.smallest_of(codes).expand(self.d_sae)
+            return smallest.expand(self.d_sae)
         values_S, latents_S = codes.values.detach(), codes.indices.long()
         if values_S.numel() == 0:
             return torch.zeros_like(self.threshold)

@@ -109,18 +109,24 @@ class MutualChoiceSAE(ChoiceSAE):
     def initialize(self, sample: Batch, *, seed: int) -> None:
         super().initialize(sample, seed=seed)
         probe = sample[:PROBE_ROWS]
-        self.threshold.copy_(self.batch_threshold(probe, self.choose(probe)))
+        codes = self.choose(probe)
+        self.threshold.copy_(self.batch_threshold(probe, codes, self.smallest_of(codes)))
 
     @torch.no_grad()
     def after_step(self, batch: Batch, terms: LossTerms) -> None:
         super().after_step(batch, terms)
-        self.smallest_match.copy_(self.smallest_of(terms.codes))
+        smallest = self.smallest_of(terms.codes)
+        self.smallest_match.copy_(smallest)
         self.steps_averaged += 1
-        self.threshold.lerp_(self.batch_threshold(batch, terms.codes), rate_after(self.steps_averaged))
+        threshold = self.batch_threshold(batch, terms.codes, smallest)
+        self.threshold.lerp_(threshold, rate_after(self.steps_averaged))
 
-    def batch_threshold(self, batch: Batch, codes: SparseCodes) -> Tensor:
-        """The threshold that would choose from this batch what ``codes`` did; of the threshold's shape."""
-        return self.smallest_of(codes)
+    def batch_threshold(self, batch: Batch, codes: SparseCodes, smallest: Tensor) -> Tensor:
+        """The threshold that would choose from this batch what ``codes`` did; of the threshold's shape.
+
+        ``smallest`` is the smallest value of ``codes``, see ``smallest_of``.
+        """
+        return smallest
 
     def smallest_of(self, codes: SparseCodes) -> Tensor:
         """The smallest value of codes that use up their budget, else 0: all that is positive was kept."""

@@ -210,6 +210,11 @@ def test_the_law_can_count_matches_or_ranks():
     assert abs(of_density - 0.5) < 0.25 and of_rank > 1
 
 
+def threshold_of(sae, batch):
+    codes = sae.choose(batch)
+    return sae.batch_threshold(batch, codes, sae.smallest_of(codes))
+
+
 def test_thresholds_follow_the_smallest_match_of_each_column():
     sae, batch = make_sae(), late(60)
     with torch.no_grad():
@@ -219,13 +224,13 @@ def test_thresholds_follow_the_smallest_match_of_each_column():
     smallest_M = dense_NM.masked_fill(dense_NM == 0, torch.inf).min(0).values
     expected_M = torch.where(full_M, smallest_M, 0.0)
     assert full_M.any() and not full_M[3]
-    torch.testing.assert_close(sae.batch_threshold(batch, sae.choose(batch)), expected_M)
+    torch.testing.assert_close(threshold_of(sae, batch), expected_M)
     for progress in (0.0, 0.1, LATE):  # those of the mutual phase are forgotten
         batch = Batch(batch.x_ND, progress=progress)
         sae.after_step(batch, sae.loss(batch))
-    torch.testing.assert_close(sae.threshold, sae.batch_threshold(batch, sae.choose(batch)))
+    torch.testing.assert_close(sae.threshold, threshold_of(sae, batch))
     other = late(60, seed=2)
-    both = torch.stack([sae.threshold, sae.batch_threshold(other, sae.choose(other))])
+    both = torch.stack([sae.threshold, threshold_of(sae, other)])
     sae.after_step(other, sae.loss(other))
     torch.testing.assert_close(sae.threshold, both.mean(0))
 
