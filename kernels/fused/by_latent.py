@@ -27,7 +27,7 @@ def _kept(score, budgets, n_padded, n_rows, WIDTH: tl.constexpr, ALL: tl.constex
     inside = rows < n_rows
     keys = order_keys(tl.load(score + latent * n_padded + rows, mask=inside, other=0), ALL)
     budget = tl.load(budgets + latent)
-    last = kth_largest(keys, 1, ALL + 1, budget)
+    last = kth_largest(keys, tl.full((), 1, tl.int32), tl.full((), ALL + 1, tl.int32), budget)
     spare = budget - tl.sum((keys > last).to(tl.int32))
     equal = (keys == last).to(tl.int32)
     return (keys > last) | ((keys == last) & (tl.cumsum(equal, 0) <= spare)), rows, latent

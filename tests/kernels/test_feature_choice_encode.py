@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saebench_kernels import feature_choice_encode
+from saebench_kernels.feature_choice_encode import feature_choice_encode_eager
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 on_every_device = pytest.mark.parametrize("device", DEVICES)
@@ -75,7 +76,7 @@ def test_ties_are_cut_at_the_budget_and_choices_repeat(device):
 def test_a_low_precision_scan_only_proposes(device):
     x_ND, W_MD, b_M, _ = problem(300, 32, 200, 1, device)
     budgets_M = torch.arange(200, device=device) % 30
-    got = feature_choice_encode(x_ND, W_MD, b_M, budgets_M, scan_dtype=torch.bfloat16)
+    got = feature_choice_encode_eager(x_ND, W_MD, b_M, budgets_M, scan_dtype=torch.bfloat16)
     got_NM, pre_NM = dense(*got, 200), x_ND @ W_MD.T + b_M
     kept_NM = got_NM > 0
     assert torch.equal(kept_NM.sum(0), budgets_M)
