@@ -34,13 +34,13 @@ def _kept(score, budgets, n_padded, n_rows, WIDTH: tl.constexpr, ALL: tl.constex
 
 
 @triton.jit
-def _count(score, budgets, counts, n_padded, n_rows, WIDTH: tl.constexpr, ALL: tl.constexpr):
+def _count_kept(score, budgets, counts, n_padded, n_rows, WIDTH: tl.constexpr, ALL: tl.constexpr):
     kept, _, latent = _kept(score, budgets, n_padded, n_rows, WIDTH, ALL)
     tl.store(counts + latent, tl.sum(kept.to(tl.int32)))
 
 
 @triton.jit
-def _emit(
+def _emit_kept(
     score, pre, budgets, starts, values, entry_rows, latents, n_padded, n_rows,
     WIDTH: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
@@ -75,12 +75,12 @@ def select_by_latent(
     how = {"WIDTH": width, "ALL": ALL_BITS[KEYS[dtype]], "num_warps": _warps(width)}
     score_MQ, budgets_M = pre_MQ.view(KEYS[dtype]), budgets_M.to(torch.int32)
     counts_M = torch.empty(d_sae, dtype=torch.int32, device=device)
-    _count[(d_sae,)](score_MQ, budgets_M, counts_M, n_padded, n_rows, **how)
+    _count_kept[(d_sae,)](score_MQ, budgets_M, counts_M, n_padded, n_rows, **how)
     ends_M = counts_M.cumsum(0)
     n_entries = int(ends_M[-1])
     values_S = torch.empty(n_entries, dtype=torch.float32, device=device)
     rows_S, latents_S = torch.empty(2, n_entries, dtype=torch.int32, device=device).unbind()
-    _emit[(d_sae,)](
+    _emit_kept[(d_sae,)](
         score_MQ, pre_MQ, budgets_M, ends_M - counts_M, values_S, rows_S, latents_S, n_padded, n_rows, **how
     )
     rows_S, order_S = torch.sort(rows_S, stable=True)  # by latent they are already
