@@ -1,4 +1,4 @@
-"""All fused kernels compile, and fit, for the GPUs that they are meant for; the interpreter does not see it."""
+"""All fused kernels compile, and fit, for the GPUs that they are for; the interpreter does not see it."""
 
 import json
 import os
