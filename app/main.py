@@ -12,11 +12,17 @@ from saebench.errors import UserError
 from saebench_app.components.notice import notice
 from saebench_app.components.sidebar import sidebar
 from saebench_app.components.web import STATIC
-from saebench_app.page import feature, features, overview
+from saebench_app.page import feature, features, overview, prompt, token
 from saebench_app.session import Here, open_session_store
 from saebench_app.view import View
 
-MODULES = (overview, features, feature)
+MODULES = (
+    overview,
+    features,
+    feature,
+    prompt,
+    token,
+)
 
 
 def main() -> None:

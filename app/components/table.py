@@ -22,13 +22,14 @@ class Heading:
 
 @dataclass(frozen=True)
 class Cell:
-    """``exact`` is the number that ``text`` was written from; ``bar`` (0 to 1) draws it behind the text."""
+    """``exact`` is the number that ``text`` was written from; ``bar`` (0 to 1) draws it behind the text.
+    ``words`` take the room that is left, and are cut where it ends."""
 
     text: str
     exact: float | int | None = None
     bar: float | None = None
     href: str = ""
-    kind: Literal["", "token", "flag", "cold"] = ""
+    kind: Literal["", "token", "flag", "cold", "words"] = ""
 
 
 def table(

@@ -8,7 +8,7 @@ function heading({ label, align, help, href, sorted }) {
 function cell({ text = "", exact, bar, href, kind }, { align }, first) {
   const content = kind === "token" ? el("bdi", { class: "token" }, text) : kind === "flag" ? flags(text) : text
   const shown = href ? el("a", { href, class: first ? "row" : "" }, content) : content
-  const node = el("td", { class: [align, kind].filter(Boolean).join(" "), "data-exact": exact, title: exact }, shown)
+  const node = el("td", { class: [align, kind].filter(Boolean).join(" "), "data-exact": exact, title: kind === "words" ? text : exact }, shown)
   if (bar !== undefined) {
     node.classList.add("bar")
     node.style.setProperty("--bar", `${100 * Math.min(Math.max(bar, 0), 1)}%`)

@@ -33,7 +33,12 @@ class DrillDown(StoreReader):
     # Tokens
 
     def find_tokens(
-        self, text: str | None = None, *, regex: str | None = None, limit: int = MOST_TOKENS
+        self,
+        text: str | None = None,
+        *,
+        regex: str | None = None,
+        token: int | str | None = None,
+        limit: int = MOST_TOKENS,
     ) -> pd.DataFrame:
         """Tokens by their text, most frequent first: token, text, n (rows of the cache with the token).
 
@@ -43,9 +48,11 @@ class DrillDown(StoreReader):
         Args:
             text: part of the token's text, in any case.
             regex: a regular expression (RE2) found in it; ``(?i)`` at its start ignores case.
+            token: an id, or the whole text, of which several tokens may be.
 
         Raises:
-            UserError: not a regular expression, a store without tokens, or the time limit was reached.
+            UserError: no token of that id, not a regular expression, a store without tokens, or the time
+                limit was reached.
         """
         self._require("token")
         conditions, values = ["true"], list[object]()
@@ -55,6 +62,9 @@ class DrillDown(StoreReader):
         if regex is not None:
             conditions.append("regexp_matches(text, ?)")
             values.append(check_pattern(regex))
+        if token is not None:
+            conditions.append("text = ?" if isinstance(token, str) else "token = ?")
+            values.append(token if isinstance(token, str) else self._known_token(token))
         query = (
             f"SELECT token, text, n FROM txt.token WHERE {' AND '.join(conditions)} ORDER BY n DESC, token"
         )
@@ -173,16 +183,45 @@ class DrillDown(StoreReader):
         Raises:
             UserError: no such feature, or ``lo`` above ``hi``.
         """
-        width = self._meta["window"] if window is None else window
-        if width < 1:
-            raise UserError(f"window is {width}; it must be at least 1")
+        width = self._width(window)
         drawn = self._frame(
             "SELECT * FROM (SELECT ctx, pos, value FROM sae.act WHERE feature = ? AND value BETWEEN ? AND ? "
             "ORDER BY hash(ctx, pos, ?), ctx, pos LIMIT ?) ORDER BY value DESC, ctx, pos",
             [self._known(feature), *_interval(lo, hi), int(seed), _at_least_0("n", n)],
         )
+        return self._shown(int(feature), drawn, width)
+
+    def examples_on(
+        self, feature: int, token: int | str, *, n: int = 20, window: int | None = None
+    ) -> pd.DataFrame:
+        """Examples where it fires on a token, the strongest first, with the columns of ``examples_between``.
+
+        >>> token = int(store.tokens(3)["token"][0])
+        >>> found = store.examples_on(3, token, n=2)
+        >>> all(row.tokens[row.pos - row.start] == token for row in found.itertuples())
+        True
+
+        Args:
+            token: an id, or text as in ``features_on``.
+            window: tokens shown around each; by default as many as in stored examples.
+
+        Raises:
+            UserError: no such feature or token, a store without contexts, or the time limit was reached.
+        """
+        width = self._width(window)
+        drawn = self.activations(feature, token=token, limit=n, order="value")
+        return self._shown(int(feature), drawn, width)
+
+    def _width(self, window: int | None) -> int:
+        width: int = self._meta["window"] if window is None else window
+        if width < 1:
+            raise UserError(f"window is {width}; it must be at least 1")
+        return width
+
+    def _shown(self, feature: int, drawn: pd.DataFrame, width: int) -> pd.DataFrame:
+        """Activations as examples: with rank and the window around each."""
         drawn.insert(0, "rank", range(len(drawn)))
-        windows = self._windows(int(feature), drawn, width)
+        windows = self._windows(feature, drawn, width)
         for name in ("doc", "label", "start", "tokens", "pieces", "acts"):
             drawn[name] = [shown[name] for shown in windows]
         return drawn
