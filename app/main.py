@@ -12,7 +12,7 @@ from saebench.errors import UserError
 from saebench_app.components.notice import notice
 from saebench_app.components.sidebar import sidebar
 from saebench_app.components.web import STATIC
-from saebench_app.page import feature, features, overview, prompt, token
+from saebench_app.page import context, feature, features, overview, prompt, token
 from saebench_app.session import Here, open_session_store
 from saebench_app.view import View
 
@@ -22,6 +22,7 @@ MODULES = (
     feature,
     prompt,
     token,
+    context,
 )
 
 

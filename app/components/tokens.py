@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from saebench_app.components.web import show
@@ -19,8 +20,9 @@ def token_spans(pieces: list[str], acts: list[float], *, scale: float) -> list[l
     ]
 
 
-def example(row: dict[str, Any], *, scale: float, window: int) -> dict[str, Any]:
-    """One example for ``examples``: ``window`` tokens on each side of the token that was picked (0: all)."""
+def example(row: dict[str, Any], *, scale: float, window: int, href: str = "") -> dict[str, Any]:
+    """One example for ``examples``: ``window`` tokens on each side of the token that was picked (0: all).
+    ``href`` leads to its place."""
     pieces, acts = row["pieces"], row["acts"]
     peak = int(row["pos"]) - int(row["start"])
     first, last = (max(peak - window, 0), min(peak + window + 1, len(pieces))) if window else (0, len(pieces))
@@ -34,10 +36,19 @@ def example(row: dict[str, Any], *, scale: float, window: int) -> dict[str, Any]
         "after": last < len(pieces),
         "source": visible(label) if label else "",
         "place": f"context {row['ctx']}, position {row['pos']}",
+        "href": href,
     }
 
 
-def examples(rows: list[dict[str, Any]], *, scale: float, window: int, key: str) -> None:
-    """``scale`` is the activation shown in the strongest colour, in the units of ``acts``."""
-    shown = [example(row, scale=scale, window=window) for row in rows]
+def examples(
+    rows: list[dict[str, Any]],
+    *,
+    scale: float,
+    window: int,
+    key: str,
+    place: Callable[[dict[str, Any]], str] = lambda row: "",
+) -> None:
+    """``scale`` is the activation shown in the strongest colour, in the units of ``acts``; ``place`` gives
+    the address at which the whole context of a row is shown."""
+    shown = [example(row, scale=scale, window=window, href=place(row)) for row in rows]
     show("tokens", {"examples": shown, "scale": number(scale)}, key=key)

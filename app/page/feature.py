@@ -119,7 +119,10 @@ def _examples(here: Here, row: dict[str, Any]) -> None:
         )
         return
     shown = here.store.examples(feature, group=group).to_dict("records")
-    examples(shown, scale=row["max_act"], window=view.window, key="examples")
+    examples(
+        shown, scale=row["max_act"], window=view.window, key="examples",
+        place=lambda row: view.url("context", c=row["ctx"], f1=feature, pos=row["pos"]),
+    )  # fmt: skip
 
 
 def _distribution(here: Here, row: dict[str, Any]) -> None:

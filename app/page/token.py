@@ -159,7 +159,10 @@ def _examples(here: Here, token: int, found: pd.DataFrame, known: dict[int, Desc
     except UserError as error:
         notice(str(error), key="no-examples", kind="error")
         return
-    examples(rows.to_dict("records"), scale=known[feature].max_act, window=WINDOW, key="examples")
+    examples(
+        rows.to_dict("records"), scale=known[feature].max_act, window=WINDOW, key="examples",
+        place=lambda row: here.view.url("context", c=row["ctx"], f1=feature, pos=row["pos"]),
+    )  # fmt: skip
     st.caption(
         f"Where feature {feature} fires hardest on this token. The store has no index of all its places."
     )

@@ -7,12 +7,13 @@ function span([text, level, label], peak) {
   return [text.slice(0, text.length - word.length), node]
 }
 
-function row({ value, exact, spans, peak, before, after, source, place }) {
+function row({ value, exact, spans, peak, before, after, source, place, href }) {
   const text = el("div", { class: "text", dir: "auto" })
   if (before) text.append(el("span", { class: "cut" }, "…"))
   text.append(...spans.flatMap((one, index) => span(one, index === peak)))
   if (after) text.append(el("span", { class: "cut" }, "…"))
-  const origin = el("div", { class: "origin" }, source ? el("bdi", {}, source) : null, el("span", {}, place))
+  const origin = el("div", { class: "origin" }, source ? el("bdi", {}, source) : null,
+    href ? el("a", { href, class: "place" }, place) : el("span", {}, place))
   return el("li", {}, el("div", { class: "value", "data-exact": exact }, value), el("div", {}, text, origin))
 }
 
