@@ -5,18 +5,20 @@ Frames are shared by all sessions: read them, never change them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from saebench_app.runs import Live, live, turn
+from saebench_app.runs import Live, give_way, live, turn
 from saebench_app.session import Here
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from saebench.analysis.attribution import Attribution
+    from saebench.analysis.interventions import Steering
 
 KEPT = 64
 """Answers of each kind."""
@@ -54,6 +56,20 @@ def attribute(here: Here, text: str, *, position: int, target: str, keep_first: 
     with turn():
         model = live(here)
         return _attribute(model, model.identity, text, position, target, keep_first)
+
+
+def steer(
+    here: Here, text: str, features: Sequence[int], *, on_token: Callable[[], object], **settings: Any
+) -> Steering:
+    """See `saebench.steer`; other pages may run the model between two of its tokens."""
+    from saebench.analysis.interventions import steer as run
+
+    def next_token() -> None:
+        on_token()
+        give_way()
+
+    with turn():
+        return run(text, features, **live(here).parts(), on_token=next_token, **settings)
 
 
 @st.cache_resource(max_entries=KEPT, show_spinner=False)

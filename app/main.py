@@ -12,7 +12,7 @@ from saebench.errors import UserError
 from saebench_app.components.notice import notice
 from saebench_app.components.sidebar import sidebar
 from saebench_app.components.web import STATIC
-from saebench_app.page import context, feature, features, overview, prompt, token
+from saebench_app.page import context, feature, features, overview, prompt, steer, token
 from saebench_app.session import Here, open_session_store
 from saebench_app.view import View
 
@@ -23,6 +23,7 @@ MODULES = (
     prompt,
     token,
     context,
+    steer,
 )
 
 

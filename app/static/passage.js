@@ -33,7 +33,7 @@ function stripes(node, levels) {
 function entry({ name, href, note, scale, links }, lane, lanes) {
   const ramp = el("span", { class: "ramp", "aria-hidden": "true" })
   ramp.style.setProperty("--colour", lanes === 1 ? "var(--hot)" : `var(--lane-${lane})`)
-  return el("span", {}, ramp, el("a", { href, class: "name" }, name), note ? el("bdi", { title: note }, note) : null,
+  return el("span", {}, ramp, el(href ? "a" : "span", { href, class: "name" }, name), note ? el("bdi", { title: note }, note) : null,
     el("span", { class: "quiet" }, scale), ...links.map(([text, to, label]) => el("a", { href: to, "aria-label": label }, text)))
 }
 
