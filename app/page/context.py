@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
 from saebench.errors import UserError
+from saebench_app.asked import Place
 from saebench_app.components.notice import notice
 from saebench_app.components.passage import LANES, Lane, passage
 from saebench_app.components.table import Cell, Heading, table
@@ -16,7 +17,6 @@ from saebench_app.described import Described, describe
 from saebench_app.numbers import number, share
 from saebench_app.session import Here
 from saebench_app.text import visible
-from saebench_app.view import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,34 +24,6 @@ if TYPE_CHECKING:
 PATH = "context"
 TITLE = "Context"
 SECTION = "Ask"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """What the URL asks of this page."""
-
-    c: int = 0
-    pos: int | None = None
-    features: tuple[int, ...] = ()
-
-    @classmethod
-    def from_query(cls, params: Mapping[str, str]) -> Place:
-        given = (whole(params.get(f"f{lane}")) for lane in range(1, LANES + 1))
-        features = tuple(dict.fromkeys(feature for feature in given if feature is not None))
-        return cls(c=whole(params.get("c")) or 0, pos=whole(params.get("pos")), features=features)
-
-    def query(self) -> dict[str, int]:
-        """What ``from_query`` reads back."""
-        chosen = {} if self.pos is None else {"pos": self.pos}
-        return {"c": self.c} | chosen | {f"f{lane}": f for lane, f in enumerate(self.features, 1)}
-
-    def without(self, feature: int) -> Place:
-        return replace(self, features=tuple(one for one in self.features if one != feature))
-
-    def with_(self, feature: int) -> Place:
-        """The feature laid over the text as well, in place of the last one when there are four."""
-        kept = self.without(feature).features[: LANES - 1]
-        return replace(self, features=(*kept, feature))
 
 
 def show(here: Here) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import streamlit as st
 
 from saebench_app.answers import Reading, attribute, compare, read
+from saebench_app.asked import LONGEST, MEASURES, Prompt
+from saebench_app.components.filters import WIDTH
 from saebench_app.components.heat import Row, heat
 from saebench_app.components.notice import notice
 from saebench_app.components.passage import Lane, passage
@@ -19,7 +21,6 @@ from saebench_app.numbers import number, share
 from saebench_app.runs import run_of, why_no_run
 from saebench_app.session import Here
 from saebench_app.text import visible
-from saebench_app.view import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,9 +31,7 @@ SECTION = "Ask"
 
 ROWS = 24
 """Features on the grid, and in the tables."""
-LONGEST = 4000
-"""Characters of a text: an address has to hold it."""
-MEASURES = {
+NAMES = {
     "max": ("largest", "largest activation on the text"),
     "sum": ("sum", "sum of its activations over the text"),
     "at": ("at token", "activation on the chosen token"),
@@ -41,47 +40,8 @@ MEASURES = {
 EXAMPLE_TOKENS = 40
 
 
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What the URL asks of this page."""
-
-    text: str = ""
-    text2: str = ""
-    by: str = "max"
-    at: int | None = None
-    """Position of the chosen token; None for the last."""
-    cut: float = 0.0
-    """Features denser than 10**cut are left out."""
-    bos: bool = False
-    """Whether position 0 counts, which most models make out of proportion."""
-    target: str = ""
-    pin: tuple[int, ...] = ()
-    f: int | None = None
-
-    @classmethod
-    def from_query(cls, params: Mapping[str, str]) -> Asked:
-        pins = (whole(part) for part in params.get("pin", "").split(",")[:ROWS])
-        return cls(
-            text=params.get("text", "")[:LONGEST],
-            text2=params.get("text2", "")[:LONGEST],
-            by=params["by"] if params.get("by") in MEASURES else "max",
-            at=whole(params.get("at")),
-            cut=_log(params.get("cut")),
-            bos=params.get("bos") == "1",
-            target=params.get("target", ""),
-            pin=tuple(dict.fromkeys(pin for pin in pins if pin is not None)),
-            f=whole(params.get("f")),
-        )
-
-    def query(self) -> dict[str, str]:
-        """What ``from_query`` reads back; defaults are left out."""
-        given = {one.name: getattr(self, one.name) for one in fields(self)}
-        changed = {one.name: given[one.name] for one in fields(self) if given[one.name] != one.default}
-        return {name: _written(value) for name, value in changed.items()}
-
-
 def show(here: Here) -> None:
-    asked = Asked.from_query(st.query_params.to_dict())
+    asked = Prompt.from_query(st.query_params.to_dict())
     st.title("Prompt")
     if run_of(here) is None:
         notice(why_no_run(here), key="no-run")
@@ -99,7 +59,7 @@ def show(here: Here) -> None:
         _one(here, asked, reading, at)
 
 
-def _texts(here: Here, asked: Asked) -> None:
+def _texts(here: Here, asked: Prompt) -> None:
     st.session_state.update({"prompt_text": asked.text, "prompt_text2": asked.text2})
     st.session_state["prompt_two"] = st.session_state.get("prompt_two", False) or bool(asked.text2)
 
@@ -125,11 +85,11 @@ def _begin(here: Here) -> None:
     notice("Write a text above: the model reads it, and its features are shown token by token.", key="empty")
     if here.store.has("context"):
         text = "".join(here.store.context(0)["pieces"][1:EXAMPLE_TOKENS]).strip()
-        query = Asked(text=text[:LONGEST], f=here.feature()).query()
+        query = Prompt(text=text[:LONGEST], f=here.feature()).query()
         st.button("Take the beginning of the store's text", on_click=lambda: here.show(here.view, **query))
 
 
-def _one(here: Here, asked: Asked, reading: Reading, at: int) -> None:
+def _one(here: Here, asked: Prompt, reading: Reading, at: int) -> None:
     known = describe(here.store, [*reading.fires["feature"].tolist(), *_pinned(here, asked)])
     _tokens(here, asked, reading, at, known)
     _controls(here, asked)
@@ -155,7 +115,7 @@ def _one(here: Here, asked: Asked, reading: Reading, at: int) -> None:
 
 def _tokens(
     here: Here,
-    asked: Asked,
+    asked: Prompt,
     reading: Reading,
     at: int,
     known: Mapping[int, Described],
@@ -175,12 +135,12 @@ def _tokens(
     passage(
         reading.pieces, lanes, name="Second text" if second else "Tokens of the text", tall=True,
         key="passage2" if second else "passage",
-        link="" if second else _url(here, replace(asked, at=None)) + "&at=",
-        current=None if second else at,
+        link="" if asked.text2 else _url(here, replace(asked, at=None)) + "&at=",
+        current=None if asked.text2 else at,
     )  # fmt: skip
 
 
-def _controls(here: Here, asked: Asked) -> None:
+def _controls(here: Here, asked: Prompt) -> None:
     lowest = -float(math.ceil(math.log10(max(here.store.info()["n_tokens"], 10))))
     st.session_state.update(
         {"prompt_by": asked.by, "prompt_cut": min(max(asked.cut, lowest), 0.0), "prompt_bos": asked.bos,
@@ -192,19 +152,20 @@ def _controls(here: Here, asked: Asked) -> None:
         here.show(here.view, **replace(asked, **chosen | {"cut": round(chosen["cut"], 1)}).query())
 
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
-        st.segmented_control(
-            "Sort features by", list(MEASURES), format_func=lambda name: MEASURES[name][0], key="prompt_by",
-            on_change=apply, required=True,
-        )  # fmt: skip
-        if asked.by == "attribution":
+        if not asked.text2:
+            st.segmented_control(
+                "Sort features by", MEASURES, format_func=lambda name: NAMES[name][0], key="prompt_by",
+                on_change=apply, required=True,
+            )  # fmt: skip
+        if asked.by == "attribution" and not asked.text2:
             st.text_input(
-                "To the logit of", key="prompt_target", on_change=apply, width=150,
+                "To the logit of", key="prompt_target", on_change=apply, width=WIDTH,
                 placeholder="its prediction", help="One token, with the space before it if it has one; "
                 "empty: the one that the model predicts after the chosen token.",
             )  # fmt: skip
         st.slider(
             "Densest, log10", lowest, 0.0, step=0.1, format="%.1f", key="prompt_cut", on_change=apply,
-            width=165, help="Features that fire on a larger share of the store's tokens are left out; "
+            width=WIDTH, help="Features that fire on a larger share of the store's tokens are left out; "
             "-1 is a tenth.",
         )  # fmt: skip
         st.toggle("Count the first token", key="prompt_bos", on_change=apply,
@@ -212,7 +173,7 @@ def _controls(here: Here, asked: Asked) -> None:
 
 
 def _grid(
-    here: Here, asked: Asked, reading: Reading, at: int, listed: list[int], sizes: Mapping[int, float],
+    here: Here, asked: Prompt, reading: Reading, at: int, listed: list[int], sizes: Mapping[int, float],
     known: Mapping[int, Described],
 ) -> None:  # fmt: skip
     fires = reading.fires
@@ -235,7 +196,7 @@ def _grid(
                 pinned,
             )
         )
-    label, help_ = MEASURES[asked.by]
+    label, help_ = NAMES[asked.by]
     heat(
         [(pos, piece) for pos, piece in enumerate(reading.pieces) if pos or asked.bos], rows,
         name="Features by tokens", key="heat", measure=label, help=help_, current=at, feature=asked.f,
@@ -243,10 +204,10 @@ def _grid(
     )  # fmt: skip
 
 
-def _at_token(here: Here, asked: Asked, reading: Reading, at: int, known: Mapping[int, Described]) -> None:
+def _at_token(here: Here, asked: Prompt, reading: Reading, at: int, known: Mapping[int, Described]) -> None:
     st.subheader("On the chosen token")
     fires = reading.fires[reading.fires["pos"] == at].head(ROWS)
-    fires = fires[[_sparse(known[feature], asked) for feature in fires["feature"]]]
+    fires = fires.loc[[_sparse(known[feature], asked) for feature in fires["feature"]]]
     token = visible(reading.pieces[at], edges=True)
     passage([reading.pieces[at]], name=f"The token at position {at}", key="chosen")
     if fires.empty:
@@ -270,7 +231,7 @@ def _at_token(here: Here, asked: Asked, reading: Reading, at: int, known: Mappin
     table(headings, rows, name="Features on the chosen token", key="token", height="28rem")
 
 
-def _two(here: Here, asked: Asked, reading: Reading, at: int) -> None:
+def _two(here: Here, asked: Prompt, reading: Reading, at: int) -> None:
     second = read(here, asked.text2)
     changes = compare(here, asked.text, asked.text2, keep_first=asked.bos)
     known = describe(here.store, [*changes["feature"].tolist(), *_pinned(here, asked)])
@@ -279,8 +240,9 @@ def _two(here: Here, asked: Asked, reading: Reading, at: int) -> None:
         _tokens(here, asked, reading, at, known)
     with right:
         _tokens(here, asked, second, at, known, second=True)
+    _controls(here, asked)
     st.subheader("What fires otherwise")
-    changes = changes[[_sparse(known[feature], asked) for feature in changes["feature"]]].head(ROWS)
+    changes = changes.loc[[_sparse(known[feature], asked) for feature in changes["feature"]]].head(ROWS)
     most = float(changes["difference"].abs().max()) if len(changes) else 1.0
     rows = [
         [
@@ -298,28 +260,30 @@ def _two(here: Here, asked: Asked, reading: Reading, at: int) -> None:
         Heading("feature", align="left"), Heading("largest, first"), Heading("largest, second"),
         Heading("difference", help="second minus first"), Heading("what it is", align="left"),
     ]  # fmt: skip
-    table(headings, rows, name="What fires otherwise", key="changes")
-    _controls(here, asked)
+    if rows:
+        table(headings, rows, name="What fires otherwise", key="changes")
+    else:
+        notice("Nothing is left to show: let denser features in.", key="none")
 
 
-def _pinned(here: Here, asked: Asked) -> list[int]:
+def _pinned(here: Here, asked: Prompt) -> list[int]:
     """The features that are shown first, that of the URL before those that were pinned."""
     d_sae = here.store.info()["d_sae"]
     wanted = [asked.f, *asked.pin] if asked.f is not None else list(asked.pin)
     return list(dict.fromkeys(one for one in wanted if one is not None and one < d_sae))
 
 
-def _counted(fires: pd.DataFrame, asked: Asked, known: Mapping[int, Described]) -> pd.DataFrame:
+def _counted(fires: pd.DataFrame, asked: Prompt, known: Mapping[int, Described]) -> pd.DataFrame:
     """What counts where features are sorted: without the first token and too dense ones."""
     kept = fires if asked.bos else fires[~fires["first"]]
-    return kept[[_sparse(known[feature], asked) for feature in kept["feature"]]]
+    return kept.loc[[_sparse(known[feature], asked) for feature in kept["feature"]]]
 
 
-def _sparse(one: Described, asked: Asked) -> bool:
+def _sparse(one: Described, asked: Prompt) -> bool:
     return asked.cut >= 0 or one.density <= 10**asked.cut
 
 
-def _sizes(here: Here, asked: Asked, fires: pd.DataFrame, at: int) -> dict[int, float]:
+def _sizes(here: Here, asked: Prompt, fires: pd.DataFrame, at: int) -> dict[int, float]:
     """feature -> what it is sorted by, the first one first."""
     if asked.by == "attribution":
         found = attribute(here, asked.text, position=at, target=asked.target, keep_first=asked.bos or at == 0)
@@ -346,21 +310,5 @@ def _acts(reading: Reading, feature: int) -> list[float]:
     return acts
 
 
-def _url(here: Here, asked: Asked) -> str:
+def _url(here: Here, asked: Prompt) -> str:
     return here.view.url(PATH, **asked.query())
-
-
-def _log(value: str | None) -> float:
-    try:
-        found = float(value or 0)
-    except ValueError:
-        return 0.0
-    return min(found, 0.0) if math.isfinite(found) else 0.0
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, bool):
-        return "1" if value else "0"
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import streamlit as st
 
 from saebench_app import answers
+from saebench_app.asked import LONGEST, MOST_STRENGTHS, MOST_TOKENS, WAYS, Steer, written
+from saebench_app.components.filters import WIDTH
 from saebench_app.components.notice import notice
 from saebench_app.components.passage import Lane, passage
 from saebench_app.components.table import Cell, Heading, table
@@ -19,7 +21,6 @@ from saebench_app.numbers import number, share
 from saebench_app.runs import run_of, why_no_run
 from saebench_app.session import Here
 from saebench_app.text import visible
-from saebench_app.view import whole
 
 if TYPE_CHECKING:
     from saebench.analysis.interventions import Steering
@@ -28,72 +29,16 @@ PATH = "steer"
 TITLE = "Steer"
 SECTION = "Ask"
 
-WAYS = {
+NAMES = {
     "add": "add to its value",
     "clamp": "set its value",
     "scale": "multiply its value",
     "ablate": "set it to 0",
 }
-SWEEP = (0.5, 1.0, 2.0, 4.0)
-"""Strengths that are proposed: times the feature's largest activation; when scaling, as they are."""
-MOST_STRENGTHS, MOST_FEATURES, MOST_TOKENS = 12, 8, 100
-LONGEST = 4000
-"""Characters of a text: an address has to hold it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What the URL asks of this page."""
-
-    text: str = ""
-    f: tuple[int, ...] = ()
-    how: str = "add"
-    strength: str = ""
-    """Numbers with commas; empty: those that are proposed."""
-    new: int = 20
-    temp: float = 0.0
-    seed: int = 0
-    s: int | None = None
-    """Which of the strengths is shown; None for one in the middle."""
-
-    @classmethod
-    def from_query(cls, params: Mapping[str, str]) -> Asked:
-        given = (whole(part.strip()) for part in params.get("f", "").split(","))
-        new = whole(params.get("new"))
-        return cls(
-            text=params.get("text", "")[:LONGEST],
-            f=tuple(dict.fromkeys(f for f in given if f is not None))[:MOST_FEATURES],
-            how=params["how"] if params.get("how") in WAYS else "add",
-            strength=params.get("strength", "")[:200],
-            new=20 if new is None else min(new, MOST_TOKENS),
-            temp=_temperature(params.get("temp")),
-            seed=whole(params.get("seed")) or 0,
-            s=whole(params.get("s")),
-        )
-
-    def query(self) -> dict[str, str]:
-        """What ``from_query`` reads back; defaults are left out."""
-        given = {one.name: getattr(self, one.name) for one in fields(self)}
-        changed = {one.name: given[one.name] for one in fields(self) if given[one.name] != one.default}
-        return {name: _written(value) for name, value in changed.items()}
-
-    def strengths(self, known: Mapping[int, Described]) -> list[float] | None:
-        """The numbers that are tried, or None when they are no numbers."""
-        if self.how == "ablate":
-            return [0.0]
-        if self.strength.strip():
-            try:
-                values = [float(part) for part in self.strength.replace(";", ",").split(",") if part.strip()]
-            except ValueError:
-                return None
-            fine = 0 < len(values) <= MOST_STRENGTHS and all(map(math.isfinite, values))
-            return list(dict.fromkeys(values)) if fine else None
-        unit = 1.0 if self.how == "scale" else max((known[f].max_act for f in self.f), default=1.0) or 1.0
-        return [float(f"{times * unit:.2g}") for times in SWEEP]
 
 
 def show(here: Here) -> None:
-    asked = Asked.from_query(st.query_params.to_dict())
+    asked = Steer.from_query(st.query_params.to_dict())
     st.title("Steer")
     if run_of(here) is None:
         notice(why_no_run(here), key="no-run")
@@ -120,7 +65,7 @@ def show(here: Here) -> None:
     _results(here, asked, strengths, known, done[1])
 
 
-def _controls(here: Here, asked: Asked, known: Mapping[int, Described]) -> None:
+def _controls(here: Here, asked: Steer, known: Mapping[int, Described]) -> None:
     shown = {
         "text": asked.text, "f": ", ".join(map(str, asked.f)), "how": asked.how, "strength": asked.strength,
         "new": asked.new, "temp": asked.temp, "seed": asked.seed,
@@ -129,32 +74,32 @@ def _controls(here: Here, asked: Asked, known: Mapping[int, Described]) -> None:
 
     def apply() -> None:
         chosen = {name: st.session_state.get(f"steer_{name}", value) for name, value in shown.items()}
-        given = {name: _written(value) for name, value in chosen.items()}
-        here.show(here.view, **Asked.from_query(given).query())
+        given = {name: written(value) for name, value in chosen.items()}
+        here.show(here.view, **Steer.from_query(given).query())
 
     st.text_area("Text", key="steer_text", on_change=apply, height=92, max_chars=LONGEST,
                  placeholder="How the model's text begins")  # fmt: skip
     proposed = asked.strengths({}) if not known else replace(asked, strength="").strengths(known)
-    with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
-        st.text_input("Features", key="steer_f", on_change=apply, width=150, placeholder="3, 17",
+    with st.container(horizontal=True, gap="small", vertical_alignment="bottom"):
+        st.text_input("Features", key="steer_f", on_change=apply, width=WIDTH, placeholder="3, 17",
                       help="One, or several with commas, all changed in the same way.")  # fmt: skip
-        st.selectbox("Change", list(WAYS), format_func=lambda way: WAYS[way], key="steer_how",
-                     on_change=apply, width=190)  # fmt: skip
+        st.selectbox("Change", WAYS, format_func=lambda way: NAMES[way], key="steer_how",
+                     on_change=apply, width=WIDTH)  # fmt: skip
         if asked.how != "ablate":
             st.text_input(
-                "Strengths", key="steer_strength", on_change=apply, width=210,
+                "Strengths", key="steer_strength", on_change=apply, width=WIDTH,
                 placeholder=", ".join(f"{value:g}" for value in proposed or ()),
                 help="Tried one after the other, with commas between them. Proposed: 0.5, 1, 2 and 4, when "
                 "adding or setting times the largest activation on the store's text.",
             )  # fmt: skip
-        st.number_input("New tokens", 1, MOST_TOKENS, key="steer_new", on_change=apply, width=130)
-        st.number_input("Temperature", 0.0, 2.0, step=0.1, key="steer_temp", on_change=apply, width=130,
+        st.number_input("New tokens", 1, MOST_TOKENS, key="steer_new", on_change=apply, width=WIDTH)
+        st.number_input("Temperature", 0.0, 2.0, step=0.1, key="steer_temp", on_change=apply, width=WIDTH,
                         help="0 takes the likeliest token each time; above it tokens are drawn.")  # fmt: skip
         if asked.temp:
-            st.number_input("Seed", 0, 10**9, key="steer_seed", on_change=apply, width=130)
+            st.number_input("Seed", 0, 10**9, key="steer_seed", on_change=apply, width=WIDTH)
 
 
-def _run(here: Here, asked: Asked, strengths: list[float], work: object) -> None:
+def _run(here: Here, asked: Steer, strengths: list[float], work: object) -> None:
     """The button, and the work once it was pressed: any other click on the page stops it."""
     running = st.session_state.get("steering") == work
 
@@ -190,7 +135,7 @@ def _run(here: Here, asked: Asked, strengths: list[float], work: object) -> None
 
 
 def _results(
-    here: Here, asked: Asked, strengths: list[float], known: Mapping[int, Described], found: Steering
+    here: Here, asked: Steer, strengths: list[float], known: Mapping[int, Described], found: Steering
 ) -> None:
     last = len(strengths) - 1
     at = last // 2 if asked.s is None else min(asked.s, last)
@@ -212,7 +157,7 @@ def _results(
         _along(found, strength)
 
 
-def _sweep(here: Here, asked: Asked, strengths: list[float], at: int, found: Steering) -> None:
+def _sweep(here: Here, asked: Steer, strengths: list[float], at: int, found: Steering) -> None:
     from saebench.analysis import figures
 
     left, right = st.columns([11, 9], gap="medium")
@@ -270,17 +215,3 @@ def _along(found: Steering, strength: float) -> None:
     kl = effects["kl"].tolist()
     lane = Lane(kl, max(map(abs, kl)), "KL divergence", note="in nats")
     passage(effects["token"].tolist(), [lane], name="Where the predictions change", key="along")
-
-
-def _temperature(value: str | None) -> float:
-    try:
-        found = float(value or 0)
-    except ValueError:
-        return 0.0
-    return min(max(found, 0.0), 2.0) if math.isfinite(found) else 0.0
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -52,8 +52,7 @@ function walk(event) {
 }
 
 export default function ({ parentElement, data }) {
-  const before = parentElement.querySelector(".root")
-  const focused = before?.contains(parentElement.getRootNode().activeElement)
+  const focused = parentElement.querySelector(".t:focus") !== null
   const root = container(parentElement, "div")
   root.classList.toggle("lanes", data.lanes > 1)
   if (data.legend.length)

@@ -17,8 +17,9 @@ import saebench as sb
 from saebench.activations.models import Model, load_model
 from saebench.saes.base import load
 from saebench.store.query import FeatureStore, open_store
+from saebench_app.asked import MEASURES, WAYS, Place, Prompt, Steer
 from saebench_app.numbers import number
-from saebench_app.page import context, prompt, steer
+from saebench_app.page import prompt
 from saebench_app.text import CONTINUED, visible
 from tests.app.conftest import column, shown, url
 from tests.app.live_world import D_SAE, HOOK, World
@@ -63,10 +64,10 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 numbers = st.integers(0, 10**6)
 whole = st.none() | numbers
 prompts = st.builds(
-    prompt.Asked,
+    Prompt,
     text=texts,
     text2=texts,
-    by=st.sampled_from(list(prompt.MEASURES)),
+    by=st.sampled_from(MEASURES),
     at=whole,
     cut=st.integers(-60, 0).map(lambda n: n / 10),
     bos=st.booleans(),
@@ -75,10 +76,10 @@ prompts = st.builds(
     f=whole,
 )
 steers = st.builds(
-    steer.Asked,
+    Steer,
     text=texts,
     f=st.lists(numbers, unique=True, max_size=8).map(tuple),
-    how=st.sampled_from(list(steer.WAYS)),
+    how=st.sampled_from(WAYS),
     strength=texts,
     new=st.integers(1, 100),
     temp=st.integers(0, 20).map(lambda n: n / 10),
@@ -86,7 +87,7 @@ steers = st.builds(
     s=whole,
 )
 places = st.builds(
-    context.Place, c=numbers, pos=whole, features=st.lists(numbers, unique=True, max_size=4).map(tuple)
+    Place, c=numbers, pos=whole, features=st.lists(numbers, unique=True, max_size=4).map(tuple)
 )
 NAMES = "text text2 by at cut bos pin f f1 f4 c pos how strength new temp seed s".split()
 
@@ -99,14 +100,14 @@ def test_a_query_gives_back_what_was_asked(asked: Any) -> None:
 
 @given(st.dictionaries(st.sampled_from(NAMES), texts | st.sampled_from(["nan", "1e99", "-1", "1,,x", "²"])))
 def test_any_query_can_be_read(query: dict[str, str]) -> None:
-    for kind in (prompt.Asked, steer.Asked, context.Place):
+    for kind in (Prompt, Steer, Place):
         asked = kind.from_query(query)
         again = {name: str(value) for name, value in asked.query().items()}
         assert kind.from_query(again) == asked
 
 
 @given(places, numbers)
-def test_features_are_laid_over_and_taken_away(place: context.Place, feature: int) -> None:
+def test_features_are_laid_over_and_taken_away(place: Place, feature: int) -> None:
     more = place.with_(feature)
     assert feature in more.features
     assert len(set(more.features)) == len(more.features) <= 4
@@ -173,6 +174,8 @@ def test_pinned_features_come_first_and_stay(visit: Visit, world: World, model: 
         rows[1]["pin"] == f"prompt?sae=tiny&text={TEXT.replace(' ', '+')}&cut=-9&pin={D_SAE + 9}&f={silent}"
     )
     assert data(app, "passage")["legend"][0]["name"] == f"Feature {silent}"
+    app.slider(key="prompt_cut").set_value(-3.0).run()
+    assert "No feature" in data(app, "silent")["text"]
     app = visit(world.store, "prompt", text=TEXT, f=fires)
     acts = [span[2] for span in data(app, "passage")["spans"]]
     assert acts == [number(float(z)) if z else "" for z in z_TM[:, fires]]
@@ -185,6 +188,8 @@ def test_two_texts_are_compared(visit: Visit, world: World, model: Model) -> Non
     assert [int(f) for f in column(app, "feature", "changes")] == found["feature"].tolist()
     assert column(app, "difference", "changes") == found["difference"].tolist()
     assert len(data(app, "passage2")["spans"]) == len(model.tokens.encode(other))
+    app.slider(key="prompt_cut").set_value(-3.0).run()
+    assert "denser" in data(app, "none")["text"]
 
 
 @pytest.mark.parametrize("text", HOSTILE)

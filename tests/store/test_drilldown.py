@@ -203,6 +203,10 @@ def test_patterns_filter_features_and_tokens(store):
     assert store.features(["feature"], regex=r"^ \w+$")["feature"].tolist() == wanted
     assert store.neighbours_in_order(wanted[0], regex=r"^ \w+$")[0] is None
     assert set(store.find_tokens(regex="(?i)SENATE$")["text"]) == {" Senate"}
+    for number, text in enumerate(TEXTS):
+        alike = {other for other, same in enumerate(TEXTS) if same == text}
+        assert set(store.find_tokens(token=text)["token"]) == alike
+        assert store.find_tokens(token=number)["text"].tolist() == [text]
 
 
 @settings(max_examples=40, deadline=None)
