@@ -41,7 +41,8 @@ def open_session_store(sae: str | None) -> FeatureStore:
     path = store_path()
     if "generation" not in st.session_state:
         move_to_newest()
-    return _open(str(path), st.session_state["generation"], st.session_state.get("made", ""), sae)
+    made, first = st.session_state.get("made", ""), st.session_state.get("first")
+    return _open(str(path), st.session_state["generation"], made, first if sae is None else sae)
 
 
 def move_to_newest() -> None:
@@ -54,7 +55,8 @@ def move_to_newest() -> None:
     if manifest.generation <= st.session_state.get("generation", 0):
         _open.clear()
     made = hashlib.sha256(json.dumps(manifest.to_json(), sort_keys=True).encode()).hexdigest()
-    st.session_state.update({"generation": manifest.generation, "made": made})
+    first = manifest.saes[0].name if manifest.saes else None
+    st.session_state.update({"generation": manifest.generation, "made": made, "first": first})
 
 
 @st.cache_resource(max_entries=16, on_release=FeatureStore.close, show_spinner=False)

@@ -29,7 +29,8 @@ TITLE = "Features"
 SECTION = "Look"
 PER_PAGE = 100
 CHOSEN = "chosen features"
-"""Key of the session: the SAE, and its features that are ticked."""
+"""Key of the session: SAE -> its features that are ticked. One object, so that a file which is made later
+holds what is ticked then."""
 
 
 def show(here: Here) -> None:
@@ -77,11 +78,12 @@ def _listing(here: Here, scales: dict[str, Scale], found: int) -> None:
     )  # fmt: skip
     headings = [*(_heading(column, view) for column in columns), Heading("marks", align="left")]
     cells = [_cells(row, columns, here, scales) for row in rows.to_dict("records")]
-    ticked = chosen(here)
-    _with_chosen(here, ticked, found)
+    chosen = _chosen()
+    ticked = chosen.get(store.sae, [])
+    _with_chosen(here, chosen, found)
     table(
         headings, cells, name="Features", key="features", height="calc(100vh - 19rem)", selected=ticked,
-        on_select=lambda features: st.session_state.update({CHOSEN: (store.sae, features)}),
+        on_select=lambda features: chosen.update({store.sae: features}),
     )  # fmt: skip
     with st.container(horizontal=True, vertical_alignment="center"):
         total = store.info()["d_sae"]
@@ -98,39 +100,40 @@ def _listing(here: Here, scales: dict[str, Scale], found: int) -> None:
             _clear(here)
 
 
-def chosen(here: Here) -> list[int]:
-    """The ticked features of this SAE."""
-    sae, features = st.session_state.get(CHOSEN, (here.store.sae, []))
-    return list(features) if sae == here.store.sae else []
+def _chosen() -> dict[str, list[int]]:
+    chosen: dict[str, list[int]] = st.session_state.setdefault(CHOSEN, {})
+    return chosen
 
 
-def _with_chosen(here: Here, ticked: list[int], found: int) -> None:
+def _with_chosen(here: Here, chosen: dict[str, list[int]], found: int) -> None:
     """What can be done with the ticked features, or with all that pass when none is."""
+    ticked = chosen.get(here.store.sae, [])
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         if ticked:
             st.caption(f"{len(ticked):,} chosen", width="content")
             only = replace(here.view.cleared(), among=tuple(ticked[:MOST_AMONG]))
             st.button("Show only these", on_click=here.show, args=(only,), type="tertiary")
             _add_to_list(here, ticked)
-            st.button("Clear choice", on_click=lambda: st.session_state.pop(CHOSEN, None), type="tertiary")
+            st.button("Clear choice", on_click=chosen.clear, type="tertiary")
         else:
             st.caption(f"{found:,} features; tick some to put them on a list", width="content")
         st.space("stretch")
         whose = "chosen" if ticked else "listed"
         st.download_button(
-            "CSV", lambda: as_csv(_frame(here, ticked)), "features.csv", on_click="ignore", type="tertiary",
+            "CSV", lambda: as_csv(_frame(here, chosen)), "features.csv", on_click="ignore", type="tertiary",
             help=f"All columns of the {whose} features.",
         )  # fmt: skip
         st.download_button(
-            "Parquet", lambda: as_parquet(_frame(here, ticked)), "features.parquet", on_click="ignore",
+            "Parquet", lambda: as_parquet(_frame(here, chosen)), "features.parquet", on_click="ignore",
             type="tertiary", help=f"All columns of the {whose} features.",
         )  # fmt: skip
 
 
-def _frame(here: Here, ticked: list[int]) -> pd.DataFrame:
+def _frame(here: Here, chosen: dict[str, list[int]]) -> pd.DataFrame:
     """All columns and labels of the ticked features, or of those listed, in the order of the table."""
-    chosen = {"among": ticked} if ticked else here.filters()
-    frame = here.store.features(**chosen, **here.view.order())
+    ticked = chosen.get(here.store.sae)
+    wanted = {"among": ticked} if ticked else here.filters()
+    frame = here.store.features(**wanted, **here.view.order())
     frame.insert(1, LABEL, [here.names.get(feature) for feature in frame["feature"]])
     return frame
 

@@ -11,6 +11,5 @@ export default function ({ parentElement, data }) {
   root.append(...data.sections.map(({ title, links }) =>
     el("section", { "aria-label": title },
       el("h2", {}, title),
-      el("ul", {}, ...links.map((link) =>
-        el("li", {}, el("a", { href: link.href, "aria-current": link.current ? "page" : "" }, link.label)))))))
+      ...links.map((link) => el("a", { href: link.href, "aria-current": link.current ? "page" : "" }, link.label)))))
 }

@@ -21,13 +21,20 @@ function flags(text) {
 }
 
 // Boxes to tick: what is ticked here and on other pages of the table is told to the app. With Shift, all rows
-// from the one ticked before are ticked too.
+// from the one ticked before are ticked too. The app answers each with the table again: an answer that only
+// repeats what it was told must not undo what has been ticked meanwhile.
 function selection(root, data, setStateValue) {
-  const ticked = new Set(data.selected)
+  const echo = (root.told ?? []).indexOf(JSON.stringify(data.selected))
+  if (echo >= 0) root.told.splice(0, echo + 1)
+  else {
+    root.ticked = new Set(data.selected)
+    root.told = []
+  }
+  const ticked = root.ticked
   const boxes = []
-  let last = -1
   const tell = () => {
     for (const box of boxes) box.closest("tr").classList.toggle("ticked", box.checked)
+    root.told.push(JSON.stringify([...ticked]))
     setStateValue("selected", [...ticked])
   }
   const tick = (box, on) => { box.checked = on; on ? ticked.add(Number(box.value)) : ticked.delete(Number(box.value)) }
@@ -38,9 +45,11 @@ function selection(root, data, setStateValue) {
     const at = boxes.push(box) - 1
     box.checked = ticked.has(number)
     box.onclick = (event) => {
-      const [from, to] = event.shiftKey && last >= 0 ? [Math.min(last, at), Math.max(last, at)] : [at, at]
-      for (let i = from; i <= to; i++) tick(boxes[i], box.checked)
-      last = at
+      const last = event.shiftKey ? boxes.findIndex((other) => other.value === root.last) : -1
+      const [from, to] = last >= 0 ? [Math.min(last, at), Math.max(last, at)] : [at, at]
+      const on = box.checked
+      for (let i = from; i <= to; i++) tick(boxes[i], on)
+      root.last = box.value
       tell()
     }
     return box
