@@ -52,7 +52,10 @@ def show(here: Here) -> None:
         notice("No feature passes these filters. Widen a range, or clear the text.", key="none")
         _clear(here)
         return
-    _listing(here, scales, found)
+    last = math.ceil(found / PER_PAGE)
+    page = min(here.view.page, last)
+    _listing(here, scales, found, page)
+    _pages(here, found, page, last)
 
 
 def _told(here: Here) -> None:
@@ -64,29 +67,30 @@ def _told(here: Here) -> None:
 
 
 @st.fragment
-def _listing(here: Here, scales: dict[str, Scale], found: int) -> None:
+def _listing(here: Here, scales: dict[str, Scale], found: int, page: int) -> None:
     """The table and what is done with its rows; ticking one draws nothing else again."""
     view, store = here.view, here.store
-    last = math.ceil(found / PER_PAGE)
-    page = min(view.page, last)
     columns = shown_columns(here)
-    first = (page - 1) * PER_PAGE
     stored = [column.name for column in columns if column.name != LABEL]
     rows = store.features(
         [*dict.fromkeys(["feature", *stored, "dead", "dense"])], **here.filters(), **view.order(),
-        limit=PER_PAGE, offset=first,
+        limit=PER_PAGE, offset=(page - 1) * PER_PAGE,
     )  # fmt: skip
     headings = [*(_heading(column, view) for column in columns), Heading("marks", align="left")]
     cells = [_cells(row, columns, here, scales) for row in rows.to_dict("records")]
     chosen = _chosen()
-    ticked = chosen.get(store.sae, [])
     _with_chosen(here, chosen, found)
     table(
-        headings, cells, name="Features", key="features", height="calc(100vh - 19rem)", selected=ticked,
+        headings, cells, name="Features", key="features", height="calc(100vh - 19rem)",
+        selected=chosen.get(store.sae, []),
         on_select=lambda features: chosen.update({store.sae: features}),
     )  # fmt: skip
+
+
+def _pages(here: Here, found: int, page: int, last: int) -> None:
+    view, first = here.view, (page - 1) * PER_PAGE
     with st.container(horizontal=True, vertical_alignment="center"):
-        total = store.info()["d_sae"]
+        total = here.store.info()["d_sae"]
         of = f"{found:,} that pass, of {total:,}" if found < total else f"{total:,} features"
         st.caption(f"{first + 1:,} to {min(first + PER_PAGE, found):,} of {of}", width="content")
         if last > 1:
@@ -112,7 +116,9 @@ def _with_chosen(here: Here, chosen: dict[str, list[int]], found: int) -> None:
         if ticked:
             st.caption(f"{len(ticked):,} chosen", width="content")
             only = replace(here.view.cleared(), among=tuple(ticked[:MOST_AMONG]))
-            st.button("Show only these", on_click=here.show, args=(only,), type="tertiary")
+            if st.button("Show only these", type="tertiary"):
+                here.show(only)
+                st.rerun()  # all of the page, of which this is a part
             _add_to_list(here, ticked)
             st.button("Clear choice", on_click=chosen.clear, type="tertiary")
         else:
