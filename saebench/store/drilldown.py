@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from saebench.errors import UserError
 from saebench.store.limits import check_pattern
 from saebench.store.reader import StoreReader
-from saebench.store.schema import nearest
+from saebench.store.schema import HIST_BINS, HIST_KINDS, nearest, one_of
 from saebench.store.windows import BEFORE
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ TOKEN_ORDERS = {
     "p_token_given_fire": "p_token_given_fire",
     "lift": "lift",
 }
+ROUNDING = 1e-6
 PLACE_ORDERS = {"place": "ctx, pos", "value": "value DESC, ctx, pos"}
 
 
@@ -225,6 +226,47 @@ class DrillDown(StoreReader):
         for name in ("doc", "label", "start", "tokens", "pieces", "acts"):
             drawn[name] = [shown[name] for shown in windows]
         return drawn
+
+    def examples_in_bin(
+        self, feature: int, bin: int, kind: str = "value", *, n: int = 20, seed: int = 0
+    ) -> pd.DataFrame:
+        """Examples drawn at random from one bar of ``histogram(feature, kind)``.
+
+        As ``examples_between`` gives them; empty for a feature that fires on no token.
+
+        >>> last = len(store.histogram(0)) - 1
+        >>> bool(store.examples_in_bin(0, last)["value"].max() == store.feature(0)["max_act"])
+        True
+
+        Raises:
+            UserError: no such feature, kind or bar.
+        """
+        if not 0 <= bin < HIST_BINS:
+            raise UserError(f"bin {bin} is not in the histogram; it has 0 to {HIST_BINS - 1}")
+        bars = self.histogram(feature, kind)
+        if bars.empty:
+            return self.examples_between(feature, 0.0, 0.0, n=0)
+        lo, hi = float(bars["lo"][bin]), float(bars["hi"][bin])
+        if kind == "log10":  # the edges were rounded when they became logarithms
+            lo, hi = 10**lo * (1 - ROUNDING), 10**hi * (1 + ROUNDING)
+        return self.examples_between(feature, lo, hi, n=n, seed=seed)
+
+    def histogram(self, feature: int, kind: str = "value") -> pd.DataFrame:
+        """Bins of its activations, or of their log10 (kind 'log10'): lo, hi, count. Empty for a dead one.
+
+        >>> bool(store.histogram(3)["count"].sum() == store.feature(3)["n_act"])
+        True
+        """
+        import numpy as np
+        import pandas as pd
+
+        rows = self._rows(
+            "SELECT lo, hi, counts FROM sae.hist WHERE feature = ? AND kind = ?",
+            [self._known(feature), one_of(HIST_KINDS, kind, "kind of histogram")],
+        )
+        lo, hi, counts = rows[0] if rows else (0.0, 0.0, [])
+        edges = np.linspace(lo, hi, len(counts) + 1)
+        return pd.DataFrame({"lo": edges[:-1], "hi": edges[1:], "count": np.asarray(counts, dtype=np.int64)})
 
     def _windows(self, feature: int, drawn: pd.DataFrame, width: int) -> list[dict[str, Any]]:
         """For each activation of ``drawn``: doc, label, and the window around it."""
