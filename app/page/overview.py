@@ -15,6 +15,7 @@ from saebench_app.view import View
 
 PATH = "store"
 TITLE = "Store"
+SECTION = "Look"
 
 
 def show(here: Here) -> None:
