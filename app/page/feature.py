@@ -351,14 +351,17 @@ def _distribution(here: Here, row: dict[str, Any]) -> None:
         notice("No activations.", key="no-histogram")
         return
     log = view.histogram == "log10"
-    bars = []
-    for at, one in enumerate(bins.itertuples()):
-        low, high = (10**one.lo, 10**one.hi) if log else (one.lo, one.hi)
-        current = view.bin == at
-        href = replace(view, bin=None if current else at).url(PATH, f=feature)
-        bars.append(Bar(int(one.count), f"{one.count:,} tokens from {low:.3g} to {high:.3g}", href, current))
-    ends = [bins["lo"].iloc[0], (bins["lo"].iloc[0] + bins["hi"].iloc[-1]) / 2, bins["hi"].iloc[-1]]
-    edges = [number(10**end if log else end) for end in ends]
+    edges_of = [10**edge if log else edge for edge in (*bins["lo"], bins["hi"].iloc[-1])]
+    away = replace(view, bin=None).url(PATH, f=feature)
+    bars = [
+        Bar(
+            n, f"{n:,} tokens from {edges_of[at]:.3g} to {edges_of[at + 1]:.3g}",
+            away if view.bin == at else f"{away}&bin={at}", view.bin == at,
+        )
+        for at, n in enumerate(bins["count"].tolist())
+    ]  # fmt: skip
+    middle = (bins["lo"].iloc[0] + bins["hi"].iloc[-1]) / 2
+    edges = [number(edge) for edge in (edges_of[0], 10**middle if log else middle, edges_of[-1])]
     histogram(
         bars, name=f"Histogram of {row['n_act']:,} activations from {edges[0]} to {edges[-1]}", edges=edges,
         axis="activation, logarithmic" if log else "activation", key="histogram", head=head,

@@ -26,7 +26,7 @@ def notes(here: Here, feature: int) -> None:
             type="primary" if marked else "secondary", on_click=attempt, args=(mark,),
         )  # fmt: skip
         st.text_input(
-            "Label", key="label", placeholder="Name it (L)", label_visibility="collapsed", width=260,
+            "Label", key="label", placeholder="Name it (L)", label_visibility="collapsed", width=200,
             max_chars=LONGEST_LABEL, on_change=attempt, args=(name,),
         )  # fmt: skip
         _lists(here, feature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,8 +93,15 @@ class FeatureStore(Several, ExplanationReader):
         >>> store.info()["sae"]
         'topk'
         """
-        dead, dense = self._rows("SELECT count(*) FILTER (dead), count(*) FILTER (dense) FROM sae.feature")[0]
+        dead, dense = self._n_dead_and_dense
         return {**self._meta, "n_dead": dead, "n_dense": dense, "generation": self.generation}
+
+    @functools.cached_property
+    def _n_dead_and_dense(self) -> tuple[int, int]:
+        """Counted once: a generation does not change."""
+        query = "SELECT count(*) FILTER (dead), count(*) FILTER (dense) FROM sae.feature"
+        dead, dense = self._rows(query)[0]
+        return int(dead), int(dense)
 
     @property
     def feature_columns(self) -> list[str]:
