@@ -4,10 +4,12 @@
     main        what the server runs for every page
     view        which features, in which order: read from the URL and written to it
     session     the open store, the generation a person is looking at
+    runs        the run that an SAE came from, its model, and whose turn it is to use it
     numbers     how numbers are written; text: how token texts are made visible
     page        one module a page, thin (a folder called "pages" would make Streamlit serve its files itself)
     components  the parts that pages are made of; static/ has their scripts and style sheets
 
-Nothing here runs SQL, needs a model or leaves the machine. Text from a store (tokens, labels, names) is
-hostile until shown: it reaches the page only through the components of ``static/``, as text nodes.
+Nothing here runs SQL or leaves the machine, and pages that run no model need none. Text from a store (tokens,
+labels, names) is hostile until shown: it reaches the page only through the components of ``static/``, as text
+nodes.
 """

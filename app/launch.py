@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from saebench.errors import UserError
@@ -37,20 +37,31 @@ SETTINGS = {
 """Nothing is sent anywhere, nothing outside the store is watched, and one look for all pages."""
 
 
-def explore(store: Path, *, port: int = 8501, host: str = "127.0.0.1", open_browser: bool = True) -> int:
+def explore(
+    store: Path,
+    *,
+    runs: Sequence[Path] = (),
+    port: int = 8501,
+    host: str = "127.0.0.1",
+    open_browser: bool = True,
+) -> int:
     """Serve the explorer for ``store`` until it is interrupted; the exit code of the server.
 
+    ``runs`` are run directories that its SAEs came from, for the pages that run the model.
+
     Raises:
-        UserError: ``store`` cannot be opened, or ``port`` is in use.
+        UserError: ``store`` or a run cannot be opened, or ``port`` is in use.
     """
     from saebench.store.query import open_store
 
-    store = Path(store).resolve()
+    store, runs = Path(store).resolve(), [Path(run).resolve() for run in runs]
     open_store(store).close()
+    if runs:
+        _require_runs(runs)
     require_free_port(host, port)
     # Stopped by our own hand only: it must not see the terminal's Ctrl-C as well.
     server = subprocess.Popen(
-        command(store, host=host, port=port), stdout=subprocess.DEVNULL, start_new_session=True
+        command(store, host=host, port=port, runs=runs), stdout=subprocess.DEVNULL, start_new_session=True
     )
     url = f"http://{host}:{port}/features"
     try:
@@ -66,11 +77,11 @@ def explore(store: Path, *, port: int = 8501, host: str = "127.0.0.1", open_brow
         stop(server)
 
 
-def command(store: Path, *, host: str, port: int) -> list[str]:
-    """The server's command line; the store follows ``--``, where no URL reaches."""
+def command(store: Path, *, host: str, port: int, runs: Sequence[Path] = ()) -> list[str]:
+    """The server's command line; the store and its runs follow ``--``, where no URL reaches."""
     flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
     flags += [f"--server.address={host}", f"--server.port={port}"]
-    return [sys.executable, "-m", "streamlit", "run", str(MAIN), *flags, "--", str(store)]
+    return [sys.executable, "-m", "streamlit", "run", str(MAIN), *flags, "--", str(store), *map(str, runs)]
 
 
 def require_free_port(host: str, port: int) -> None:
@@ -86,6 +97,16 @@ def require_free_port(host: str, port: int) -> None:
             raise UserError(
                 f"port {port} of {host} cannot be used ({error}); choose another one with --port"
             ) from None
+
+
+def _require_runs(runs: Sequence[Path]) -> None:
+    """Raises UserError when one of ``runs`` holds no finished SAE."""
+    from saebench.saes.base import SPEC_FILE, read_description
+
+    for run in runs:
+        if not (run / SPEC_FILE).is_file():
+            raise UserError(f"{run} holds no finished SAE (no {SPEC_FILE}); name a run directory with --run")
+        read_description(run)
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:

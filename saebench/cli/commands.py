@@ -251,6 +251,16 @@ def explore(
     store: Annotated[Path, Parameter(help="Directory of the feature store.")],
     /,
     *,
+    run: Annotated[
+        tuple[Path, ...],
+        Parameter(
+            help="Run directory of one of its SAEs, for the pages that run the model; may be repeated. "
+            "Those in runs beside the store are found without.",
+            negative="",
+            show_default=False,
+            group=SETTINGS,
+        ),
+    ] = (),
     port: Annotated[int, Parameter(help="Port to listen on.", group=SETTINGS)] = 8501,
     host: Annotated[str, Parameter(help="Address to listen on.", group=SETTINGS)] = "127.0.0.1",
     browser: Annotated[bool, Parameter(help="Open a browser window.", group=SETTINGS)] = True,
@@ -258,7 +268,7 @@ def explore(
     """Serve the pages of a feature store on this machine."""
     from saebench_app.launch import explore as serve
 
-    return serve(store, port=port, host=host, open_browser=browser)
+    return serve(store, runs=run, port=port, host=host, open_browser=browser)
 
 
 def export(config: ExportConfig) -> Result:

@@ -11,6 +11,8 @@ from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
 import saebench_app.launch
+from saebench.activations.cache import ActivationCache
+from tests.app.live_world import World, build_world
 from tests.store.small_store import build_small_store
 
 
@@ -22,6 +24,11 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def textless_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_small_store(tmp_path_factory.mktemp("app") / "store", text=False)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_cache: ActivationCache) -> World:
+    return build_world(tmp_path_factory.mktemp("world"), tiny_cache)
 
 
 @pytest.fixture

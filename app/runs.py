@@ -1,0 +1,159 @@
+"""The run that an SAE of the store came from: a store keeps no weights, so pages that need them look here.
+
+Runs are those named on the command line and those in ``runs`` beside the store; no URL can name one. A run
+belongs to an SAE when its weights have the hash that the store recorded. What a page then needs, the model
+and the SAE, is loaded once and shared by all sessions, which take turns with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from saebench.errors import UserError
+from saebench_app.session import Here, store_path
+
+if TYPE_CHECKING:
+    from saebench.activations.models import Model
+    from saebench.analysis.mounting import Mounted
+
+TURN = threading.Lock()
+"""Held by whoever runs the model."""
+LOOK_SECONDS = 0.2
+"""How often a page that waits for its turn looks whether it is still wanted."""
+
+
+def known_runs() -> list[Path]:
+    """Folders that may hold the SAEs of the store: named ones first, then ``runs/*`` beside it."""
+    named = [Path(run) for run in sys.argv[2:]]
+    beside = store_path().parent / "runs"
+    found = [path for path in sorted(beside.iterdir()) if path.is_dir()] if beside.is_dir() else []
+    return list(dict.fromkeys([*named, *found]))
+
+
+def run_of(here: Here) -> Path | None:
+    """The run whose weights were indexed as the SAE that is shown; None when no known folder holds them."""
+    info = here.store.info()
+    for run in known_runs():
+        if _may_be(run, info) and _hash(run, _stamp(run)) == info["sae_hash"]:
+            return run
+    return None
+
+
+@dataclass(frozen=True)
+class Live:
+    """An SAE in its model, in the words in which the analysis functions take them."""
+
+    mounted: Mounted
+    identity: str
+    """Hash of the SAE's weights."""
+
+    def parts(self) -> dict[str, Any]:
+        """The arguments sae, model, hook and bos."""
+        mounted = self.mounted
+        return {
+            "sae": mounted.sae, "model": mounted.model, "hook": mounted.hook, "bos": mounted.bos is not None,
+        }  # fmt: skip
+
+
+def live(here: Here) -> Live:
+    """The model and the SAE of the page, loaded by whoever comes first. Call it only within ``turn``.
+
+    Raises:
+        UserError: no known run holds the SAE, or its model cannot be loaded.
+    """
+    run = run_of(here)
+    if run is None:
+        raise UserError(why_no_run(here))
+    with st.spinner("Loading the language model and the SAE. This happens once."):
+        return _live(str(run), here.store.info()["sae_hash"], _stamp(run))
+
+
+def mounted(here: Here) -> Mounted:
+    """`live`, as what `saebench.analysis.mounting.mount` gives."""
+    return live(here).mounted
+
+
+def why_no_run(here: Here) -> str:
+    """What to do when ``run_of`` finds nothing."""
+    return (
+        f"This page runs the model, and a store keeps no weights: end the explorer and start it as "
+        f"saebench explore {here.store.path} --run DIR, with the run directory that "
+        f"{here.store.sae!r} was indexed from."
+    )
+
+
+@contextlib.contextmanager
+def turn() -> Iterator[None]:
+    """One page at a time runs the model; the others say that they wait, and can be left meanwhile."""
+    if not TURN.acquire(blocking=False):
+        waiting = st.empty()
+        while not TURN.acquire(timeout=LOOK_SECONDS):
+            waiting.caption("The model is busy with another page. This one is next.")
+        waiting.empty()
+    try:
+        yield
+    finally:
+        TURN.release()
+
+
+def _may_be(run: Path, info: dict[str, Any]) -> bool:
+    """Whether the description of ``run`` fits; hashing weights takes longer than reading it."""
+    from saebench.saes.base import SPEC_FILE, read_description
+
+    if not (run / SPEC_FILE).is_file():
+        return False
+    try:
+        found = read_description(run)
+    except UserError:
+        return False
+    d_sae = found["spec"].get("d_sae")
+    return (found["sae"], found["d_in"], d_sae) == (info["sae"], info["d_in"], info["d_sae"])
+
+
+def _stamp(run: Path) -> tuple[int, int]:
+    """Changes when the weights of ``run`` are written again."""
+    from saebench.saes.base import WEIGHTS_FILE
+
+    try:
+        state = (run / WEIGHTS_FILE).stat()
+    except OSError:
+        return 0, 0
+    return state.st_mtime_ns, state.st_size
+
+
+@st.cache_resource(max_entries=64, show_spinner=False)
+def _hash(run: Path, stamp: tuple[int, int]) -> str | None:
+    from saebench.saes.base import load
+    from saebench.store.build import hash_of
+
+    try:
+        return hash_of(load(run))
+    except UserError:
+        return None
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _live(run: str, identity: str, stamp: tuple[int, int]) -> Live:
+    from saebench.analysis.mounting import mount
+    from saebench.evaluation.sources import read_origin
+
+    recorded = read_origin(Path(run)).model
+    model = "cache" if recorded is None else _model(recorded["name"], recorded["revision"])
+    return Live(mount(run, model), identity)
+
+
+@st.cache_resource(max_entries=1, show_spinner=False)
+def _model(name: str, revision: str | None) -> Model:
+    """SAEs of one model share it."""
+    from saebench.activations.models import load_model
+    from saebench.device import pick_device
+
+    return load_model(name, revision=revision, device=pick_device("auto"))
