@@ -12,11 +12,11 @@ from saebench.errors import UserError
 from saebench_app.components.notice import notice
 from saebench_app.components.sidebar import sidebar
 from saebench_app.components.web import STATIC
-from saebench_app.page import feature, features, overview
+from saebench_app.page import compare, explain, feature, features, map, overview, sql, train
 from saebench_app.session import Here, open_session_store
 from saebench_app.view import View
 
-MODULES = (overview, features, feature)
+MODULES = (overview, features, feature, compare, map, explain, train, sql)
 
 
 def main() -> None:

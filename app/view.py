@@ -24,6 +24,9 @@ WINDOWS = (4, 8, 16, 0)
 NAMES = {"text": "q", "log_density": "density", "max_act": "max", "descending": "desc"}
 """Fields that are called otherwise in the URL."""
 
+MOST_AMONG = 500
+"""Features that a URL names at most."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class View:
@@ -35,6 +38,8 @@ class View:
     max_act: Range | None = None
     dead: Shown = "any"
     dense: Shown = "any"
+    among: tuple[int, ...] = ()
+    """Only these features."""
     sort: str = "feature"
     descending: bool = False
     page: int = 1
@@ -55,6 +60,7 @@ class View:
             max_act=_range(params.get("max")),
             dead=_one_of(SHOWN, params.get("dead")),
             dense=_one_of(SHOWN, params.get("dense")),
+            among=_features(params.get("among")),
             sort=sort if sort in columns else "feature",
             descending=params.get("desc") == "1",
             page=max(whole(params.get("page")) or 1, 1),
@@ -66,7 +72,7 @@ class View:
         """The query parameters that ``from_query`` reads back; defaults are left out."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         changed = {f.name for f in fields(self) if f.name == "sae" or given[f.name] != f.default}
-        own = {NAMES.get(name, name): _written(given[name]) for name in given if name in changed}
+        own = {NAMES.get(name, name): _written(name, given[name]) for name in given if name in changed}
         return own | {name: str(value) for name, value in more.items()}
 
     def url(self, page: str, **more: int | str) -> str:
@@ -92,7 +98,10 @@ class View:
             ranges["max_act"] = self.max_act
         chosen = {"dead": self.dead, "dense": self.dense}
         flags = {name: shown == "only" for name, shown in chosen.items() if shown != "any"}
-        return {"ranges": ranges or None, "flags": flags or None, "text": self.text or None}
+        return {
+            "ranges": ranges or None, "flags": flags or None, "text": self.text or None,
+            "among": self.among or None,
+        }  # fmt: skip
 
     def order(self) -> dict[str, Any]:
         return {"order_by": self.sort, "descending": self.descending}
@@ -121,9 +130,17 @@ def _range(value: str | None) -> Range | None:
     return bounds
 
 
-def _written(value: Any) -> str:
+def _features(value: str | None) -> tuple[int, ...]:
+    """Numbers of features from a URL: 3,17,40."""
+    numbers = [whole(part) for part in (value or "").split(",")]
+    return tuple(dict.fromkeys(number for number in numbers if number is not None))[:MOST_AMONG]
+
+
+def _written(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "1" if value else "0"
+    if name == "among":
+        return ",".join(map(str, value))
     if isinstance(value, tuple):
         return "..".join("" if bound is None else f"{bound:g}" for bound in value)
     return str(value)
