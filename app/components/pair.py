@@ -32,20 +32,20 @@ def pick(here: Here, this: Comparison, a: FeatureStore) -> None:
 
 
 def pair(here: Here, this: Comparison, a: FeatureStore, b: FeatureStore) -> None:
-    st.subheader("Two features side by side")
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.subheader("Two features side by side", width="content")
+        st.button("Close", type="tertiary", on_click=here.show, args=(here.view,),
+                  kwargs=this.but(fa=None, fb=None))  # fmt: skip
     firings_of_a = None if this.fa is None else _firings(a, this.fa, this.b)
     firings_of_b = None if this.fb is None else _firings(b, this.fb, this.a)
     fa = this.fa if this.fa is not None else _best(firings_of_b)
     fb = this.fb if this.fb is not None else _best(firings_of_a)
-    st.button("Close", type="tertiary", on_click=here.show, args=(here.view,),
-              kwargs=this.but(fa=None, fb=None))  # fmt: skip
     for side, column, store, feature in zip("ab", st.columns(2, gap="medium"), (a, b), (fa, fb), strict=True):
         with column:
             _one(here, this, side, store, feature)
-    with st.container():
-        for one, firings in (("a", firings_of_a), ("b", firings_of_b)):
-            if firings is not None and (one == "a" or this.fa is None):
-                _counterparts(here, this, one, firings)
+    for one, firings in (("a", firings_of_a), ("b", firings_of_b)):
+        if firings is not None and (one == "a" or this.fa is None):
+            _counterparts(here, this, one, firings)
 
 
 @st.cache_data(

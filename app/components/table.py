@@ -22,13 +22,16 @@ class Heading:
 
 @dataclass(frozen=True)
 class Cell:
-    """``exact`` is the number that ``text`` was written from; ``bar`` (0 to 1) draws it behind the text."""
+    """``exact`` is the number that ``text`` was written from; ``bar`` (0 to 1) draws it behind the text.
+
+    A "text" is a sentence, which may take several lines.
+    """
 
     text: str
     exact: float | int | None = None
     bar: float | None = None
     href: str = ""
-    kind: Literal["", "token", "flag", "cold"] = ""
+    kind: Literal["", "token", "text", "flag", "cold"] = ""
 
 
 def table(

@@ -112,7 +112,8 @@ def _matching(here: Here, this: Comparison, a: FeatureStore, b: FeatureStore) ->
     )
     st.session_state["by"] = this.by
     st.segmented_control(
-        "Matched by", list(WAYS), format_func=WAYS.__getitem__, key="by", required=True, label_visibility="collapsed",
+        "Matched by", list(WAYS), format_func=WAYS.__getitem__, key="by", required=True,
+        label_visibility="collapsed",
         on_change=lambda: here.show(here.view, **this.but(by=st.session_state["by"], at=1)),
     )  # fmt: skip
     task = match_task(here, this, a, b)

@@ -117,7 +117,7 @@ def _overview(here: Here, asked: Asked, names: list[str], who: str, maker: dict[
             means = ", ".join(
                 f"{name} {number(v)}" for name, v in scores.groupby("scorer")["value"].mean().items()
             )
-            figure = figures.score_histogram(scores)
+            figure = figures.score_distribution(scores)
             plot(figure, key="scores", alt=f"Distribution of the scores; means: {means}", height=260)
         else:
             notice("None of them has a score.", key="no-scores")
@@ -161,7 +161,7 @@ def _outcomes(here: Here, outcomes: pd.DataFrame) -> None:
             Cell(f"e.g. {row['feature']}", href=here.view.url("feature", f=row["feature"])),
             Cell(count(row["n"]), exact=int(row["n"])),
             Cell(STATUS.get(row["status"], row["status"])),
-            Cell(visible(row["reason"]) if row["reason"] else ""),
+            Cell(visible(row["reason"]) if row["reason"] else "", kind="text"),
         ]
         for row in outcomes.to_dict("records")
     ]
@@ -226,7 +226,7 @@ def _explanation(here: Here, row: dict[str, Any]) -> list[Cell]:
     ]
     return [
         Cell(str(row["feature"]), exact=int(row["feature"]), href=here.view.url("feature", f=row["feature"])),
-        Cell(visible(text)),
+        Cell(visible(text), kind="text"),
         *numbers,
         Cell(count(row["n_test"]), exact=None if is_absent(row["n_test"]) else int(row["n_test"])),
     ]

@@ -101,7 +101,8 @@ def _controls(here: Here, projection: Projection, colours: list[str]) -> None:
 
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.segmented_control(
-            "Drawn by", list(METHODS), format_func=METHODS.__getitem__, key="method", on_change=apply, required=True,
+            "Drawn by", list(METHODS), format_func=METHODS.__getitem__, key="method", on_change=apply,
+            required=True,
             help="Principal axes are exact and show little of many directions. UMAP keeps near directions "
             "near; its large distances mean nothing.",
         )  # fmt: skip

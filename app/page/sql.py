@@ -157,7 +157,9 @@ def _is_null(value: Any) -> bool:
 def _examples(here: Here) -> None:
     st.subheader("Examples")
     headings = [Heading("question", align="left")]
-    rows = [[Cell(name, href=here.view.url(PATH, query=query))] for name, query in EXAMPLES.items()]
+    rows = [
+        [Cell(name, href=here.view.url(PATH, query=query), kind="text")] for name, query in EXAMPLES.items()
+    ]
     table(headings, rows, name="Examples", key="examples")
 
 
@@ -177,7 +179,7 @@ def _tables(here: Here) -> None:
             Heading("type", align="left"),
             Heading("what it is", align="left"),
         ]
-        rows = [[Cell(c.name, kind="token"), Cell(c.type), Cell(c.help)] for c in chosen.columns]
+        rows = [[Cell(c.name, kind="token"), Cell(c.type), Cell(c.help, kind="text")] for c in chosen.columns]
         table(headings, rows, name=f"Columns of {chosen.name}", key="columns", height="26rem")
 
 

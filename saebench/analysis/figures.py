@@ -27,14 +27,14 @@ __all__ = [
     "histogram",
     "matching_similarity",
     "prompt_heatmap",
-    "score_histogram",
+    "score_distribution",
     "steering_curve",
     "training_curves",
 ]
 
 DENSITY_BINS = 60
 SIMILARITY_BINS = 50
-SCORE_BINS = 25
+SCORE_STEPS = 200
 SCORERS = ("rule", "detection", "fuzzing", "best token", "shuffled")
 BASELINES = ("best token", "shuffled")
 MOST_POINTS = 200_000
@@ -128,13 +128,14 @@ def density_histogram(features: pd.DataFrame | Mapping[str, pd.DataFrame]) -> go
     return figure.update_layout(bargap=0, xaxis=axis)
 
 
-def score_histogram(scores: pd.DataFrame) -> go.Figure:
-    """How good explanations are: a line for each way of scoring, its share of features by score.
+def score_distribution(scores: pd.DataFrame) -> go.Figure:
+    """How good explanations are: for each way of scoring, which share of features has at least each score.
 
     >>> import pandas as pd
     >>> scores = pd.DataFrame({"scorer": ["rule", "rule", "shuffled"], "value": [0.9, 0.4, 0.0]})
-    >>> [line.name for line in sb.figures.score_histogram(scores).data]
-    ['rule', 'shuffled']
+    >>> rule, shuffled = sb.figures.score_distribution(scores).data
+    >>> rule.name, rule.y[0], rule.y[-1], shuffled.name
+    ('rule', 1.0, 0.0, 'shuffled')
 
     Args:
         scores: columns scorer and value (from 0 to 1), as `FeatureStore.all_explanation_scores` gives them.
@@ -143,23 +144,21 @@ def score_histogram(scores: pd.DataFrame) -> go.Figure:
     import plotly.graph_objects as go
 
     _require(scores, "scores", "what store.all_explanation_scores(provider) gives", "scorer", "value")
-    figure = go.Figure()
+    figure, at = go.Figure(), np.linspace(0, 1, SCORE_STEPS + 1)
     known = [name for name in SCORERS if (scores["scorer"] == name).any()]
     known += sorted(set(scores["scorer"]) - set(SCORERS))
     for name, kind in zip(known, itertools.cycle((HOT, *KINDS)), strict=False):
-        values = scores.loc[scores["scorer"] == name, "value"].to_numpy(dtype="float64")
-        count, edges = np.histogram(values, SCORE_BINS, (0.0, 1.0))
+        values = np.sort(scores.loc[scores["scorer"] == name, "value"].to_numpy(dtype="float64"))
+        above = len(values) - np.searchsorted(values, at)
         shown = html.escape(name)
         figure.add_trace(go.Scatter(
-            x=(edges[1:] + edges[:-1]) / 2, y=count / max(len(values), 1), name=shown, mode="lines",
-            line={"color": kind, "shape": "hvh", "dash": "dot" if name in BASELINES else "solid"},
-            customdata=np.column_stack([edges[:-1], edges[1:], count]),
-            hovertemplate="%{customdata[2]:,} features at %{customdata[0]:.2f} to %{customdata[1]:.2f}<extra>"
-            + shown + "</extra>",
+            x=at, y=above / max(len(values), 1), name=shown, mode="lines", customdata=above,
+            line={"color": kind, "dash": "dot" if name in BASELINES else "solid"},
+            hovertemplate="%{customdata:,} features have %{x:.2f} or more<extra>" + shown + "</extra>",
         ))  # fmt: skip
-    styled(figure, "score", "share of the features")
+    styled(figure, "score", "features with at least that")
     return figure.update_layout(
-        showlegend=True, xaxis={"range": [0, 1]}, yaxis={"tickformat": ".0%", "rangemode": "tozero"}
+        showlegend=True, xaxis={"range": [0, 1]}, yaxis={"tickformat": ".0%", "range": [0, 1.02]}
     )
 
 
