@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -147,8 +148,8 @@ def start(task: Task) -> None:
         return
     log = tempfile.TemporaryFile()  # noqa: SIM115 - it is read as long as the work is remembered
     line = [
-        sys.executable, "-m", "saebench_app.worker", task.kind, json.dumps(dict(task.arguments)),
-        str(task.folder),
+        sys.executable, "-m", "saebench_app.worker", str(os.getpid()), task.kind,
+        json.dumps(dict(task.arguments)), str(task.folder),
     ]  # fmt: skip
     process = subprocess.Popen(
         line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True

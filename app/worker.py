@@ -1,7 +1,8 @@
-"""The process that does long work for a page: ``python -m saebench_app.worker KIND ARGUMENTS FOLDER``.
+"""The process that does long work for a page: ``python -m saebench_app.worker SERVER KIND ARGUMENTS FOLDER``.
 
-ARGUMENTS are JSON. The result appears whole in FOLDER, or not at all. Progress goes to standard error, a
-line every half second; so does the one sentence of what went wrong. It ends when its server has gone.
+SERVER is the number of the process that wants it, and ARGUMENTS are JSON. The result appears whole in FOLDER,
+or not at all. Progress goes to standard error, a line every half second; so does the one sentence of what
+went wrong. It ends when its server has gone.
 """
 
 from __future__ import annotations
@@ -83,9 +84,9 @@ FUNCTIONS: dict[str, Callable[..., tuple[dict[str, Any], Tables]]] = {
 }
 
 
-def main(kind: str, arguments: str, folder: str) -> int:
+def main(server: str, kind: str, arguments: str, folder: str) -> int:
     saebench.progress.SECONDS_BETWEEN_LINES = LINES_APART
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(int(server),), daemon=True).start()
     given = json.loads(arguments)
     try:
         if kind == "explain":
@@ -115,9 +116,9 @@ def keep(folder: Path, facts: Mapping[str, Any], tables: Tables) -> None:
         shutil.rmtree(making, ignore_errors=True)
 
 
-def _end_with(parent: int) -> None:
+def _end_with(server: int) -> None:
     """Interrupt this process, as Ctrl-C does, once the one that started it has gone."""
-    while os.getppid() == parent:
+    while os.getppid() == server:
         time.sleep(LOOKS_APART)
     os.kill(os.getpid(), signal.SIGINT)
 

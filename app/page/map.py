@@ -9,6 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from saebench.analysis import figures
+from saebench.analysis.looks import HOT, TEXT
 from saebench.store.query import FeatureStore
 from saebench.store.schema import feature_column
 from saebench_app.components.notice import notice
@@ -129,15 +130,19 @@ def _figure(store: FeatureStore, points: pd.DataFrame, colour: str) -> Any:
 def _plot(here: Here, projection: Projection, points: pd.DataFrame) -> None:
     figure = _figure(here.store, points, projection.colour)
     many = len(points) > figures.MOST_POINTS
-    figure.update_layout(dragmode="pan" if many else "lasso", margin={"l": 0, "r": 0, "t": 8, "b": 0},
-                         legend={"orientation": "h", "y": -0.02, "yanchor": "top"})  # fmt: skip
+    figure.update_layout(
+        dragmode="pan" if many else "lasso", margin={"l": 0, "r": 0, "t": 30, "b": 0},
+        legend={"orientation": "h", "y": -0.02, "yanchor": "top"},
+        modebar={"bgcolor": "rgba(0, 0, 0, 0)", "color": TEXT, "activecolor": HOT},
+    )  # fmt: skip
+    if here.view.among and not many:
+        _mark(figure, set(here.view.among))
     by = projection.colour.replace("_", " ")
     key = f"map-{here.store.sae}-{projection.method}-{projection.colour}"
 
     def select() -> None:
         chosen = _features(st.session_state[key], points)
-        if chosen:
-            here.show(replace(here.view, among=tuple(chosen[:MOST_AMONG])), **projection.written())
+        here.show(replace(here.view, among=tuple(chosen[:MOST_AMONG])), **projection.written())
 
     st.plotly_chart(
         figure, key=key, on_select="ignore" if many else select, selection_mode=("box", "lasso", "points"),
@@ -149,6 +154,13 @@ def _plot(here: Here, projection: Projection, points: pd.DataFrame) -> None:
         if many
         else "Draw around points to list their features; a double click takes the selection away."
     )
+
+
+def _mark(figure: Any, chosen: set[int]) -> None:
+    """Show the selection of the URL as a selection."""
+    for trace in figure.data:
+        trace.selectedpoints = [at for at, feature in enumerate(trace.customdata) if int(feature) in chosen]
+        trace.unselected = {"marker": {"opacity": 0.12}}
 
 
 def _features(state: Any, points: pd.DataFrame) -> list[int]:
@@ -205,7 +217,7 @@ def _row(here: Here, row: dict[str, Any], columns: list[str], clusters: dict[int
         elif name == "top_token":
             cells.append(Cell(visible(value, edges=True), kind="token"))
         elif name == "explanation":
-            cells.append(Cell(visible(value)))
+            cells.append(Cell(visible(value), kind="text"))
         else:
             cells.append(Cell(share(value) if name == "density" else number(value), exact=float(value)))
     return cells

@@ -91,14 +91,26 @@ def _live(here: Here, known: list[Training]) -> None:
     if not courses:
         notice(_why_none(here, wanted), key="waiting")
     else:
-        figure = figures.training_curves(courses, chosen, log=curves.log)
-        last = "; ".join(
-            f"{name}: " + ", ".join(f"{m} {number(frame[m].iloc[-1])}" for m in chosen if m in frame)
-            for name, frame in courses.items()
-        )
-        plot(figure, key="curves", alt=f"Curves of {', '.join(chosen)} against tokens. At the end of {last}")
+        _draw(courses, chosen, log=curves.log)
     _state(here, wanted, courses, chosen)
     _sessions(wanted)
+
+
+def _draw(courses: dict[str, pd.DataFrame], measures: list[str], *, log: bool) -> None:
+    """A chart each: beside each other where there is room, below each other on a telephone."""
+    for first in range(0, len(measures), figures.PANELS):
+        row = measures[first : first + figures.PANELS]
+        for column, measure in zip(st.columns(figures.PANELS, gap="medium"), row, strict=False):
+            with column:
+                last = ", ".join(
+                    f"{name} {number(frame[measure].iloc[-1])}"
+                    for name, frame in courses.items()
+                    if measure in frame
+                )
+                figure = figures.training_curves(courses, [measure], log=log)
+                figure.update_layout(showlegend=len(courses) > 1 and measure == measures[0])
+                alt = f"{measure} against tokens; at the last step: {last}"
+                plot(figure, key=f"curve-{measure}", alt=alt, height=260)
 
 
 def _why_none(here: Here, wanted: list[Training]) -> str:

@@ -253,8 +253,8 @@ def decoder_scatter(
         for (cluster, group), kind in zip(points.groupby("cluster"), itertools.cycle(KINDS), strict=False):
             figure.add_trace(
                 go.Scattergl(x=group["x"], y=group["y"], text=group["_hover"], name=f"{cluster}",
-                             customdata=group["feature"], marker={"color": kind, "size": 5, "opacity": 0.75},
-                             **common)
+                             customdata=group["feature"].tolist(),
+                             marker={"color": kind, "size": 5, "opacity": 0.75}, **common)
             )  # fmt: skip
         figure.update_layout(legend={"title": {"text": "cluster"}, "itemsizing": "constant"})
     else:
@@ -264,8 +264,8 @@ def decoder_scatter(
         bar = {"title": {"text": name}, "thickness": 12, "outlinewidth": 0}
         marker = {"color": values, "colorscale": SCALE, "size": 5, "opacity": 0.8, "colorbar": bar}
         figure.add_trace(
-            go.Scattergl(x=points["x"], y=points["y"], text=points["_hover"], customdata=points["feature"],
-                         marker=marker, **common)
+            go.Scattergl(x=points["x"], y=points["y"], text=points["_hover"],
+                         customdata=points["feature"].tolist(), marker=marker, **common)
         )  # fmt: skip
     return _bare(figure).update_layout(showlegend=colour == "cluster")
 
@@ -300,7 +300,7 @@ def _map_cells(points: pd.DataFrame, colour: str) -> go.Figure:
 
 def _bare(figure: go.Figure) -> go.Figure:
     """A map's looks: no axes, equal scales."""
-    bare = {"showgrid": False, "zeroline": False, "showticklabels": False}
+    bare = {"showgrid": False, "zeroline": False, "showticklabels": False, "showline": False}
     return styled(figure, "", "", height=520).update_layout(
         xaxis=bare, yaxis={**bare, "scaleanchor": "x", "scaleratio": 1}
     )
