@@ -10,10 +10,9 @@ import streamlit as st
 
 from saebench.errors import UserError
 from saebench.store.query import FeatureStore
-from saebench_app.runs import run_of
-from saebench_app.session import Here
+from saebench_app.runs import finished_runs
 from saebench_app.view import whole
-from saebench_app.work import Found, Task, found
+from saebench_app.work import Found, Task, found, weights
 
 WAYS = {"decoder": "decoder directions", "activation": "activations"}
 SIDES = {"pairs": "pairs", "a": "only in a", "b": "only in b", "splits": "splits"}
@@ -69,19 +68,16 @@ class Comparison:
         return replace(self, **changes).written()
 
 
-def match_task(here: Here, this: Comparison, a: FeatureStore, b: FeatureStore) -> Task | None:
-    """The work that matches the two; None without the runs of both."""
-    identity: tuple[Any, ...] = (a.info()["sae_hash"], b.info()["sae_hash"], this.by, THRESHOLD)
+def match_task(this: Comparison, a: FeatureStore, b: FeatureStore) -> Task | None:
+    """The work that matches the two; None when no runs are known to do it with."""
+    infos, runs = (a.info(), b.info()), [str(run) for run in finished_runs()]
+    identity = [*(info["sae_hash"] for info in infos), this.by, THRESHOLD]
     if this.by == "activation":
-        identity = (*identity, a.info()["cache_hash"])
-    task = Task("match", {}, identity)
-    if found(task) is not None:
-        return task
-    runs = [run_of(replace(here, store=store)) for store in (a, b)]
-    if runs[0] is None or runs[1] is None:
-        return None
-    given = {"a": str(runs[0]), "b": str(runs[1]), "by": this.by, "threshold": THRESHOLD}
-    return replace(task, arguments=given)
+        identity.append(infos[0]["cache_hash"])
+    one, other = map(weights, infos)
+    given = {"runs": runs, "a": one, "b": other, "by": this.by, "threshold": THRESHOLD}
+    task = Task("match", given, tuple(identity))
+    return task if runs or found(task) is not None else None
 
 
 def frames_of(result: Found) -> dict[str, pd.DataFrame]:

@@ -130,6 +130,11 @@ class Work:
         ]
 
 
+def weights(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What of ``FeatureStore.info`` tells a worker whose weights it needs."""
+    return {name: info[name] for name in ("name", "d_sae", "sae_hash")}
+
+
 @st.cache_resource(show_spinner=False)
 def _works() -> dict[str, Work]:
     """All work of this server, by the key of its task."""

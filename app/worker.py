@@ -7,6 +7,7 @@ went wrong. It ends when its server has gone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 LINES_APART = 0.5
 LOOKS_APART = 1.0
+CLUSTERS = 8
+"""Of a map: as many as there are colours that everybody can tell apart."""
 
 Tables = dict[str, "pd.DataFrame"]
 
@@ -42,31 +45,53 @@ def check(store: str) -> tuple[dict[str, Any], Tables]:
     return {"generation": generation, "findings": findings}, {}
 
 
-def match(a: str, b: str, by: str, threshold: float) -> tuple[dict[str, Any], Tables]:
+def run_with(runs: Sequence[str], sae: Mapping[str, Any]) -> str:
+    """The run whose weights were indexed as ``sae``, of which name, d_sae and sae_hash are given.
+
+    Raises:
+        UserError: none of them.
+    """
+    from saebench.saes.base import load, read_description
+    from saebench.store.build import hash_of
+
+    for run in runs:
+        with contextlib.suppress(UserError):  # a run that cannot be read may be another SAE's
+            d_sae = read_description(Path(run))["spec"].get("d_sae")
+            if d_sae == sae["d_sae"] and hash_of(load(run)) == sae["sae_hash"]:
+                return run
+    raise UserError(
+        f"none of the runs that the explorer knows holds the weights of {sae['name']!r}; end it, and start "
+        "it again with --run DIR, the run directory that was indexed"
+    )
+
+
+def match(
+    runs: Sequence[str], a: Mapping[str, Any], b: Mapping[str, Any], by: str, threshold: float
+) -> tuple[dict[str, Any], Tables]:
     from saebench.analysis.matching import match as pair
     from saebench.analysis.matching import splits
     from saebench.saes.base import load
 
-    made = pair(a, b, by, threshold=threshold)
+    run_a, run_b = run_with(runs, a), run_with(runs, b)
+    made = pair(run_a, run_b, by, threshold=threshold)
     tables = {"pairs": made.pairs, "unmatched": made.unmatched}
     facts: dict[str, Any] = {
         "by": made.by, "threshold": made.threshold, "mean_similarity": made.mean_similarity,
         "stability": made.stability, "n_rows": made.n_rows,
     }  # fmt: skip
-    one, other = load(a), load(b)
-    if one.d_in == other.d_in:
-        narrow, wide = (a, b) if one.d_sae <= other.d_sae else (b, a)
-        facts["narrow"] = "a" if narrow == a else "b"
+    if load(run_a).d_in == load(run_b).d_in:
+        a_is_narrow = a["d_sae"] <= b["d_sae"]
+        facts["narrow"] = "a" if a_is_narrow else "b"
+        narrow, wide = (run_a, run_b) if a_is_narrow else (run_b, run_a)
         tables["splits"] = splits(narrow, wide, threshold=threshold)
     return facts, tables
 
 
-def map_(run: str, method: str) -> tuple[dict[str, Any], Tables]:
+def map_(runs: Sequence[str], sae: Mapping[str, Any], method: str) -> tuple[dict[str, Any], Tables]:
     from saebench.analysis.geometry import decoder_map
-    from saebench.saes.base import load
 
-    clusters = min(8, load(run).d_sae)
-    return {"method": method}, {"points": decoder_map(run, method, n_clusters=clusters)}
+    points = decoder_map(run_with(runs, sae), method, n_clusters=min(CLUSTERS, sae["d_sae"]))
+    return {"method": method}, {"points": points}
 
 
 def explain(store: str, sae: str, limit: int | None) -> int:

@@ -116,7 +116,7 @@ def _matching(here: Here, this: Comparison, a: FeatureStore, b: FeatureStore) ->
         label_visibility="collapsed",
         on_change=lambda: here.show(here.view, **this.but(by=st.session_state["by"], at=1)),
     )  # fmt: skip
-    task = match_task(here, this, a, b)
+    task = match_task(this, a, b)
     if task is None:
         notice(
             "Matching all features needs the runs of both SAEs, since a store keeps no weights: start the "

@@ -16,11 +16,11 @@ from saebench_app.components.notice import notice
 from saebench_app.components.table import Cell, Heading, table
 from saebench_app.components.working import working
 from saebench_app.numbers import count, is_absent, number, share
-from saebench_app.runs import run_of, why_no_run
+from saebench_app.runs import finished_runs, why_no_run
 from saebench_app.session import Here
 from saebench_app.text import visible
 from saebench_app.view import MOST_AMONG
-from saebench_app.work import Task, found
+from saebench_app.work import Task, found, weights
 
 PATH = "map"
 TITLE = "Map"
@@ -68,13 +68,10 @@ def show(here: Here) -> None:
 
 
 def map_task(here: Here, method: str) -> Task | None:
-    """The work that makes the map of the SAE that is shown; None without its run."""
-    identity = (here.store.info()["sae_hash"], method)
-    task = Task("map", {"run": "", "method": method}, identity)
-    if found(task) is not None:
-        return task
-    run = run_of(here)
-    return None if run is None else replace(task, arguments={"run": str(run), "method": method})
+    """The work that makes the map of the SAE that is shown; None when no run is known to make it from."""
+    info, runs = here.store.info(), [str(run) for run in finished_runs()]
+    task = Task("map", {"runs": runs, "sae": weights(info), "method": method}, (info["sae_hash"], method))
+    return task if runs or found(task) is not None else None
 
 
 def _forecast(here: Here, projection: Projection) -> str:
