@@ -100,13 +100,15 @@ def require_free_port(host: str, port: int) -> None:
 
 
 def _require_runs(runs: Sequence[Path]) -> None:
-    """Raises UserError when one of ``runs`` holds no finished SAE."""
+    """Raises UserError when one of ``runs`` is no run; the page Train also shows unfinished ones."""
+    from saebench.runfile import RUN_FILE
     from saebench.saes.base import SPEC_FILE, read_description
 
     for run in runs:
-        if not (run / SPEC_FILE).is_file():
+        if (run / SPEC_FILE).is_file():
+            read_description(run)
+        elif not (run / RUN_FILE).is_file():
             raise UserError(f"{run} holds no finished SAE (no {SPEC_FILE}); name a run directory with --run")
-        read_description(run)
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:

@@ -12,7 +12,21 @@ from saebench.errors import UserError
 from saebench_app.components.notice import notice
 from saebench_app.components.sidebar import sidebar
 from saebench_app.components.web import STATIC
-from saebench_app.page import context, feature, features, lists, overview, prompt, steer, token
+from saebench_app.page import (
+    compare,
+    context,
+    explain,
+    feature,
+    features,
+    lists,
+    map,
+    overview,
+    prompt,
+    sql,
+    steer,
+    token,
+    train,
+)
 from saebench_app.page.columns import SORTABLE
 from saebench_app.session import SAID, Here, open_session_store
 from saebench_app.view import View
@@ -24,8 +38,13 @@ MODULES = (
     prompt,
     token,
     context,
+    compare,
+    map,
     steer,
+    explain,
+    train,
     lists,
+    sql,
 )
 
 

@@ -41,6 +41,11 @@ def known_runs() -> list[Path]:
     return list(dict.fromkeys([*named, *found]))
 
 
+def finished_runs() -> list[Path]:
+    """Those of the known runs that hold an SAE; whose, only its weights tell."""
+    return [run for run in known_runs() if (run / "sae.json").is_file()]
+
+
 def run_of(here: Here) -> Path | None:
     """The run whose weights were indexed as the SAE that is shown; None when no known folder holds them."""
     info = here.store.info()

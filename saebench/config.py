@@ -334,6 +334,8 @@ class CheckConfig:
     """With --run: also encode a sample of this cache again; it must be the one that was indexed."""
     model: str = "none"
     """With --cache: also compute a sample of the logits again; 'cache' is the model that made the cache."""
+    quiet: bool = False
+    """No progress display."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,13 +28,14 @@ class Heading:
 @dataclass(frozen=True)
 class Cell:
     """``exact`` is the number that ``text`` was written from; ``bar`` (0 to 1) draws it behind the text.
-    ``words`` take the room that is left, and are cut where it ends."""
+    A "text" keeps to one line, "words" take the room that is left, and both are cut where it ends; a
+    "sentence" takes several lines."""
 
     text: str
     exact: float | int | None = None
     bar: float | None = None
     href: str = ""
-    kind: Literal["", "token", "flag", "cold", "text", "words"] = ""
+    kind: Literal["", "token", "flag", "cold", "text", "words", "sentence"] = ""
 
 
 def token_cell(text: Any) -> Cell:

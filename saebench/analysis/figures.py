@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import html
 import itertools
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.analysis.looks import COLD, HEAT, HOT, KINDS, SCALE, TEXT, counts, note, styled, visible
+from saebench.course import read_course
 from saebench.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,14 +27,22 @@ __all__ = [
     "histogram",
     "matching_similarity",
     "prompt_heatmap",
+    "score_distribution",
     "steering_curve",
     "training_curves",
 ]
 
 DENSITY_BINS = 60
 SIMILARITY_BINS = 50
+SCORE_STEPS = 200
+SCORERS = ("rule", "detection", "fuzzing", "best token", "shuffled")
+BASELINES = ("best token", "shuffled")
+MOST_POINTS = 200_000
+"""Points that a map draws one by one; of more it shows how many there are in each place."""
+MAP_CELLS = 160
 MOST_TOKENS = 512
 MEASURES = ("fvu", "l0", "dead")
+PANELS = 3
 EFFECTS = {"kl": "KL(clean || steered), nats", "difference": "log-probability of the text, change in nats"}
 
 
@@ -62,12 +70,16 @@ def histogram(bins: pd.DataFrame) -> go.Figure:
     return figure.update_layout(bargap=0, yaxis=counts(count))
 
 
-def density_histogram(features: pd.DataFrame) -> go.Figure:
-    """How often the latents of one SAE fire: how many of them fire on which share of the tokens.
+def density_histogram(features: pd.DataFrame | Mapping[str, pd.DataFrame]) -> go.Figure:
+    """How often the latents of an SAE fire: how many of them fire on which share of the tokens.
+
+    Of several SAEs, by name, it shows a line each: which share of its latents is in each bin.
 
     >>> figure = sb.figures.density_histogram(store.features())
     >>> bool(figure.data[0].y.sum() == (store.features()["n_act"] > 0).sum())
     True
+    >>> len(sb.figures.density_histogram({"one": store.features(), "same": store.features()}).data)
+    2
 
     Args:
         features: column density, as `FeatureStore.features` gives it; those that never fire are counted
@@ -76,25 +88,78 @@ def density_histogram(features: pd.DataFrame) -> go.Figure:
     import numpy as np
     import plotly.graph_objects as go
 
-    _require(features, "features", "what store.features() gives", "density")
-    density = features["density"].to_numpy(dtype="float64")
-    logs = np.log10(density[density > 0])
-    count, edges = np.histogram(
-        logs, bins=DENSITY_BINS if len(logs) else 1, range=None if len(logs) else (-1, 0)
+    several = isinstance(features, Mapping)
+    named = features if isinstance(features, Mapping) else {"": features}
+    for frame in named.values():
+        _require(frame, "features", "what store.features() gives", "density")
+    densities = {name: frame["density"].to_numpy(dtype="float64") for name, frame in named.items()}
+    logs = {name: np.log10(density[density > 0]) for name, density in densities.items()}
+    together = np.concatenate(list(logs.values())) if logs else np.empty(0)
+    edges = np.histogram_bin_edges(
+        together, DENSITY_BINS if len(together) else 1, None if len(together) else (-1, 0)
     )
-    bars = go.Bar(
-        x=(edges[1:] + edges[:-1]) / 2, y=count, width=np.diff(edges),
-        marker={"color": HOT, "line": {"width": 0}},
-        customdata=10 ** np.stack([edges[:-1], edges[1:]], axis=1),
-        hovertemplate="%{y:,} latents<br>fire on %{customdata[0]:.2%} to %{customdata[1]:.2%}<extra></extra>",
-    )  # fmt: skip
-    figure = styled(go.Figure(bars), "share of the tokens that it fires on", "latents")
+    figure = go.Figure()
+    limits = 10 ** np.stack([edges[:-1], edges[1:]], axis=1)
+    for (name, log), kind in zip(logs.items(), itertools.cycle(KINDS), strict=False):
+        count = np.histogram(log, edges)[0]
+        if several:
+            shown = html.escape(name)
+            figure.add_trace(go.Scatter(
+                x=(edges[1:] + edges[:-1]) / 2, y=count / max(len(densities[name]), 1), name=shown,
+                mode="lines", line={"color": kind, "shape": "hvh", "width": 1.5}, customdata=limits,
+                hovertemplate="%{y:.2%} of the latents<br>fire on %{customdata[0]:.2%} to "
+                "%{customdata[1]:.2%}<extra>" + shown + "</extra>",
+            ))  # fmt: skip
+        else:
+            figure.add_trace(go.Bar(
+                x=(edges[1:] + edges[:-1]) / 2, y=count, width=np.diff(edges),
+                marker={"color": HOT, "line": {"width": 0}}, customdata=limits,
+                hovertemplate="%{y:,} latents<br>fire on %{customdata[0]:.2%} to %{customdata[1]:.2%}"
+                "<extra></extra>",
+            ))  # fmt: skip
+    styled(figure, "share of the tokens that it fires on", "share of the latents" if several else "latents")
     ticks = range(math.floor(edges[0]), math.ceil(edges[-1]) + 1)
     axis = {"tickvals": list(ticks), "ticktext": [f"{100 * 10.0**tick:g}%" for tick in ticks]}
-    silent = int((density == 0).sum())
+    silent = 0 if several else int((densities[""] == 0).sum())
     if silent:
-        note(figure, f"{silent:,} of {len(density):,} fire on none")
+        note(figure, f"{silent:,} of {len(densities['']):,} fire on none")
+    if several:
+        figure.update_layout(showlegend=True, yaxis={"tickformat": ".0%", "rangemode": "tozero"})
     return figure.update_layout(bargap=0, xaxis=axis)
+
+
+def score_distribution(scores: pd.DataFrame) -> go.Figure:
+    """How good explanations are: for each way of scoring, which share of features has at least each score.
+
+    >>> import pandas as pd
+    >>> scores = pd.DataFrame({"scorer": ["rule", "rule", "shuffled"], "value": [0.9, 0.4, 0.0]})
+    >>> rule, shuffled = sb.figures.score_distribution(scores).data
+    >>> rule.name, rule.y[0], rule.y[-1], shuffled.name
+    ('rule', 1.0, 0.0, 'shuffled')
+
+    Args:
+        scores: columns scorer and value (from 0 to 1), as `FeatureStore.all_explanation_scores` gives them.
+    """
+    import numpy as np
+    import plotly.graph_objects as go
+
+    _require(scores, "scores", "what store.all_explanation_scores(provider) gives", "scorer", "value")
+    figure, at = go.Figure(), np.linspace(0, 1, SCORE_STEPS + 1)
+    known = [name for name in SCORERS if (scores["scorer"] == name).any()]
+    known += sorted(set(scores["scorer"]) - set(SCORERS))
+    for name, kind in zip(known, itertools.cycle((HOT, *KINDS)), strict=False):
+        values = np.sort(scores.loc[scores["scorer"] == name, "value"].to_numpy(dtype="float64"))
+        above = len(values) - np.searchsorted(values, at)
+        shown = html.escape(name)
+        figure.add_trace(go.Scatter(
+            x=at, y=above / max(len(values), 1), name=shown, mode="lines", customdata=above,
+            line={"color": kind, "dash": "dot" if name in BASELINES else "solid"},
+            hovertemplate="%{customdata:,} features have %{x:.2f} or more<extra>" + shown + "</extra>",
+        ))  # fmt: skip
+    styled(figure, "score", "features with at least that")
+    return figure.update_layout(
+        showlegend=True, xaxis={"range": [0, 1]}, yaxis={"tickformat": ".0%", "range": [0, 1.02]}
+    )
 
 
 def prompt_heatmap(found: pd.DataFrame, top: int = 20, *, keep_first: bool = False) -> go.Figure:
@@ -159,6 +224,9 @@ def decoder_scatter(
         colour: 'cluster', or a column of numbers of ``points`` or ``features``; density is shown by its
             logarithm.
         features: as `FeatureStore.features` gives them; top_token is shown with each point.
+
+    Each point's customdata is its feature. Of more than 200,000 points it shows how many there are in each
+    cell of a grid, or the mean of the numbers there.
     """
     import numpy as np
     import plotly.graph_objects as go
@@ -171,6 +239,8 @@ def decoder_scatter(
     if colour not in points or not np.issubdtype(points[colour].dtype, np.number):
         numbers = [str(name) for name in points.select_dtypes("number") if name not in ("feature", "x", "y")]
         raise UserError(f"colour is {colour!r}; give one of {', '.join(numbers)}")
+    if len(points) > MOST_POINTS:
+        return _map_cells(points, colour)
     token = [
         visible(text) if isinstance(text, str) else "" for text in points.get("top_token", [""] * len(points))
     ]
@@ -183,6 +253,7 @@ def decoder_scatter(
         for (cluster, group), kind in zip(points.groupby("cluster"), itertools.cycle(KINDS), strict=False):
             figure.add_trace(
                 go.Scattergl(x=group["x"], y=group["y"], text=group["_hover"], name=f"{cluster}",
+                             customdata=group["feature"].tolist(),
                              marker={"color": kind, "size": 5, "opacity": 0.75}, **common)
             )  # fmt: skip
         figure.update_layout(legend={"title": {"text": "cluster"}, "itemsizing": "constant"})
@@ -193,12 +264,45 @@ def decoder_scatter(
         bar = {"title": {"text": name}, "thickness": 12, "outlinewidth": 0}
         marker = {"color": values, "colorscale": SCALE, "size": 5, "opacity": 0.8, "colorbar": bar}
         figure.add_trace(
-            go.Scattergl(x=points["x"], y=points["y"], text=points["_hover"], marker=marker, **common)
-        )
-    figure = styled(figure, "", "", height=520)
-    bare = {"showgrid": False, "zeroline": False, "showticklabels": False}
-    return figure.update_layout(
-        showlegend=colour == "cluster", xaxis=bare, yaxis={**bare, "scaleanchor": "x", "scaleratio": 1}
+            go.Scattergl(x=points["x"], y=points["y"], text=points["_hover"],
+                         customdata=points["feature"].tolist(), marker=marker, **common)
+        )  # fmt: skip
+    return _bare(figure).update_layout(showlegend=colour == "cluster")
+
+
+def _map_cells(points: pd.DataFrame, colour: str) -> go.Figure:
+    """The map as a grid: how many points are in each cell, or the mean of their numbers."""
+    import numpy as np
+    import plotly.graph_objects as go
+
+    x, y = (points[name].to_numpy(dtype="float64") for name in ("x", "y"))
+    count, x_edges, y_edges = np.histogram2d(x, y, MAP_CELLS)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if colour == "cluster":
+            shown, name = np.log10(count), "log10 latents"
+        else:
+            values = points[colour].to_numpy(dtype="float64")
+            known = np.isfinite(values)
+            cells = (x_edges, y_edges)
+            total = np.histogram2d(x[known], y[known], cells, weights=values[known])[0]
+            shown = total / np.histogram2d(x[known], y[known], cells)[0]
+            name = colour
+            if colour == "density":
+                shown, name = np.log10(shown), "log10 density"
+    heat = go.Heatmap(
+        x=(x_edges[1:] + x_edges[:-1]) / 2, y=(y_edges[1:] + y_edges[:-1]) / 2,
+        z=np.where((count > 0) & np.isfinite(shown), shown, np.nan).T, colorscale=SCALE, customdata=count.T,
+        hovertemplate="%{customdata:,} latents<br>" + name + " %{z:.3g}<extra></extra>", hoverongaps=False,
+        colorbar={"title": {"text": name}, "thickness": 12, "outlinewidth": 0},
+    )  # fmt: skip
+    return _bare(go.Figure(heat))
+
+
+def _bare(figure: go.Figure) -> go.Figure:
+    """A map's looks: no axes, equal scales."""
+    bare = {"showgrid": False, "zeroline": False, "showticklabels": False, "showline": False}
+    return styled(figure, "", "", height=520).update_layout(
+        xaxis=bare, yaxis={**bare, "scaleanchor": "x", "scaleratio": 1}
     )
 
 
@@ -267,16 +371,23 @@ def steering_curve(steering: Steering, measure: str = "kl") -> go.Figure:
 
 
 def training_curves(
-    runs: str | PathLike[str] | Iterable[str | PathLike[str]], measures: Sequence[str] = MEASURES
+    runs: str | PathLike[str] | Iterable[str | PathLike[str]] | Mapping[str, pd.DataFrame],
+    measures: Sequence[str] = MEASURES,
+    *,
+    log: bool = False,
 ) -> go.Figure:
     """The course of one or several trainings, a panel a measure, a colour a run.
 
     >>> sb.figures.training_curves(run, ["fvu"]).data[0].y[-1] < 1
     True
+    >>> sb.figures.training_curves({"mine": store.train_course()}, ["fvu"], log=True).layout.yaxis.type
+    'log'
 
     Args:
-        runs: run directories.
+        runs: run directories, or name -> table with a column for each measure, as
+            `FeatureStore.train_course` gives it.
         measures: names in their metrics.jsonl.
+        log: logarithmic axes of the measures.
 
     Raises:
         UserError: no run, one without metrics, or a measure that none of them has.
@@ -284,50 +395,49 @@ def training_curves(
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    folders = [Path(runs)] if isinstance(runs, str | PathLike) else [Path(run) for run in runs]
-    if not folders or not measures:
-        raise UserError(f"{'measures' if folders else 'runs'} is empty; name at least one")
-    courses = {folder: _metrics(folder) for folder in dict.fromkeys(folders)}
-    known = {name: None for course in courses.values() for line in course for name in line}
+    courses = _courses(runs)
+    if not courses or not measures:
+        raise UserError(f"{'measures' if courses else 'runs'} is empty; name at least one")
+    known = {str(name): None for _, course in courses for name in course.columns}
     for measure in measures:
         if measure not in known:
             raise UserError(f"{measure!r} is no measure of these runs; there is {', '.join(known)}")
-    figure = make_subplots(rows=1, cols=len(measures), subplot_titles=list(measures))
+    columns = min(len(measures), PANELS)
+    rows = -(-len(measures) // columns)
+    figure = make_subplots(rows=rows, cols=columns, subplot_titles=list(measures))
     dashes = itertools.cycle(["solid"] * len(KINDS) + ["dot"] * len(KINDS) + ["dash"] * len(KINDS))
-    for (folder, course), kind, dash in zip(courses.items(), itertools.cycle(KINDS), dashes, strict=False):
-        name = html.escape(folder.resolve().name)
+    for at, ((title, course), kind, dash) in enumerate(
+        zip(courses, itertools.cycle(KINDS), dashes, strict=False)
+    ):
+        name = html.escape(title)
         for i, measure in enumerate(measures):
-            points = [(line["tokens"], line[measure]) for line in course if line.get(measure) is not None]
+            across = "tokens" if "tokens" in course else "step"
+            points = course[[across, measure]].dropna() if measure in course else course.iloc[:0]
             figure.add_trace(
                 go.Scatter(
-                    x=[x for x, _ in points], y=[y for _, y in points], name=name, legendgroup=str(folder),
+                    x=points[across].tolist() if len(points) else [],
+                    y=points[measure].tolist() if len(points) else [], name=name, legendgroup=f"{at}",
                     showlegend=i == 0, mode="lines", line={"color": kind, "dash": dash, "width": 1.5},
-                    hovertemplate="%{x:,} tokens: %{y:.4g}<extra>" + name + "</extra>",
+                    hovertemplate="%{x:,} " + across + ": %{y:.4g}<extra>" + name + "</extra>",
                 ),
-                row=1, col=i + 1,
+                row=i // columns + 1, col=i % columns + 1,
             )  # fmt: skip
-    figure = styled(figure, None, None, height=320)
-    figure.update_xaxes(title={"text": "tokens"})
+    figure = styled(figure, None, None, height=320 if rows == 1 else 250 * rows)
+    figure.update_xaxes(title={"text": "tokens"}, row=rows)
+    if log:
+        figure.update_yaxes(type="log")
     return figure.update_layout(showlegend=len(courses) > 1)
+
+
+def _courses(runs: Any) -> list[tuple[str, pd.DataFrame]]:
+    """Title and metrics of each run; two run directories may have the same title."""
+    if isinstance(runs, Mapping):
+        return list(runs.items())
+    folders = [Path(runs)] if isinstance(runs, str | PathLike) else [Path(run) for run in runs]
+    return [(folder.resolve().name, read_course(folder)) for folder in dict.fromkeys(folders)]
 
 
 def _require(frame: pd.DataFrame, name: str, origin: str, *columns: str) -> None:
     missing = [column for column in columns if column not in getattr(frame, "columns", ())]
     if missing:
         raise UserError(f"{name} has no column {missing[0]!r}; give {origin}")
-
-
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; an unfinished last one, of a run that is being trained, is left out."""
-    file = folder / "metrics.jsonl"
-    if not file.is_file():
-        raise UserError(f"{folder} has no metrics.jsonl; name a run directory of saebench train")
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    if not found:
-        raise UserError(f"{file} has no line yet; wait for the training's first report")
-    return found

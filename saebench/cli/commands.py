@@ -201,7 +201,7 @@ def store_check(config: CheckConfig) -> Result:
     from saebench.store import check_store
 
     store = config.store
-    found = check_store(store, run=config.run, cache=config.cache, model=config.model)
+    found = check_store(store, run=config.run, cache=config.cache, model=config.model, quiet=config.quiet)
     findings = [{"where": one.where, "problem": one.problem} for one in found]
     if not findings:
         return Result({"path": str(store), "findings": []}, f"{store}: nothing wrong was found")

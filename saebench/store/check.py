@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from saebench.errors import UserError
 from saebench.files import sha256_file
+from saebench.progress import Progress, progress
 from saebench.store import publish
 from saebench.store.database import first_line, open_reader, read_meta, tables_of
 from saebench.store.extras import extras_of, origin
@@ -46,14 +47,19 @@ class Finding:
 
 
 def check_store(
-    path: str | Path, *, run: Path | None = None, cache: Path | None = None, model: str = "none"
+    path: str | Path,
+    *,
+    run: Path | None = None,
+    cache: Path | None = None,
+    model: str = "none",
+    quiet: bool = True,
 ) -> list[Finding]:
     """All that is wrong with the current generation of a store; an empty list when it is healthy.
 
     Files are compared with the checksums of the manifest; the tables of undamaged files are compared with
     each other and recounted from the activations (rules.py). Directions are compared with the SAE of
     ``run``, a sample of the activations with its codes of ``cache``, a sample of the logits with ``model``
-    ('cache' is the one that made the cache).
+    ('cache' is the one that made the cache). Without ``quiet``, progress is shown on standard error.
 
     Raises:
         UserError: there is no store, its manifest is damaged, or its format is newer; the run, cache or
@@ -62,17 +68,19 @@ def check_store(
     witness, rows = load_witnesses(run, cache, model)
     path = Path(path)
     manifest = publish.read_manifest(path)
-    findings = [finding for file in manifest.files() for finding in _check_file(path, file)]
-    damaged = {finding.where for finding in findings}
-    if not manifest.saes:
-        findings.append(Finding(publish.MANIFEST, "the store has no SAE"))
-    for sae in manifest.saes:
-        text = manifest.texts.get(sae.text) if sae.text else None
-        if sae.text and text is None:
-            findings.append(Finding(publish.MANIFEST, f"the text of {sae.name!r} is not listed"))
-        elif not damaged & {sae.file.path, text.path if text else ""}:
-            extras = {name: file for name, file in extras_of(sae).items() if file.path not in damaged}
-            findings += _check_tables(path, sae, text, extras)
+    findings = [] if manifest.saes else [Finding(publish.MANIFEST, "the store has no SAE")]
+    with progress("check", total=_steps(manifest), unit="checks", quiet=quiet) as bar:
+        for file in manifest.files():
+            findings += _check_file(path, file)
+            bar.update(1)
+        damaged = {finding.where for finding in findings}
+        for sae in manifest.saes:
+            text = manifest.texts.get(sae.text) if sae.text else None
+            if sae.text and text is None:
+                findings.append(Finding(publish.MANIFEST, f"the text of {sae.name!r} is not listed"))
+            elif not damaged & {sae.file.path, text.path if text else ""}:
+                extras = {name: file for name, file in extras_of(sae).items() if file.path not in damaged}
+                findings += _check_tables(path, sae, text, extras, bar)
     if witness is not None:
         findings += _check_witness(path, manifest, damaged, witness, rows, model, run)
     return findings
@@ -100,6 +108,17 @@ def store_info(path: str | Path) -> dict[str, Any]:
     }
 
 
+def _steps(manifest: publish.Manifest) -> int:
+    """Files and rules that there are to check, at most."""
+    rules = sum(
+        len(SAE_RULES)
+        + (len(TEXT_RULES) if sae.text else 0)
+        + sum(len(EXTRA_RULES[extra]) for extra in extras_of(sae))
+        for sae in manifest.saes
+    )
+    return len(manifest.files()) + rules
+
+
 def _check_file(store: Path, file: publish.StoredFile) -> Iterator[Finding]:
     path = store / file.path
     if not path.is_file():
@@ -118,6 +137,7 @@ def _check_tables(
     sae: publish.StoredSae,
     text: publish.StoredFile | None,
     extras: dict[str, publish.StoredFile],
+    bar: Progress,
 ) -> Iterator[Finding]:
     import duckdb
 
@@ -145,17 +165,19 @@ def _check_tables(
             if text:
                 present |= tables_of(connection, "txt")
                 kept = read_meta(connection, "txt")
-                yield from _check_rules(connection, text.path, TEXT_RULES, present, kept, every, few)
+                yield from _check_rules(connection, text.path, TEXT_RULES, present, kept, every, few, bar)
             if text:
                 yield from _check_folds(connection, sae.file.path)
-            yield from _check_rules(connection, sae.file.path, SAE_RULES, present, parameters, every, few)
+            yield from _check_rules(
+                connection, sae.file.path, SAE_RULES, present, parameters, every, few, bar
+            )
             for name, file in extras.items():
                 yield from _check_columns(connection, file.path, name, EXTRA_TABLES[name])
                 if origin(read_meta(connection, name)) != origin(meta):
                     yield Finding(file.path, f"these {name} are of other activations than {sae.name!r} has")
                 within = present | tables_of(connection, name)
                 rules = EXTRA_RULES[name]
-                yield from _check_rules(connection, file.path, rules, within, parameters, every, few)
+                yield from _check_rules(connection, file.path, rules, within, parameters, every, few, bar)
         except (duckdb.Error, KeyError) as error:
             yield Finding(sae.file.path, f"the tables cannot be read ({first_line(error)})")
 
@@ -233,9 +255,10 @@ def _check_folds(connection: duckdb.DuckDBPyConnection, where: str) -> Iterator[
 
 def _check_rules(
     connection: duckdb.DuckDBPyConnection, where: str, rules: Iterable[Rule], present: set[str],
-    parameters: dict[str, Any], every: int, few: int,
+    parameters: dict[str, Any], every: int, few: int, bar: Progress,
 ) -> Iterator[Finding]:  # fmt: skip
     for rule in rules:
+        bar.update(1)
         if not rule.tables <= present:
             continue
         query = rule.query

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saebench.errors import UserError
 from saebench.store.reader import StoreReader
-from saebench.store.schema import EXPL_ITEM, EXPL_SCORE, EXPLANATION, Table
+from saebench.store.schema import EXPL_ITEM, EXPL_SCORE, EXPLANATION, Table, nearest
 
 if TYPE_CHECKING:
     import duckdb
@@ -64,6 +65,80 @@ class ExplanationReader(StoreReader):
             "ORDER BY provider, model, scorer, rank",
             [self._known(feature)],
             EXPL_ITEM.names[1:],
+        )
+
+    def explained_by(self) -> pd.DataFrame:
+        """Who explained features of this SAE, a row for each provider and model.
+
+        Columns provider, model, prompt, n (features), n_ok (with a text), tokens (of the language model).
+
+        >>> store.explained_by().columns.tolist()
+        ['provider', 'model', 'prompt', 'n', 'n_ok', 'tokens']
+        """
+        return self._explained(
+            "SELECT provider, model, max(prompt) AS prompt, count(*) AS n, "
+            "count(*) FILTER (status = 'ok') AS n_ok, sum(tokens)::BIGINT AS tokens "
+            "FROM explanations.explanation GROUP BY provider, model ORDER BY n DESC, provider, model",
+            [],
+            ["provider", "model", "prompt", "n", "n_ok", "tokens"],
+        )
+
+    def explanation_outcomes(self, provider: str, model: str = "") -> pd.DataFrame:
+        """What became of one provider's attempts: status, reason, n, feature (one of them); the most first.
+
+        Numbers in a reason are left out, so that the same cause is one row.
+        """
+        return self._explained(
+            "SELECT status, regexp_replace(coalesce(reason, ''), '\\d[\\d,.]*', '…', 'g') AS reason, "
+            "count(*) AS n, min(feature) AS feature FROM explanations.explanation "
+            "WHERE provider = ? AND model = ? GROUP BY ALL ORDER BY n DESC, status, reason",
+            [provider, model],
+            ["status", "reason", "n", "feature"],
+        )
+
+    def all_explanation_scores(self, provider: str, model: str = "") -> pd.DataFrame:
+        """Scores of all explanations of one provider, baselines too: feature, scorer, value, precision,
+        recall; those without a value are left out."""
+        columns = ["feature", "scorer", "value", "precision", "recall"]
+        return self._explained(
+            f"SELECT {', '.join(columns)} FROM explanations.expl_score "
+            "WHERE provider = ? AND model = ? AND value IS NOT NULL ORDER BY feature, scorer",
+            [provider, model],
+            columns,
+        )
+
+    def all_explanations(
+        self,
+        provider: str,
+        model: str = "",
+        *,
+        order_by: str = "score",
+        descending: bool = True,
+        limit: int | None = None,
+        offset: int = 0,
+    ) -> pd.DataFrame:
+        """Explanations of one provider, a row a feature, those without a score last.
+
+        Columns feature, text, status, reason, score, ci_lo, ci_hi, precision, recall, n_train, n_test.
+
+        Raises:
+            UserError: another column to order by.
+        """
+        columns = [
+            "feature", "text", "status", "reason", "score", "ci_lo", "ci_hi", "precision", "recall",
+            "n_train", "n_test",
+        ]  # fmt: skip
+        if order_by not in columns:
+            raise UserError(f"{order_by!r} is no column of explanations; {nearest(order_by, columns)}")
+        direction = "DESC" if descending else "ASC"
+        return self._explained(
+            "SELECT e.feature, e.text, e.status, e.reason, s.value AS score, s.ci_lo, s.ci_hi, s.precision, "
+            "s.recall, e.n_train, e.n_test FROM explanations.explanation e LEFT JOIN "
+            "(FROM explanations.expl_score WHERE list_contains(?, scorer)) s "
+            "USING (feature, provider, model) WHERE e.provider = ? AND e.model = ? "
+            f"ORDER BY {order_by} {direction} NULLS LAST, feature LIMIT ? OFFSET ?",
+            [list(MAIN), provider, model, 2**62 if limit is None else limit, offset],
+            columns,
         )
 
     def _explained(self, query: str, values: list[object], columns: list[str]) -> pd.DataFrame:

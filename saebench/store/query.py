@@ -370,6 +370,15 @@ class FeatureStore(Several, ExplanationReader):
         self._require("train_metric")
         return self._frame("SELECT step, name, value FROM sae.train_metric ORDER BY step, name")
 
+    def train_course(self) -> pd.DataFrame:
+        """The same, a row for each reported step and a column for each metric.
+
+        >>> store.train_course()["step"].is_monotonic_increasing
+        True
+        """
+        wide = self.train_metrics().pivot(index="step", columns="name", values="value")
+        return wide.rename_axis(columns=None).reset_index()
+
 
 def _filter(
     ranges: Mapping[str, Range] | None, flags: Mapping[str, bool] | None, text: str | None,

@@ -36,7 +36,8 @@ class Several(DrillDown):
 
         Columns name, sae, d_in, d_sae, k, hook_name, text, n_tokens, l0 (activations a token), dead and dense
         (shares of the features), median_density (of those that fire), explained_variance, ce_loss_score and
-        kl (from the run's evaluation, if it was indexed with one).
+        kl (from the run's evaluation, if it was indexed with one), bytes (of its files, without the text's),
+        sae_hash (of its weights).
 
         >>> store.compare()["name"].tolist() == store.saes
         True
@@ -49,7 +50,7 @@ class Several(DrillDown):
         if name != self.sae:
             with self.beside(name) as other:
                 return other._summary(name)
-        meta = self._meta
+        meta, stored = self._meta, self._manifest.sae(self.sae)
         query = "SELECT avg(dead::INT), avg(dense::INT), median(density) FILTER (NOT dead) FROM sae.feature"
         dead, dense, density = self._rows(query)[0]
         known = ("name", "sae", "d_in", "d_sae", "k", "hook_name", "text", "n_tokens")
@@ -58,6 +59,8 @@ class Several(DrillDown):
             **{key: meta[key] for key in known}, "l0": meta["n_activations"] / meta["n_tokens"],
             "dead": dead, "dense": dense, "median_density": density,
             **{score: evaluation.get(score) for score in SCORES},
+            "bytes": stored.file.bytes + sum(file.bytes for file in stored.extras.values()),
+            "sae_hash": meta["sae_hash"],
         }  # fmt: skip
 
     def same_firings(self, feature: int, sae: str, *, limit: int = 20) -> pd.DataFrame:

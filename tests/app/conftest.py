@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from streamlit.util import calc_hash
 import saebench_app.launch
 from saebench.activations.cache import ActivationCache
 from tests.app.live_world import World, build_world
+from tests.app.two_saes import build_two
 from tests.store.rich_store import build_rich_store
 from tests.store.small_store import build_small_store
 
@@ -36,6 +38,30 @@ def textless_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, tiny_cache: ActivationCache) -> World:
     return build_world(tmp_path_factory.mktemp("world"), tiny_cache)
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of two SAEs, with their runs beside it."""
+    return build_two(tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where long work leaves its results, empty."""
+    monkeypatch.setenv("SAEBENCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def finish(app: AppTest, seconds: float = 60) -> AppTest:
+    """Wait until nothing that the page began is going on, as the page does, and show what came of it."""
+    from saebench_app.work import _works
+
+    end = time.monotonic() + seconds
+    while any(work.state() == "running" for work in _works().values()):
+        assert time.monotonic() < end, "the work does not end"
+        time.sleep(0.05)
+    return app.run()
 
 
 @pytest.fixture

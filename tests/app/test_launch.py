@@ -79,6 +79,7 @@ def test_the_app_needs_neither_torch_nor_a_model(small_store: Path) -> None:
         "from saebench_app.launch import MAIN\n"
         "assert not AppTest.from_file(MAIN, default_timeout=60).run().exception\n"
         "import saebench_app.page.feature, saebench_app.page.features\n"
+        "from saebench_app.page import compare, explain, map, sql, train\n"
         "print(sorted({'torch', 'transformers', 'transformer_lens', 'triton'} & set(sys.modules)))"
     )
     run = subprocess.run(

@@ -1,0 +1,42 @@
+"""Long work on a page: a button begins it, a bar says how far it is, another button stops it."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from saebench_app.components.notice import notice
+from saebench_app.work import Task, start, work_on
+
+LOOKS_APART = "1s"
+
+
+def working(task: Task, label: str, *, note: str = "", done: str = "") -> None:
+    """The button ``label`` and ``note`` beside it; while ``task`` is being worked on, how far it is.
+
+    ``done`` is said when the work has ended well and left nothing that the page itself shows.
+    """
+    work = work_on(task)
+    if work is not None and work.state() == "running":
+        st.fragment(_watch, run_every=LOOKS_APART)(task)
+        return
+    if work is not None and work.state() == "failed":
+        notice(work.complaint(), key=f"failed-{task.kind}", kind="error")
+    elif work is not None and work.state() == "stopped":
+        notice("Stopped.", key=f"stopped-{task.kind}")
+    elif work is not None and done:
+        notice(done, key=f"done-{task.kind}")
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.button(label, key=f"start-{task.kind}", on_click=start, args=(task,))
+        if note:
+            st.caption(note, width="content")
+
+
+def _watch(task: Task) -> None:
+    work = work_on(task)
+    if work is None or work.state() != "running":
+        st.rerun()
+        return
+    progress = work.progress()
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.progress(progress.share or 0.0, text=progress.text)
+        st.button("Stop", key=f"stop-{task.kind}", on_click=work.stop, width="content")

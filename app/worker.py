@@ -1,0 +1,153 @@
+"""The process that does long work for a page: ``python -m saebench_app.worker SERVER KIND ARGUMENTS FOLDER``.
+
+SERVER is the number of the process that wants it, and ARGUMENTS are JSON. The result appears whole in FOLDER,
+or not at all. Progress goes to standard error, a line every half second; so does the one sentence of what
+went wrong. It ends when its server has gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import saebench.progress
+from saebench.errors import UserError
+from saebench.files import sync_directory, write_json_atomic
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LINES_APART = 0.5
+LOOKS_APART = 1.0
+CLUSTERS = 8
+"""Of a map: as many as there are colours that everybody can tell apart."""
+
+Tables = dict[str, "pd.DataFrame"]
+
+
+def check(store: str) -> tuple[dict[str, Any], Tables]:
+    from saebench.store.check import check_store
+    from saebench.store.publish import read_manifest
+
+    generation = read_manifest(Path(store)).generation
+    found = check_store(store, quiet=False)
+    findings = [{"where": one.where, "problem": one.problem} for one in found]
+    return {"generation": generation, "findings": findings}, {}
+
+
+def run_with(runs: Sequence[str], sae: Mapping[str, Any]) -> str:
+    """The run whose weights were indexed as ``sae``, of which name, d_sae and sae_hash are given.
+
+    Raises:
+        UserError: none of them.
+    """
+    from saebench.saes.base import load, read_description
+    from saebench.store.build import hash_of
+
+    for run in runs:
+        with contextlib.suppress(UserError):  # a run that cannot be read may be another SAE's
+            d_sae = read_description(Path(run))["spec"].get("d_sae")
+            if d_sae == sae["d_sae"] and hash_of(load(run)) == sae["sae_hash"]:
+                return run
+    raise UserError(
+        f"none of the runs that the explorer knows holds the weights of {sae['name']!r}; end it, and start "
+        "it again with --run DIR, the run directory that was indexed"
+    )
+
+
+def match(
+    runs: Sequence[str], a: Mapping[str, Any], b: Mapping[str, Any], by: str, threshold: float
+) -> tuple[dict[str, Any], Tables]:
+    from saebench.analysis.matching import match as pair
+    from saebench.analysis.matching import splits
+    from saebench.saes.base import load
+
+    run_a, run_b = run_with(runs, a), run_with(runs, b)
+    made = pair(run_a, run_b, by, threshold=threshold)
+    tables = {"pairs": made.pairs, "unmatched": made.unmatched}
+    facts: dict[str, Any] = {
+        "by": made.by, "threshold": made.threshold, "mean_similarity": made.mean_similarity,
+        "stability": made.stability, "n_rows": made.n_rows,
+    }  # fmt: skip
+    if load(run_a).d_in == load(run_b).d_in:
+        a_is_narrow = a["d_sae"] <= b["d_sae"]
+        facts["narrow"] = "a" if a_is_narrow else "b"
+        narrow, wide = (run_a, run_b) if a_is_narrow else (run_b, run_a)
+        tables["splits"] = splits(narrow, wide, threshold=threshold)
+    return facts, tables
+
+
+def map_(runs: Sequence[str], sae: Mapping[str, Any], method: str) -> tuple[dict[str, Any], Tables]:
+    from saebench.analysis.geometry import decoder_map
+
+    points = decoder_map(run_with(runs, sae), method, n_clusters=min(CLUSTERS, sae["d_sae"]))
+    return {"method": method}, {"points": points}
+
+
+def explain(store: str, sae: str, limit: int | None) -> int:
+    """The command line's own, which publishes a new generation of the store."""
+    from saebench.cli import main as command
+
+    words = ["explain", store, "--sae", sae]
+    return command([*words, *(["--limit", str(limit)] if limit else [])])
+
+
+FUNCTIONS: dict[str, Callable[..., tuple[dict[str, Any], Tables]]] = {
+    "check": check,
+    "match": match,
+    "map": map_,
+}
+
+
+def main(server: str, kind: str, arguments: str, folder: str) -> int:
+    saebench.progress.SECONDS_BETWEEN_LINES = LINES_APART
+    threading.Thread(target=_end_with, args=(int(server),), daemon=True).start()
+    given = json.loads(arguments)
+    try:
+        if kind == "explain":
+            return explain(**given)
+        keep(Path(folder), *FUNCTIONS[kind](**given))
+    except UserError as error:
+        print(f"saebench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def keep(folder: Path, facts: Mapping[str, Any], tables: Tables) -> None:
+    """Put a result where `saebench_app.work.found` looks for it."""
+    making = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    making.mkdir(parents=True)
+    try:
+        for name, table in tables.items():
+            table.to_parquet(making / f"{name}.parquet")
+        time_now = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json_atomic(making / "facts.json", {**facts, "time": time_now})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(making, folder)
+        sync_directory(folder.parent)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def _end_with(server: int) -> None:
+    """Interrupt this process, as Ctrl-C does, once the one that started it has gone."""
+    while os.getppid() == server:
+        time.sleep(LOOKS_APART)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main(*sys.argv[1:]))
