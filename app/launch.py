@@ -70,7 +70,7 @@ def command(store: Path, *, host: str, port: int) -> list[str]:
     """The server's command line; the store follows ``--``, where no URL reaches."""
     flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
     flags += [f"--server.address={host}", f"--server.port={port}"]
-    return [sys.executable, "-m", "streamlit", "run", str(MAIN), *flags, "--", str(store)]
+    return [sys.executable, "-m", "saebench_app.serve", "run", str(MAIN), *flags, "--", str(store)]
 
 
 def require_free_port(host: str, port: int) -> None:
