@@ -1,6 +1,6 @@
 """The explorer: pages over a feature store, served by Streamlit on this machine.
 
-    launch      starts the server for one store
+    launch      starts the server for one store; serve: its process
     main        what the server runs for every page
     view        which features, in which order: read from the URL and written to it
     session     the open store, the generation a person is looking at

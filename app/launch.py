@@ -81,7 +81,8 @@ def command(store: Path, *, host: str, port: int, runs: Sequence[Path] = ()) -> 
     """The server's command line; the store and its runs follow ``--``, where no URL reaches."""
     flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
     flags += [f"--server.address={host}", f"--server.port={port}"]
-    return [sys.executable, "-m", "streamlit", "run", str(MAIN), *flags, "--", str(store), *map(str, runs)]
+    program = ["-m", "saebench_app.serve", "run", str(MAIN)]
+    return [sys.executable, *program, *flags, "--", str(store), *map(str, runs)]
 
 
 def require_free_port(host: str, port: int) -> None:

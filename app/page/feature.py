@@ -52,6 +52,7 @@ COLOUR_HELP = {
 ONWARD = {"prompt": "Test on a text", "steer": "Steer"}
 NEIGHBORS_SHOWN = 10
 EXAMPLES_OF_BAR = 20
+LONGEST_CALLED = 60
 
 
 def show(here: Here) -> None:
@@ -468,7 +469,8 @@ def _neighbors(here: Here, feature: int) -> None:
 
 def _called(here: Here, feature: int, row: Mapping[str, Any]) -> str:
     explanation = "" if is_absent(row["explanation"]) else row["explanation"]
-    return str(here.names.get(feature, explanation))
+    called = str(here.names.get(feature, explanation))
+    return called if len(called) <= LONGEST_CALLED else f"{called[: LONGEST_CALLED - 1]}…"
 
 
 def _where(here: Here, row: dict[str, Any]) -> None:

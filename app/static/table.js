@@ -17,7 +17,7 @@ function cell({ text = "", exact, bar, href, kind }, { align }, first) {
 }
 
 function flags(text) {
-  return el("span", {}, ...text.split(" ").map((flag) => el("span", { class: "chip" }, flag)))
+  return el("span", {}, ...text.split(" ").filter(Boolean).map((flag) => el("span", { class: "chip" }, flag)))
 }
 
 // Boxes to tick: what is ticked here and on other pages of the table is told to the app. With Shift, all rows

@@ -10,6 +10,7 @@ from streamlit.testing.v1 import AppTest
 
 from saebench.store.query import open_store
 from saebench.store.shown import distinct
+from saebench_app.page.feature import LONGEST_CALLED
 from saebench_app.text import visible
 from saebench_app.view import View
 from tests.app.conftest import column, shown, url
@@ -107,6 +108,7 @@ def test_neighbours_of_every_kind_with_their_names(visit: Visit, rich_store: Pat
         rows = {f: store.feature(f) for f in near["other"]}
     assert column(app, "feature", "neighbors") == near["other"].tolist() != []
     called = [HOSTILE if f == 3 else row["explanation"] or "" for f, row in rows.items()]
+    called = [name if len(name) <= LONGEST_CALLED else f"{name[: LONGEST_CALLED - 1]}…" for name in called]
     if any(called):
         assert column(app, "called", "neighbors") == [visible(name) if name else None for name in called]
 
