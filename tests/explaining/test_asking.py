@@ -251,6 +251,25 @@ def test_from_a_server_to_the_store(own_store, monkeypatch, capsys):
         assert not path.is_file() or KEY.encode() not in path.read_bytes()
 
 
+def test_the_command_says_what_came_of_what_was_asked(own_store, monkeypatch, capsys):
+    from saebench.cli import main
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    sb.explain(own_store, quiet=True, features=(3,)).close()
+    words = ["explain", str(own_store), "--provider", "openai", "--features", "3,4", "--examples", "4"]
+    words += ["--retries", "0", "--quiet", "--base-url"]
+    with serving(lambda h, body: h.send(418, b"")) as served:
+        assert main([*words, served.url, "--model", "broken"]) == 0
+    out = capsys.readouterr().out
+    assert "failed: the server answers with status 418" in out
+    assert "fires on" not in out  # that is what the rules say
+    with serving(oracle) as served:
+        assert main([*words, served.url, "--model", "sound"]) == 0
+    out = capsys.readouterr().out
+    assert "Words in bold type" in out
+    assert "fires on" not in out
+
+
 def test_failures_are_no_scores(own_store):
     def sometimes(handler, body):
         user = body["messages"][1]["content"]
