@@ -193,8 +193,9 @@ class OpenAICompatible:
             refused = bool(message.get("refusal")) or choice.get("finish_reason") == "content_filter"
             content = message.get("content")
             usage = (answer.get("usage") or {}).get("total_tokens")
-            sound = isinstance(usage, int) and 0 <= usage <= MOST_TOKENS
-            tokens = usage if sound else len(text) // 3
+            tokens = len(text) // 3
+            if isinstance(usage, int) and 0 <= usage <= MOST_TOKENS:
+                tokens = usage
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             raise _Again("the server's answer is not understood") from None
         self._answered = True

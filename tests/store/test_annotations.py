@@ -338,3 +338,21 @@ def test_a_file_locked_for_long_ends_in_a_sentence(notes, monkeypatch):
             notes.set_label(1, "y")
     notes.set_label(1, "y")
     assert notes.label(1) == "y"
+
+
+def test_a_list_takes_what_tables_hold(notes):
+    """A column, an array, a set; and the number of a feature out of a row of floats."""
+    import numpy as np
+    import pandas as pd
+
+    table = pd.DataFrame({"feature": [3, 1], "density": [0.5, 0.25]})
+    for name, features in (
+        ("column", table["feature"]), ("array", np.array([3, 1])), ("set", {3, 1}),
+        ("cells", [row["feature"] for _, row in table.iterrows()]),
+    ):  # fmt: skip
+        notes.add_to_list(name, features)
+        assert sorted(notes.list_features(name)) == [1, 3]
+    for bad in (pd.Series([3, D_SAE]), np.array([0.5]), "3", None):
+        with pytest.raises(UserError, match="is not in the SAE"):
+            notes.add_to_list("bad", bad)
+    assert "bad" not in notes.lists()["name"].tolist()
