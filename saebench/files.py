@@ -149,7 +149,9 @@ def require_writable(directory: Path, *, what: str) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{what} {directory} is in the way of a file; choose another --out") from None
+        raise UserError(
+            f"{what} {directory} cannot be made, because a file is in its place; choose another --out"
+        ) from None
     except OSError as error:
         raise UserError(f"cannot create {what} {directory}: {error.strerror}; choose another --out") from None
     if not os.access(directory, os.W_OK | os.X_OK):

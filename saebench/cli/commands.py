@@ -177,15 +177,17 @@ def explain(config: ExplainConfig) -> Result:
     with saebench.explain(config) as store:
         data = summarise(store, config)
     head = {name: data[name] for name in ("path", "generation", "provider", "model")}
-    rows = [(row["scorer"], row["n"], row["mean"], row["median"]) for row in data["scores"]]
+    rows = [(row["scorer"], row["n"], row["mean"], row["median"]) for row in data["scores"] if row["n"]]
+    without = [f"{row['status']}: {row['reason']}" for row in data["reasons"]]
     shown = [(row["feature"], row["explanation_score"], row["explanation"]) for row in data["best"]]
     parts = [
         pairs(head | {f"features {status}": n for status, n in data["status"].items()}),
-        table(("score", "features", "mean", "median"), rows),
-        table(("feature", "score", "explanation"), shown),
+        "\n".join(without),
+        table(("score", "features", "mean", "median"), rows) if rows else "no explanation has a score",
+        table(("feature", "score", "explanation"), shown) if shown else "",
         f"Next: saebench explore {config.store}",
     ]
-    return Result(data, "\n\n".join(parts))
+    return Result(data, "\n\n".join(filter(None, parts)))
 
 
 def store_info(store: Path) -> Result:

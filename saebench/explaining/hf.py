@@ -5,6 +5,7 @@ Shapes: B questions, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,9 @@ class HuggingFace:
         for start in range(0, len(choices), BATCH):
             batch = choices[start : start + BATCH]
             for i, chance in zip(batch, self._chances([prompts[i] for i in batch]), strict=True):
+                if math.isnan(chance):  # as in half precision, when something overflows
+                    replies[i] = Reply("failed", reason="the model's probabilities are not numbers")
+                    continue
                 text = "Yes" if chance >= 0.5 else "No"
                 replies[i] = Reply("ok", text, probability=chance, tokens=len(prompts[i]))
         for i in left:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 LARGEST_ANSWER = 4 << 20
 LONGEST_WAIT = 60.0
+MOST_TOKENS = 10_000_000
+"""A server that says a question took more says nothing."""
 NEEDS_A_KEY = ("api.openai.com",)
 LOGPROBS = {"logprobs": True, "top_logprobs": 20}
 
@@ -191,14 +193,17 @@ class OpenAICompatible:
             refused = bool(message.get("refusal")) or choice.get("finish_reason") == "content_filter"
             content = message.get("content")
             usage = (answer.get("usage") or {}).get("total_tokens")
-            tokens = usage if isinstance(usage, int) and usage >= 0 else len(text) // 3
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            tokens = len(text) // 3
+            if isinstance(usage, int) and 0 <= usage <= MOST_TOKENS:
+                tokens = usage
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             raise _Again("the server's answer is not understood") from None
         self._answered = True
         if refused:
             return Reply("refused", reason="the server declines to answer", tokens=tokens)
         if not isinstance(content, str):
             raise _Again("the server's answer is not understood")
+        content = content.encode("utf-8", "replace").decode()  # half a character cannot be written
         return Reply("ok", content, chance_of_yes(choice) if yes_or_no else None, tokens=tokens)
 
 

@@ -17,18 +17,13 @@ SHOWN = 5
 def summarise(store: FeatureStore, config: ExplainConfig) -> dict[str, Any]:
     """Of all explanations that the store has of this provider and model.
 
-    Keys: path, generation, provider, model, status (status -> features), scores (rows scorer, n, mean,
-    median), best (rows feature, explanation, explanation_score; of any provider).
+    Keys: path, generation, provider, model, and those of store.explanations.summary.
     """
-    best = store.features(
-        ["feature", "explanation", "explanation_score"], ranges={"explanation_score": (None, 1.0)},
-        order_by="explanation_score", descending=True, limit=SHOWN,
-    )  # fmt: skip
+    model = shown_name(config.model) if config.model else ""
     return {
         "path": str(store.path),
         "generation": store.generation,
         "provider": config.provider,
         "model": config.model,
-        **summary(store, config.provider, shown_name(config.model) if config.model else ""),
-        "best": best.to_dict("records"),
+        **summary(store, config.provider, model, shown=SHOWN),
     }

@@ -8,8 +8,9 @@ never makes the file. A damaged file is never changed or removed.
 
 from __future__ import annotations
 
+import numbers
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,9 +114,9 @@ class Annotations:
 
     # Lists of features
 
-    def add_to_list(self, name: str, features: int | Sequence[int], *, author: str | None = None) -> None:
-        """Put features on a list, which is made when it is new; those on it already stay as they are."""
-        wanted = features if isinstance(features, Sequence) else [features]
+    def add_to_list(self, name: str, features: int | Iterable[int], *, author: str | None = None) -> None:
+        """Put features, such as a column of a table, on a list; those on it already stay as they are."""
+        wanted = list(features) if isinstance(features, Iterable) else [features]
         numbers = [self._known(feature) for feature in wanted]
         rows = [self._row("list_entries", name=name, feature=number, author=author) for number in numbers]
         if rows:
@@ -230,9 +231,9 @@ class Annotations:
     # Rows
 
     def _known(self, feature: int) -> int:
-        number = hasattr(feature, "__index__") and not isinstance(feature, bool)
+        number = isinstance(feature, numbers.Real) and not isinstance(feature, bool)
         highest = 2**32 if self._d_sae is None else self._d_sae
-        if not (number and 0 <= feature < highest):
+        if not (number and 0 <= feature < highest and int(feature) == feature):
             raise UserError(f"feature {feature!r} is not in the SAE; it has 0 to {highest - 1}")
         return int(feature)
 

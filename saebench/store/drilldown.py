@@ -389,4 +389,4 @@ def _interval(lo: float, hi: float) -> list[float]:
 def _at_least_0(name: str, value: int) -> int:
     if value < 0:
         raise UserError(f"{name} is {value}; it must be at least 0")
-    return int(value)
+    return min(int(value), 2**62)

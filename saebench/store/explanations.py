@@ -210,14 +210,28 @@ def _arrow(table: Table, columns: Mapping[str, list[Any]]) -> Any:
     return pyarrow.table({c.name: pyarrow.array(columns[c.name], type=kinds[c.type]) for c in table.columns})
 
 
-def summary(store: ExplanationReader, provider: str, model: str) -> dict[str, Any]:
-    """Of one provider and model: status -> how many features, and of each scorer n, mean and median."""
+def summary(store: ExplanationReader, provider: str, model: str, *, shown: int) -> dict[str, Any]:
+    """Of one provider and model: how many have which status, why some are missing, how good the rest is.
+
+    Keys: status (status -> features), reasons (rows status, n, reason; the most frequent ones), scores (rows
+    scorer, n, mean, median), best (rows feature, explanation, explanation_score).
+    """
     whose = [provider, model]
-    status = store._rows(
-        "SELECT status, count(*) FROM explanations.explanation WHERE provider = ? AND model = ? "
-        "GROUP BY status ORDER BY status", whose)  # fmt: skip
-    scores = store._rows(
-        "SELECT scorer, count(value), avg(value), median(value) FROM explanations.expl_score WHERE "
-        "provider = ? AND model = ? GROUP BY scorer ORDER BY 3 DESC NULLS LAST, 1", whose)  # fmt: skip
-    columns = ("scorer", "n", "mean", "median")
-    return {"status": dict(status), "scores": [dict(zip(columns, row, strict=True)) for row in scores]}
+    own = "FROM explanations.explanation WHERE provider = ? AND model = ?"
+    status = store._rows(f"SELECT status, count(*) {own} GROUP BY status ORDER BY status", whose)
+    # Reasons of one kind differ in their numbers, so one of them stands for all of a status.
+    reasons = store._frame(
+        f"SELECT status, count(*) AS n, mode(reason ORDER BY feature) AS reason {own} AND reason IS NOT NULL "
+        "GROUP BY status ORDER BY n DESC, status", whose)  # fmt: skip
+    scores = store._frame(
+        "SELECT scorer, count(value) AS n, avg(value) AS mean, median(value) AS median "
+        "FROM explanations.expl_score WHERE provider = ? AND model = ? GROUP BY scorer "
+        "ORDER BY mean DESC NULLS LAST, scorer", whose)  # fmt: skip
+    best = store._frame(
+        f"SELECT feature, text AS explanation, {_comparable('s')} AS explanation_score FROM "
+        "explanations.explanation JOIN explanations.expl_score s USING (feature, provider, model) WHERE "
+        "provider = ? AND model = ? AND list_contains(?, scorer) AND value IS NOT NULL "
+        "ORDER BY explanation_score DESC, feature LIMIT ?", [*whose, list(MAIN), shown])  # fmt: skip
+    found = {"reasons": reasons, "scores": scores, "best": best}
+    rows = {name: frame.to_dict("records") for name, frame in found.items()}
+    return {"status": dict(status), **rows}

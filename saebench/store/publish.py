@@ -93,6 +93,8 @@ def read_manifest(store: Path) -> Manifest:
     """
     path = Path(store) / MANIFEST
     if not path.exists():
+        if path.parent.is_dir():
+            _require_first_build(path.parent, "run saebench index into another directory")
         raise UserError(
             f"{store} is not a feature store (it has no {MANIFEST}); make one with saebench index"
         )
@@ -152,7 +154,7 @@ def before_next(store: Path) -> Manifest:
         raise UserError(
             f"{store} is not a feature store and not empty ({strangers[0]}); choose another --out"
         )
-    _require_first_build(store)
+    _require_first_build(store, "choose another --out")
     return Manifest()
 
 
@@ -172,7 +174,7 @@ def begin(store: Path) -> tuple[Manifest, Path]:
     return current, building
 
 
-def _require_first_build(store: Path) -> None:
+def _require_first_build(store: Path, way_out: str) -> None:
     """Without a manifest there may be one generation, of a first build killed just before it was published.
 
     A later one means that the manifest was lost, and what is there must not be cleared away.
@@ -181,7 +183,7 @@ def _require_first_build(store: Path) -> None:
     if any(_number(folder) > 1 for folder in found):
         raise UserError(
             f"the store {store} has lost its {MANIFEST}; copy {found[-1] / MANIFEST} to {store / MANIFEST}, "
-            "or choose another --out"
+            f"or {way_out}"
         )
 
 

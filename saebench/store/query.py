@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ATTEMPTS = 5
+MOST_ROWS = 2**62
 
 
 def open_store(path: str | Path, sae: str | None = None) -> FeatureStore:
@@ -111,7 +112,7 @@ class FeatureStore(Several, ExplanationReader):
 
     def features(
         self,
-        columns: Sequence[str] | None = None,
+        columns: str | Sequence[str] | None = None,
         *,
         ranges: Mapping[str, Range] | None = None,
         flags: Mapping[str, bool] | None = None,
@@ -151,6 +152,7 @@ class FeatureStore(Several, ExplanationReader):
         for name, value in (("limit", limit), ("offset", offset)):
             if value is not None and value < 0:
                 raise UserError(f"{name} is {value}; it must be at least 0")
+        columns = [columns] if isinstance(columns, str) else columns
         names = [feature_column(name).name for name in (columns or self.feature_columns)]
         chosen = _filter(ranges, flags, text, regex, among, search, labels)
         where, values = chosen.where()
@@ -159,7 +161,7 @@ class FeatureStore(Several, ExplanationReader):
         page = f"FROM {feature_source(needed, self._extras)} WHERE {where} {order}"
         if limit is not None or offset:
             page += " LIMIT ? OFFSET ?"
-            values += [2**62 if limit is None else limit, offset]
+            values += [MOST_ROWS if limit is None else min(limit, MOST_ROWS), min(offset, MOST_ROWS)]
         shown = [name for name in names if extra_of(name) and name not in needed]
         if shown:  # joined to the page alone
             page = f"FROM {feature_source(shown, self._extras, f'(SELECT * {page})')} {order}"

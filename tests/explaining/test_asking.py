@@ -80,12 +80,13 @@ def test_a_server_of_ones_own_needs_no_key_and_no_logprobs(tmp_path, monkeypatch
         lambda h: h.send(200, b"[]"),
         lambda h: h.send(200, b'{"choices": []}'),
         lambda h: h.say(None),
+        lambda h: h.send(200, b"[" * 100_000),
         lambda h: h.connection.close(),
         lambda h: h.send(200, b"x" * (5 << 20)),
         lambda h: h.dribble(header=False),
         lambda h: h.dribble(header=True),
     ],
-    ids="500 503 429 cut bytes list empty null closed huge slow-body slow-header".split(),
+    ids="500 503 429 cut bytes list empty null deep closed huge slow-body slow-header".split(),
 )
 def test_what_may_pass_is_tried_again_and_then_a_failure(tmp_path, bad):
     good = [lambda h: h.say("Yes", yes=0.9)]
@@ -99,6 +100,18 @@ def test_what_may_pass_is_tried_again_and_then_a_failure(tmp_path, bad):
     assert reply.reason
     assert len(served.bodies) == 2
     assert not (tmp_path / "other").exists()
+
+
+def test_what_cannot_be_stored_is_not_taken_over(tmp_path):
+    half, much = b'{"message": {"content": "a\\ud800b"}}', b"1" + b"0" * 30
+    with serving(
+        lambda h, body: h.send(200, b'{"choices": [%s], "usage": {"total_tokens": %s}}' % (half, much))
+    ) as served:
+        [reply] = client(served, tmp_path).ask([TEXT])
+        [again] = client(served, tmp_path).ask([TEXT])
+    assert reply.text == again.text == "a?b"
+    assert reply.tokens < 2**63
+    assert len(served.bodies) == 1
 
 
 def test_what_does_not_pass_is_not_tried_again(tmp_path, monkeypatch):
@@ -236,6 +249,25 @@ def test_from_a_server_to_the_store(own_store, monkeypatch, capsys):
     assert KEY not in err
     for path in own_store.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes()
+
+
+def test_the_command_says_what_came_of_what_was_asked(own_store, monkeypatch, capsys):
+    from saebench.cli import main
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    sb.explain(own_store, quiet=True, features=(3,)).close()
+    words = ["explain", str(own_store), "--provider", "openai", "--features", "3,4", "--examples", "4"]
+    words += ["--retries", "0", "--quiet", "--base-url"]
+    with serving(lambda h, body: h.send(418, b"")) as served:
+        assert main([*words, served.url, "--model", "broken"]) == 0
+    out = capsys.readouterr().out
+    assert "failed: the server answers with status 418" in out
+    assert "fires on" not in out  # that is what the rules say
+    with serving(oracle) as served:
+        assert main([*words, served.url, "--model", "sound"]) == 0
+    out = capsys.readouterr().out
+    assert "Words in bold type" in out
+    assert "fires on" not in out
 
 
 def test_failures_are_no_scores(own_store):

@@ -360,3 +360,21 @@ def test_a_renamed_list_keeps_its_entries_and_takes_in_those_of_its_new_name(mad
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return Annotations(tmp_path_factory.mktemp("renamed"), "a" * 64, d_sae=D_SAE)
+
+
+def test_a_list_takes_what_tables_hold(notes):
+    """A column, an array, a set; and the number of a feature out of a row of floats."""
+    import numpy as np
+    import pandas as pd
+
+    table = pd.DataFrame({"feature": [3, 1], "density": [0.5, 0.25]})
+    for name, features in (
+        ("column", table["feature"]), ("array", np.array([3, 1])), ("set", {3, 1}),
+        ("cells", [row["feature"] for _, row in table.iterrows()]),
+    ):  # fmt: skip
+        notes.add_to_list(name, features)
+        assert sorted(notes.list_features(name)) == [1, 3]
+    for bad in (pd.Series([3, D_SAE]), np.array([0.5]), "3", None):
+        with pytest.raises(UserError, match="is not in the SAE"):
+            notes.add_to_list("bad", bad)
+    assert "bad" not in notes.lists()["name"].tolist()

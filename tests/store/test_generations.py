@@ -110,6 +110,8 @@ def test_a_store_that_lost_its_manifest_is_not_cleared_away(tmp_path):
     before = {path: path.read_bytes() for path in store.rglob("gen-*/*")}
     (store / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"lost its manifest\.json; copy .*gen-000002/manifest\.json to"):
+        open_store(store)
+    with pytest.raises(UserError, match=r"lost its manifest\.json; copy .*gen-000002/manifest\.json to"):
         build_small_store(store, seed=2)
     assert {path: path.read_bytes() for path in store.rglob("gen-*/*")} == before
     shutil.copy(store / "gen-000002" / "manifest.json", store / "manifest.json")

@@ -182,3 +182,16 @@ def test_unknown_kinds_are_refused(store):
     for ask in (store.neighbors, store.tokens, store.histogram):
         with pytest.raises(UserError, match="'nearly' is not a"):
             ask(3, "nearly")
+
+
+def test_one_column_may_be_named_without_a_list(store):
+    assert store.features("n_act").equals(store.features(["n_act"]))
+
+
+def test_no_number_of_rows_is_too_large(store):
+    """More than the database can count is all there is."""
+    most = 2**64
+    assert len(store.features(limit=most)) == D_SAE
+    assert store.features(offset=most).empty
+    assert len(store.activations(3, limit=most)) == store.feature(3)["n_act"]
+    assert store.features_on(1, limit=most).equals(store.features_on(1, limit=10**6))
