@@ -12,11 +12,40 @@ from saebench.errors import UserError
 from saebench_app.components.notice import notice
 from saebench_app.components.sidebar import sidebar
 from saebench_app.components.web import STATIC
-from saebench_app.page import compare, explain, feature, features, map, overview, sql, train
-from saebench_app.session import Here, open_session_store
+from saebench_app.page import (
+    compare,
+    context,
+    explain,
+    feature,
+    features,
+    lists,
+    map,
+    overview,
+    prompt,
+    sql,
+    steer,
+    token,
+    train,
+)
+from saebench_app.page.columns import SORTABLE
+from saebench_app.session import SAID, Here, open_session_store
 from saebench_app.view import View
 
-MODULES = (overview, features, feature, compare, map, explain, train, sql)
+MODULES = (
+    overview,
+    features,
+    feature,
+    prompt,
+    token,
+    context,
+    compare,
+    map,
+    steer,
+    explain,
+    train,
+    lists,
+    sql,
+)
 
 
 def main() -> None:
@@ -30,13 +59,23 @@ def main() -> None:
     st.navigation(list(pages.values()), position="hidden").run()
 
 
+def sections() -> dict[str, list[str]]:
+    """Section of the sidebar -> the paths of its pages, in order."""
+    found: dict[str, list[str]] = {}
+    for module in MODULES:
+        found.setdefault(getattr(module, "SECTION", "Look"), []).append(module.PATH)
+    return found
+
+
 def show(module: ModuleType, pages: dict[str, Page]) -> None:
     """One page inside its frame. What a person can put right is said in a sentence."""
     try:
         store = open_session_store(st.query_params.get("sae"))
-        view = View.from_query(st.query_params.to_dict(), sae=store.sae, columns=features.SORTABLE)
+        view = View.from_query(st.query_params.to_dict(), sae=store.sae, columns=SORTABLE)
         here = Here(store, view, pages)
-        sidebar(here)
+        sidebar(here, sections(), module.PATH)
+        if said := st.session_state.pop(SAID, None):
+            notice(said, key="said", kind="error")
         module.show(here)
     except UserError as error:
         notice(str(error), key="error", kind="error")

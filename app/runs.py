@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 TURN = threading.Lock()
 """Held by whoever runs the model."""
+WAITING = threading.Semaphore(0)
+"""Counts those who wait for their turn."""
 LOOK_SECONDS = 0.2
 """How often a page that waits for its turn looks whether it is still wanted."""
 
@@ -100,13 +103,26 @@ def turn() -> Iterator[None]:
     """One page at a time runs the model; the others say that they wait, and can be left meanwhile."""
     if not TURN.acquire(blocking=False):
         waiting = st.empty()
-        while not TURN.acquire(timeout=LOOK_SECONDS):
-            waiting.caption("The model is busy with another page. This one is next.")
+        WAITING.release()
+        try:
+            while not TURN.acquire(timeout=LOOK_SECONDS):
+                waiting.caption("The model is busy with another page. This one is next.")
+        finally:
+            WAITING.acquire()
         waiting.empty()
     try:
         yield
     finally:
         TURN.release()
+
+
+def give_way() -> None:
+    """Let a page that waits go first; for long work within ``turn``, between two steps of it."""
+    if WAITING.acquire(blocking=False):
+        WAITING.release()
+        TURN.release()
+        time.sleep(LOOK_SECONDS)
+        TURN.acquire()
 
 
 def _may_be(run: Path, info: dict[str, Any]) -> bool:

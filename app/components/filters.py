@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,84 +11,142 @@ import streamlit as st
 
 from saebench.store.query import FeatureStore
 from saebench_app.session import Here
-from saebench_app.view import SHOWN, Range
+from saebench_app.view import Range, View
 
 WIDTH = 165
 """In pixels: two controls side by side on a telephone, all in one line on a wide screen."""
 
+PILLS: dict[str, tuple[str, object]] = {
+    "alive": ("dead", "hide"), "dead": ("dead", "only"), "not dense": ("dense", "hide"),
+    "dense": ("dense", "only"), "explained": ("explained", "only"), "unexplained": ("explained", "hide"),
+    "bookmarked": ("bookmarked", True), "labelled": ("labelled", True),
+}  # fmt: skip
+"""Kind of feature -> field of the view and the value that asks for it. One field has one value at a time."""
+
 
 @dataclass(frozen=True)
-class Bounds:
-    """What the sliders run over: log10 of the density, and the largest activation of a feature."""
+class Scale:
+    """A slider: the field of the view that it sets, from ``low`` to ``high``."""
 
-    log_density: tuple[float, float]
-    max_act: tuple[float, float]
+    field: str
+    label: str
+    low: float
+    high: float
+    format: str
+    help: str
+
+    @property
+    def step(self) -> float:
+        return 0.1 if self.field == "log_density" else (self.high - self.low) / 100
+
+    def inside(self, chosen: Range | None) -> tuple[float, float]:
+        """A range of the URL as the slider can show it."""
+        low, high = chosen or (None, None)
+        low, high = (self.low if low is None else low), (self.high if high is None else high)
+        return min(max(low, self.low), self.high), max(min(high, self.high), self.low)
+
+    def range(self, chosen: tuple[float, float]) -> Range | None:
+        """What the slider says; an end at its bound leaves that side open."""
+        low = chosen[0] if chosen[0] > self.low else None
+        high = chosen[1] if chosen[1] < self.high else None
+        return None if low is None and high is None else (low, high)
 
 
-def find_bounds(store: FeatureStore) -> Bounds:
-    largest = store.features(["max_act"], order_by="max_act", descending=True, limit=1)["max_act"]
-    top = float(largest.iloc[0]) if len(largest) and largest.iloc[0] > 0 else 1.0
-    unit = 10.0 ** (math.floor(math.log10(top)) - 1)
+def find_scales(store: FeatureStore) -> dict[str, Scale]:
+    """Field -> slider, of those whose column the store has."""
     lowest = math.floor(-math.log10(max(store.info()["n_tokens"], 2)))
-    return Bounds((float(lowest), 0.0), (0.0, round(math.ceil(top / unit) * unit, 12)))
+    scales = [
+        Scale("log_density", "Density, log10", float(lowest), 0.0, "%.1f",
+              "Share of the tokens it fires on."),
+        Scale("max_act", "Largest activation", 0.0, _rounded(_end(store, "max_act")), "%.3g",
+              "Its largest activation."),
+        Scale("similarity", "Decoder similarity", 0.0, 1.0, "%.2f",
+              "Cosine with the nearest other decoder row."),
+    ]  # fmt: skip
+    if store.has("token"):
+        scales += [
+            Scale("token_share", "Top token's share", 0.0, 1.0, "%.2f",
+                  "Share of its firings that fall on its top token."),
+            Scale("selectivity", "Selectivity", 0.0, 1.0, "%.2f",
+                  "Share of its top token's occurrences on which it fires."),
+        ]  # fmt: skip
+    if "effect" in store.tables:
+        low, high = _end(store, "loss_effect", descending=False), _end(store, "loss_effect")
+        scales.append(
+            Scale("loss_effect", "Loss effect", -_rounded(-low) if low < 0 else 0.0, _rounded(high), "%.2g",
+                  "Mean change of the model's loss without it, nats a token.")
+        )  # fmt: skip
+    if "explained" in store.tables:
+        scales.append(
+            Scale("score", "Explanation score", 0.0, 1.0, "%.2f",
+                  "F1 of a rule, 2 x balanced accuracy - 1 of a text; on documents held out.")
+        )  # fmt: skip
+    return {scale.field: scale for scale in scales}
 
 
-def filters(here: Here, bounds: Bounds) -> None:
+def _end(store: FeatureStore, column: str, *, descending: bool = True) -> float:
+    values = store.features([column], order_by=column, descending=descending, limit=1)[column]
+    return float(values.iloc[0]) if len(values) and not math.isnan(float(values.iloc[0] or 0)) else 0.0
+
+
+def _rounded(top: float) -> float:
+    """``top`` to two digits, upwards; 1 when it is not positive."""
+    if not top > 0:
+        return 1.0
+    unit = 10.0 ** (math.floor(math.log10(top)) - 1)
+    return round(math.ceil(top / unit) * unit, 12)
+
+
+def filters(here: Here, scales: Mapping[str, Scale]) -> None:
     view = here.view
+    kinds = [kind for kind in PILLS if PILLS[kind][0] != "explained" or "explained" in here.store.tables]
     shown: dict[str, Any] = {
-        "text": view.text,
-        "log_density": _inside(view.log_density, bounds.log_density),
-        "max_act": _inside(view.max_act, bounds.max_act),
-        "dead": view.dead,
-        "dense": view.dense,
-    }
+        "text": view.text, "regex": view.regex, "kinds": pressed(view, kinds),
+        **{field: scale.inside(getattr(view, field)) for field, scale in scales.items()},
+    }  # fmt: skip
     st.session_state.update(shown)
 
     def apply() -> None:
         chosen = {name: st.session_state[name] for name in shown if name in st.session_state}
-        for name in ("log_density", "max_act"):
-            untouched = chosen[name] == shown[name]
-            chosen[name] = getattr(view, name) if untouched else _range(chosen[name], getattr(bounds, name))
-        here.show(replace(view, **chosen, page=1))
+        for field, scale in scales.items():
+            untouched = chosen[field] == shown[field]
+            chosen[field] = getattr(view, field) if untouched else scale.range(chosen[field])
+        kinds_now = press(view, kinds, chosen.pop("kinds"))
+        here.show(replace(view, **chosen, **kinds_now, page=1))
 
-    with st.container(horizontal=True, gap="small"):
-        if here.store.has("token"):
-            st.text_input(
-                "Top token contains", placeholder="any text", key="text", on_change=apply, width=WIDTH
-            )
-        low, high = bounds.log_density
-        st.slider(
-            "Density, log10", low, high, step=0.1, format="%.1f", key="log_density", on_change=apply,
-            width=WIDTH,
+    with st.container(horizontal=True, gap="small", vertical_alignment="bottom"):
+        st.text_input(
+            "Find", placeholder="token, explanation or label", key="text", on_change=apply, width=230,
+            help="Part of the top token, of the explanation or of a label, in any case.",
         )  # fmt: skip
-        low, high = bounds.max_act
-        st.slider(
-            "Largest activation", low, high, step=high / 100, format="%.3g", key="max_act", on_change=apply,
-            width=WIDTH,
-        )  # fmt: skip
-        for flag, meaning in (
-            ("dead", "fire on no token"),
-            ("dense", "fire on more than a tenth of the tokens"),
-        ):
-            st.segmented_control(
-                flag.title(),
-                SHOWN,
-                key=flag,
-                on_change=apply,
-                required=True,
-                help=f"Features that {meaning}.",
-            )
+        st.toggle("Pattern", key="regex", on_change=apply, help="The text is a regular expression (RE2).")
+        for field in ("log_density", "max_act"):
+            _slider(scales[field], apply)
+        rest = [scale for field, scale in scales.items() if field not in ("log_density", "max_act")]
+        bounded = sum(getattr(view, scale.field) is not None for scale in rest)
+        with st.popover(f"More ranges ({bounded})" if bounded else "More ranges"):
+            for scale in rest:
+                _slider(scale, apply)
+    st.pills("Only features that are", kinds, selection_mode="multi", key="kinds", on_change=apply)
 
 
-def _inside(chosen: Range | None, bounds: tuple[float, float]) -> tuple[float, float]:
-    """A range of the URL as a slider can show it."""
-    low, high = chosen or (None, None)
-    low, high = (bounds[0] if low is None else low), (bounds[1] if high is None else high)
-    return min(max(low, bounds[0]), bounds[1]), max(min(high, bounds[1]), bounds[0])
+def _slider(scale: Scale, apply: Any) -> None:
+    st.slider(
+        scale.label, scale.low, scale.high, step=scale.step, format=scale.format, key=scale.field,
+        on_change=apply, width=WIDTH, help=scale.help,
+    )  # fmt: skip
 
 
-def _range(chosen: tuple[float, float], bounds: tuple[float, float]) -> Range | None:
-    """What a slider says; an end at its bound leaves that side open."""
-    low = chosen[0] if chosen[0] > bounds[0] else None
-    high = chosen[1] if chosen[1] < bounds[1] else None
-    return None if low is None and high is None else (low, high)
+def pressed(view: View, kinds: list[str]) -> list[str]:
+    """The pills that a view asks for."""
+    return [kind for kind in kinds if getattr(view, PILLS[kind][0]) == PILLS[kind][1]]
+
+
+def press(view: View, kinds: list[str], chosen: list[str]) -> dict[str, Any]:
+    """Fields of the view once ``chosen`` are pressed; of two that exclude each other the new one holds."""
+    defaults = View(sae=view.sae)
+    fields = {PILLS[kind][0]: getattr(defaults, PILLS[kind][0]) for kind in kinds}
+    before = pressed(view, kinds)
+    for kind in sorted(chosen, key=lambda kind: kind not in before):
+        fields[PILLS[kind][0]] = PILLS[kind][1]
+    return fields

@@ -1,27 +1,59 @@
-"""The distribution of one feature's activations."""
+"""Counts over an interval as bars; a bar may be a link."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
 
-import streamlit as st
+from saebench_app.components.head import Head, plain
+from saebench_app.components.web import show
+from saebench_app.numbers import count
 
-from saebench.analysis import figures
-
-if TYPE_CHECKING:
-    import pandas as pd
+Scale = Literal["linear", "log"]
 
 
-def histogram(bins: pd.DataFrame, *, key: str) -> None:
-    """``bins`` has columns lo, hi, count."""
-    figure = figures.histogram(bins)
-    figure.update_layout(height=190, margin={"l": 0, "r": 0, "t": 6, "b": 0})
-    figure.update_xaxes(fixedrange=True)
-    figure.update_yaxes(fixedrange=True)
-    total, lo, hi = int(bins["count"].sum()), bins["lo"].iloc[0], bins["hi"].iloc[-1]
-    st.plotly_chart(
-        figure,
+@dataclass(frozen=True)
+class Bar:
+    """``size`` is drawn; ``text`` says in words what the bar stands for."""
+
+    size: float
+    text: str
+    href: str = ""
+    current: bool = False
+
+
+def histogram(
+    bars: Sequence[Bar],
+    *,
+    name: str,
+    edges: Sequence[str],
+    axis: str,
+    key: str,
+    scale: Scale = "log",
+    head: Head | None = None,
+) -> None:
+    """``edges`` are written below the bars, from left to right; ``axis`` says what they are."""
+    largest = max((bar.size for bar in bars), default=0)
+    heights = [_height(bar.size, largest, scale) for bar in bars]
+    top = count(largest) if scale == "log" else f"{largest:.2g}"
+    show(
+        "histogram",
+        {
+            "name": name,
+            "axis": axis,
+            "edges": list(edges),
+            "top": f"{top}, logarithmic" if scale == "log" else top,
+            "head": plain(head),
+            "bars": [asdict(bar) | {"height": high} for bar, high in zip(bars, heights, strict=True)],
+        },
         key=key,
-        config={"displayModeBar": False},
-        alt=f"Histogram of {total:,} activations from {lo:.3g} to {hi:.3g}",
     )
+
+
+def _height(size: float, largest: float, scale: Scale) -> float:
+    """From 0 to 1; on a logarithmic scale one firing is a low bar, not none."""
+    if size <= 0 or largest <= 0:
+        return 0.0
+    return round(math.log1p(size) / math.log1p(largest) if scale == "log" else size / largest, 4)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import streamlit as st
 
 from saebench.errors import UserError
+from saebench_app.components.head import Option
 from saebench_app.components.notice import notice
 from saebench_app.components.statistics import Statistic, statistics
+from saebench_app.components.web import show
 from saebench_app.numbers import number, share
 from saebench_app.session import Here, move_to_newest
 from saebench_app.view import View
@@ -16,19 +20,28 @@ from saebench_app.view import View
 POLL_SECONDS = 10
 
 
-def sidebar(here: Here) -> None:
+def sidebar(here: Here, sections: Mapping[str, Sequence[str]], current: str) -> None:
+    """``sections``: what a group of pages is for -> their paths, in order; ``current`` is the page shown."""
     with st.sidebar:
-        for path, page in here.pages.items():
-            query = here.view.query()
-            if path == "feature" and (f := here.feature()) is not None:
-                query = here.view.query(f=f)
-            st.page_link(page, query_params=query)
+        menu = [
+            {"title": section, "links": [asdict(_link(here, path, path == current)) for path in paths]}
+            for section, paths in sections.items()
+        ]
+        show("menu", {"sections": menu}, key="menu")
         _pick_sae(here)
         info = here.store.info()
         statistics(quality(info), key="quality", small=True)
         for at, sentence in enumerate(absences(info["missing"])):
             notice(sentence, key=f"missing{at}")
         _new_generation(here)
+
+
+def _link(here: Here, path: str, current: bool) -> Option:
+    """A page with the view that is kept from page to page."""
+    feature = here.feature() if path == "feature" else None
+    address = here.pages[path].url_path or "."
+    href = here.view.url(address) if feature is None else here.view.url(address, f=feature)
+    return Option(here.pages[path].title, href, current)
 
 
 def quality(info: dict[str, Any]) -> list[Statistic]:

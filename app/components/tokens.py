@@ -2,42 +2,129 @@
 
 from __future__ import annotations
 
+import bisect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from saebench.store.shown import bounds
+from saebench_app.components.head import Head, plain
 from saebench_app.components.web import show
 from saebench_app.numbers import number
 from saebench_app.text import visible
 
 
-def token_spans(pieces: list[str], acts: list[float], *, scale: float) -> list[list[Any]]:
-    """One ``[text, level, label]`` a token, level from 0 to 1; just ``[text]`` where it does not fire."""
+@dataclass(frozen=True)
+class Colours:
+    """How an activation becomes a colour.
+
+    Attributes:
+        scale: the activation shown in the strongest colour.
+        kind: 'linear', 'sqrt', which tells weak ones apart, or 'rank', by place among ``others``.
+        above: share of ``scale`` below which a token stays uncoloured.
+        others: sizes of all activations shown, ascending; for 'rank'.
+    """
+
+    scale: float
+    kind: str = "linear"
+    above: float = 0.0
+    others: Sequence[float] = ()
+
+    def level(self, act: float) -> float:
+        """From 0 to 1."""
+        if self.scale <= 0:
+            return 0.0
+        if self.kind == "rank" and self.others:
+            return round(bisect.bisect_right(self.others, abs(act)) / len(self.others), 3)
+        part = min(abs(act) / self.scale, 1)
+        return round(math.sqrt(part) if self.kind == "sqrt" else part, 3)
+
+    def shows(self, act: float) -> bool:
+        return act != 0 and abs(act) >= self.above * self.scale
+
+    def legend(self) -> tuple[str, str]:
+        """What the ends of the colours mean."""
+        if self.kind == "rank":
+            return "weakest shown", "strongest shown"
+        return number(self.above * self.scale), number(self.scale)
+
+
+def token_spans(
+    pieces: Sequence[str], acts: Sequence[float], *, scale: float, colours: Colours | None = None,
+    lines: bool = False,
+) -> list[list[Any]]:  # fmt: skip
+    """One ``[text, level, label]`` a token, level from 0 to 1; just ``[text]`` where it has no colour.
+
+    With ``lines``, the signs of line breaks break the line.
+    """
+    colours = colours or Colours(scale)
     return [
-        [visible(piece), round(min(abs(act) / scale, 1), 3) if scale > 0 else 0, number(act)]
-        if act
-        else [visible(piece)]
+        [_shown(piece, lines), colours.level(act), number(act)]
+        if colours.shows(act)
+        else [_shown(piece, lines)]
         for piece, act in zip(pieces, acts, strict=True)
     ]
 
 
-def example(row: dict[str, Any], *, scale: float, window: int) -> dict[str, Any]:
-    """One example for ``examples``: ``window`` tokens on each side of the token that was picked (0: all)."""
+def _shown(piece: str, lines: bool) -> str:
+    text = visible(piece)
+    return text.replace("↵", "↵\n") if lines and "\n" in piece else text
+
+
+def example(
+    row: Mapping[str, Any], *, scale: float, window: int, colours: Colours | None = None,
+    lines: bool = False, href: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    """One example for ``examples``: ``window`` tokens on each side of the token that was picked (0: all).
+    ``href`` leads to its place."""
     pieces, acts = row["pieces"], row["acts"]
-    peak = int(row["pos"]) - int(row["start"])
-    first, last = (max(peak - window, 0), min(peak + window + 1, len(pieces))) if window else (0, len(pieces))
+    first, last = bounds(row, window)
     label = row["label"] if isinstance(row["label"], str) else None
+    place = f"context {row['ctx']}, position {row['pos']}"
     return {
         "value": number(row["value"]),
         "exact": float(row["value"]),
-        "spans": token_spans(pieces[first:last], acts[first:last], scale=scale),
-        "peak": peak - first,
+        "spans": token_spans(pieces[first:last], acts[first:last], scale=scale, colours=colours, lines=lines),
+        "peak": int(row["pos"]) - int(row["start"]) - first,
         "before": first > 0,
         "after": last < len(pieces),
         "source": visible(label) if label else "",
-        "place": f"context {row['ctx']}, position {row['pos']}",
+        "place": f"{place}, fold {row['fold']}" if "fold" in row else place,
+        "title": row.get("title", ""),
+        "href": href,
     }
 
 
-def examples(rows: list[dict[str, Any]], *, scale: float, window: int, key: str) -> None:
-    """``scale`` is the activation shown in the strongest colour, in the units of ``acts``."""
-    shown = [example(row, scale=scale, window=window) for row in rows]
-    show("tokens", {"examples": shown, "scale": number(scale)}, key=key)
+def examples(
+    rows: Sequence[Mapping[str, Any]], *, scale: float, window: int, key: str, kind: str = "linear",
+    above: float = 0.0, lines: bool = False, head: Head | None = None, settings: Head | None = None,
+    name: str = "", place: Callable[[Mapping[str, Any]], str] = lambda row: "",
+) -> None:  # fmt: skip
+    """``scale`` is the activation shown in the strongest colour, in the units of ``acts``; ``place`` gives
+    the address at which the whole context of a row is shown.
+
+    A row with a ``title`` begins a part. ``settings`` are choices that are folded away; ``name`` is what the
+    copied text begins with. J and K go to the next and the previous example.
+    """
+    others = sorted(abs(act) for row in rows for act in row["acts"] if act) if kind == "rank" else []
+    colours = Colours(scale, kind, above, others)
+    shown = [
+        example(row, scale=scale, window=window, colours=colours, lines=lines, href=place(row))
+        for row in rows
+    ]
+    show_examples(shown, colours=colours, key=key, head=head, settings=settings, name=name)
+
+
+def show_examples(
+    shown: Sequence[Mapping[str, Any]], *, colours: Colours, key: str, head: Head | None = None,
+    settings: Head | None = None, name: str = "",
+) -> None:  # fmt: skip
+    """As ``examples``, of what ``example`` gives."""
+    low, high = colours.legend()
+    show(
+        "tokens",
+        {"examples": list(shown), "low": low, "scale": high, "head": plain(head),
+         "settings": plain(settings), "name": name},
+        key=key,
+    )  # fmt: skip

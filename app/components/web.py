@@ -7,6 +7,7 @@ address without loading the app again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ import streamlit as st
 STATIC = Path(__file__).parent.parent / "static"
 
 
-def show(name: str, data: dict[str, Any], *, key: str) -> None:
-    """Put the element ``static/NAME.js`` with ``data`` on the page."""
-    _element(name)(data=data, key=key)
+def show(name: str, data: dict[str, Any], *, key: str, **events: Callable[[], None]) -> None:
+    """Put the element ``static/NAME.js`` with ``data`` on the page; ``on_NAME_change`` are its callbacks."""
+    _element(name)(data=data, key=key, **events)
 
 
 @cache

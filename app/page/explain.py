@@ -161,7 +161,7 @@ def _outcomes(here: Here, outcomes: pd.DataFrame) -> None:
             Cell(f"e.g. {row['feature']}", href=here.view.url("feature", f=row["feature"])),
             Cell(count(row["n"]), exact=int(row["n"])),
             Cell(STATUS.get(row["status"], row["status"])),
-            Cell(visible(row["reason"]) if row["reason"] else "", kind="text"),
+            Cell(visible(row["reason"]) if row["reason"] else "", kind="sentence"),
         ]
         for row in outcomes.to_dict("records")
     ]
@@ -226,7 +226,7 @@ def _explanation(here: Here, row: dict[str, Any]) -> list[Cell]:
     ]
     return [
         Cell(str(row["feature"]), exact=int(row["feature"]), href=here.view.url("feature", f=row["feature"])),
-        Cell(visible(text), kind="text"),
+        Cell(visible(text), kind="sentence"),
         *numbers,
         Cell(count(row["n_test"]), exact=None if is_absent(row["n_test"]) else int(row["n_test"])),
     ]

@@ -3,118 +3,282 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
 
 import streamlit as st
 
-from saebench.store.schema import FEATURE
-from saebench_app.components.filters import Bounds, filters, find_bounds
+from saebench.errors import UserError
+from saebench_app.components.filters import Scale, filters, find_scales
 from saebench_app.components.notice import notice
-from saebench_app.components.table import Cell, Heading, table
+from saebench_app.components.table import Cell, Heading, table, text_cell, token_cell
 from saebench_app.numbers import count, is_absent, number, share
-from saebench_app.session import Here
+from saebench_app.page.columns import COLUMNS, SORTABLE, Column, Kind
+from saebench_app.session import Here, attempt
 from saebench_app.text import visible
-from saebench_app.view import View
+from saebench_app.view import LABEL, MOST_AMONG, View
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PATH = "features"
 TITLE = "Features"
+SECTION = "Look"
 PER_PAGE = 100
-
-Kind = Literal["id", "token", "count", "share", "number", "density", "size", "feature"]
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table: ``name`` in the store, and the table of the store that it needs."""
-
-    name: str
-    label: str
-    kind: Kind
-    needs: str = "feature"
-
-
-COLUMNS = (
-    Column("feature", "feature", "id"),
-    Column("top_token", "top token", "token", "token"),
-    Column("top_token_share", "its share", "share", "token"),
-    Column("logit_top", "promotes", "token", "logit"),
-    Column("density", "density", "density"),
-    Column("max_act", "max", "size"),
-    Column("mean_act", "mean", "number"),
-    Column("p50", "median", "number"),
-    Column("p99", "p99", "number"),
-    Column("n_act", "tokens", "count"),
-    Column("n_ctx_act", "contexts", "count", "context"),
-    Column("n_doc_act", "documents", "count", "document"),
-    Column("entropy_tok", "entropy", "number", "token"),
-    Column("enc_dec_cos", "enc·dec", "number"),
-    Column("dec_max_cos", "nearest cos", "number"),
-    Column("dec_nn", "nearest", "feature"),
-)
-SORTABLE = tuple(column.name for column in COLUMNS)
-HELP = {column.name: column.help for column in FEATURE.columns}
+CHOSEN = "chosen features"
+"""Key of the session: SAE -> its features that are ticked. One object, so that a file which is made later
+holds what is ticked then."""
 
 
 def show(here: Here) -> None:
-    view, store = here.view, here.store
-    bounds = find_bounds(here.store)
-    total, found = store.count_features(), store.count_features(**view.filters())
-    st.title("Features")
-    filters(here, bounds)
+    scales = find_scales(here.store)
+    with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
+        st.title("Features", width="content")
+        with st.container(horizontal=True, width="content"):
+            _columns(here)
+            _views(here)
+    filters(here, scales)
+    _told(here)
+    try:
+        found = here.store.count_features(**here.filters())
+    except UserError as error:  # a pattern that is none, or a list that has gone
+        notice(str(error), key="refused", kind="error")
+        _clear(here)
+        return
     if not found:
         notice("No feature passes these filters. Widen a range, or clear the text.", key="none")
         _clear(here)
         return
     last = math.ceil(found / PER_PAGE)
-    page = min(view.page, last)
-    columns = [column for column in COLUMNS if store.has(column.needs)]
-    names = [*(column.name for column in columns), "dead", "dense"]
-    first = (page - 1) * PER_PAGE
-    rows = store.features(names, **view.filters(), **view.order(), limit=PER_PAGE, offset=first)
-    headings = [*(_heading(column, view) for column in columns), Heading("", align="left")]
-    cells = [_cells(row, columns, view, bounds) for row in rows.to_dict("records")]
-    table(headings, cells, name="Features", key="features", height="calc(100vh - 17rem)")
+    page = min(here.view.page, last)
+    _listing(here, scales, found, page)
+    _pages(here, found, page, last)
+
+
+def _told(here: Here) -> None:
+    """What no control shows of the filter."""
+    if here.view.list:
+        notice(f"Only the features of the list “{visible(here.view.list)}”.", key="of-list")
+    if here.view.among:
+        notice(f"Only {len(here.view.among)} chosen features.", key="among")
+
+
+@st.fragment
+def _listing(here: Here, scales: dict[str, Scale], found: int, page: int) -> None:
+    """The table and what is done with its rows; ticking one draws nothing else again."""
+    view, store = here.view, here.store
+    columns = shown_columns(here)
+    stored = [column.name for column in columns if column.name != LABEL]
+    rows = store.features(
+        [*dict.fromkeys(["feature", *stored, "dead", "dense"])], **here.filters(), **view.order(),
+        limit=PER_PAGE, offset=(page - 1) * PER_PAGE,
+    )  # fmt: skip
+    headings = [*(_heading(column, view) for column in columns), Heading("marks", align="left")]
+    cells = [_cells(row, columns, here, scales) for row in rows.to_dict("records")]
+    chosen = _chosen()
+    _with_chosen(here, chosen, found)
+    table(
+        headings, cells, name="Features", key="features", height="calc(100vh - 19rem)",
+        selected=chosen.get(store.sae, []),
+        on_select=lambda features: chosen.update({store.sae: features}),
+    )  # fmt: skip
+
+
+def _pages(here: Here, found: int, page: int, last: int) -> None:
+    view, first = here.view, (page - 1) * PER_PAGE
     with st.container(horizontal=True, vertical_alignment="center"):
+        total = here.store.info()["d_sae"]
         of = f"{found:,} that pass, of {total:,}" if found < total else f"{total:,} features"
         st.caption(f"{first + 1:,} to {min(first + PER_PAGE, found):,} of {of}", width="content")
         if last > 1:
             st.session_state["page"] = page
-            st.pagination(
-                last, key="page", on_change=lambda: here.show(replace(view, page=st.session_state["page"]))
-            )
+
+            def turn() -> None:
+                here.show(replace(view, page=st.session_state["page"]))
+
+            st.pagination(last, key="page", on_change=turn)
         if not view.lists_all():
             _clear(here)
 
 
+def _chosen() -> dict[str, list[int]]:
+    chosen: dict[str, list[int]] = st.session_state.setdefault(CHOSEN, {})
+    return chosen
+
+
+def _with_chosen(here: Here, chosen: dict[str, list[int]], found: int) -> None:
+    """What can be done with the ticked features, or with all that pass when none is."""
+    ticked = chosen.get(here.store.sae, [])
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        if ticked:
+            st.caption(f"{len(ticked):,} chosen", width="content")
+            only = replace(here.view.cleared(), among=tuple(ticked[:MOST_AMONG]))
+            if st.button("Show only these", type="tertiary"):
+                here.show(only)
+                st.rerun()  # all of the page, of which this is a part
+            _add_to_list(here, ticked)
+            st.button("Clear choice", on_click=chosen.clear, type="tertiary")
+        else:
+            st.caption(f"{found:,} features; tick some to put them on a list", width="content")
+        st.space("stretch")
+        whose = "chosen" if ticked else "listed"
+        st.download_button(
+            "CSV", lambda: as_csv(_frame(here, chosen)), "features.csv", on_click="ignore", type="tertiary",
+            help=f"All columns of the {whose} features.",
+        )  # fmt: skip
+        st.download_button(
+            "Parquet", lambda: as_parquet(_frame(here, chosen)), "features.parquet", on_click="ignore",
+            type="tertiary", help=f"All columns of the {whose} features.",
+        )  # fmt: skip
+
+
+def _frame(here: Here, chosen: dict[str, list[int]]) -> pd.DataFrame:
+    """All columns and labels of the ticked features, or of those listed, in the order of the table."""
+    ticked = chosen.get(here.store.sae)
+    wanted = {"among": ticked} if ticked else here.filters()
+    frame = here.store.features(**wanted, **here.view.order())
+    frame.insert(1, LABEL, [here.names.get(feature) for feature in frame["feature"]])
+    return frame
+
+
+def as_csv(frame: pd.DataFrame) -> bytes:
+    text: str = frame.to_csv(index=False)
+    return text.encode()
+
+
+def as_parquet(frame: pd.DataFrame) -> bytes:
+    data = BytesIO()
+    frame.to_parquet(data, index=False)
+    return data.getvalue()
+
+
+def _add_to_list(here: Here, ticked: list[int]) -> None:
+    with st.popover("Add to list", type="tertiary"):
+        known = here.annotations.lists()["name"].tolist()
+        name = st.selectbox(
+            "List", known, index=None, accept_new_options=True, key="list-name",
+            placeholder="a list, or the name of a new one",
+        )  # fmt: skip
+
+        def add() -> None:
+            here.annotations.add_to_list(str(name), ticked)
+
+        st.button("Add", key="add-chosen", on_click=attempt, args=(add,), disabled=not name)
+
+
+def _columns(here: Here) -> None:
+    view = here.view
+    popover = st.popover("Columns", key="columns-open", on_change="rerun")
+    if not popover.open:
+        return
+    with popover:
+        possible = {column.name: column for column in available(here)}
+        st.session_state["columns"] = [column.name for column in shown_columns(here)]
+
+        def apply() -> None:
+            wanted = st.session_state["columns"]
+            own = [column.name for column in default_columns(here)]
+            here.show(replace(view, columns=() if wanted == own else tuple(wanted)))
+
+        st.multiselect(
+            "Columns of the table", list(possible), format_func=lambda name: possible[name].label,
+            key="columns", on_change=apply,
+        )  # fmt: skip
+        st.caption("In the order in which they are chosen. None chosen: those that the table begins with.")
+
+
+def available(here: Here) -> list[Column]:
+    return [column for column in COLUMNS if column.needs in here.store.tables]
+
+
+def default_columns(here: Here) -> list[Column]:
+    return [
+        column for column in available(here)
+        if column.default and (column.name != LABEL or here.names)
+    ]  # fmt: skip
+
+
+def shown_columns(here: Here) -> list[Column]:
+    """Those of the URL, the number of the feature always first."""
+    named = {column.name: column for column in available(here)}
+    wanted = [named[name] for name in here.view.columns if name in named]
+    if not wanted:
+        return default_columns(here)
+    return [named["feature"], *(column for column in wanted if column.name != "feature")]
+
+
+def _views(here: Here) -> None:
+    """Saved views: a link each, and a place to save the one on the screen."""
+    popover = st.popover("Saved views", key="views-open", on_change="rerun")
+    if not popover.open:
+        return
+    with popover:
+        saved = here.annotations.views().to_dict("records")
+        if saved:
+            rows = [[Cell(visible(one["name"]), href=_saved(here, one["query"]))] for one in saved]
+            table([Heading("view", align="left")], rows, name="Saved views", key="views")
+        else:
+            st.caption("None yet. A saved view keeps filters, order and columns under a name.")
+        st.text_input("Name of this view", key="view-name", max_chars=100)
+
+        def save() -> None:
+            here.annotations.save_view(st.session_state["view-name"], here.view.url("")[1:])
+            st.session_state["view-name"] = ""
+
+        st.button("Save this view", on_click=attempt, args=(save,))
+        if saved:
+            gone = st.selectbox("Remove", [one["name"] for one in saved], index=None, key="view-gone",
+                                placeholder="a saved view")  # fmt: skip
+
+            def remove() -> None:
+                here.annotations.remove_view(str(gone))
+
+            st.button("Remove the view", disabled=gone is None, on_click=attempt, args=(remove,))
+
+
+def _saved(here: Here, query: str) -> str:
+    """A link to a saved view, of which only what a view can say is taken over."""
+    params = dict(parse_qsl(query, keep_blank_values=True))
+    return View.from_query(params, sae=here.view.sae, columns=SORTABLE).url(PATH)
+
+
 def _clear(here: Here) -> None:
-    cleared = View(sae=here.view.sae, sort=here.view.sort, descending=here.view.descending)
-    st.button("Clear filters", on_click=lambda: here.show(cleared), type="tertiary")
+    st.button("Clear filters", on_click=lambda: here.show(here.view.cleared()), type="tertiary")
 
 
 def _heading(column: Column, view: View) -> Heading:
     return Heading(
         column.label,
-        align="left" if column.kind == "token" else "right",
-        help=HELP[column.name],
-        href=view.sorted_by(column.name).url(PATH),
+        align="left" if column.kind in ("token", "text") else "right",
+        help=column.help,
+        href="" if column.name == LABEL else view.sorted_by(column.name).url(PATH),
         sorted=("descending" if view.descending else "ascending") if column.name == view.sort else "",
     )
 
 
-def _cells(row: dict[str, Any], columns: list[Column], view: View, bounds: Bounds) -> list[Cell]:
-    flags = " ".join(flag for flag in ("dead", "dense") if row[flag])
+def _cells(
+    row: dict[str, Any], columns: Sequence[Column], here: Here, scales: dict[str, Scale]
+) -> list[Cell]:
+    feature = int(row["feature"])
+    row = {**row, LABEL: here.names.get(feature)}
+    marks = [flag for flag in ("dead", "dense") if row[flag]]
+    marks += ["bookmarked"] if feature in here.bookmarks else []
     return [
-        *(_cell(row[column.name], column.kind, view, bounds) for column in columns),
-        Cell(flags, kind="flag"),
+        *(_cell(row[column.name], column.kind, here.view, scales) for column in columns),
+        Cell(" ".join(marks), kind="flag"),
     ]
 
 
-def _cell(value: Any, kind: Kind, view: View, bounds: Bounds) -> Cell:
+def _cell(value: Any, kind: Kind, view: View, scales: dict[str, Scale]) -> Cell:
+    if kind == "token":
+        return token_cell(value)
+    if kind == "text":
+        return text_cell(value)
     if is_absent(value):
         return Cell("")
-    if kind == "token":
-        return Cell(visible(value, edges=True), kind="token")
     exact = value.item() if hasattr(value, "item") else value
     if kind in ("id", "feature"):
         return Cell(str(exact), exact=exact, href=view.url("feature", f=exact))
@@ -123,8 +287,8 @@ def _cell(value: Any, kind: Kind, view: View, bounds: Bounds) -> Cell:
     if kind == "share":
         return Cell(share(exact), exact=exact)
     if kind == "density":
-        low, high = bounds.log_density
+        low, high = scales["log_density"].low, scales["log_density"].high
         return Cell(
             share(exact), exact=exact, bar=(math.log10(exact) - low) / (high - low) if exact > 0 else None
         )
-    return Cell(number(exact), exact=exact, bar=exact / bounds.max_act[1] if kind == "size" else None)
+    return Cell(number(exact), exact=exact, bar=exact / scales["max_act"].high if kind == "size" else None)

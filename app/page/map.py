@@ -214,7 +214,7 @@ def _row(here: Here, row: dict[str, Any], columns: list[str], clusters: dict[int
         elif name == "top_token":
             cells.append(Cell(visible(value, edges=True), kind="token"))
         elif name == "explanation":
-            cells.append(Cell(visible(value), kind="text"))
+            cells.append(Cell(visible(value), kind="sentence"))
         else:
             cells.append(Cell(share(value) if name == "density" else number(value), exact=float(value)))
     return cells

@@ -145,7 +145,7 @@ def _health(here: Here) -> None:
                 key="health", kind="error",
             )  # fmt: skip
             headings = [Heading("where", align="left"), Heading("what is wrong", align="left")]
-            rows = [[Cell(one["where"]), Cell(one["problem"], kind="text")] for one in findings]
+            rows = [[Cell(one["where"]), Cell(one["problem"], kind="sentence")] for one in findings]
             table(headings, rows, name="What is damaged", key="findings", height="16rem")
         else:
             notice(f"Nothing wrong was found ({when}).", key="health")
@@ -161,7 +161,7 @@ def _health(here: Here) -> None:
 def _missing(here: Here, info: dict[str, Any]) -> None:
     """What the SAE that is shown lacks, and the command that adds it."""
     rows = [
-        [Cell(what, kind="text"), Cell(why, kind="text"), Cell(how, kind="text")]
+        [Cell(what, kind="sentence"), Cell(why, kind="sentence"), Cell(how, kind="sentence")]
         for what, why, how in absent(here, info)
     ]
     if not rows:

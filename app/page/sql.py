@@ -158,7 +158,8 @@ def _examples(here: Here) -> None:
     st.subheader("Examples")
     headings = [Heading("question", align="left")]
     rows = [
-        [Cell(name, href=here.view.url(PATH, query=query), kind="text")] for name, query in EXAMPLES.items()
+        [Cell(name, href=here.view.url(PATH, query=query), kind="sentence")]
+        for name, query in EXAMPLES.items()
     ]
     table(headings, rows, name="Examples", key="examples")
 
@@ -179,7 +180,9 @@ def _tables(here: Here) -> None:
             Heading("type", align="left"),
             Heading("what it is", align="left"),
         ]
-        rows = [[Cell(c.name, kind="token"), Cell(c.type), Cell(c.help, kind="text")] for c in chosen.columns]
+        rows = [
+            [Cell(c.name, kind="token"), Cell(c.type), Cell(c.help, kind="sentence")] for c in chosen.columns
+        ]
         table(headings, rows, name=f"Columns of {chosen.name}", key="columns", height="26rem")
 
 

@@ -25,6 +25,7 @@ function container(parent, tag) {
 function follow(event, root) {
   if (event.button !== 0 || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return
   const path = event.composedPath()
+  if (path.some((node) => node.tagName === "INPUT")) return
   let link = path.find((node) => node.tagName === "A")
   if (!link && String(document.getSelection())) return
   link ??= path.find((node) => node.tagName === "TR")?.querySelector("a.row")
@@ -32,4 +33,20 @@ function follow(event, root) {
   event.preventDefault()
   history.pushState({}, "", link.href)
   window.dispatchEvent(new PopStateEvent("popstate", { state: {} }))
+}
+
+// What stands above an element: its title, and links to its other states.
+function head({ title, help, choices = [] }) {
+  const groups = choices.map(({ label, options }) =>
+    el("nav", { class: "choices", "aria-label": label },
+      ...options.map((one) =>
+        el("a", { href: one.href, title: one.help, "aria-current": one.current ? "true" : "" }, one.label))))
+  return el("div", { class: "head" }, title ? el("h3", { title: help }, title) : null, ...groups)
+}
+
+// Whether keys are being typed into something.
+function typing(event) {
+  const target = event.composedPath()[0]
+  return event.ctrlKey || event.metaKey || event.altKey || target.isContentEditable
+    || ["INPUT", "TEXTAREA", "SELECT"].includes(target.tagName)
 }

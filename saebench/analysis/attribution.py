@@ -40,6 +40,8 @@ class Attribution:
     """logit(target) - logit(against); without ``against``, logit(target) minus the mean of all logits."""
     correlation: float | None
     """Pearson's, of attribution and effect where it was tried; None when fewer than two differ."""
+    target: str
+    """The text of the target token."""
 
 
 def logit_attribution(
@@ -48,7 +50,7 @@ def logit_attribution(
     model: Model | str = "cache",
     hook: str | None = None,
     *,
-    target: str | int,
+    target: str | int | None = None,
     against: str | int | None = None,
     position: int = -1,
     by: str = "gradient",
@@ -82,7 +84,8 @@ def logit_attribution(
         sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
         model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
         hook: where the SAE reads; by default where it was trained.
-        target: a token as a string, with the space before it if it has one, or its id.
+        target: a token as a string, with the space before it if it has one, or its id; by default the one
+            that the model predicts.
         against: another one; by default the mean over the vocabulary.
         position: where the prediction is made; negative ones count from the end.
         by: 'gradient' or 'direct'.
@@ -106,13 +109,16 @@ def logit_attribution(
         raise UserError(
             "position 0 reads nothing but itself, and is left out; give a later one or keep_first=True"
         )
-    score = _Score(at, *_tokens(mounted, target, against))
+    if target is not None:
+        _tokens(mounted, target, against)  # complains before the model runs
     if by == "direct" and not mounted.model.residual_hook(mounted.hook):
         raise UserError(
             f"by is 'direct', but {mounted.hook} is not in the residual stream, which is all that the "
             "unembedding reads; give by='gradient'"
         )
     clean_BTV = logits_of(mounted, prompt.ids)
+    likeliest = int(clean_BTV[0, at].argmax())
+    score = _Score(at, *_tokens(mounted, likeliest if target is None else target, against))
     slope_TD = _direct(mounted, prompt, score) if by == "direct" else _gradient(mounted, prompt, score)
     first = at if by == "direct" else 0 if keep_first else 1
     latents = _latents(mounted, prompt, slope_TD, range(first, at + 1))
@@ -127,7 +133,7 @@ def logit_attribution(
         tried = latents.head(check)
         if tried["attribution"].nunique() > 1 and tried["effect"].nunique() > 1:
             correlation = float(tried["attribution"].corr(tried["effect"]))
-    return Attribution(latents, clean, correlation)
+    return Attribution(latents, clean, correlation, token_text(mounted.vocab[score.target]))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from saebench.codes import SparseCodes
 from saebench.errors import UserError
 from saebench.evaluation.faithfulness import cross_entropies, kl_divergences, replace_at
 from saebench.fields import at_least
+from saebench.store.text import token_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,6 +39,8 @@ MODES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "scale": lambda values, strength: values * strength,
 }
 """How a latent's value becomes another one."""
+NEXT_SHOWN = 10
+"""Likeliest next tokens that are reported, of the clean and of the steered predictions each."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class Steering:
     """strength and the columns of `ablate`: a row for each strength and position of the prompt."""
     texts: pd.DataFrame
     """strength, clean, steered: how the model goes on after the prompt."""
+    next_tokens: pd.DataFrame
+    """strength, token, text, logp_clean, logp_steered, difference: for each strength the tokens that are
+    among the 10 likeliest to follow the prompt with or without it, those that gain most first."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,8 @@ def ablate(
     edit = Edit(check_features(features, mounted.sae), "clamp", 0.0, check_positions(positions, len(prompt)))
     if not edit.positions:
         raise _nothing_to_edit(positions, len(prompt))
-    return _effects(mounted, prompt, logits_of(mounted, prompt.ids), edit)
+    clean_BTV, edited_BTV = (logits_of(mounted, prompt.ids, one) for one in (None, edit))
+    return _effects(prompt, clean_BTV, edited_BTV, edit)
 
 
 @torch.no_grad()
@@ -146,6 +153,7 @@ def steer(
     temperature: float = 0.0,
     seed: int = 0,
     bos: bool | None = None,
+    on_token: Callable[[], object] | None = None,
 ) -> Steering:
     """Change latents while the model reads ``text`` and goes on: its predictions, and what it writes.
 
@@ -170,6 +178,7 @@ def steer(
             with the same random numbers for all texts.
         seed: of these numbers.
         bos: whether the text begins with the BOS token; by default as in the SAE's cache.
+        on_token: called before each token of each text, to show progress; what it raises ends the run.
 
     Raises:
         UserError: a strength, mode, temperature or number of tokens that makes no sense, and what `ablate`
@@ -180,7 +189,7 @@ def steer(
     strengths = _check_strengths(strength)
     if mode not in MODES:
         raise UserError(f"mode is {mode!r}; give {', '.join(map(repr, MODES))}")
-    generation = Generation(new_tokens, temperature, seed)
+    generation = Generation(new_tokens, temperature, seed, on_token or _nothing)
     mounted = mount(sae, model, hook, bos)
     prompt = mounted.read(text, room=new_tokens)
     chosen = check_features(features, mounted.sae)
@@ -189,15 +198,19 @@ def steer(
         raise _nothing_to_edit(positions, len(prompt))
     clean_BTV = logits_of(mounted, prompt.ids)
     clean = mounted.text(generation.run(mounted, prompt, None))
-    effects, texts = [], []
+    effects, texts, nexts = [], [], []
     for value in strengths:
         edit = Edit(chosen, mode, value, at, onwards)
-        effect = _effects(mounted, prompt, clean_BTV, edit)
-        effect.insert(0, "strength", value)
-        effects.append(effect)
+        edited_BTV = logits_of(mounted, prompt.ids, edit)
+        effects.append(_effects(prompt, clean_BTV, edited_BTV, edit))
+        nexts.append(_next_tokens(mounted, clean_BTV[0, -1], edited_BTV[0, -1]))
+        for frame in (effects[-1], nexts[-1]):
+            frame.insert(0, "strength", value)
         steered = mounted.text(generation.run(mounted, prompt, edit))
         texts.append({"strength": value, "clean": clean, "steered": steered})
-    return Steering(pd.concat(effects, ignore_index=True), pd.DataFrame(texts))
+    return Steering(
+        pd.concat(effects, ignore_index=True), pd.DataFrame(texts), pd.concat(nexts, ignore_index=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -207,6 +220,7 @@ class Generation:
     new_tokens: int
     temperature: float
     seed: int
+    on_token: Callable[[], object]
 
     def __post_init__(self) -> None:
         if not isinstance(self.new_tokens, int):
@@ -218,6 +232,7 @@ class Generation:
         generator = torch.Generator().manual_seed(self.seed)
         ids = list(prompt.ids)
         for _ in range(self.new_tokens):
+            self.on_token()
             scores_V = logits_of(mounted, ids, edit)[0, -1].double().cpu()
             if self.temperature > 0:  # the largest of logits and Gumbel noise is a sample of their softmax
                 noise_V = -torch.empty_like(scores_V).exponential_(generator=generator).log()
@@ -245,12 +260,11 @@ def logits_of(mounted: Mounted, ids: Sequence[int], edit: Edit | None = None) ->
     return logits_BTV
 
 
-def _effects(mounted: Mounted, prompt: Prompt, clean_BTV: Tensor, edit: Edit) -> pd.DataFrame:
+def _effects(prompt: Prompt, clean_BTV: Tensor, edited_BTV: Tensor, edit: Edit) -> pd.DataFrame:
     """The report of `ablate` on an edit."""
     import pandas as pd
 
     length = len(prompt)
-    edited_BTV = logits_of(mounted, prompt.ids, edit)
     position_S = torch.arange(length)
     scored = (torch.zeros_like(position_S), position_S, prompt.ids_1T[0].roll(-1))
     frame = pd.DataFrame(
@@ -268,6 +282,30 @@ def _effects(mounted: Mounted, prompt: Prompt, clean_BTV: Tensor, edit: Edit) ->
     frame["difference"] = frame["logp_edited"] - frame["logp_clean"]
     frame["kl"] = kl_divergences(clean_BTV, edited_BTV, scored).cpu().numpy()
     return frame
+
+
+def _next_tokens(mounted: Mounted, clean_V: Tensor, edited_V: Tensor) -> pd.DataFrame:
+    """What may follow the prompt; see `Steering`."""
+    import pandas as pd
+
+    logps_2V = torch.stack([clean_V, edited_V]).float().log_softmax(-1).cpu()
+    likeliest = logps_2V.topk(min(NEXT_SHOWN, logps_2V.shape[1])).indices
+    ids = torch.unique(likeliest).tolist()
+    clean, edited = logps_2V[:, ids].numpy()
+    frame = pd.DataFrame(
+        {
+            "token": ids,
+            "text": [token_text(mounted.vocab[id]) for id in ids],
+            "logp_clean": clean,
+            "logp_steered": edited,
+            "difference": edited - clean,
+        }
+    )
+    return frame.sort_values("difference", ascending=False, kind="stable", ignore_index=True)
+
+
+def _nothing() -> None:
+    """Nobody watches the progress."""
 
 
 def _check_strengths(strength: float | Iterable[float]) -> list[float]:

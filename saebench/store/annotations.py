@@ -127,6 +127,23 @@ class Annotations:
         """Take a feature off a list; a list without features is gone."""
         self._remove("list_entries", name=name, feature=self._known(feature))
 
+    def rename_list(self, name: str, new: str) -> None:
+        """Give a list another name; where that is a list already, the two become one.
+
+        Raises:
+            UserError: no such list, or a name that is empty or too long.
+        """
+        with self._file.writing() as connection:
+            columns = TABLES["list_entries"]
+            rows = select(connection, "list_entries", columns, {"sae": self.sae_hash, "name": name})
+            if not rows:
+                raise self._unknown_list(name)
+            condition, values = where({"sae": self.sae_hash, "name": name})
+            connection.execute(f"DELETE FROM list_entries WHERE {condition}", values)
+            for row in rows:
+                entry = sound("list_entries", dict(zip(columns, row, strict=True)) | {"name": new})
+                insert(connection, "list_entries", entry, "DO NOTHING")
+
     def remove_list(self, name: str) -> None:
         """Raises UserError when there is no such list."""
         if not self._remove("list_entries", name=name):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from saebench.errors import UserError
 from saebench.store.limits import check_pattern
 from saebench.store.reader import StoreReader
-from saebench.store.schema import nearest
+from saebench.store.schema import HIST_BINS, HIST_KINDS, nearest, one_of
 from saebench.store.windows import BEFORE
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ TOKEN_ORDERS = {
     "p_token_given_fire": "p_token_given_fire",
     "lift": "lift",
 }
+ROUNDING = 1e-6
 PLACE_ORDERS = {"place": "ctx, pos", "value": "value DESC, ctx, pos"}
 
 
@@ -33,7 +34,12 @@ class DrillDown(StoreReader):
     # Tokens
 
     def find_tokens(
-        self, text: str | None = None, *, regex: str | None = None, limit: int = MOST_TOKENS
+        self,
+        text: str | None = None,
+        *,
+        regex: str | None = None,
+        token: int | str | None = None,
+        limit: int = MOST_TOKENS,
     ) -> pd.DataFrame:
         """Tokens by their text, most frequent first: token, text, n (rows of the cache with the token).
 
@@ -43,9 +49,11 @@ class DrillDown(StoreReader):
         Args:
             text: part of the token's text, in any case.
             regex: a regular expression (RE2) found in it; ``(?i)`` at its start ignores case.
+            token: an id, or the whole text, of which several tokens may be.
 
         Raises:
-            UserError: not a regular expression, a store without tokens, or the time limit was reached.
+            UserError: no token of that id, not a regular expression, a store without tokens, or the time
+                limit was reached.
         """
         self._require("token")
         conditions, values = ["true"], list[object]()
@@ -55,6 +63,9 @@ class DrillDown(StoreReader):
         if regex is not None:
             conditions.append("regexp_matches(text, ?)")
             values.append(check_pattern(regex))
+        if token is not None:
+            conditions.append("text = ?" if isinstance(token, str) else "token = ?")
+            values.append(token if isinstance(token, str) else self._known_token(token))
         query = (
             f"SELECT token, text, n FROM txt.token WHERE {' AND '.join(conditions)} ORDER BY n DESC, token"
         )
@@ -173,19 +184,89 @@ class DrillDown(StoreReader):
         Raises:
             UserError: no such feature, or ``lo`` above ``hi``.
         """
-        width = self._meta["window"] if window is None else window
-        if width < 1:
-            raise UserError(f"window is {width}; it must be at least 1")
+        width = self._width(window)
         drawn = self._frame(
             "SELECT * FROM (SELECT ctx, pos, value FROM sae.act WHERE feature = ? AND value BETWEEN ? AND ? "
             "ORDER BY hash(ctx, pos, ?), ctx, pos LIMIT ?) ORDER BY value DESC, ctx, pos",
             [self._known(feature), *_interval(lo, hi), int(seed), _at_least_0("n", n)],
         )
+        return self._shown(int(feature), drawn, width)
+
+    def examples_on(
+        self, feature: int, token: int | str, *, n: int = 20, window: int | None = None
+    ) -> pd.DataFrame:
+        """Examples where it fires on a token, the strongest first, with the columns of ``examples_between``.
+
+        >>> token = int(store.tokens(3)["token"][0])
+        >>> found = store.examples_on(3, token, n=2)
+        >>> all(row.tokens[row.pos - row.start] == token for row in found.itertuples())
+        True
+
+        Args:
+            token: an id, or text as in ``features_on``.
+            window: tokens shown around each; by default as many as in stored examples.
+
+        Raises:
+            UserError: no such feature or token, a store without contexts, or the time limit was reached.
+        """
+        width = self._width(window)
+        drawn = self.activations(feature, token=token, limit=n, order="value")
+        return self._shown(int(feature), drawn, width)
+
+    def _width(self, window: int | None) -> int:
+        width: int = self._meta["window"] if window is None else window
+        if width < 1:
+            raise UserError(f"window is {width}; it must be at least 1")
+        return width
+
+    def _shown(self, feature: int, drawn: pd.DataFrame, width: int) -> pd.DataFrame:
+        """Activations as examples: with rank and the window around each."""
         drawn.insert(0, "rank", range(len(drawn)))
-        windows = self._windows(int(feature), drawn, width)
+        windows = self._windows(feature, drawn, width)
         for name in ("doc", "label", "start", "tokens", "pieces", "acts"):
             drawn[name] = [shown[name] for shown in windows]
         return drawn
+
+    def examples_in_bin(
+        self, feature: int, bin: int, kind: str = "value", *, n: int = 20, seed: int = 0
+    ) -> pd.DataFrame:
+        """Examples drawn at random from one bar of ``histogram(feature, kind)``.
+
+        As ``examples_between`` gives them; empty for a feature that fires on no token.
+
+        >>> last = len(store.histogram(0)) - 1
+        >>> bool(store.examples_in_bin(0, last)["value"].max() == store.feature(0)["max_act"])
+        True
+
+        Raises:
+            UserError: no such feature, kind or bar.
+        """
+        if not 0 <= bin < HIST_BINS:
+            raise UserError(f"bin {bin} is not in the histogram; it has 0 to {HIST_BINS - 1}")
+        bars = self.histogram(feature, kind)
+        if bars.empty:
+            return self.examples_between(feature, 0.0, 0.0, n=0)
+        lo, hi = float(bars["lo"][bin]), float(bars["hi"][bin])
+        if kind == "log10":  # the edges were rounded when they became logarithms
+            lo, hi = 10**lo * (1 - ROUNDING), 10**hi * (1 + ROUNDING)
+        return self.examples_between(feature, lo, hi, n=n, seed=seed)
+
+    def histogram(self, feature: int, kind: str = "value") -> pd.DataFrame:
+        """Bins of its activations, or of their log10 (kind 'log10'): lo, hi, count. Empty for a dead one.
+
+        >>> bool(store.histogram(3)["count"].sum() == store.feature(3)["n_act"])
+        True
+        """
+        import numpy as np
+        import pandas as pd
+
+        rows = self._rows(
+            "SELECT lo, hi, counts FROM sae.hist WHERE feature = ? AND kind = ?",
+            [self._known(feature), one_of(HIST_KINDS, kind, "kind of histogram")],
+        )
+        lo, hi, counts = rows[0] if rows else (0.0, 0.0, [])
+        edges = np.linspace(lo, hi, len(counts) + 1)
+        return pd.DataFrame({"lo": edges[:-1], "hi": edges[1:], "count": np.asarray(counts, dtype=np.int64)})
 
     def _windows(self, feature: int, drawn: pd.DataFrame, width: int) -> list[dict[str, Any]]:
         """For each activation of ``drawn``: doc, label, and the window around it."""

@@ -11,6 +11,9 @@ from saebench.store.schema import FEATURE, FEATURE_EXTRAS, extra_of, feature_col
 
 Range = tuple[float | None, float | None]
 
+EXPLAINED = "explained"
+"""A flag that is no column: whether there is an explanation."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureFilter:
@@ -18,10 +21,13 @@ class FeatureFilter:
 
     Attributes:
         ranges: column -> (lowest, highest), both included; None leaves that side open.
-        flags: column -> the truth value it must have ('dead', 'dense').
-        text: part of the top token's text, in any case.
-        regex: a regular expression (RE2) found in the top token's text.
+        flags: column -> the truth value it must have ('dead', 'dense'), and 'explained': whether it has a
+            scored explanation.
+        text: part of a text of the feature, in any case.
+        regex: a regular expression (RE2) found in a text of the feature.
         among: only these features, such as those of a list.
+        search: the columns whose texts are searched.
+        labels: feature -> what people call it; searched as well.
     """
 
     ranges: Mapping[str, Range] = field(default_factory=dict)
@@ -29,6 +35,8 @@ class FeatureFilter:
     text: str | None = None
     regex: str | None = None
     among: Sequence[int] | None = None
+    search: Sequence[str] = ("top_token",)
+    labels: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def searches(self) -> bool:
@@ -37,8 +45,9 @@ class FeatureFilter:
 
     @property
     def columns(self) -> list[str]:
-        """The columns that it looks at, the top token's text aside."""
-        return [*self.ranges, *self.flags]
+        """The columns that it looks at."""
+        flags = ["explanation" if name == EXPLAINED else name for name in self.flags]
+        return [*self.ranges, *flags, *(self.search if self.searches else ())]
 
     def where(self) -> tuple[str, list[object]]:
         """``(condition, parameters)``; names come from the schema, values are always parameters.
@@ -58,22 +67,39 @@ class FeatureFilter:
                     conditions.append(f"{column} {comparison} ?")
                     values.append(float(bound))
         for name, wanted in self.flags.items():
+            if name == EXPLAINED:
+                conditions.append("(explanation IS NOT NULL) = ?")
+                values.append(bool(wanted))
+                continue
             column, kind = name, feature_column(name).type
             if kind != "BOOLEAN":
                 flags = [c.name for c in FEATURE.columns if c.type == "BOOLEAN"]
-                raise UserError(f"{column!r} is not a flag; the flags are {', '.join(flags)}")
+                raise UserError(f"{column!r} is not a flag; the flags are {', '.join([*flags, EXPLAINED])}")
             conditions.append(f"{column} = ?")
             values.append(bool(wanted))
         if self.text:
-            conditions.append("contains(lower(top_token), lower(?))")
-            values.append(self.text)
+            self._search("contains(lower({}), lower(?))", self.text, conditions, values)
         if self.regex is not None:
-            conditions.append("regexp_matches(top_token, ?)")
-            values.append(check_pattern(self.regex))
+            self._search("regexp_matches({}, ?)", check_pattern(self.regex), conditions, values)
         if self.among is not None:
             conditions.append("feature IN (SELECT unnest(?::UBIGINT[]))")
             values.append([int(feature) for feature in self.among if feature >= 0])
         return " AND ".join(conditions), values
+
+    def _search(self, test: str, wanted: str, conditions: list[str], values: list[object]) -> None:
+        """Add a condition: one of the texts, or the label, passes the test."""
+        tests = []
+        for name in self.search:
+            column = feature_column(name)
+            if column.type != "VARCHAR":
+                raise UserError(f"{name!r} is not text, so it cannot be searched; give it a range")
+            tests.append(test.format(column.name))
+            values.append(wanted)
+        if self.labels:
+            named = "SELECT unnest(?::UBIGINT[]) AS named, unnest(?::VARCHAR[]) AS label"
+            tests.append(f"feature IN (SELECT named FROM ({named}) WHERE {test.format('label')})")
+            values += [list(self.labels), list(self.labels.values()), wanted]
+        conditions.append(f"({' OR '.join(tests) or 'false'})")
 
 
 def order_clause(order_by: str, descending: bool) -> str:

@@ -15,13 +15,13 @@ from saebench.store.schema import (
     FEATURE,
     FEATURE_EXTRAS,
     GROUPS,
-    HIST_KINDS,
     NEIGHBOR_KINDS,
     QUANTILE_GRID,
     TOKEN_ROLES,
     extra_of,
     feature_column,
     nearest,
+    one_of,
 )
 from saebench.store.several import Several
 
@@ -67,13 +67,15 @@ class FeatureStore(Several, ExplanationReader):
     # The whole SAE
 
     def newer_generation(self) -> int | None:
-        """Number of a generation that has been published since this one was opened.
+        """Number of the generation that has taken the place of the one that was opened, if another has.
+
+        It may be lower, where the store was removed and made anew.
 
         >>> store.newer_generation() is None
         True
         """
-        current = publish.read_manifest(self.path).generation
-        return current if current > self.generation else None
+        current = publish.read_manifest(self.path)
+        return None if current == self._manifest else current.generation
 
     @property
     def annotations(self) -> Annotations:
@@ -108,6 +110,8 @@ class FeatureStore(Several, ExplanationReader):
         text: str | None = None,
         regex: str | None = None,
         among: Sequence[int] | None = None,
+        search: Sequence[str] = ("top_token",),
+        labels: Mapping[int, str] | None = None,
         order_by: str = "feature",
         descending: bool = False,
         limit: int | None = None,
@@ -124,10 +128,12 @@ class FeatureStore(Several, ExplanationReader):
 
         Args:
             ranges: column -> (lowest, highest), both included; None leaves that side open.
-            flags: 'dead' or 'dense' -> the truth value it must have.
+            flags: 'dead', 'dense' or 'explained' -> the truth value it must have.
             text: part of the top token's text, in any case.
             regex: a regular expression (RE2) found in the top token's text; ``(?i)`` ignores case.
             among: only these features, such as those of a list.
+            search: where ``text`` and ``regex`` look: any of top_token, explanation, logit_top.
+            labels: feature -> what people call it, where they look too.
             order_by: a column; ties go by feature, unknown values come last.
 
         Raises:
@@ -138,7 +144,7 @@ class FeatureStore(Several, ExplanationReader):
             if value is not None and value < 0:
                 raise UserError(f"{name} is {value}; it must be at least 0")
         names = [feature_column(name).name for name in (columns or self.feature_columns)]
-        chosen = _filter(ranges, flags, text, regex, among)
+        chosen = _filter(ranges, flags, text, regex, among, search, labels)
         where, values = chosen.where()
         order = f"ORDER BY {order_clause(order_by, descending)}"
         needed = [*chosen.columns, order_by]
@@ -154,13 +160,14 @@ class FeatureStore(Several, ExplanationReader):
     def count_features(
         self, *, ranges: Mapping[str, Range] | None = None, flags: Mapping[str, bool] | None = None,
         text: str | None = None, regex: str | None = None, among: Sequence[int] | None = None,
+        search: Sequence[str] = ("top_token",), labels: Mapping[int, str] | None = None,
     ) -> int:  # fmt: skip
         """How many features pass the filter.
 
         >>> bool(store.count_features(flags={"dead": False}) == (store.features()["n_act"] > 0).sum())
         True
         """
-        chosen = _filter(ranges, flags, text, regex, among)
+        chosen = _filter(ranges, flags, text, regex, among, search, labels)
         where, values = chosen.where()
         query = f"SELECT count(*) FROM {feature_source(chosen.columns, self._extras)} WHERE {where}"
         return int(self._rows(query, values, timed=chosen.searches)[0][0])
@@ -174,6 +181,8 @@ class FeatureStore(Several, ExplanationReader):
         text: str | None = None,
         regex: str | None = None,
         among: Sequence[int] | None = None,
+        search: Sequence[str] = ("top_token",),
+        labels: Mapping[int, str] | None = None,
         order_by: str = "feature",
         descending: bool = False,
     ) -> tuple[int | None, int | None]:
@@ -184,7 +193,7 @@ class FeatureStore(Several, ExplanationReader):
         >>> store.neighbours_in_order(1)
         (0, 2)
         """
-        chosen = _filter(ranges, flags, text, regex, among)
+        chosen = _filter(ranges, flags, text, regex, among, search, labels)
         where, values = chosen.where()
         order = order_clause(order_by, descending)
         source = feature_source([*chosen.columns, order_by], self._extras)
@@ -213,23 +222,6 @@ class FeatureStore(Several, ExplanationReader):
         rows = self._rows(query, [self._known(feature)])
         return dict(zip(names, rows[0], strict=True))
 
-    def histogram(self, feature: int, kind: str = "value") -> pd.DataFrame:
-        """Bins of its activations, or of their log10 (kind 'log10'): lo, hi, count. Empty for a dead one.
-
-        >>> bool(store.histogram(3)["count"].sum() == store.feature(3)["n_act"])
-        True
-        """
-        import numpy as np
-        import pandas as pd
-
-        rows = self._rows(
-            "SELECT lo, hi, counts FROM sae.hist WHERE feature = ? AND kind = ?",
-            [self._known(feature), _one_of(HIST_KINDS, kind, "kind of histogram")],
-        )
-        lo, hi, counts = rows[0] if rows else (0.0, 0.0, [])
-        edges = np.linspace(lo, hi, len(counts) + 1)
-        return pd.DataFrame({"lo": edges[:-1], "hi": edges[1:], "count": np.asarray(counts, dtype=np.int64)})
-
     def tokens(self, feature: int, role: str = "active") -> pd.DataFrame:
         """Tokens it fires on (or the 'previous' or 'next' ones), most often first.
 
@@ -243,7 +235,7 @@ class FeatureStore(Several, ExplanationReader):
             self._frame(
                 "SELECT token, n, p_token_given_fire, p_fire_given_token, lift FROM sae.feature_token "
                 "WHERE feature = ? AND role = ? ORDER BY rank",
-                [self._known(feature), _one_of(TOKEN_ROLES, role, "role of a token")],
+                [self._known(feature), one_of(TOKEN_ROLES, role, "role of a token")],
             )
         )
 
@@ -315,7 +307,7 @@ class FeatureStore(Several, ExplanationReader):
         columns = "score AS cosine" if directions else "score, n_both"
         return self._frame(
             f"SELECT other, {columns} FROM sae.neighbor WHERE kind = ? AND feature = ? ORDER BY rank",
-            [_one_of(NEIGHBOR_KINDS, kind, "kind of neighbour"), self._known(feature)],
+            [one_of(NEIGHBOR_KINDS, kind, "kind of neighbour"), self._known(feature)],
         )
 
     def context(self, ctx: int) -> dict[str, Any]:
@@ -380,15 +372,11 @@ class FeatureStore(Several, ExplanationReader):
         return wide.rename_axis(columns=None).reset_index()
 
 
-def _one_of(known: Mapping[str, int], name: str, what: str) -> int:
-    """The stored number of a name."""
-    if name not in known:
-        raise UserError(f"{name!r} is not a {what}; {nearest(name, known)}")
-    return known[name]
-
-
 def _filter(
     ranges: Mapping[str, Range] | None, flags: Mapping[str, bool] | None, text: str | None,
-    regex: str | None, among: Sequence[int] | None,
+    regex: str | None, among: Sequence[int] | None, search: Sequence[str], labels: Mapping[int, str] | None,
 ) -> FeatureFilter:  # fmt: skip
-    return FeatureFilter(ranges=ranges or {}, flags=flags or {}, text=text, regex=regex, among=among)
+    return FeatureFilter(
+        ranges=ranges or {}, flags=flags or {}, text=text, regex=regex, among=among, search=search,
+        labels=labels or {},
+    )  # fmt: skip

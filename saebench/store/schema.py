@@ -9,7 +9,7 @@ else.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from saebench.errors import UserError
@@ -284,6 +284,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=3)
     return f"did you mean {' or '.join(close)}?" if close else f"there is {', '.join(known)}"
+
+
+def one_of(known: Mapping[str, int], name: str, what: str) -> int:
+    """The stored number of a name.
+
+    Raises:
+        UserError: there is no such name.
+    """
+    if name not in known:
+        raise UserError(f"{name!r} is not a {what}; {nearest(name, known)}")
+    return known[name]
 
 
 # Extras: files beside the SAE file, one a name, each attached under its name (extras.py)

@@ -16,6 +16,7 @@ from saebench.analysis.attribution import logit_attribution
 from saebench.analysis.prompts import features_of
 from saebench.errors import UserError
 from saebench.saes.base import SAE, load
+from saebench.store.text import token_text
 
 TEXT = "The Congress of the United States"
 TARGET, AGAINST = 70, 290
@@ -129,6 +130,14 @@ def test_tokens_by_name_are_their_ids(run: Path, tiny_model: Model) -> None:
     by_name = logit_attribution(TEXT, run, tiny_model, target="a", against="b")
     assert by_name.latents.equals(by_id.latents)
     assert by_name.score == by_id.score
+
+
+def test_the_target_is_by_default_what_the_model_predicts(run: Path, tiny_model: Model) -> None:
+    likeliest = int(tiny_model.logits(ids(tiny_model))[0, -3].argmax())
+    found = logit_attribution(TEXT, run, tiny_model, position=-3)
+    named = logit_attribution(TEXT, run, tiny_model, position=-3, target=likeliest)
+    assert found.latents.equals(named.latents)
+    assert found.target == named.target == token_text(tiny_model.token_bytes()[likeliest])
 
 
 @pytest.mark.parametrize(

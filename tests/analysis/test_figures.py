@@ -93,7 +93,7 @@ def test_a_sweep_is_shown_by_its_strengths() -> None:
             "kl": [9.0, 1.0, 3.0, 9.0, 5.0, 7.0], "difference": [9.0, -4.0, np.nan, 9.0, 2.0, np.nan],
         }
     )  # fmt: skip
-    steering = Steering(effects, pd.DataFrame())
+    steering = Steering(effects, pd.DataFrame(), pd.DataFrame())
     mean, largest = figures.steering_curve(steering).data
     assert (mean.x.tolist(), mean.y.tolist(), largest.y.tolist()) == ([-1, 2], [2, 6], [3, 7])
     mean, largest = figures.steering_curve(steering, "difference").data

@@ -204,6 +204,38 @@ def test_the_end_of_text_token_ends_a_text(
     assert texts[["clean", "steered"]].to_numpy().tolist() == [["", ""]]
 
 
+def test_next_tokens_are_the_likeliest_of_both_predictions(run: Path, tiny_model: Model, hook: str) -> None:
+    [feature] = strongest(run, tiny_model, 1)
+    found = steer(TEXT, feature, run, tiny_model, strength=[0, 40], new_tokens=0).next_tokens
+    sae, last = load(run), len(ids(tiny_model)[0]) - 1
+
+    def more(z_TM: Tensor) -> Tensor:
+        z_TM[:, feature] += 40
+        return z_TM
+
+    clean = tiny_model.logits(ids(tiny_model))[0, -1].log_softmax(-1)
+    edited = by_hand(sae, tiny_model, hook, list(range(1, last + 1)), more)[-1]
+    steered = found[found["strength"] == 40]
+    assert set(steered["token"]) == {*clean.topk(10).indices.tolist(), *edited.topk(10).indices.tolist()}
+    np.testing.assert_allclose(steered["logp_clean"], clean[steered["token"].tolist()], atol=1e-5)
+    np.testing.assert_allclose(steered["logp_steered"], edited[steered["token"].tolist()], atol=1e-4)
+    assert steered["difference"].is_monotonic_decreasing
+    assert (found.loc[found["strength"] == 0, "difference"] == 0).all()
+
+
+def test_what_is_raised_while_a_token_is_waited_for_ends_the_run(run: Path, tiny_model: Model) -> None:
+    seen: list[int] = []
+
+    def on_token() -> None:
+        seen.append(1)
+        if len(seen) == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        steer(TEXT, 0, run, tiny_model, strength=[1, 2], new_tokens=9, on_token=on_token)
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

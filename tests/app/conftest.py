@@ -15,12 +15,19 @@ import saebench_app.launch
 from saebench.activations.cache import ActivationCache
 from tests.app.live_world import World, build_world
 from tests.app.two_saes import build_two
+from tests.store.rich_store import build_rich_store
 from tests.store.small_store import build_small_store
 
 
 @pytest.fixture(scope="session")
 def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_small_store(tmp_path_factory.mktemp("app") / "store")
+
+
+@pytest.fixture(scope="session")
+def rich_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With explanations, effects and annotations, all hostile; read it, do not change it."""
+    return build_rich_store(tmp_path_factory.mktemp("app") / "store")
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def test_the_table_lists_every_feature(visit: Visit, small_store: Path) -> None:
 
 @pytest.mark.parametrize("label", ["density", "max", "its share", "nearest cos"])
 def test_a_heading_links_to_the_table_sorted_by_it(visit: Visit, small_store: Path, label: str) -> None:
-    from saebench_app.page.features import COLUMNS
+    from saebench_app.page.columns import COLUMNS
 
     name = next(c.name for c in COLUMNS if c.label == label)
     app = visit(small_store, "features", sort=name, desc=1)
@@ -126,8 +126,7 @@ def test_stepping_stays_in_the_filtered_sorted_list(visit: Visit, small_store: P
 
 
 def test_other_examples_and_another_feature(visit: Visit, small_store: Path) -> None:
-    app = visit(small_store, "feature", f=1)
-    app.segmented_control(key="group").set_value("random").run()
+    app = visit(small_store, "feature", f=1, group="random")
     with open_store(small_store) as store:
         expected = store.examples(1, group="random")["value"].tolist()
     data = shown(app, "examples")

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saebench_app.view import SHOWN, WINDOWS, View
+from saebench.store.schema import HIST_BINS, NEIGHBOR_KINDS
+from saebench_app.view import ABOVE, COLOURS, FOLDED, SHOWN, WINDOWS, View
 
 COLUMNS = ("feature", "density", "max_act")
 bounds = st.none() | st.integers(-60, 60).map(lambda n: n / 10)
@@ -23,7 +24,26 @@ views = st.builds(
     dense=st.sampled_from(SHOWN),
     sort=st.sampled_from(COLUMNS),
     descending=st.booleans(),
+    regex=st.booleans(),
+    token_share=ranges,
+    loss_effect=ranges,
+    score=ranges,
+    explained=st.sampled_from(SHOWN),
+    bookmarked=st.booleans(),
+    labelled=st.booleans(),
+    list=st.text(),
+    among=st.lists(st.integers(0, 10**6), max_size=5, unique=True).map(tuple),
+    columns=st.lists(st.sampled_from((*COLUMNS, "label")), unique=True).map(tuple),
     page=st.integers(1, 10**6),
+    bin=st.none() | st.integers(0, HIST_BINS - 1),
+    histogram=st.sampled_from(["value", "log10"]),
+    role=st.sampled_from(["active", "previous", "next"]),
+    near=st.sampled_from(list(NEIGHBOR_KINDS)),
+    colours=st.sampled_from(COLOURS),
+    above=st.sampled_from(ABOVE),
+    lines=st.booleans(),
+    distinct=st.booleans(),
+    open=st.lists(st.sampled_from(FOLDED), unique=True).map(tuple),
     group=st.sampled_from(["top", "random"]),
     window=st.sampled_from(WINDOWS),
 )
@@ -34,15 +54,20 @@ def test_a_url_gives_the_view_back(view: View) -> None:
     assert View.from_query(view.query(), sae=view.sae, columns=COLUMNS) == view
 
 
-@given(views.filter(lambda view: not any("\ud800" <= c <= "\udfff" for c in view.sae + view.text)))
+@given(
+    views.filter(lambda view: not any("\ud800" <= c <= "\udfff" for c in view.sae + view.text + view.list))
+)
 def test_a_link_holds_one_path_and_the_query(view: View) -> None:
     parts = urlsplit(view.url("feature", f=3))
     assert (parts.scheme, parts.netloc, parts.path, parts.fragment) == ("", "", "feature", "")
     assert dict(parse_qsl(parts.query, keep_blank_values=True)) == view.query(f=3)
 
 
-PARAMETERS = ["q", "density", "max", "dead", "dense", "sort", "desc", "page", "window"]
-ODD = ["nan..1", "1..0", "inf..", "..", "-1", "1e999..", "²"]
+PARAMETERS = [
+    "q", "density", "max", "dead", "dense", "sort", "desc", "page", "window", "among", "columns", "list",
+    "bin", "hist", "role", "near", "above", "open", "re", "bookmarked", "effect",
+]  # fmt: skip
+ODD = ["nan..1", "1..0", "inf..", "..", "-1", "1e999..", "²", "1,,2", "40", "feature,feature", ","]
 
 
 @given(st.dictionaries(st.sampled_from(PARAMETERS), st.text() | st.sampled_from(ODD)))
@@ -63,8 +88,16 @@ def test_filters_speak_the_words_of_the_store() -> None:
     assert view.filters() == {
         "ranges": {"density": (pytest.approx(1e-3), None), "max_act": (None, 2.0)},
         "flags": {"dead": False, "dense": True},
+        "among": None,
         "text": "a",
+        "search": ("top_token", "explanation"),
     }
+    assert View(sae="s", text="^a", regex=True).filters()["regex"] == "^a"
+    assert View(sae="s", explained="hide").filters()["flags"] == {"explained": False}
+    scored = View(sae="s", score=(0.5, None), loss_effect=(None, 0.1), selectivity=(0.2, None))
+    assert scored.filters()["ranges"] == {
+        "explanation_score": (0.5, None), "loss_effect": (None, 0.1), "top_token_p_fire": (0.2, None),
+    }  # fmt: skip
     assert View(sae="s").lists_all()
     assert not view.lists_all()
 
@@ -74,3 +107,17 @@ def test_a_heading_sorts_downwards_first_then_turns() -> None:
     assert (once.sort, once.descending, once.page) == ("density", True, 1)
     assert not once.sorted_by("density").descending
     assert not once.sorted_by("feature").descending
+
+
+@given(views)
+def test_clearing_leaves_order_columns_and_display(view: View) -> None:
+    cleared = view.cleared()
+    assert cleared.lists_all()
+    kept = ("sae", "sort", "descending", "columns", "window", "colours", "near", "role", "open")
+    assert all(getattr(cleared, name) == getattr(view, name) for name in kept)
+
+
+@given(views, st.sampled_from(FOLDED))
+def test_a_fold_opens_and_closes(view: View, part: str) -> None:
+    assert (part in view.toggled(part).open) != (part in view.open)
+    assert set(view.toggled(part).toggled(part).open) == set(view.open)

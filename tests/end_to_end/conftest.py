@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from saebench.activations.cache import ActivationCache
+from tests.app.live_world import World, build_world
 from tests.end_to_end.serving import CHROMIUM, browser, served, settle
 from tests.store.small_store import build_small_store
 
@@ -79,8 +81,29 @@ class Visitor:
             self.errors.append(message.text)
 
 
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_cache: ActivationCache) -> World:
+    return build_world(tmp_path_factory.mktemp("world"), tiny_cache)
+
+
+@pytest.fixture(scope="session")
+def world_address(world: World) -> Iterator[str]:
+    with served(world.store) as address:
+        yield address
+
+
 @pytest.fixture
 def visitor(context: BrowserContext, address: str) -> Iterator[Visitor]:
+    yield from _watched(context, address)
+
+
+@pytest.fixture
+def asker(context: BrowserContext, world_address: str) -> Iterator[Visitor]:
+    """A visitor of a store whose model can be run."""
+    yield from _watched(context, world_address)
+
+
+def _watched(context: BrowserContext, address: str) -> Iterator[Visitor]:
     """A fresh visitor; afterwards it must have seen no error, dialog or request to another machine."""
     visitor = Visitor(context.new_page(), address)
     visitor.watch()

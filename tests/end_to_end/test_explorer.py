@@ -27,7 +27,7 @@ def exact(page: Page, tile: str) -> float:
 def column(page: Page, table: str, label: str) -> list[str]:
     """The texts of one column of a table, read off the page."""
     root = page.get_by_role("table", name=table)
-    labels = [text.rstrip("▲▼") for text in root.locator("th").all_inner_texts()]
+    labels = [text.strip("▲▼ ") for text in root.locator("th").all_inner_texts()]
     return root.locator(f"tbody td:nth-child({labels.index(label) + 1})").all_inner_texts()
 
 
@@ -45,8 +45,9 @@ def test_the_numbers_on_the_page_are_the_store_s(visitor: Visitor, small_store: 
     assert column(page, "Tokens it fires on", "token") == [visible(t, edges=True) for t in tokens["text"]]
     assert column(page, "Tokens it fires on", "times") == [f"{n:,}" for n in tokens["n"]]
     assert column(page, "Nearest features", "feature") == [str(n) for n in near["other"].head(10)]
-    bars = page.locator(".js-plotly-plot .bars .point")
+    bars = page.get_by_role("figure").locator(".bar")
     expect(bars).to_have_count(len(bins))
+    assert [int(bar.get_attribute("data-size") or -1) for bar in bars.all()] == bins["count"].tolist()
     expect(page.get_by_role("figure", name=f"Histogram of {row['n_act']:,} activations")).to_be_attached()
 
 
@@ -75,7 +76,7 @@ def test_from_the_table_to_a_feature_and_back(visitor: Visitor, small_store: Pat
             "feature"
         ].tolist()
     assert column(page, "Features", "feature") == [str(feature) for feature in listed]
-    page.get_by_role("table", name="Features").locator("tbody tr").nth(1).locator("td").nth(4).click()
+    page.get_by_role("table", name="Features").locator("tbody tr").nth(1).locator("td").nth(5).click()
     heading(page, f"Feature {listed[1]}")
     assert page.url.endswith(f"/feature?sae=small&dead=hide&sort=density&desc=1&f={listed[1]}")
     page.go_back()
@@ -126,7 +127,7 @@ def test_a_deep_link_gives_the_same_page_again(visitor: Visitor, path: str) -> N
 
 def test_the_text_filter_narrows_the_table(visitor: Visitor, small_store: Path) -> None:
     page = visitor.go("features")
-    page.get_by_label("Top token contains").fill("script")
+    page.get_by_label("Find", exact=True).fill("script")
     page.keyboard.press("Enter")
     expect(page).to_have_url(re.compile("q=script"))
     settle(page)

@@ -338,3 +338,25 @@ def test_a_file_locked_for_long_ends_in_a_sentence(notes, monkeypatch):
             notes.set_label(1, "y")
     notes.set_label(1, "y")
     assert notes.label(1) == "y"
+
+
+@given(st.lists(FEATURE, unique=True, min_size=1), st.lists(FEATURE, unique=True), SAID)
+@settings(max_examples=15, deadline=None)
+def test_a_renamed_list_keeps_its_entries_and_takes_in_those_of_its_new_name(made, old, there, name):
+    for one in made.lists()["name"]:
+        made.remove_list(one)
+    made.add_to_list("first", old)
+    made.add_to_list(name, there)
+    made.rename_list("first", name)
+    assert made.lists()["name"].tolist() == [name]
+    assert set(made.list_features(name)) == {*old, *there}
+    with pytest.raises(UserError, match="no list"):
+        made.rename_list("never made", "x")
+    with pytest.raises(UserError, match="empty"):
+        made.rename_list(name, " ")
+    assert made.lists()["name"].tolist() == [name]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return Annotations(tmp_path_factory.mktemp("renamed"), "a" * 64, d_sae=D_SAE)

@@ -8,7 +8,7 @@ import importlib
 import pytest
 
 import saebench as sb
-from saebench.store import open_store
+from saebench.store import intervals, open_store
 from saebench.store.annotations import Annotations
 from saebench.store.drilldown import DrillDown
 from saebench.store.several import Several
@@ -16,7 +16,14 @@ from tests.store.small_store import build_small_store
 
 EXAMPLES = [
     test
-    for thing in (DrillDown, Several, Annotations, sb.export_store)
+    for thing in (
+        DrillDown,
+        Several,
+        Annotations,
+        sb.export_store,
+        intervals.wilson,
+        intervals.standard_error,
+    )
     for test in doctest.DocTestFinder().find(thing, module=importlib.import_module(thing.__module__))
     if test.examples
 ]

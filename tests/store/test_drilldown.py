@@ -203,6 +203,10 @@ def test_patterns_filter_features_and_tokens(store):
     assert store.features(["feature"], regex=r"^ \w+$")["feature"].tolist() == wanted
     assert store.neighbours_in_order(wanted[0], regex=r"^ \w+$")[0] is None
     assert set(store.find_tokens(regex="(?i)SENATE$")["text"]) == {" Senate"}
+    for number, text in enumerate(TEXTS):
+        alike = {other for other, same in enumerate(TEXTS) if same == text}
+        assert set(store.find_tokens(token=text)["token"]) == alike
+        assert store.find_tokens(token=number)["text"].tolist() == [text]
 
 
 @settings(max_examples=40, deadline=None)
@@ -303,3 +307,22 @@ def test_without_contexts_there_are_still_activations(textless_store):
 def test_wrong_questions_end_in_a_sentence(store, call, sentence):
     with pytest.raises(UserError, match=sentence):
         call(store)
+
+
+@pytest.mark.parametrize("kind", ["value", "log10"])
+@pytest.mark.parametrize("feature", [0, 3, 23])
+def test_a_bar_s_examples_are_all_that_it_counts(store, truth, feature, kind):
+    bars = store.histogram(feature, kind)
+    drawn = {bar: store.examples_in_bin(feature, bar, kind, n=10_000) for bar in range(40)}
+    if feature == 23:
+        assert all(frame.empty for frame in drawn.values()) and bars.empty
+        return
+    places = {(row.ctx, row.pos) for frame in drawn.values() for row in frame.itertuples()}
+    assert places == {place for place, value in truth[feature].items() if value > 0 or kind == "value"}
+    for bar, frame in drawn.items():  # a value on an edge belongs to both sides
+        assert len(frame) >= bars["count"][bar]
+        edges = bars["lo"][bar], bars["hi"][bar]
+        lo, hi = (10**edge for edge in edges) if kind == "log10" else edges
+        assert frame["value"].between(lo * (1 - 1e-5), hi * (1 + 1e-5)).all()
+    with pytest.raises(UserError, match="bin 40 is not in the histogram"):
+        store.examples_in_bin(feature, 40, kind)

@@ -218,3 +218,21 @@ def test_an_extra_of_a_later_version_is_left_alone(tmp_path, monkeypatch):
     assert check_store(store) == []
     add(store)
     assert set(publish.read_manifest(store).saes[0].extras) == {"later", "explanations"}
+
+
+def test_words_are_looked_for_in_explanations_and_labels_too(extended):
+    with open_store(extended) as store:
+        tokens = store.features()["top_token"]
+        labels = {5: "Explains nothing", 6: "<b>"}
+        everywhere = {"search": ("top_token", "explanation"), "labels": labels}
+        for sought in ({"text": "EXPLAINS"}, {"regex": "(?i)explains"}):
+            assert store.features(["feature"], **sought, **everywhere)["feature"].tolist() == [3, 4, 5, 9]
+            assert store.count_features(**sought) == 0
+        hits = store.features(["feature"], text="<b>", **everywhere)["feature"].tolist()
+        assert hits == sorted({6} | {f for f, token in enumerate(tokens) if "<b>" in str(token)})
+        assert store.neighbours_in_order(4, text="explains", **everywhere) == (3, 5)
+        assert store.features(flags={"explained": True})["feature"].tolist() == [3, 4, 9]
+        alive = set(store.features(flags={"dead": False})["feature"])
+        assert store.count_features(flags={"explained": False, "dead": False}) == len(alive - set(SCORES))
+        with pytest.raises(UserError, match="not text"):
+            store.features(text="a", search=["density"])

@@ -62,6 +62,16 @@ def test_a_generation_that_is_read_is_kept(tmp_path):
     assert len(list((store / "gen-000001").glob("sae-*"))) == 0
 
 
+def test_a_store_made_anew_is_another_generation_too(tmp_path):
+    reader = open_store(build_small_store(tmp_path / "store"))
+    shutil.rmtree(tmp_path / "store")
+    with pytest.raises(UserError, match="not a feature store"):
+        reader.newer_generation()
+    build_small_store(tmp_path / "store", seed=1)
+    assert reader.newer_generation() == reader.generation == 1
+    assert len(reader.features()) == 24
+
+
 def test_indexing_again_mends_damaged_files(tmp_path):
     store = build_small_store(tmp_path / "store")
     for file in store.rglob("*.duckdb"):

@@ -1,0 +1,27 @@
+"""What people and explanations call a feature, the ways on from it, and the key that goes to its label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from saebench_app.components.head import Option
+from saebench_app.components.web import show
+from saebench_app.text import visible
+
+
+def lead(
+    *, label: str, explanation: str, note: str, links: Sequence[Option], label_field: str, key: str
+) -> None:
+    """``note`` follows the explanation; L puts the cursor into the field that is called ``label_field``."""
+    show(
+        "lead",
+        {
+            "label": visible(label) if label else "",
+            "explanation": visible(explanation) if explanation else "",
+            "note": note,
+            "links": [asdict(link) for link in links],
+            "labelField": label_field,
+        },
+        key=key,
+    )

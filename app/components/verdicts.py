@@ -1,0 +1,47 @@
+"""Every question that a language model was asked about an explanation, and what it answered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from saebench.store.query import FeatureStore
+from saebench_app.components.tokens import Colours, show_examples
+from saebench_app.numbers import is_absent, number
+from saebench_app.text import visible
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MOST = 100
+MARKED = Colours(1.0)
+
+
+def verdicts(store: FeatureStore, items: pd.DataFrame, *, key: str) -> None:
+    """``items`` is what ``FeatureStore.explanation_items`` gives; the first 100 are shown."""
+    rows = items.head(MOST).to_dict("records")
+    contexts = {ctx: store.context(ctx)["pieces"] for ctx in {int(row["ctx"]) for row in rows}}
+    show_examples([verdict(row, contexts[int(row["ctx"])]) for row in rows], colours=MARKED, key=key)
+
+
+def verdict(row: Mapping[str, Any], pieces: list[str]) -> dict[str, Any]:
+    """One question: its text with the marked tokens, what was true and what was said."""
+    start, end = int(row["start"]), int(row["start"]) + int(row["n_shown"])
+    marked = {int(pos) for pos in row["marked"]}
+    answer = row["status"] if is_absent(row["verdict"]) else "yes" if row["verdict"] else "no"
+    right = not is_absent(row["verdict"]) and bool(row["verdict"]) == bool(row["truth"])
+    sure = "" if is_absent(row["probability"]) else f", p(yes) {number(row['probability'])}"
+    return {
+        "value": ("✓ " if right else "✗ ") + str(answer),
+        "exact": None,
+        "spans": [
+            [visible(piece), 0.6, "marked"] if start + at in marked else [visible(piece)]
+            for at, piece in enumerate(pieces[start:end])
+        ],
+        "peak": -1,
+        "before": start > 0,
+        "after": end < len(pieces),
+        "source": visible(f"{row['provider']} {row['model'] or ''}".strip()),
+        "place": f"{row['scorer']}: it is {'yes' if row['truth'] else 'no'}{sure}, context {row['ctx']}",
+        "title": "",
+    }

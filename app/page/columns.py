@@ -1,0 +1,71 @@
+"""The columns that the table of features can have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from saebench.store.schema import feature_column
+from saebench_app.view import LABEL
+
+Kind = Literal["id", "token", "text", "count", "share", "number", "density", "size", "feature"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: ``name`` in the store, and the table of the store that it needs. The table has
+    it by itself if it is a ``default``."""
+
+    name: str
+    label: str
+    kind: Kind
+    needs: str = "feature"
+    default: bool = True
+
+    @property
+    def help(self) -> str:
+        return "what people call it" if self.name == LABEL else feature_column(self.name).help
+
+
+COLUMNS = (
+    Column("feature", "feature", "id"),
+    Column(LABEL, "label", "text"),
+    Column("top_token", "top token", "token", "token"),
+    Column("top_token_share", "its share", "share", "token"),
+    Column("top_token_p_fire", "selectivity", "share", "token"),
+    Column("logit_top", "promotes", "token", "logit"),
+    Column("density", "density", "density"),
+    Column("max_act", "max", "size"),
+    Column("mean_act", "mean", "number"),
+    Column("explanation_score", "score", "number", "explained"),
+    Column("loss_effect", "loss effect", "number", "effect"),
+    Column("n_act", "tokens", "count"),
+    Column("n_ctx_act", "contexts", "count", "context"),
+    Column("n_doc_act", "documents", "count", "document"),
+    Column("entropy_tok", "entropy", "number", "token"),
+    Column("dec_max_cos", "nearest cos", "number"),
+    Column("dec_nn", "nearest", "feature"),
+    Column("enc_dec_cos", "enc·dec", "number"),
+    Column("explanation", "explanation", "text", "explained"),
+    Column("skew", "skew", "number", default=False),
+    Column("kurtosis", "kurtosis", "number", default=False),
+    Column("std_act", "spread", "number", default=False),
+    Column("p10", "p10", "number", default=False),
+    Column("p25", "p25", "number", default=False),
+    Column("p50", "median", "number", default=False),
+    Column("p75", "p75", "number", default=False),
+    Column("p90", "p90", "number", default=False),
+    Column("p99", "p99", "number", default=False),
+    Column("mean_pos", "mean position", "number", "position", default=False),
+    Column("first_pos_share", "on first token", "share", "position", default=False),
+    Column("logit_max", "logit", "number", "logit", default=False),
+    Column("logit_kurtosis", "logit kurtosis", "number", "logit", default=False),
+    Column("enc_norm", "encoder norm", "number", default=False),
+    Column("b_enc", "encoder bias", "number", default=False),
+    Column("dec_norm", "decoder norm", "number", default=False),
+    Column("kl", "KL without", "number", "effect", default=False),
+    Column("loss_effect_n", "contexts ablated", "count", "effect", default=False),
+    Column("loss_estimate", "loss estimate", "number", "effect", default=False),
+    Column("loss_estimate_n", "contexts estimated", "count", "effect", default=False),
+)
+SORTABLE = tuple(column.name for column in COLUMNS if column.name != LABEL)

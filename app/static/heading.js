@@ -1,0 +1,3 @@
+export default function ({ parentElement, data }) {
+  container(parentElement, "div").append(head(data.head))
+}

@@ -1,0 +1,21 @@
+"""What of an example is shown: the window around its token, and each window once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def bounds(example: Mapping[str, Any], window: int) -> tuple[int, int]:
+    """``(first, end)`` into its pieces: ``window`` tokens on each side of the token picked, or 0 for all."""
+    n, at = len(example["pieces"]), int(example["pos"]) - int(example["start"])
+    return (max(at - window, 0), min(at + window + 1, n)) if window else (0, n)
+
+
+def distinct(examples: Iterable[Mapping[str, Any]], window: int) -> list[dict[str, Any]]:
+    """The examples without those whose window has the same tokens in the same order as an earlier one's."""
+    kept: dict[tuple[int, ...], dict[str, Any]] = {}
+    for example in examples:
+        first, end = bounds(example, window)
+        kept.setdefault(tuple(example["tokens"][first:end]), dict(example))
+    return list(kept.values())
