@@ -393,8 +393,8 @@ class ExplainConfig:
     """openai: where the server is; any that speaks OpenAI's chat completions."""
     key_env: str = "OPENAI_API_KEY"
     """openai: environment variable that holds the key; it is stored nowhere."""
-    features: tuple[int, ...] = ()
-    """Which features, like 3,17; all that are not dead by default."""
+    features: tuple[str | int, ...] = ()
+    """Which features, like 3,17,40-49; all that are not dead by default."""
     limit: int | None = None
     """At most so many features, those that fire most."""
     budget: int | None = None
@@ -464,7 +464,7 @@ class StoreExportConfig:
     sae: str | None = None
     """Which SAE of the store; the first by default."""
     features: tuple[str | int, ...] = ()
-    """Only these features, like 3 17 40-49; all by default."""
+    """Only these features, like 3,17,40-49; all by default."""
     list: str | None = None
     """Only the features of this list, which people made in the explorer or with annotations.add_to_list."""
     quiet: bool = False

@@ -135,7 +135,7 @@ def directory_lock(directory: Path, *, what: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(
-            f"another process is writing {what} {directory}; wait until it ends or choose another --out"
+            f"another process is writing {what} {directory}; wait until it ends, or take another directory"
         ) from None
     try:
         yield

@@ -47,7 +47,7 @@ def draw_contexts(cache: ActivationCache, n: int, *, rows: str, seed: int) -> li
     if not chosen:
         raise UserError(
             f"none of the {cache.n_contexts:,} contexts of {cache.path} is held out from training; give a "
-            "cache of more documents, or rows='all'"
+            "cache of more documents, or rows='all' (--rows all)"
         )
     return [
         Place(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
@@ -106,13 +107,13 @@ def train(settings: Mapping[str, Any], source: str) -> Result:
     runs = train_all(plan(settings, parse_grid(words), source=source))
     rows = [_trained(run) for run in runs]
     if not words:
-        return Result(rows[0], pairs(rows[0]) + f"\n\nNext: saebench eval {runs[0].path}")
+        return Result(rows[0], pairs(rows[0]) + f"\n\nNext: saebench eval {quote(str(runs[0].path))}")
     columns = {name: name for name in ("path", "sae", "d_sae", "k", "step", "fvu", "l0", "dead")}
     if any("picks_changed" in row for row in rows):
         columns["picks_changed"] = PICKS_CHANGED
     lines = [["" if row.get(name) is None else row[name] for name in columns] for row in rows]
     text = table(list(columns.values()), lines)
-    return Result({"runs": rows}, text + f"\n\nNext: saebench eval {runs[0].path}")
+    return Result({"runs": rows}, text + f"\n\nNext: saebench eval {quote(str(runs[0].path))}")
 
 
 def _trained(run: Run) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def index(config: IndexConfig) -> Result:
 
     with make(config) as store:
         data = {"path": str(store.path), **store.info()}
-    return Result(data, _store_text(data) + f"\n\nNext: saebench explore {config.out}")
+    return Result(data, _store_text(data) + f"\n\nNext: saebench explore {quote(str(config.out))}")
 
 
 def explain(config: ExplainConfig) -> Result:
@@ -185,7 +186,7 @@ def explain(config: ExplainConfig) -> Result:
         "\n".join(without),
         table(("score", "features", "mean", "median"), rows) if rows else "no explanation has a score",
         table(("feature", "score", "explanation"), shown) if shown else "",
-        f"Next: saebench explore {config.store}",
+        f"Next: saebench explore {quote(str(config.store))}",
     ]
     return Result(data, "\n\n".join(filter(None, parts)))
 
@@ -244,7 +245,7 @@ def effects(config: EffectsConfig) -> Result:
     shown = measured.sort_values("loss_effect", ascending=False, kind="stable").head(EFFECTS_SHOWN)
     rows = [list(row.values()) for row in shown.to_dict("records")]
     text = "\n\n".join(
-        [pairs(data), table(list(shown.columns), rows), f"Next: saebench explore {config.store}"]
+        [pairs(data), table(list(shown.columns), rows), f"Next: saebench explore {quote(str(config.store))}"]
     )
     return Result(data, text)
 
@@ -283,7 +284,9 @@ def import_sae(config: ImportSaeConfig) -> Result:
     from saebench.formats import import_sae as translate
 
     result = _describe_translation(translate(config))
-    return Result(result.data, result.text + f"\n\nNext: saebench eval {config.out} --cache CACHE")
+    return Result(
+        result.data, result.text + f"\n\nNext: saebench eval {quote(str(config.out))} --cache CACHE"
+    )
 
 
 def synth(config: SynthConfig) -> Result:

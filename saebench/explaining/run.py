@@ -14,6 +14,7 @@ from saebench.explaining.tables import publish_records
 from saebench.fields import station, to_flat
 from saebench.progress import progress
 from saebench.store.extras import origin
+from saebench.store.numbers import feature_numbers
 
 if TYPE_CHECKING:
     from saebench.store.query import FeatureStore
@@ -93,7 +94,8 @@ def explain(config: ExplainConfig) -> FeatureStore:
                 settings["model"] = shown_name(config.model)
             made_with = {name: settings[name] for name in settings if name not in NOT_STORED}
             publish_records(config.store, store.sae, made_from, records, made_with)
-            discard(journal)
+            if len(records) == len(features):
+                discard(journal)
         sae = store.sae
     if len(records) < len(features) and not config.quiet:
         print(
@@ -111,9 +113,7 @@ def chosen_features(store: FeatureStore, config: ExplainConfig) -> list[int]:
         UserError: a feature that the SAE has not.
     """
     if config.features:
-        for feature in config.features:
-            store.feature(feature)
-        return sorted(set(config.features))
+        return sorted(feature_numbers(config.features, store.info()["d_sae"]))
     alive = store.features(
         ["feature"], flags={"dead": False}, order_by="n_act", descending=True, limit=config.limit
     )

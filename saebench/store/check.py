@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from saebench.errors import UserError
 from saebench.files import sha256_file
 from saebench.progress import Progress, progress
 from saebench.store import publish
+from saebench.store.annotation_file import FILE
 from saebench.store.database import first_line, open_reader, read_meta, tables_of
 from saebench.store.extras import extras_of, origin
 from saebench.store.folds import fold_of
@@ -73,6 +76,7 @@ def check_store(
         for file in manifest.files():
             findings += _check_file(path, file)
             bar.update(1)
+        findings += _check_annotations(path)
         damaged = {finding.where for finding in findings}
         for sae in manifest.saes:
             text = manifest.texts.get(sae.text) if sae.text else None
@@ -117,6 +121,22 @@ def _steps(manifest: publish.Manifest) -> int:
         for sae in manifest.saes
     )
     return len(manifest.files()) + rules
+
+
+def _check_annotations(store: Path) -> Iterator[Finding]:
+    """What people said is theirs: it is looked at, and never mended or removed."""
+    path = store / FILE
+    if not path.is_file():
+        return
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        ) as connection:
+            said = connection.execute("PRAGMA quick_check(1)").fetchall()[0][0]
+    except sqlite3.Error as error:
+        said = str(error)
+    if said != "ok":
+        yield Finding(FILE, f"people's labels, comments and lists cannot be read ({said}); keep a copy of it")
 
 
 def _check_file(store: Path, file: publish.StoredFile) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ import duckdb
 import pytest
 
 from saebench.errors import UserError
-from saebench.store import check_store, publish, recompute, store_info
+from saebench.store import check_store, open_store, publish, recompute, store_info
 from tests.store.small_store import HOOK, SmallCache, build_small_store, small_sae, small_unembedding
 
 
@@ -289,3 +289,14 @@ def test_strange_witnesses_are_refused(small_store, witnesses, with_cache):
         check_store(small_store, cache="cache")
     with pytest.raises(UserError, match="say which with --cache"):
         check_store(small_store, run=witnesses / "run", model="cache")
+
+
+def test_people_s_notes_that_cannot_be_read_are_named(tmp_path):
+    store = build_small_store(tmp_path / "store")
+    with open_store(store) as opened:
+        opened.annotations.set_label(1, "mine")
+    assert check_store(store) == []
+    (store / "user.sqlite").write_bytes(b"no database at all" * 100)
+    [finding] = check_store(store)
+    assert finding.where == "user.sqlite" and "cannot be read" in finding.problem
+    assert (store / "user.sqlite").read_bytes().startswith(b"no database")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from saebench.files import (
     sentence_for_os_errors,
     sync_directory,
 )
+from saebench.store.numbers import feature_numbers
 
 if TYPE_CHECKING:
     from saebench.store.query import FeatureStore
@@ -83,27 +83,12 @@ def chosen_features(store: FeatureStore, config: StoreExportConfig) -> list[int]
     if config.list is not None:
         wanted = store.annotations.list_features(config.list)
     elif config.features:
-        d_sae = store.info()["d_sae"]
-        wanted = [number for word in config.features for number in _numbers(str(word), d_sae)]
+        return feature_numbers(config.features, store.info()["d_sae"])
     else:
         return None
     for feature in wanted:
         store._known(feature)
     return list(dict.fromkeys(wanted))
-
-
-def _numbers(words: str, d_sae: int) -> Iterator[int]:
-    for word in words.split(","):
-        match = re.fullmatch(r"\s*(\d{1,10})\s*(?:-\s*(\d{1,10})\s*)?", word, re.ASCII)
-        if match is None:
-            raise UserError(f"{word!r} names no features; write them like 3,17,40-49")
-        first = int(match[1])
-        last = first if match[2] is None else int(match[2])
-        if last < first:
-            raise UserError(f"{word!r} names no features; write the smaller number first")
-        if last >= d_sae:
-            raise UserError(f"feature {last} is not in the SAE; it has 0 to {d_sae - 1}")
-        yield from range(first, last + 1)
 
 
 @contextlib.contextmanager
