@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from urllib.parse import urlencode
 
 ROOT = Path(__file__).parents[2]
+TEXT = "The Congress of the United States has passed a bill to raise the pay of our soldiers."
+TOKEN = " Congress"
+QUERY = "SELECT top_token, count(*) AS n FROM feature GROUP BY ALL ORDER BY n DESC LIMIT 20"
 SIZES = {"": (1366, 900), "-390": (390, 844)}
 
 
@@ -25,6 +29,16 @@ def take(store: Path, out: Path, feature: int | None = None) -> list[Path]:
         "features": "features?dead=hide&dense=hide&sort=max_act&desc=1",
         "feature": f"feature?f={feature}",
         "store": "",
+        "prompt": f"prompt?{urlencode({'text': TEXT, 'f': feature})}",
+        "token": f"token?{urlencode({'t': TOKEN})}",
+        "context": f"context?c=3&f1={feature}",
+        "compare": "compare",
+        "map": "map",
+        "steer": f"steer?{urlencode({'text': TEXT, 'f': feature})}",
+        "explain": "explain",
+        "train": "train",
+        "lists": "lists",
+        "sql": f"sql?{urlencode({'query': QUERY})}",
     }
     out.mkdir(parents=True, exist_ok=True)
     taken = []
