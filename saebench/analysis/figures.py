@@ -134,7 +134,7 @@ def score_distribution(scores: pd.DataFrame) -> go.Figure:
     >>> import pandas as pd
     >>> scores = pd.DataFrame({"scorer": ["rule", "rule", "shuffled"], "value": [0.9, 0.4, 0.0]})
     >>> rule, shuffled = sb.figures.score_distribution(scores).data
-    >>> rule.name, rule.y[0], rule.y[-1], shuffled.name
+    >>> rule.name, float(rule.y[0]), float(rule.y[-1]), shuffled.name
     ('rule', 1.0, 0.0, 'shuffled')
 
     Args:

@@ -53,7 +53,9 @@ def test_seeds_of_one_sweep_share_the_order_of_the_first(settings, tmp_path, fil
 def test_every_batch_is_read_once(settings, tmp_path, monkeypatch):
     read = []
     gather = Loader._gather
-    monkeypatch.setattr(Loader, "_gather", lambda self, i: read.append(i) or gather(self, i))
+    monkeypatch.setattr(
+        Loader, "_gather", lambda self, rows_N: read.append(rows_N.tolist()) or gather(self, rows_N)
+    )
     train(**settings)
     alone = sorted(read)
     read.clear()
