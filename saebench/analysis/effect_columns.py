@@ -13,6 +13,7 @@ from saebench.device import pick_device
 from saebench.errors import UserError
 from saebench.evaluation.sources import read_origin
 from saebench.fields import station
+from saebench.files import directory_lock
 from saebench.saes.base import SAE, load
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def index_effects(config: EffectsConfig) -> LossEffects:
     sae = load(run_folder(config.run), device=device)
     name, info = _indexed(config, sae, cache)
     draw_contexts(cache, 1, rows=config.rows, seed=config.seed)  # complains before a model is loaded
+    with directory_lock(config.store, what="the feature store"):
+        pass  # and so does a store that is being written
     assert cache.model is not None, "contexts without the model that read them"
     named, revision = config.model, None
     if named == "cache":

@@ -21,6 +21,7 @@ from saebench.analysis.contexts import draw_contexts
 from saebench.analysis.effects import loss_effects
 from saebench.cli import main
 from saebench.errors import UserError
+from saebench.files import directory_lock
 from saebench.saes.base import SAE, load
 from saebench.store import check_store
 
@@ -191,6 +192,17 @@ def test_an_sae_that_the_store_has_not_is_one_sentence(
         sb.index_effects(stored, run=tmp_path / "other", cache=tiny_cache.path, quiet=True)
     with pytest.raises(UserError, match=r"on which cache .*other was trained; name it with --cache"):
         sb.index_effects(stored, run=tmp_path / "other", quiet=True)
+
+
+def test_a_store_that_is_being_written_is_said_before_anything_is_measured(
+    stored: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saebench.activations.models.load_model", lambda *_, **__: pytest.fail("measured"))
+    with (
+        directory_lock(stored, what="the feature store"),
+        pytest.raises(UserError, match="another process is writing the feature store"),
+    ):
+        sb.index_effects(stored, run=run, quiet=True)
 
 
 @pytest.mark.parametrize(
