@@ -28,7 +28,7 @@ setup(
     package_data={
         "saebench": ["explaining/prompts/*.txt"],
         "saebench_app": ["*.css", "static/*", ".streamlit/*"],
-        "saebench_kernels": ["*.md"],
+        "saebench_kernels": ["*.md", "results/*.json"],
         "saebench_data": ["*.md", "LICENSES/*", "demo_model/*", "text/*"],
     },
 )
