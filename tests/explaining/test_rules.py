@@ -171,7 +171,7 @@ def test_what_others_explained_stays(own_store):
 
 def test_bad_input_is_refused_at_once(own_store, tmp_path):
     textless_store = build_small_store(tmp_path / "textless", text=False)
-    with pytest.raises(UserError, match="feature 99 is not in 'small'"):
+    with pytest.raises(UserError, match="feature 99 is not in the SAE; it has 0 to 23"):
         sb.explain(own_store, features=(99,))
     with pytest.raises(UserError, match="'smal' is not an SAE"):
         sb.explain(own_store, sae="smal")
