@@ -12,8 +12,7 @@ VENV = .venv
 INSTALLED = $(VENV)/.installed
 PEERS = .venv-peers
 PEERS_INSTALLED = $(PEERS)/.installed
-ROOMS = saebench app data kernels
-CODE = $(ROOMS) tests setup.py
+CODE = saebench app data kernels tests
 # Tests are small: threads that wait for each other cost more than they save.
 ONE_THREAD = OMP_NUM_THREADS=1
 
@@ -45,17 +44,13 @@ format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix $(CODE)
 	$(VENV)/bin/ruff format $(CODE)
 
-# .venv/rooms shows the folders to mypy under the names that they are installed with.
-$(INSTALLED): pyproject.toml setup.py constraints.txt Makefile
+$(INSTALLED): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "saebench needs Python 3.11 or newer as $(PYTHON); name another: make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[$(EXTRAS)]'
-	mkdir -p $(VENV)/rooms
-	ln -sfn ../../saebench $(VENV)/rooms/saebench
-	for room in app data kernels; do ln -sfn ../../$$room $(VENV)/rooms/saebench_$$room; done
 	touch $@
 
 $(PEERS_INSTALLED): constraints-peers.txt | $(INSTALLED)

@@ -294,7 +294,7 @@ def test_the_real_one() -> None:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from saebench_data.packing import read_addresses
+    from saebench_data.scripts.packing import read_addresses
 
     folder = assets.fetch_smollm2()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 import tomllib
@@ -15,12 +16,7 @@ import saebench
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "duckdb", "streamlit", "transformer_lens", "transformers", "pandas", "triton", "datasets"}
-ROOMS = {
-    "saebench": "saebench",
-    "app": "saebench_app",
-    "data": "saebench_data",
-    "kernels": "saebench_kernels",
-}
+PACKAGES = ("saebench", "app/saebench_app", "data/saebench_data", "kernels/saebench_kernels")
 NEEDED_BY_OTHERS = {"plotly"}
 """Declared, not imported by us: Streamlit draws the charts with it."""
 OF_PEERS = {"sae-lens", "sparsify", "dictionary-learning"}
@@ -68,6 +64,21 @@ def imports_of(folder: Path) -> set[str]:
     return found
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_an_import_name_is_the_path_of_a_folder_with_types(package: str) -> None:
+    found = importlib.util.find_spec(Path(package).name)
+    assert found is not None and found.origin is not None
+    assert Path(found.origin) == ROOT / package / "__init__.py"
+    assert (ROOT / package / "py.typed").is_file()
+
+
+def test_folders_of_the_checkout_are_not_taken_for_packages_of_others() -> None:
+    """transformers looks for Hugging Face's ``kernels``, and python -c imports from the working directory."""
+    assert not [folder for folder in ("app", "data", "kernels") if (ROOT / folder / "__init__.py").exists()]
+    code = "from transformers import BertForPreTraining"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
 def requirement_name(requirement: str) -> str:
     name = requirement.split(";")[0].split("[")[0]
     return name.rstrip("<>=!~.,0123456789 ").lower()
@@ -83,10 +94,11 @@ def test_every_import_is_declared_and_every_dependency_is_imported() -> None:
     }
     distributions = packages_distributions()
     used = set()
-    for folder in ROOMS:
+    ours = {Path(package).name for package in PACKAGES}
+    for folder in PACKAGES:
         for module in imports_of(ROOT / folder):
             top = module.partition(".")[0]
-            if top not in sys.stdlib_module_names and top not in ROOMS.values():
+            if top not in sys.stdlib_module_names and top not in ours:
                 names = distributions.get(top, [top])
                 used.add(names[0].lower().replace("_", "-"))
     assert used - required <= optional | OF_PEERS, "imported but not declared"
@@ -97,7 +109,9 @@ def test_rooms_know_only_whom_they_may_know() -> None:
     def knows(folder: str, other: str) -> bool:
         return any(name == other or name.startswith(other + ".") for name in imports_of(ROOT / folder))
 
-    assert not any(knows("kernels", room) for room in ("saebench", "saebench_app", "saebench_data"))
+    assert not any(
+        knows("kernels/saebench_kernels", room) for room in ("saebench", "saebench_app", "saebench_data")
+    )
     for layer in ("activations", "saes", "training", "evaluation"):
         for above in ("saebench.store", "saebench.cli", "saebench_app"):
             assert not knows(f"saebench/{layer}", above), f"{layer} imports {above}"
@@ -106,5 +120,5 @@ def test_rooms_know_only_whom_they_may_know() -> None:
         knows("saebench/analysis", above) for above in ("saebench.cli", "saebench.training", "saebench_app")
     )
     assert not knows("saebench/saes", "saebench.activations")
-    for folder in ROOMS:
+    for folder in PACKAGES:
         assert not any(knows(folder, bare) for bare in ("app", "data", "kernels"))

@@ -18,12 +18,8 @@ import pytest
 import saebench
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {
-    "saebench": "saebench",
-    "app": "saebench_app",
-    "data": "saebench_data",
-    "kernels": "saebench_kernels",
-}
+FOLDERS = ("saebench", "app", "data", "kernels")
+PACKAGES = ("saebench", "app/saebench_app", "data/saebench_data", "kernels/saebench_kernels")
 NOT_INSTALLED = {"__pycache__", ".ruff_cache", ".mypy_cache"}
 
 
@@ -31,10 +27,10 @@ NOT_INSTALLED = {"__pycache__", ".ruff_cache", ".mypy_cache"}
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that nothing is left in the checkout and nothing old is taken from it."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, source)
-    for room in ROOMS:
-        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns(*NOT_INSTALLED))
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns(*NOT_INSTALLED))
     out = tmp_path_factory.mktemp("wheel")
     pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(source))
     [made] = out.glob("saebench-*.whl")
@@ -71,12 +67,12 @@ def capture(program: Path, *words: str, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def test_the_wheel_carries_every_file_of_the_rooms(wheel: Path) -> None:
+def test_the_wheel_carries_every_file_of_the_packages(wheel: Path) -> None:
     carried = set(zipfile.ZipFile(wheel).namelist())
     expected = {
-        f"{package}/{path.relative_to(ROOT / room).as_posix()}"
-        for room, package in ROOMS.items()
-        for path in (ROOT / room).rglob("*")
+        path.relative_to((ROOT / package).parent).as_posix()
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
         if path.is_file() and not NOT_INSTALLED & set(path.parts)
     }
     assert expected <= carried

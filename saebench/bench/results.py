@@ -1,6 +1,6 @@
-"""The README's tables of what a GPU takes, from the newest results in kernels/results/.
+"""The README's tables of what a GPU takes, from the newest results in kernels/saebench_kernels/results/.
 
-    python -m saebench.bench.results [kernels/results/FILE.json]
+    python -m saebench.bench.results [kernels/saebench_kernels/results/FILE.json]
 
 writes them into README.md, between two comments.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from saebench.errors import UserError
 from saebench.files import read_json, write_bytes_atomic
 
-RESULTS = Path("kernels/results")
+RESULTS = Path("kernels/saebench_kernels/results")
 BEGIN, END = "<!-- saebench bench: begin -->", "<!-- saebench bench: end -->"
 MET = {None: "", True: "met", False: "missed"}
 _SAME = ("saebench", "torch", "triton")

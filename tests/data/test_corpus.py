@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saebench_data.packing import pack
-from saebench_data.prose import paragraphs_of
+from saebench_data.scripts.packing import pack
+from saebench_data.scripts.prose import paragraphs_of
 
 PAGE = """<html><head><title>A title that is long enough to be a paragraph</title></head><body>
 <div class="nosearch"><ul><li>Navigation, as long as any real paragraph is</div>

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import saebench_data
-from saebench_data.measure_demo_model import N_CTX, count_bigram, load, model_losses
-from saebench_data.packing import encode_documents, pack, read_addresses
+from saebench_data.scripts.measure_demo_model import N_CTX, count_bigram, load, model_losses
+from saebench_data.scripts.packing import encode_documents, pack, read_addresses
 
 FOLDER = saebench_data.path("demo_model")
 

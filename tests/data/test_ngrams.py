@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench_data.ngrams import KAPPAS, Bigram
+from saebench_data.scripts.ngrams import KAPPAS, Bigram
 
 V = 5
 Documents = st.lists(st.lists(st.integers(0, V - 1), min_size=1, max_size=20), min_size=1, max_size=6)

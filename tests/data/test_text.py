@@ -12,7 +12,7 @@ import pytest
 
 import saebench_data
 from saebench.activations.text import is_held_out
-from saebench_data.packing import read_addresses
+from saebench_data.scripts.packing import read_addresses
 
 PARQUET = saebench_data.path("text/state_of_the_union.parquet")
 
@@ -51,7 +51,14 @@ def test_the_script_makes_the_same_rows(tmp_path: Path) -> None:
     (folder / "1981_jimmy_carter_d.json").write_text(json.dumps({"year": 1981, "text": "later"}))
     (folder / "file_list.json").write_text("[]")
     made = tmp_path / "made.parquet"
-    command = [sys.executable, "-m", "saebench_data.make_text", str(tmp_path / "package"), "--out", str(made)]
+    command = [
+        sys.executable,
+        "-m",
+        "saebench_data.scripts.make_text",
+        str(tmp_path / "package"),
+        "--out",
+        str(made),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     assert pq.read_table(made).equals(pq.read_table(PARQUET))
 

@@ -1,6 +1,6 @@
 """Recompute the numbers of README.md: held-out loss of the demo model and of what it must beat.
 
-    python -m saebench_data.measure_demo_model corpus.parquet
+    python -m saebench_data.scripts.measure_demo_model corpus.parquet
 
 Every loss is a mean over the same predictions: the held-out documents of a source are laid end to end with
 the end-of-text token between them and cut into contexts of N_CTX tokens, and every token but the first of a
@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 import saebench_data
-from saebench_data.ngrams import Bigram
-from saebench_data.packing import Document, encode_documents, pack, read_addresses, read_documents
+from saebench_data.scripts.ngrams import Bigram
+from saebench_data.scripts.packing import Document, encode_documents, pack, read_addresses, read_documents
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

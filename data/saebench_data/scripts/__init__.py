@@ -1,0 +1,1 @@
+"""How the embedded text and model were made, and how their numbers are measured again."""
