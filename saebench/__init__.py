@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache, open_cache
     from saebench.activations.harvest import harvest
     from saebench.activations.importing import import_activations
-    from saebench.activations.models import load_model
     from saebench.analysis import figures
     from saebench.analysis.absorption import absorbed
     from saebench.analysis.attribution import Attribution, logit_attribution
@@ -19,14 +18,15 @@ if TYPE_CHECKING:
     from saebench.analysis.interventions import Steering, ablate, steer
     from saebench.analysis.matching import Matching, match, splits
     from saebench.analysis.prompts import compare_prompts, features_of
-    from saebench.codes import SparseCodes
-    from saebench.errors import UserError
+    from saebench.core.codes import SparseCodes
+    from saebench.core.errors import UserError
     from saebench.evaluation import EvalReport, evaluate
     from saebench.evaluation.compare import compare
     from saebench.explaining import explain
     from saebench.formats import export_sae, import_sae
     from saebench.saes import load
     from saebench.saes.base import SAE
+    from saebench.sources.models import load_model
     from saebench.store import export_store, index, open_store
     from saebench.store.query import FeatureStore
     from saebench.training import sweep, train
@@ -42,9 +42,9 @@ _HOMES = {
     "Matching": "saebench.analysis.matching",
     "Redundancy": "saebench.analysis.geometry",
     "SAE": "saebench.saes.base",
-    "SparseCodes": "saebench.codes",
+    "SparseCodes": "saebench.core.codes",
     "Steering": "saebench.analysis.interventions",
-    "UserError": "saebench.errors",
+    "UserError": "saebench.core.errors",
     "ablate": "saebench.analysis.interventions",
     "absorbed": "saebench.analysis.absorption",
     "clusters": "saebench.analysis.geometry",
@@ -63,7 +63,7 @@ _HOMES = {
     "index": "saebench.store",
     "index_effects": "saebench.analysis.effect_columns",
     "load": "saebench.saes",
-    "load_model": "saebench.activations.models",
+    "load_model": "saebench.sources.models",
     "logit_attribution": "saebench.analysis.attribution",
     "loss_effects": "saebench.analysis.effects",
     "match": "saebench.analysis.matching",

@@ -1,4 +1,4 @@
-"""Settings, one small frozen dataclass a station.
+"""Settings, one small frozen dataclass a accepts_settings.
 
 Command-line flags, ``--config file.toml``, keyword arguments in Python and the JSON saved beside every
 result are all made from these classes: a field's name is the flag, its docstring the help text, its type
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from saebench.errors import UserError
-from saebench.fields import at_least
+from saebench.core.errors import UserError
+from saebench.core.settings import at_least
 
 ARCHITECTURES = {
     "topk": "saebench.saes.topk:TopKSAE",

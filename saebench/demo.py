@@ -22,9 +22,9 @@ from saebench.config import (
     TrainConfig,
     architecture,
 )
-from saebench.errors import UserError
-from saebench.fields import station, to_flat
-from saebench.files import directory_lock, read_json, write_json_atomic
+from saebench.core.errors import UserError
+from saebench.core.files import directory_lock, read_json, write_json_atomic
+from saebench.core.settings import accepts_settings, to_flat
 
 if TYPE_CHECKING:
     from saebench.evaluation.compare import Comparison
@@ -75,7 +75,7 @@ class DemoReport:
     features: list[ShownFeature]
 
 
-@station(DemoConfig)
+@accepts_settings(DemoConfig)
 def demo(config: DemoConfig) -> DemoReport:
     """Harvest, train, evaluate, index; leaves out/cache, out/runs/NAME and out/store.
 
@@ -110,7 +110,7 @@ def demo(config: DemoConfig) -> DemoReport:
                     IndexConfig(run=run, cache=cache, out=store, device=config.device, quiet=config.quiet)
                 ).close()
     with saebench.open_store(store) as opened:
-        features = middling_features(opened)
+        features = showcase_features(opened)
     return DemoReport(
         cache=cache,
         runs=runs,
@@ -213,7 +213,7 @@ class _Diary:
         write_json_atomic(self._path, value)
 
 
-def middling_features(store: FeatureStore, n: int = SHOWN_FEATURES) -> list[ShownFeature]:
+def showcase_features(store: FeatureStore, n: int = SHOWN_FEATURES) -> list[ShownFeature]:
     """The most frequent ``n`` of the features that are neither rare nor everywhere, with what they fire on.
 
     Where the store has too few of those, the most frequent of all make up the number.
@@ -255,7 +255,7 @@ def _hook(config: DemoConfig) -> str:
         return config.hook
     if config.model in HOOKS:
         return HOOKS[config.model]
-    from saebench.activations.models import peek_model
+    from saebench.sources.models import peek_model
 
     return f"blocks.{peek_model(config.model).n_layers // 2}.hook_resid_post"
 

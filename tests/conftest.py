@@ -48,7 +48,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A .jsonl of 60 short documents with a title each; some are held out."""
     import json
 
-    from saebench.activations.text import read_documents
+    from saebench.sources.text import read_documents
 
     path = tmp_path_factory.mktemp("text") / "tiny.jsonl"
     addresses = "".join(document.text for document in list(read_documents("sotu"))[:6])

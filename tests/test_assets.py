@@ -14,9 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saebench import assets, gguf_model
-from saebench.errors import UserError
-from saebench.files import sha256_file
+from saebench import assets
+from saebench.assets import gguf as gguf_model
+from saebench.core.errors import UserError
+from saebench.core.files import sha256_file
 
 TOKENS = [
     "<|endoftext|>",
@@ -34,7 +35,7 @@ MERGES = ["t h", "th e", "Ġ the", "1 2"]
 
 
 def to_gguf_order(weight_RC: np.ndarray, n_heads: int) -> np.ndarray:
-    """llama.cpp's `permute`: rows i and i + d_head / 2 of a head become neighbours."""
+    """llama.cpp's `permute`: rows i and i + d_head / 2 of a head become neighbors."""
     rows = weight_RC.shape[0]
     d_head = rows // n_heads
     order = [

@@ -26,7 +26,7 @@ from saebench.config import (
     TrainConfig,
     architecture,
 )
-from saebench.fields import field_docs, whole_number
+from saebench.core.settings import field_docs, whole_number
 from saebench.training.sweep import plan
 
 COMMAND = [sys.executable, "-m", "saebench.cli"]

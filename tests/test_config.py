@@ -23,8 +23,8 @@ from saebench.config import (
     TrainConfig,
     architecture,
 )
-from saebench.errors import UserError
-from saebench.fields import from_flat, station, to_flat
+from saebench.core.errors import UserError
+from saebench.core.settings import accepts_settings, from_flat, to_flat
 
 ROOT = Path(__file__).parents[1]
 NAMES = st.text("abc/_.-", min_size=1).filter(lambda name: name.strip("/."))
@@ -133,7 +133,7 @@ def test_whatever_has_a_path_is_a_path() -> None:
 
 
 def test_a_station_takes_its_config_or_the_same_keywords() -> None:
-    @station(EvalConfig)
+    @accepts_settings(EvalConfig)
     def measure(config: EvalConfig) -> EvalConfig:
         return config
 

@@ -77,8 +77,8 @@ def _read(_model: Live, identity: str, text: str) -> Reading:
     from saebench.analysis.prompts import features_of
     from saebench.store.text import pieces
 
-    prompt = _model.mounted.read(text)
-    vocab = _model.mounted.vocab
+    prompt = _model.attached.read(text)
+    vocab = _model.attached.vocab
     return Reading(pieces([vocab[id] for id in prompt.ids]), features_of(text, **_model.parts()))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store.query import FeatureStore
 from saebench_app.runs import finished_runs
 from saebench_app.view import whole

@@ -12,7 +12,7 @@ import webbrowser
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 
 MAIN = Path(__file__).with_name("main.py")
 START_SECONDS = 60
@@ -102,7 +102,7 @@ def require_free_port(host: str, port: int) -> None:
 
 def _require_runs(runs: Sequence[Path]) -> None:
     """Raises UserError when one of ``runs`` is no run; the page Train also shows unfinished ones."""
-    from saebench.runfile import RUN_FILE
+    from saebench.runs.run_file import RUN_FILE
     from saebench.saes.base import SPEC_FILE, read_description
 
     for run in runs:

@@ -8,7 +8,7 @@ from types import ModuleType
 import streamlit as st
 from streamlit.navigation.page import Page
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench_app.components.notice import notice
 from saebench_app.components.sidebar import sidebar
 from saebench_app.components.web import STATIC

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench_app.session import Here, store_path
 
 if TYPE_CHECKING:
-    from saebench.activations.models import Model
-    from saebench.analysis.mounting import Mounted
+    from saebench.analysis.attach import AttachedSAE
+    from saebench.sources.models import Model
 
 TURN = threading.Lock()
 """Held by whoever runs the model."""
@@ -59,16 +59,15 @@ def run_of(here: Here) -> Path | None:
 class Live:
     """An SAE in its model, in the words in which the analysis functions take them."""
 
-    mounted: Mounted
+    attached: AttachedSAE
     identity: str
     """Hash of the SAE's weights."""
 
     def parts(self) -> dict[str, Any]:
         """The arguments sae, model, hook and bos."""
-        mounted = self.mounted
-        return {
-            "sae": mounted.sae, "model": mounted.model, "hook": mounted.hook, "bos": mounted.bos is not None,
-        }  # fmt: skip
+        attached = self.attached
+        names = ("sae", "model", "hook")
+        return {**{name: getattr(attached, name) for name in names}, "bos": attached.bos is not None}
 
 
 def live(here: Here) -> Live:
@@ -84,9 +83,9 @@ def live(here: Here) -> Live:
         return _live(str(run), here.store.info()["sae_hash"], _stamp(run))
 
 
-def mounted(here: Here) -> Mounted:
-    """`live`, as what `saebench.analysis.mounting.mount` gives."""
-    return live(here).mounted
+def attached(here: Here) -> AttachedSAE:
+    """`live`, as what `saebench.analysis.attach.attach` gives."""
+    return live(here).attached
 
 
 def why_no_run(here: Here) -> str:
@@ -163,18 +162,18 @@ def _hash(run: Path, stamp: tuple[int, int]) -> str | None:
 
 @st.cache_resource(max_entries=4, show_spinner=False)
 def _live(run: str, identity: str, stamp: tuple[int, int]) -> Live:
-    from saebench.analysis.mounting import mount
-    from saebench.evaluation.sources import read_origin
+    from saebench.analysis.attach import attach
+    from saebench.evaluation.samples import read_origin
 
     recorded = read_origin(Path(run)).model
     model = "cache" if recorded is None else _model(recorded["name"], recorded["revision"])
-    return Live(mount(run, model), identity)
+    return Live(attach(run, model), identity)
 
 
 @st.cache_resource(max_entries=1, show_spinner=False)
 def _model(name: str, revision: str | None) -> Model:
     """SAEs of one model share it."""
-    from saebench.activations.models import load_model
-    from saebench.device import pick_device
+    from saebench.core.device import pick_device
+    from saebench.sources.models import load_model
 
     return load_model(name, revision=revision, device=pick_device("auto"))

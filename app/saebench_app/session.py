@@ -15,7 +15,7 @@ from typing import Any
 import streamlit as st
 from streamlit.navigation.page import Page
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store.annotations import Annotations
 from saebench.store.publish import read_manifest
 from saebench.store.query import FeatureStore, open_store
@@ -96,7 +96,7 @@ class Here:
         view, chosen = self.view, self.view.filters()
         kept = [set(view.among)] if view.among else []
         kept += [self.bookmarks] if view.bookmarked else []
-        kept += [set(self.names)] if view.labelled else []
+        kept += [set(self.names)] if view.labeled else []
         kept += [set(self.annotations.list_features(view.list))] if view.list else []
         if kept:
             chosen["among"] = sorted(set.intersection(*kept))

@@ -25,10 +25,10 @@ Range: TypeAlias = tuple[float | None, float | None]
 SHOWN: tuple[Shown, ...] = ("any", "hide", "only")
 WINDOWS = (4, 8, 16, 0)
 """Tokens shown on each side of the strongest one; 0 shows all that the store keeps."""
-COLOURS = ("linear", "sqrt", "rank")
-"""How the strength of a colour grows with an activation."""
+COLORS = ("linear", "sqrt", "rank")
+"""How the strength of a color grows with an activation."""
 ABOVE = (0, 10, 25, 50, 75)
-"""Percent of the largest activation below which a token stays uncoloured."""
+"""Percent of the largest activation below which a token stays uncolored."""
 FOLDED = ("explanations", "verdicts", "where")
 """Parts of a page that are closed, and ask the store nothing, until the URL opens them."""
 
@@ -68,7 +68,7 @@ class View:
     dense: Shown = "any"
     explained: Shown = "any"
     bookmarked: bool = False
-    labelled: bool = False
+    labeled: bool = False
     list: str = ""
     """Only the features of this list."""
     among: tuple[int, ...] = ()
@@ -85,7 +85,7 @@ class View:
     """A bar of the histogram, whose activations are shown instead of a group."""
     role: str = "active"
     near: str = "decoder"
-    colours: str = "linear"
+    colors: str = "linear"
     above: int = 0
     lines: bool = False
     """Whether line breaks break the line."""
@@ -111,7 +111,7 @@ class View:
             dense=_one_of(SHOWN, params.get("dense")),
             explained=_one_of(SHOWN, params.get("explained")),
             bookmarked=params.get("bookmarked") == "1",
-            labelled=params.get("labelled") == "1",
+            labeled=params.get("labeled", params.get("labelled")) == "1",
             list=params.get("list", ""),
             among=_features(params.get("among")),
             columns=_names(params.get("columns"), (*columns, LABEL)),
@@ -124,7 +124,7 @@ class View:
             bin=bin if bin is not None and bin < HIST_BINS else None,
             role=_one_of(tuple(TOKEN_ROLES), params.get("role")),
             near=_one_of(tuple(NEIGHBOR_KINDS), params.get("near")),
-            colours=_one_of(COLOURS, params.get("colours")),
+            colors=_one_of(COLORS, params.get("colors", params.get("colours"))),
             above=_one_of(ABOVE, whole(params.get("above"))),
             lines=params.get("lines") == "1",
             distinct=params.get("distinct") == "1",
@@ -144,7 +144,7 @@ class View:
 
     def lists_all(self) -> bool:
         """Whether nothing is filtered out."""
-        chosen = (self.list, self.bookmarked, self.labelled)
+        chosen = (self.list, self.bookmarked, self.labeled)
         return not any(chosen) and not any(self.filters().values())
 
     def cleared(self) -> View:
@@ -152,7 +152,7 @@ class View:
         return View(
             sae=self.sae, sort=self.sort, descending=self.descending, columns=self.columns, group=self.group,
             window=self.window, histogram=self.histogram, role=self.role, near=self.near,
-            colours=self.colours, above=self.above, lines=self.lines, distinct=self.distinct, open=self.open,
+            colors=self.colors, above=self.above, lines=self.lines, distinct=self.distinct, open=self.open,
         )  # fmt: skip
 
     def toggled(self, part: str) -> View:

@@ -26,8 +26,8 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import streamlit as st
 
 from saebench.assets import cache_dir
-from saebench.errors import UserError
-from saebench.files import read_json, sha256_json
+from saebench.core.errors import UserError
+from saebench.core.files import read_json, sha256_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,7 +102,7 @@ class Work:
                 )
         return Progress(None, f"{time.monotonic() - self.started:.0f} s so far")
 
-    def complaint(self) -> str:
+    def error_message(self) -> str:
         """Why it failed, in a sentence."""
         lines = self._lines()
         for line in reversed(lines):

@@ -20,9 +20,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import saebench.progress
-from saebench.errors import UserError
-from saebench.files import sync_directory, write_json_atomic
+import saebench.core.progress
+from saebench.core.errors import UserError
+from saebench.core.files import sync_directory, write_json_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LINES_APART = 0.5
 LOOKS_APART = 1.0
 CLUSTERS = 8
-"""Of a map: as many as there are colours that everybody can tell apart."""
+"""Of a map: as many as there are colors that everybody can tell apart."""
 
 Tables = dict[str, "pd.DataFrame"]
 
@@ -110,7 +110,7 @@ FUNCTIONS: dict[str, Callable[..., tuple[dict[str, Any], Tables]]] = {
 
 
 def main(server: str, kind: str, arguments: str, folder: str) -> int:
-    saebench.progress.SECONDS_BETWEEN_LINES = LINES_APART
+    saebench.core.progress.SECONDS_BETWEEN_LINES = LINES_APART
     threading.Thread(target=_end_with, args=(int(server),), daemon=True).start()
     given = json.loads(arguments)
     try:

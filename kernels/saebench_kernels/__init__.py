@@ -1,6 +1,7 @@
 """Tensor operations that an SAE's step is made of; they know tensors and nothing of saebench."""
 
-from saebench_kernels.centre import centre
+from saebench_kernels.center import center
+from saebench_kernels.dispatch import is_fused
 from saebench_kernels.feature_choice_encode import feature_choice_encode
 from saebench_kernels.gathered_dots import gathered_dots
 from saebench_kernels.gradient_topk_encode import gradient_topk_encode
@@ -14,14 +15,13 @@ from saebench_kernels.matching_pursuit_gradients import matching_pursuit_gradien
 from saebench_kernels.mutual_choice_encode import mutual_choice_encode
 from saebench_kernels.orthogonal_pursuit_encode import orthogonal_pursuit_encode
 from saebench_kernels.rounded import kept_copy, rounded
-from saebench_kernels.routes import is_fused
 from saebench_kernels.sparse_decode import sparse_decode
 from saebench_kernels.threshold_encode import threshold_encode
 from saebench_kernels.topk_encode import topk_encode
 
 __all__ = [
     "LatentGroups",
-    "centre",
+    "center",
     "feature_choice_encode",
     "gathered_dots",
     "gradient_topk_encode",

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saebench_kernels.dispatch import is_fused
 from saebench_kernels.gathered_dots import gathered_dots
 from saebench_kernels.rounded import rounded
-from saebench_kernels.routes import is_fused
 
 _CPU_CHUNK_ELEMENTS = 1 << 20
 """Pre-activations made at once on a CPU: few enough to be in its cache when the largest are looked for."""

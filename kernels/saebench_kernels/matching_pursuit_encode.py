@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saebench_kernels.routes import is_fused
+from saebench_kernels.dispatch import is_fused
 from saebench_kernels.row_chunks import map_chunks
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ def orthogonal_pursuit_encode(
     negative, whatever the sign at which its atom was picked. A row also ends when the best atom lies within
     1% of the span of those it has.
 
-    The picked atoms are orthonormalised one after the other (Gram-Schmidt), so that a pick changes the
+    The picked atoms are orthonormalized one after the other (Gram-Schmidt), so that a pick changes the
     residual by one projection; the coefficients come from the triangular factor at the end. Every pick
     is proposed by a scan in ``scan_dtype``: the correlations change along the new basis vector, of which
     D D^T has no row.

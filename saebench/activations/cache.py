@@ -34,8 +34,8 @@ from saebench.activations.manifest import (
 )
 from saebench.activations.mapping import map_files
 from saebench.activations.shards import TORCH_DTYPES, check_shard, row_bytes, shard_path
-from saebench.errors import UserError
-from saebench.files import read_json, sha256_file, sha256_json
+from saebench.core.errors import UserError
+from saebench.core.files import read_json, sha256_file, sha256_json
 
 
 class ActivationCache:

@@ -9,12 +9,12 @@ import re
 
 import torch
 
-from saebench.activations.backward import LOGIT_BYTES
 from saebench.activations.manifest import gradient_dtype
-from saebench.activations.models import ModelInfo
 from saebench.activations.shards import row_bytes
 from saebench.config import HarvestConfig
-from saebench.files import human_bytes, require_disk
+from saebench.core.files import human_bytes, require_disk
+from saebench.sources.gradients import LOGIT_BYTES
+from saebench.sources.models import ModelInfo
 
 _FLOPS_PER_SECOND = {"cpu": 4e10, "cuda": 2e13}  # a core, a GPU
 _BASE_BYTES = 5e8

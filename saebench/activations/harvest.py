@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saebench.activations.background import work_ahead
 from saebench.activations.cache import ActivationCache, open_cache, vocab_bytes
 from saebench.activations.forecast import forecast
 from saebench.activations.manifest import (
@@ -26,23 +25,24 @@ from saebench.activations.manifest import (
     ColumnType,
     gradient_dtype,
 )
-from saebench.activations.models import Model, ModelInfo, load_model, peek_model
 from saebench.activations.packing import Batch, batches, pack
 from saebench.activations.shards import TORCH_DTYPES
-from saebench.activations.text import Document, read_documents, text_fingerprint
-from saebench.activations.tokens import Tokens
 from saebench.activations.writer import CacheWriter, inspect_target
 from saebench.config import HarvestConfig
-from saebench.device import pick_device
-from saebench.errors import UserError
-from saebench.fields import station
-from saebench.files import directory_lock
-from saebench.progress import progress
+from saebench.core.device import pick_device
+from saebench.core.errors import UserError
+from saebench.core.files import directory_lock
+from saebench.core.prefetch import prefetch
+from saebench.core.progress import progress
+from saebench.core.settings import accepts_settings
+from saebench.sources.models import Model, ModelInfo, load_model, peek_model
+from saebench.sources.text import Document, read_documents, text_fingerprint
+from saebench.sources.tokenizer import Tokens
 
 _BATCHES_AHEAD = 4
 
 
-@station(HarvestConfig)
+@accepts_settings(HarvestConfig)
 def harvest(config: HarvestConfig) -> ActivationCache:
     """Run ``config.model`` over ``config.text`` and write an activation cache to ``config.out``.
 
@@ -140,7 +140,7 @@ def _write_rows(
     labels: list[str] = []
     last_document = -1
     kept = writer.rows.keeps
-    batches_ahead = work_ahead(_batches(config, tokens, bos, documents, labels), _BATCHES_AHEAD)
+    batches_ahead = prefetch(_batches(config, tokens, bos, documents, labels), _BATCHES_AHEAD)
     with (
         contextlib.closing(batches_ahead) as made,
         progress("harvest", total=config.tokens, unit="tok", initial=kept, quiet=config.quiet) as bar,
@@ -175,12 +175,12 @@ def _documents(config: HarvestConfig) -> Iterator[Document]:
 def _batches(
     config: HarvestConfig, tokens: Tokens, bos: int | None, documents: Iterator[Document], labels: list[str]
 ) -> Iterator[Batch]:
-    def labelled() -> Iterator[Document]:
+    def labeled() -> Iterator[Document]:
         for document in documents:
             labels.append(document.label)
             yield document
 
-    contexts = pack(labelled(), tokens.encode, ctx=config.ctx, separator=tokens.separator, bos=bos)
+    contexts = pack(labeled(), tokens.encode, ctx=config.ctx, separator=tokens.separator, bos=bos)
     return batches(
         contexts,
         ctx=config.ctx,

@@ -21,10 +21,10 @@ from saebench.activations.manifest import (
 from saebench.activations.shards import DATA_START, TORCH_DTYPES, row_bytes
 from saebench.activations.writer import CacheWriter, inspect_target
 from saebench.config import ImportConfig
-from saebench.errors import UserError
-from saebench.fields import station
-from saebench.files import directory_lock, require_disk, sha256_file
-from saebench.progress import progress
+from saebench.core.errors import UserError
+from saebench.core.files import directory_lock, require_disk, sha256_file
+from saebench.core.progress import progress
+from saebench.core.settings import accepts_settings
 
 HELD_OUT_SHARE = 20
 _CHUNK_BYTES = 16 << 20
@@ -47,7 +47,7 @@ class _Source:
             yield first, min(first + step, self.n_rows)
 
 
-@station(ImportConfig)
+@accepts_settings(ImportConfig)
 def import_activations(config: ImportConfig) -> ActivationCache:
     """Make an activation cache of the array in ``config.source``, [n, d_in], reading it in pieces.
 

@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saebench.activations.background import work_ahead
 from saebench.activations.cache import ActivationCache
 from saebench.activations.mapping import populate
-from saebench.activations.order import RowOrder, Span
-from saebench.errors import UserError
-from saebench.files import human_bytes
+from saebench.activations.shuffle import RowOrder, Span
+from saebench.core.errors import UserError
+from saebench.core.files import human_bytes
+from saebench.core.prefetch import prefetch
 
 _BATCHES_HELD_BACK = 4  # glibc keeps freed blocks of twice the largest one, in every thread that allocates
 
@@ -118,7 +118,7 @@ class Loader:
         On a GPU they pass through pinned memory and are copied on a stream of their own. Exceptions in the
         thread are raised here; closing the iterator ends the thread.
         """
-        with contextlib.closing(work_ahead(self._produce(start, stop), self._prefetch)) as made:
+        with contextlib.closing(prefetch(self._produce(start, stop), self._prefetch)) as made:
             for columns, copied in made:
                 if copied is not None:
                     stream = torch.cuda.current_stream(self.device)
@@ -133,7 +133,7 @@ class Loader:
         """The columns of each batch on ``device``, with the event that ends their copy to a GPU."""
         copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         numbers = itertools.count(start) if stop is None else range(start, stop)
-        ordered = work_ahead(((i, self.rows(i)) for i in numbers), min(1, self._prefetch))
+        ordered = prefetch(((i, self.rows(i)) for i in numbers), min(1, self._prefetch))
         with (
             contextlib.closing(_Readahead(self._order, self._columns)) as readahead,
             contextlib.closing(ordered),

@@ -1,4 +1,4 @@
-"""The manifest of an activation cache: what it holds, and how each file of it is recognised.
+"""The manifest of an activation cache: what it holds, and how each file of it is recognized.
 
 manifest.json is written last, so a directory with one is complete. It holds no times and no paths but the
 names the user gave, so that equal harvests make equal bytes:
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from saebench.activations.shards import TORCH_DTYPES
-from saebench.errors import UserError
-from saebench.files import read_json
+from saebench.core.errors import UserError
+from saebench.core.files import read_json
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "saebench activation cache"

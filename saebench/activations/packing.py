@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from saebench.activations.text import Document, is_held_out
+from saebench.sources.text import Document, is_held_out
 
 Int32 = npt.NDArray[np.int32]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saebench.errors import UserError
-from saebench.files import atomic_file
+from saebench.core.errors import UserError
+from saebench.core.files import atomic_file
 
 DATA_START = 65_536
 TENSOR_NAME = "data"

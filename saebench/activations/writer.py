@@ -30,8 +30,8 @@ from saebench.activations.manifest import (
     read_manifest,
 )
 from saebench.activations.shards import TORCH_DTYPES, check_shard, shard_path, write_shard
-from saebench.errors import UserError
-from saebench.files import (
+from saebench.core.errors import UserError
+from saebench.core.files import (
     TEMPORARY_SUFFIX,
     require_writable,
     sentence_for_os_errors,
@@ -61,9 +61,9 @@ def inspect_target(path: Path, identity: Mapping[str, Any]) -> State:
         _require_same(path, _read_journal(path)[0], identity)
         return "unfinished"
     names = [entry.name for entry in path.iterdir()] if path.exists() else []
-    strangers = sorted(name for name in names if name != LOCK_NAME and not name.endswith(TEMPORARY_SUFFIX))
-    if strangers:
-        raise UserError(f"{path} is no cache but holds {strangers[0]!r}; choose another --out")
+    unexpected = sorted(name for name in names if name != LOCK_NAME and not name.endswith(TEMPORARY_SUFFIX))
+    if unexpected:
+        raise UserError(f"{path} is no cache but holds {unexpected[0]!r}; choose another --out")
     return "empty"
 
 

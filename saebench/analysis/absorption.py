@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saebench.analysis.mounting import open_for, read_sae
-from saebench.errors import UserError
+from saebench.analysis.attach import open_for, read_sae
+from saebench.core.errors import UserError
+from saebench.core.progress import progress
 from saebench.evaluation.measure import require_width
-from saebench.evaluation.sources import first_rows
-from saebench.progress import progress
+from saebench.evaluation.samples import first_rows
 from saebench.saes.base import SAE
 from saebench.store.geometry import nearest_rows
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from saebench.activations.cache import ActivationCache
-    from saebench.progress import Progress
+    from saebench.core.progress import Progress
 
 CANDIDATES = 16
 TYPICAL = 0.1

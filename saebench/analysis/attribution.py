@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from saebench.analysis.attach import AttachedSAE, Prompt, attach, check_positions
 from saebench.analysis.interventions import Edit, logits_of
-from saebench.analysis.mounting import Mounted, Prompt, check_positions, mount
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store.text import token_text
 from saebench_kernels import gathered_dots
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from saebench.activations.models import Model
     from saebench.saes.base import SAE
+    from saebench.sources.models import Model
 
 WAYS = ("gradient", "direct")
 
@@ -80,7 +80,7 @@ def logit_attribution(
     ['feature', 'pos', 'token', 'value', 'attribution', 'effect']
 
     Args:
-        text: one prompt, tokenised as a harvest does.
+        text: one prompt, tokenized as a harvest does.
         sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
         model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
         hook: where the SAE reads; by default where it was trained.
@@ -102,26 +102,26 @@ def logit_attribution(
         raise UserError(f"by is {by!r}; give {' or '.join(map(repr, WAYS))}")
     if not isinstance(check, int) or check < 0:
         raise UserError(f"check is {check!r:.60}; give how many latents to set to 0, one at a time, or 0")
-    mounted = mount(sae, model, hook, bos)
-    prompt = mounted.read(text)
+    attached = attach(sae, model, hook, bos)
+    prompt = attached.read(text)
     at = _position(position, len(prompt))
     if at == 0 and not keep_first:
         raise UserError(
             "position 0 reads nothing but itself, and is left out; give a later one or keep_first=True"
         )
     if target is not None:
-        _tokens(mounted, target, against)  # complains before the model runs
-    if by == "direct" and not mounted.model.residual_hook(mounted.hook):
+        _tokens(attached, target, against)  # complains before the model runs
+    if by == "direct" and not attached.model.residual_hook(attached.hook):
         raise UserError(
-            f"by is 'direct', but {mounted.hook} is not in the residual stream, which is all that the "
+            f"by is 'direct', but {attached.hook} is not in the residual stream, which is all that the "
             "unembedding reads; give by='gradient'"
         )
-    clean_BTV = logits_of(mounted, prompt.ids)
+    clean_BTV = logits_of(attached, prompt.ids)
     likeliest = int(clean_BTV[0, at].argmax())
-    score = _Score(at, *_tokens(mounted, likeliest if target is None else target, against))
-    slope_TD = _direct(mounted, prompt, score) if by == "direct" else _gradient(mounted, prompt, score)
+    score = _Score(at, *_tokens(attached, likeliest if target is None else target, against))
+    slope_TD = _direct(attached, prompt, score) if by == "direct" else _gradient(attached, prompt, score)
     first = at if by == "direct" else 0 if keep_first else 1
-    latents = _latents(mounted, prompt, slope_TD, range(first, at + 1))
+    latents = _latents(attached, prompt, slope_TD, range(first, at + 1))
     clean = float(score(clean_BTV))
     correlation = None
     if check:
@@ -129,11 +129,11 @@ def logit_attribution(
         for row in range(min(check, len(latents))):
             edit = Edit([int(latents.at[row, "feature"])], "clamp", 0.0, [int(latents.at[row, "pos"])])
             with torch.no_grad():
-                latents.loc[row, "effect"] = clean - float(score(logits_of(mounted, prompt.ids, edit)))
+                latents.loc[row, "effect"] = clean - float(score(logits_of(attached, prompt.ids, edit)))
         tried = latents.head(check)
         if tried["attribution"].nunique() > 1 and tried["effect"].nunique() > 1:
             correlation = float(tried["attribution"].corr(tried["effect"]))
-    return Attribution(latents, clean, correlation, token_text(mounted.vocab[score.target]))
+    return Attribution(latents, clean, correlation, token_text(attached.vocab[score.target]))
 
 
 @dataclass(frozen=True)
@@ -153,30 +153,30 @@ class _Score:
         return last_V[..., self.target] - other
 
 
-def _gradient(mounted: Mounted, prompt: Prompt, score: _Score) -> Tensor:
+def _gradient(attached: AttachedSAE, prompt: Prompt, score: _Score) -> Tensor:
     """[T, D]: dL/dx at the hook; with the error held fixed it is also the gradient at decode(z)."""
-    _, gradients = mounted.model.gradients(
-        prompt.ids_1T, torch.tensor([len(prompt)]), [mounted.hook], of=score
+    _, gradients = attached.model.gradients(
+        prompt.ids_1T, torch.tensor([len(prompt)]), [attached.hook], of=score
     )
-    return gradients[mounted.hook][0]
+    return gradients[attached.hook][0]
 
 
-def _direct(mounted: Mounted, prompt: Prompt, score: _Score) -> Tensor:
+def _direct(attached: AttachedSAE, prompt: Prompt, score: _Score) -> Tensor:
     """[T, D]: u / s at the position of the score, 0 elsewhere."""
-    direction_D = score.of(mounted.model.unembedding())
-    scale = mounted.model.final_scale(prompt.ids_1T)[0, score.position]
+    direction_D = score.of(attached.model.unembedding())
+    scale = attached.model.final_scale(prompt.ids_1T)[0, score.position]
     slope_TD = torch.zeros(len(prompt), len(direction_D))
     slope_TD[score.position] = direction_D / scale.cpu()
     return slope_TD
 
 
 @torch.no_grad()
-def _latents(mounted: Mounted, prompt: Prompt, slope_TD: Tensor, positions: range) -> pd.DataFrame:
+def _latents(attached: AttachedSAE, prompt: Prompt, slope_TD: Tensor, positions: range) -> pd.DataFrame:
     """The report: z_i d_i . slope of every latent that fires at ``positions``."""
     import pandas as pd
 
-    sae = mounted.sae
-    x_TD = mounted.model.run_to(prompt.ids_1T, [mounted.hook])[mounted.hook][0]
+    sae = attached.sae
+    x_TD = attached.model.run_to(prompt.ids_1T, [attached.hook])[attached.hook][0]
     pos_E, feature_E, value_E = sae.encode(x_TD.to(sae.W_dec.device)).merged()
     starts_T = torch.searchsorted(pos_E, torch.arange(len(prompt), device=pos_E.device))
     slope_E = gathered_dots(feature_E, starts_T, slope_TD.to(sae.W_dec), sae.W_dec)
@@ -195,32 +195,32 @@ def _position(position: int, length: int) -> int:
     return at
 
 
-def _tokens(mounted: Mounted, target: str | int, against: str | int | None) -> tuple[int, int | None]:
-    chosen = _token(mounted, target, "target")
+def _tokens(attached: AttachedSAE, target: str | int, against: str | int | None) -> tuple[int, int | None]:
+    chosen = _token(attached, target, "target")
     if against is None:
         return chosen, None
-    other = _token(mounted, against, "against")
+    other = _token(attached, against, "against")
     if chosen == other:
         raise UserError(f"target and against are both token {chosen} ({target!r:.60}); give two that differ")
     return chosen, other
 
 
-def _token(mounted: Mounted, token: str | int, name: str) -> int:
+def _token(attached: AttachedSAE, token: str | int, name: str) -> int:
     """The id of one token."""
     if isinstance(token, str):
-        ids = mounted.model.tokens.encode(token)
+        ids = attached.model.tokens.encode(token)
         if len(ids) == 1:
             return ids[0]
-        pieces = ", ".join(repr(token_text(mounted.vocab[id])) for id in ids[:8])
+        pieces = ", ".join(repr(token_text(attached.vocab[id])) for id in ids[:8])
         what = f"{len(ids)} tokens ({pieces}{', ...' if len(ids) > 8 else ''})" if ids else "no token"
         raise UserError(f"{name} is {token!r:.60}, which is {what}; give exactly one, or an id")
     try:
         id = operator.index(token)
     except TypeError:
         raise UserError(f"{name} is {token!r:.60}; give a token as a string, or its id") from None
-    if not 0 <= id < mounted.model.vocab_size:
+    if not 0 <= id < attached.model.vocab_size:
         raise UserError(
-            f"{name} is {id}, which is no token of {mounted.model.name}; "
-            f"give 0 to {mounted.model.vocab_size - 1}"
+            f"{name} is {id}, which is no token of {attached.model.name}; "
+            f"give 0 to {attached.model.vocab_size - 1}"
         )
     return id

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from saebench.codes import SparseCodes
+    from saebench.core.codes import SparseCodes
 
 BLOCK_BYTES = 2**27
 CONSTANT = 1e-12

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saebench.analysis.attach import run_folder
 from saebench.analysis.contexts import draw_contexts
 from saebench.analysis.effects import LossEffects, loss_effects
-from saebench.analysis.mounting import run_folder
 from saebench.config import EffectsConfig
-from saebench.device import pick_device
-from saebench.errors import UserError
-from saebench.evaluation.sources import read_origin
-from saebench.fields import station
-from saebench.files import directory_lock
+from saebench.core.device import pick_device
+from saebench.core.errors import UserError
+from saebench.core.files import directory_lock
+from saebench.core.settings import accepts_settings
+from saebench.evaluation.samples import read_origin
 from saebench.saes.base import SAE, load
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 EXTRA = "effects"
 
 
-@station(EffectsConfig)
+@accepts_settings(EffectsConfig)
 def index_effects(config: EffectsConfig) -> LossEffects:
     """Measure `loss_effects` of an SAE and publish them as columns of its feature table in ``config.store``.
 
@@ -42,7 +42,7 @@ def index_effects(config: EffectsConfig) -> LossEffects:
             raises.
     """
     from saebench.activations.cache import open_cache
-    from saebench.activations.models import load_model
+    from saebench.sources.models import load_model
 
     cache = open_cache(config.cache or _trained_on(config.run))
     device = pick_device(config.device)

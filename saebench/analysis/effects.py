@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from saebench.activations.backward import contexts_at_once, summed_cross_entropy
+from saebench.analysis.attach import AttachedSAE, attach, check_features, open_for
 from saebench.analysis.contexts import Place, draw_contexts
-from saebench.analysis.mounting import Mounted, check_features, mount, open_for
-from saebench.errors import UserError
-from saebench.progress import progress
+from saebench.core.errors import UserError
+from saebench.core.progress import progress
 from saebench.saes.base import SAE
+from saebench.sources.gradients import contexts_at_once, summed_cross_entropy
 from saebench_kernels import gathered_dots
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from saebench.activations.cache import ActivationCache
-    from saebench.activations.models import Model
+    from saebench.sources.models import Model
 
 ROWS = ("held-out", "all")
 
@@ -113,19 +113,19 @@ def loss_effects(
         if not isinstance(value, int) or value < least:
             raise UserError(f"{name} is {value!r:.60}; give a whole number, at least {least}")
     opened = open_for(sae, cache=cache)
-    mounted = mount(sae, model, hook)
-    if opened.model is not None and opened.model["hash"] != mounted.model.hash:
+    attached = attach(sae, model, hook)
+    if opened.model is not None and opened.model["hash"] != attached.model.hash:
         raise UserError(
-            f"the cache {opened.path} was made by {opened.model['name']}, which is not {mounted.model.name} "
+            f"the cache {opened.path} was made by {opened.model['name']}, which is not {attached.model.name} "
             "(their hashes differ); name its own model"
         )
-    wanted_M = torch.zeros(mounted.sae.d_sae, dtype=torch.bool)
-    wanted_M[slice(None) if features is None else check_features(features, mounted.sae)] = True
+    wanted_M = torch.zeros(attached.sae.d_sae, dtype=torch.bool)
+    wanted_M[slice(None) if features is None else check_features(features, attached.sae)] = True
     drawn = draw_contexts(opened, sample, rows=rows, seed=seed)
     sums = _Sums(wanted_M)
     with progress("effects", total=len(drawn), unit="ctx", quiet=quiet) as bar:
         for place in drawn:
-            sums.add(_Read.of(mounted, place), contexts)
+            sums.add(_Read.of(attached, place), contexts)
             bar.update(1)
     return sums.result(len(drawn))
 
@@ -134,7 +134,7 @@ def loss_effects(
 class _Read:
     """A context as the model and the SAE see it."""
 
-    mounted: Mounted
+    attached: AttachedSAE
     place: Place
     x_1TD: Tensor
     logp_TV: Tensor
@@ -147,19 +147,19 @@ class _Read:
     """- z d . dL/dx of each entry."""
 
     @classmethod
-    def of(cls, mounted: Mounted, place: Place) -> _Read:
-        sae, ids_1T, length = mounted.sae, place.ids_T[None], torch.tensor([len(place.ids_T)])
+    def of(cls, attached: AttachedSAE, place: Place) -> _Read:
+        sae, ids_1T, length = attached.sae, place.ids_T[None], torch.tensor([len(place.ids_T)])
         seen: list[Tensor] = []
 
         def loss(logits_1TV: Tensor) -> Tensor:
             seen.append(logits_1TV.detach())
             return summed_cross_entropy(logits_1TV, ids_1T, length)
 
-        x, gradients = mounted.model.gradients(ids_1T, length, [mounted.hook], of=loss)
-        x_1TD, gradient_TD = x[mounted.hook], gradients[mounted.hook][0]
+        x, gradients = attached.model.gradients(ids_1T, length, [attached.hook], of=loss)
+        x_1TD, gradient_TD = x[attached.hook], gradients[attached.hook][0]
         if not (seen[0].isfinite().all() and x_1TD.isfinite().all()):
             raise UserError(
-                f"what {mounted.model.name} computes on context {place.ctx} holds NaN or infinity; "
+                f"what {attached.model.name} computes on context {place.ctx} holds NaN or infinity; "
                 "load the model in fp32, or get its weights again"
             )
         first = int(place.positions.min())
@@ -170,7 +170,7 @@ class _Read:
             slope_TD = gradient_TD[place.positions].to(sae.W_dec)
             slope_E = gathered_dots(latent_E, starts, slope_TD, sae.W_dec)
             return cls(
-                mounted=mounted, place=place, x_1TD=x_1TD, first=first,
+                attached=attached, place=place, x_1TD=x_1TD, first=first,
                 logp_TV=seen[0][0, first:-1].float().log_softmax(-1),
                 codes=(place.positions.to(device)[row_E], latent_E, value_E),
                 estimate_E=(-value_E * slope_E).cpu(),
@@ -184,7 +184,7 @@ class _Read:
     def without(self, features: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Effect and KL, each float64 [F] summed over tokens, of taking out latents, one alone at a time."""
         position_E, latent_E, value_E = self.codes
-        W_MD, length = self.mounted.sae.W_dec, len(self.place.ids_T)
+        W_MD, length = self.attached.sae.W_dec, len(self.place.ids_T)
         target_T1 = self.place.ids_T[self.first + 1 :, None].to(self.logp_TV.device)
         own_T = self.logp_TV.gather(1, target_T1)[:, 0].double()
         p_TV = self.logp_TV.exp()
@@ -194,8 +194,8 @@ class _Read:
             which, entry = (some[:, None] == latent_E).nonzero(as_tuple=True)
             value_FT[which, position_E[entry]] = value_E[entry]
             taken_FTD = (value_FT[:, :, None] * W_MD[some][:, None]).to(self.x_1TD.device)
-            logits_FTV = self.mounted.model.variants(
-                self.place.ids_T[None], self.mounted.hook, self.x_1TD.float() - taken_FTD
+            logits_FTV = self.attached.model.variants(
+                self.place.ids_T[None], self.attached.hook, self.x_1TD.float() - taken_FTD
             )[:, self.first : -1]
             begins_F = (value_FT != 0).int().argmax(
                 dim=1

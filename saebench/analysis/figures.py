@@ -10,9 +10,10 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saebench.analysis.looks import COLD, HEAT, HOT, KINDS, SCALE, TEXT, counts, note, styled, visible
-from saebench.course import read_course
-from saebench.errors import UserError
+from saebench.analysis.plot_style import COLD, HEAT, HOT, KINDS, SCALE, TEXT, counts, note, styled, visible
+from saebench.core.deprecation import renamed_arguments
+from saebench.core.errors import UserError
+from saebench.runs.metrics_log import read_metrics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -209,10 +210,11 @@ def prompt_heatmap(found: pd.DataFrame, top: int = 20, *, keep_first: bool = Fal
     )
 
 
+@renamed_arguments(colour="color")
 def decoder_scatter(
-    points: pd.DataFrame, colour: str = "cluster", features: pd.DataFrame | None = None
+    points: pd.DataFrame, color: str = "cluster", features: pd.DataFrame | None = None
 ) -> go.Figure:
-    """The map of `decoder_map`, each latent a point, coloured by its cluster or by a number.
+    """The map of `decoder_map`, each latent a point, colored by its cluster or by a number.
 
     >>> points = sb.decoder_map(run, n_clusters=3)
     >>> figure = sb.figures.decoder_scatter(points, "density", store.features())
@@ -221,7 +223,7 @@ def decoder_scatter(
 
     Args:
         points: columns feature, x, y, cluster, as `decoder_map` gives them.
-        colour: 'cluster', or a column of numbers of ``points`` or ``features``; density is shown by its
+        color: 'cluster', or a column of numbers of ``points`` or ``features``; density is shown by its
             logarithm.
         features: as `FeatureStore.features` gives them; top_token is shown with each point.
 
@@ -236,11 +238,11 @@ def decoder_scatter(
         _require(features, "features", "what store.features() gives", "feature")
         more = features[[name for name in features if name == "feature" or name not in points]]
         points = points.merge(more, on="feature", how="left")
-    if colour not in points or not np.issubdtype(points[colour].dtype, np.number):
+    if color not in points or not np.issubdtype(points[color].dtype, np.number):
         numbers = [str(name) for name in points.select_dtypes("number") if name not in ("feature", "x", "y")]
-        raise UserError(f"colour is {colour!r}; give one of {', '.join(numbers)}")
+        raise UserError(f"color is {color!r}; give one of {', '.join(numbers)}")
     if len(points) > MOST_POINTS:
-        return _map_cells(points, colour)
+        return _map_cells(points, color)
     token = [
         visible(text) if isinstance(text, str) else "" for text in points.get("top_token", [""] * len(points))
     ]
@@ -249,7 +251,7 @@ def decoder_scatter(
     )
     common = {"mode": "markers", "hovertemplate": "%{text}<extra></extra>"}
     figure = go.Figure()
-    if colour == "cluster":
+    if color == "cluster":
         for (cluster, group), kind in zip(points.groupby("cluster"), itertools.cycle(KINDS), strict=False):
             figure.add_trace(
                 go.Scattergl(x=group["x"], y=group["y"], text=group["_hover"], name=f"{cluster}",
@@ -258,8 +260,8 @@ def decoder_scatter(
             )  # fmt: skip
         figure.update_layout(legend={"title": {"text": "cluster"}, "itemsizing": "constant"})
     else:
-        values, name = points[colour].to_numpy(dtype="float64"), colour
-        if colour == "density":
+        values, name = points[color].to_numpy(dtype="float64"), color
+        if color == "density":
             values, name = np.log10(np.where(values > 0, values, np.nan)), "log10 density"
         bar = {"title": {"text": name}, "thickness": 12, "outlinewidth": 0}
         marker = {"color": values, "colorscale": SCALE, "size": 5, "opacity": 0.8, "colorbar": bar}
@@ -267,10 +269,10 @@ def decoder_scatter(
             go.Scattergl(x=points["x"], y=points["y"], text=points["_hover"],
                          customdata=points["feature"].tolist(), marker=marker, **common)
         )  # fmt: skip
-    return _bare(figure).update_layout(showlegend=colour == "cluster")
+    return _bare(figure).update_layout(showlegend=color == "cluster")
 
 
-def _map_cells(points: pd.DataFrame, colour: str) -> go.Figure:
+def _map_cells(points: pd.DataFrame, color: str) -> go.Figure:
     """The map as a grid: how many points are in each cell, or the mean of their numbers."""
     import numpy as np
     import plotly.graph_objects as go
@@ -278,16 +280,16 @@ def _map_cells(points: pd.DataFrame, colour: str) -> go.Figure:
     x, y = (points[name].to_numpy(dtype="float64") for name in ("x", "y"))
     count, x_edges, y_edges = np.histogram2d(x, y, MAP_CELLS)
     with np.errstate(divide="ignore", invalid="ignore"):
-        if colour == "cluster":
+        if color == "cluster":
             shown, name = np.log10(count), "log10 latents"
         else:
-            values = points[colour].to_numpy(dtype="float64")
+            values = points[color].to_numpy(dtype="float64")
             known = np.isfinite(values)
             cells = (x_edges, y_edges)
             total = np.histogram2d(x[known], y[known], cells, weights=values[known])[0]
             shown = total / np.histogram2d(x[known], y[known], cells)[0]
-            name = colour
-            if colour == "density":
+            name = color
+            if color == "density":
                 shown, name = np.log10(shown), "log10 density"
     heat = go.Heatmap(
         x=(x_edges[1:] + x_edges[:-1]) / 2, y=(y_edges[1:] + y_edges[:-1]) / 2,
@@ -376,16 +378,16 @@ def training_curves(
     *,
     log: bool = False,
 ) -> go.Figure:
-    """The course of one or several trainings, a panel a measure, a colour a run.
+    """The course of one or several trainings, a panel a measure, a color a run.
 
     >>> sb.figures.training_curves(run, ["fvu"]).data[0].y[-1] < 1
     True
-    >>> sb.figures.training_curves({"mine": store.train_course()}, ["fvu"], log=True).layout.yaxis.type
+    >>> sb.figures.training_curves({"mine": store.metrics_wide()}, ["fvu"], log=True).layout.yaxis.type
     'log'
 
     Args:
         runs: run directories, or name -> table with a column for each measure, as
-            `FeatureStore.train_course` gives it.
+            `FeatureStore.metrics_wide` gives it.
         measures: names in their metrics.jsonl.
         log: logarithmic axes of the measures.
 
@@ -434,7 +436,7 @@ def _courses(runs: Any) -> list[tuple[str, pd.DataFrame]]:
     if isinstance(runs, Mapping):
         return list(runs.items())
     folders = [Path(runs)] if isinstance(runs, str | PathLike) else [Path(run) for run in runs]
-    return [(folder.resolve().name, read_course(folder)) for folder in dict.fromkeys(folders)]
+    return [(folder.resolve().name, read_metrics(folder)) for folder in dict.fromkeys(folders)]
 
 
 def _require(frame: pd.DataFrame, name: str, origin: str, *columns: str) -> None:

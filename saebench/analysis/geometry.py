@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saebench.analysis.layout import neighbour_layout, principal_layout
-from saebench.analysis.mounting import read_sae
-from saebench.errors import UserError
+from saebench.analysis.attach import read_sae
+from saebench.analysis.umap import neighbor_layout, principal_layout
+from saebench.core.deprecation import renamed_arguments
+from saebench.core.errors import UserError
 from saebench.saes.base import SAE
 
 if TYPE_CHECKING:
@@ -54,12 +55,13 @@ class Redundancy:
 
 
 @torch.no_grad()
+@renamed_arguments(neighbours="neighbors")
 def decoder_map(
     sae: SAE | str | Path,
     method: str = "pca",
     *,
     n_clusters: int = 8,
-    neighbours: int = 15,
+    neighbors: int = 15,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Every latent as a point of the plane: feature, x, y, cluster.
@@ -67,7 +69,7 @@ def decoder_map(
     By 'pca' the points are the unit decoder rows on their first two principal axes: exact, and the same
     for everyone, but two axes show little of many directions. By 'umap' near directions become near points,
     by our own torch implementation of UMAP's objective (McInnes et al. 2018, arXiv 1802.03426) on the
-    exact nearest neighbours by cosine, begun from the principal axes: which points are neighbours means
+    exact nearest neighbors by cosine, begun from the principal axes: which points are neighbors means
     something, large distances do not. ``cluster`` is that of `clusters`, found among directions, not in the
     plane.
 
@@ -79,7 +81,7 @@ def decoder_map(
         sae: a run directory, or an SAE in memory.
         method: 'pca' or 'umap'.
         n_clusters: of ``cluster``, the largest being 0.
-        neighbours: of each latent, that 'umap' keeps near.
+        neighbors: of each latent, that 'umap' keeps near.
         seed: of the clusters' beginnings, and of 'umap'; the same gives the same.
 
     Raises:
@@ -88,14 +90,14 @@ def decoder_map(
     """
     if method not in METHODS:
         raise UserError(f"method is {method!r}; give {' or '.join(map(repr, METHODS))}")
-    if neighbours < 2:
-        raise UserError(f"neighbours is {neighbours}; give at least 2")
+    if neighbors < 2:
+        raise UserError(f"neighbors is {neighbors}; give at least 2")
     unit_MD = _directions(sae)
     if len(unit_MD) < 3:
         raise UserError(f"the SAE has {len(unit_MD)} latents; a map needs at least 3")
     found = _clustered(unit_MD, n_clusters, seed)
     points_M2 = (
-        principal_layout(unit_MD) if method == "pca" else neighbour_layout(unit_MD, neighbours, seed=seed)
+        principal_layout(unit_MD) if method == "pca" else neighbor_layout(unit_MD, neighbors, seed=seed)
     )
     found.insert(1, "x", points_M2[:, 0].numpy())
     found.insert(2, "y", points_M2[:, 1].numpy())
@@ -173,7 +175,7 @@ def _clustered(unit_MD: Tensor, n: int, seed: int) -> pd.DataFrame:
 
     if not 1 <= n <= len(unit_MD):
         raise UserError(f"the number of clusters is {n}; give 1 to {len(unit_MD)}, the number of latents")
-    centre_CD = _beginnings(unit_MD, n, seed)
+    centre_CD = _kmeanspp_init(unit_MD, n, seed)
     cluster_M = torch.full((len(unit_MD),), -1)
     for _ in range(MOST_ROUNDS):
         cosine_M, nearest_M = _nearest(unit_MD, centre_CD)
@@ -196,7 +198,7 @@ def _clustered(unit_MD: Tensor, n: int, seed: int) -> pd.DataFrame:
     )
 
 
-def _beginnings(unit_MD: Tensor, n: int, seed: int) -> Tensor:
+def _kmeanspp_init(unit_MD: Tensor, n: int, seed: int) -> Tensor:
     """[C, D]: rows; each is the best of a few drawn with a probability that grows with 1 - cosine to those
     before (greedy k-means++)."""
     generator = torch.Generator().manual_seed(seed)
@@ -229,7 +231,7 @@ def _without_empty(cluster_M: Tensor, cosine_M: Tensor, n: int) -> Tensor:
 
 
 def _nearest(unit_MD: Tensor, centre_CD: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest cosine [M] of each row with a centre, and which that is [M]; in blocks."""
+    """The largest cosine [M] of each row with a center, and which that is [M]; in blocks."""
     block = max(1, BLOCK_BYTES // (4 * len(centre_CD)))
     found = [(part_BD @ centre_CD.T).max(dim=1) for part_BD in torch.split(unit_MD, block)]
     return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])

@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saebench.analysis.mounting import Mounted, Positions, Prompt, check_features, check_positions, mount
-from saebench.codes import SparseCodes
-from saebench.errors import UserError
+from saebench.analysis.attach import AttachedSAE, Positions, Prompt, attach, check_features, check_positions
+from saebench.core.codes import SparseCodes
+from saebench.core.errors import UserError
+from saebench.core.settings import at_least
 from saebench.evaluation.faithfulness import cross_entropies, kl_divergences, replace_at
-from saebench.fields import at_least
 from saebench.store.text import token_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from saebench.activations.models import Model
     from saebench.saes.base import SAE
+    from saebench.sources.models import Model
 
 MODES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "add": lambda values, strength: values + strength,
@@ -67,13 +67,13 @@ class Edit:
     onwards: range | None = None
     """Positions behind the prompt that are edited as well, as they are generated."""
 
-    def spliced(self, mounted: Mounted, length: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    def spliced(self, attached: AttachedSAE, length: int) -> dict[str, Callable[[Tensor], Tensor]]:
         """The edit for `Model.logits` over one context of ``length`` tokens."""
         keep_BT = torch.zeros(1, length, dtype=torch.bool)
         keep_BT[0, self.positions] = True
         if self.onwards is not None:
             keep_BT[0, [position for position in self.onwards if position < length]] = True
-        return {mounted.hook: replace_at(keep_BT, lambda x_PD: self.apply(mounted.sae, x_PD))}
+        return {attached.hook: replace_at(keep_BT, lambda x_PD: self.apply(attached.sae, x_PD))}
 
     def apply(self, sae: SAE, x_PD: Tensor) -> Tensor:
         """x + decode(z') - decode(z) of rows, [P, D] float32; decoding is linear but for b_dec."""
@@ -117,7 +117,7 @@ def ablate(
     True
 
     Args:
-        text: one prompt, tokenised as a harvest does.
+        text: one prompt, tokenized as a harvest does.
         features: one or many latents, set to 0 together.
         sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
         model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
@@ -129,12 +129,12 @@ def ablate(
         UserError: an unknown latent, a position outside the text, an empty or too long text, no such SAE,
             model or hook, or another model than the SAE's.
     """
-    mounted = mount(sae, model, hook, bos)
-    prompt = mounted.read(text)
-    edit = Edit(check_features(features, mounted.sae), "clamp", 0.0, check_positions(positions, len(prompt)))
+    attached = attach(sae, model, hook, bos)
+    prompt = attached.read(text)
+    edit = Edit(check_features(features, attached.sae), "clamp", 0.0, check_positions(positions, len(prompt)))
     if not edit.positions:
         raise _nothing_to_edit(positions, len(prompt))
-    clean_BTV, edited_BTV = (logits_of(mounted, prompt.ids, one) for one in (None, edit))
+    clean_BTV, edited_BTV = (logits_of(attached, prompt.ids, one) for one in (None, edit))
     return _effects(prompt, clean_BTV, edited_BTV, edit)
 
 
@@ -164,7 +164,7 @@ def steer(
     True
 
     Args:
-        text: one prompt, tokenised as a harvest does.
+        text: one prompt, tokenized as a harvest does.
         features: one or many latents, all changed in the same way.
         sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
         model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
@@ -190,23 +190,23 @@ def steer(
     if mode not in MODES:
         raise UserError(f"mode is {mode!r}; give {', '.join(map(repr, MODES))}")
     generation = Generation(new_tokens, temperature, seed, on_token or _nothing)
-    mounted = mount(sae, model, hook, bos)
-    prompt = mounted.read(text, room=new_tokens)
-    chosen = check_features(features, mounted.sae)
+    attached = attach(sae, model, hook, bos)
+    prompt = attached.read(text, room=new_tokens)
+    chosen = check_features(features, attached.sae)
     at, onwards = check_positions(positions, len(prompt)), _onwards(positions, len(prompt), new_tokens)
     if not at and not onwards:
         raise _nothing_to_edit(positions, len(prompt))
-    clean_BTV = logits_of(mounted, prompt.ids)
-    clean = mounted.text(generation.run(mounted, prompt, None))
+    clean_BTV = logits_of(attached, prompt.ids)
+    clean = attached.text(generation.run(attached, prompt, None))
     effects, texts, nexts = [], [], []
     for value in strengths:
         edit = Edit(chosen, mode, value, at, onwards)
-        edited_BTV = logits_of(mounted, prompt.ids, edit)
+        edited_BTV = logits_of(attached, prompt.ids, edit)
         effects.append(_effects(prompt, clean_BTV, edited_BTV, edit))
-        nexts.append(_next_tokens(mounted, clean_BTV[0, -1], edited_BTV[0, -1]))
+        nexts.append(_next_tokens(attached, clean_BTV[0, -1], edited_BTV[0, -1]))
         for frame in (effects[-1], nexts[-1]):
             frame.insert(0, "strength", value)
-        steered = mounted.text(generation.run(mounted, prompt, edit))
+        steered = attached.text(generation.run(attached, prompt, edit))
         texts.append({"strength": value, "clean": clean, "steered": steered})
     return Steering(
         pd.concat(effects, ignore_index=True), pd.DataFrame(texts), pd.concat(nexts, ignore_index=True)
@@ -227,31 +227,31 @@ class Generation:
             raise UserError(f"new_tokens is {self.new_tokens!r:.60}; give a whole number")
         at_least(self, new_tokens=0, temperature=0, seed=0)
 
-    def run(self, mounted: Mounted, prompt: Prompt, edit: Edit | None) -> list[int]:
+    def run(self, attached: AttachedSAE, prompt: Prompt, edit: Edit | None) -> list[int]:
         """The new token ids; deterministic."""
         generator = torch.Generator().manual_seed(self.seed)
         ids = list(prompt.ids)
         for _ in range(self.new_tokens):
             self.on_token()
-            scores_V = logits_of(mounted, ids, edit)[0, -1].double().cpu()
+            scores_V = logits_of(attached, ids, edit)[0, -1].double().cpu()
             if self.temperature > 0:  # the largest of logits and Gumbel noise is a sample of their softmax
                 noise_V = -torch.empty_like(scores_V).exponential_(generator=generator).log()
                 scores_V = scores_V / self.temperature + noise_V
             new = int(scores_V.argmax())
-            if new == mounted.model.tokens.separator:
+            if new == attached.model.tokens.separator:
                 break
             ids.append(new)
         return ids[len(prompt) :]
 
 
-def logits_of(mounted: Mounted, ids: Sequence[int], edit: Edit | None = None) -> Tensor:
+def logits_of(attached: AttachedSAE, ids: Sequence[int], edit: Edit | None = None) -> Tensor:
     """[1, T, V] of a prompt, edited or not; raises a UserError when they are not finite."""
-    edits = edit.spliced(mounted, len(ids)) if edit is not None else None
-    logits_BTV = mounted.model.logits(torch.tensor([ids]), edit=edits)
+    edits = edit.spliced(attached, len(ids)) if edit is not None else None
+    logits_BTV = attached.model.logits(torch.tensor([ids]), edit=edits)
     if not logits_BTV.isfinite().all():
         if edit is None:
             raise UserError(
-                f"the predictions of {mounted.model.name} hold NaN or infinity on this text; "
+                f"the predictions of {attached.model.name} hold NaN or infinity on this text; "
                 "load the model in fp32, or get its weights again"
             )
         raise UserError(
@@ -284,7 +284,7 @@ def _effects(prompt: Prompt, clean_BTV: Tensor, edited_BTV: Tensor, edit: Edit) 
     return frame
 
 
-def _next_tokens(mounted: Mounted, clean_V: Tensor, edited_V: Tensor) -> pd.DataFrame:
+def _next_tokens(attached: AttachedSAE, clean_V: Tensor, edited_V: Tensor) -> pd.DataFrame:
     """What may follow the prompt; see `Steering`."""
     import pandas as pd
 
@@ -295,7 +295,7 @@ def _next_tokens(mounted: Mounted, clean_V: Tensor, edited_V: Tensor) -> pd.Data
     frame = pd.DataFrame(
         {
             "token": ids,
-            "text": [token_text(mounted.vocab[id]) for id in ids],
+            "text": [token_text(attached.vocab[id]) for id in ids],
             "logp_clean": clean,
             "logp_steered": edited,
             "difference": edited - clean,

@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from saebench.analysis.attach import open_for, read_sae
 from saebench.analysis.correlations import BLOCK_BYTES, Correlations
-from saebench.analysis.mounting import open_for, read_sae
-from saebench.errors import UserError
+from saebench.core.errors import UserError
+from saebench.core.progress import progress
 from saebench.evaluation.measure import require_width
-from saebench.evaluation.sources import Origin, first_rows
+from saebench.evaluation.samples import Origin, first_rows
 from saebench.evaluation.synthetic.recovery import absolute_cosines
 from saebench.evaluation.synthetic.recovery import match as best_pairs
-from saebench.progress import progress
 from saebench.saes.base import SAE
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from saebench.activations.cache import ActivationCache
-    from saebench.codes import SparseCodes
+    from saebench.core.codes import SparseCodes
 
 WAYS = ("decoder", "activation")
 BYTES_PER_PAIR = 20

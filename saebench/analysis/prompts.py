@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from saebench.analysis.mounting import Mounted, mount
-from saebench.errors import UserError
+from saebench.analysis.attach import AttachedSAE, attach
+from saebench.core.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from saebench.activations.models import Model
     from saebench.saes.base import SAE
+    from saebench.sources.models import Model
 
 MEASURES = ("max", "mean")
 
@@ -41,7 +41,7 @@ def features_of(
     ['pos', 'token', 'feature', 'value', 'first']
 
     Args:
-        text: one prompt, tokenised as a harvest does.
+        text: one prompt, tokenized as a harvest does.
         sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
         model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
         hook: where the SAE reads; by default where it was trained.
@@ -54,7 +54,7 @@ def features_of(
     """
     if top is not None and top < 1:
         raise UserError(f"top is {top}; it must be at least 1, or None for all")
-    return _features(text, mount(sae, model, hook, bos), top)
+    return _features(text, attach(sae, model, hook, bos), top)
 
 
 def compare_prompts(
@@ -85,16 +85,16 @@ def compare_prompts(
 
     if by not in MEASURES:
         raise UserError(f"by is {by!r}; give {' or '.join(map(repr, MEASURES))}")
-    mounted = mount(sae, model, hook, bos)
+    attached = attach(sae, model, hook, bos)
     sides = []
     for name, text in (("a", a), ("b", b)):
-        n_tokens = len(mounted.read(text)) - (not keep_first)
+        n_tokens = len(attached.read(text)) - (not keep_first)
         if n_tokens == 0:
             raise UserError(
                 f"prompt {name} is {text!r}, one token, and position 0 is left out; "
                 "give a longer one or keep_first=True"
             )
-        fires = _features(text, mounted, None)
+        fires = _features(text, attached, None)
         values = fires[~fires["first"] | keep_first].groupby("feature")["value"]
         sides.append(pd.DataFrame({f"max_{name}": values.max(), f"mean_{name}": values.sum() / n_tokens}))
     both = sides[0].join(sides[1], how="outer").fillna(0.0)
@@ -104,14 +104,14 @@ def compare_prompts(
 
 
 @torch.no_grad()
-def _features(text: str, mounted: Mounted, top: int | None) -> pd.DataFrame:
+def _features(text: str, attached: AttachedSAE, top: int | None) -> pd.DataFrame:
     import pandas as pd
 
-    prompt, sae = mounted.read(text), mounted.sae
-    x_TD = mounted.model.run_to(prompt.ids_1T, [mounted.hook])[mounted.hook][0]
+    prompt, sae = attached.read(text), attached.sae
+    x_TD = attached.model.run_to(prompt.ids_1T, [attached.hook])[attached.hook][0]
     if not x_TD.isfinite().all():
         raise UserError(
-            f"the activations of {mounted.model.name} at {mounted.hook} hold NaN or infinity on this text; "
+            f"the activations of {attached.model.name} at {attached.hook} hold NaN or infinity on this text; "
             "load the model in fp32, or get its weights again"
         )
     pos_E, feature_E, value_E = sae.encode(x_TD.to(sae.W_dec.device)).merged()

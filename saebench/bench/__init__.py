@@ -10,14 +10,14 @@ from saebench.bench.cpu import BenchReport
 from saebench.bench.gpu import GpuReport
 from saebench.bench.store import StoreReport
 from saebench.config import BenchConfig
-from saebench.fields import station
-from saebench.files import require_writable_file, write_json_atomic
-from saebench.progress import progress
+from saebench.core.files import require_writable_file, write_json_atomic
+from saebench.core.progress import progress
+from saebench.core.settings import accepts_settings
 
 __all__ = ["BenchReport", "GpuReport", "StoreReport", "bench"]
 
 
-@station(BenchConfig)
+@accepts_settings(BenchConfig)
 def bench(config: BenchConfig) -> BenchReport | GpuReport | StoreReport:
     """Time training steps, on the GPU if there is one; see `saebench.bench.timing.take_turns` for how.
 

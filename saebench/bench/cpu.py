@@ -21,7 +21,7 @@ from saebench.bench.steps import LEARNING_RATE, encoder_product, error_of, step_
 from saebench.bench.sweeping import SWEEP_PARTS, SweepGain, sweep_gains
 from saebench.bench.timing import Timed, Timing, take_turns
 from saebench.config import BenchConfig
-from saebench.fields import to_flat
+from saebench.core.settings import to_flat
 from saebench.saes.base import SAE, Batch
 
 PRODUCT = "encoder product"

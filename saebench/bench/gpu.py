@@ -19,7 +19,7 @@ from saebench.bench.provenance import commit, now
 from saebench.bench.steps import LEARNING_RATE
 from saebench.bench.timing import Timed, Timing, take_turns
 from saebench.config import BenchConfig
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 
 N_BATCHES = 4
 """Batches of random rows; with the weights they are more than a cache holds."""

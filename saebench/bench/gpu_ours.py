@@ -16,7 +16,7 @@ from saebench.bench.gpu_timing import Graph
 from saebench.bench.steps import LEARNING_RATE
 from saebench.config import TrainConfig, architecture
 from saebench.saes.base import Batch
-from saebench.training.trainee import STEPS_BETWEEN_LOOKS, Trainee, fresh_state
+from saebench.training.state import STEPS_BETWEEN_LOOKS, Trainee, fresh_state
 from saebench_kernels import gradient_topk_encode, mutual_choice_encode, topk_encode
 
 DEAD_SHARE = 20
@@ -87,8 +87,8 @@ def _step(name: str, *, dead: bool = False) -> Make:
             state=fresh_state(config, spec, sample, device),
             n_steps=1_000_000,
             sinks=[],
-            sound=torch.ones((), dtype=torch.bool, device=device),
-            sound_steps=torch.zeros((), dtype=torch.int64, device=device),
+            is_finite=torch.ones((), dtype=torch.bool, device=device),
+            n_finite_steps=torch.zeros((), dtype=torch.int64, device=device),
             first_step=0,
         )
         if dead:
@@ -100,7 +100,7 @@ def _step(name: str, *, dead: bool = False) -> Make:
         def once() -> None:
             step = member.state.step
             if step % STEPS_BETWEEN_LOOKS == 0:
-                member.state.sae.look_for_dead()
+                member.state.sae.refresh_dead()
             at = step % len(rows_BND)
             rows = Rows(rows_BND[at], None if gradients_BND is None else gradients_BND[at])
             member.steps.take(rows, 0.5, LEARNING_RATE)

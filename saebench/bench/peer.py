@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 
 SCRIPT = Path(__file__).with_name("saelens_peer.py")
 MISSING = "not installed: make peers"

@@ -12,8 +12,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from saebench.errors import UserError
-from saebench.files import read_json, write_bytes_atomic
+from saebench.core.errors import UserError
+from saebench.core.files import read_json, write_bytes_atomic
 
 RESULTS = Path("kernels/saebench_kernels/results")
 BEGIN, END = "<!-- saebench bench: begin -->", "<!-- saebench bench: end -->"

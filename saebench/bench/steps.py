@@ -25,7 +25,7 @@ def step_of(name: str, rows_ND: Tensor, *, batch_size: int, d_sae: int, k: int) 
     sae: SAE = sae_class(sae_class.Spec(d_sae=d_sae, k=k), rows_ND.shape[1])
     sae.initialize(Batch(rows_ND[: 2 * batch_size]), seed=0)
     optimizer = make_optimizer(sae)
-    sound = torch.ones((), dtype=torch.bool)
+    is_finite = torch.ones((), dtype=torch.bool)
     batches = torch.split(rows_ND, batch_size)
     done = 0
 
@@ -36,7 +36,7 @@ def step_of(name: str, rows_ND: Tensor, *, batch_size: int, d_sae: int, k: int) 
         terms = sae.loss(batch)
         optimizer.zero_grad()
         terms.total.backward()  # type: ignore[no-untyped-call]
-        optimizer_step(sae, optimizer, lr=LEARNING_RATE, grad_clip=1.0, sound=sound)
+        optimizer_step(sae, optimizer, lr=LEARNING_RATE, grad_clip=1.0, is_finite=is_finite)
         with torch.no_grad():
             sae.after_step(batch, terms)
         done += 1
@@ -73,20 +73,20 @@ def error_of(sae: SAE, batch: Batch) -> float:
     codes = terms.codes
     row_S, index_S, _ = codes.coo()
     W_dec_MD, b_dec_D = sae.W_dec.double(), sae.b_dec.double()
-    centred_ND = batch.x_ND.double() - b_dec_D
+    centered_ND = batch.x_ND.double() - b_dec_D
     if sae.tied:
-        residual_ND = centred_ND.clone()
+        residual_ND = centered_ND.clone()
         place_S = torch.arange(len(row_S)) - torch.searchsorted(row_S, row_S)
         for place in range(int(place_S.max()) + 1):
             rows, atoms = row_S[place_S == place], index_S[place_S == place].long()
             residual_rows, picked = residual_ND[rows], W_dec_MD[atoms]
             value = (residual_rows * picked).sum(1, keepdim=True)
             residual_ND[rows] = residual_rows - value * picked
-        exact_ND = centred_ND - residual_ND + b_dec_D
+        exact_ND = centered_ND - residual_ND + b_dec_D
     else:
         latents = index_S.long()
-        exact_S = (centred_ND[row_S] * sae.W_enc_MD.double()[latents]).sum(1) + sae.b_enc.double()[latents]
-        exact_ND = b_dec_D.expand_as(centred_ND).clone()
+        exact_S = (centered_ND[row_S] * sae.W_enc_MD.double()[latents]).sum(1) + sae.b_enc.double()[latents]
+        exact_ND = b_dec_D.expand_as(centered_ND).clone()
         exact_ND.index_add_(0, row_S, exact_S[:, None] * W_dec_MD[latents])
     x_hat_ND = batch.x_ND.double() - terms.error.double()
     return float((x_hat_ND - exact_ND).norm() / exact_ND.norm())

@@ -20,13 +20,13 @@ import saebench
 from saebench.bench.cpu import processor
 from saebench.bench.store_world import VOCAB, MadeUpCache, made_up_codes, made_up_sae
 from saebench.config import BenchConfig
-from saebench.fields import to_flat
+from saebench.core.settings import to_flat
 from saebench.store import publish, schema
 from saebench.store.build import Job, Options, write_sae
 from saebench.store.corpus import Corpus
 from saebench.store.database import insert, insert_meta, new_database
 from saebench.store.query import FeatureStore, open_store
-from saebench.store.runs import RUN_SIZE, Runs
+from saebench.store.sorted_spill import RUN_SIZE, SortedSpill
 from saebench.store.tables import Stopwatch
 from saebench.store.textfile import write_text_file
 
@@ -142,7 +142,7 @@ def build(store: Path, config: BenchConfig, said: Callable[[str], None]) -> tupl
     corpus = Corpus(cache)
     store.mkdir()
     current, building = publish.begin(store)
-    runs = Runs(store / "runs", n_latents)
+    runs = SortedSpill(store / "runs", n_latents)
     said("codes")
     for batch in made_up_codes(cache, n_latents, config.k):
         with watch.on("runs"):

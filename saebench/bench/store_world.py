@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from saebench.core.hashing import hash_random
 from saebench.saes.topk import TopKSAE
-from saebench.store.lots import lots
 
 CTX_LEN = 128
 VOCAB = 32_768
@@ -77,7 +77,7 @@ def made_up_codes(
     for start in range(0, cache.n_rows, BATCH):
         token_B = cache.tokens[start : start + BATCH].numpy()
         drawn_BK = rng.random((len(token_B), k))
-        fixed_BK = lots(token_B[:, None], part_K[None], 0).astype(np.float64) / 2.0**64
+        fixed_BK = hash_random(token_B[:, None], part_K[None], 0).astype(np.float64) / 2.0**64
         share_BK = np.where(part_K % 2 == 0, fixed_BK, drawn_BK)
         latent_BK = name_M[_zipf((part_K + share_BK) / k, d_sae, FLATNESS)]
         value_BK = rng.lognormal(sigma=0.7, size=latent_BK.shape).astype(np.float32)

@@ -25,7 +25,7 @@ def take_turns(
 ) -> dict[str, Timing]:
     """Time every contestant ``turns`` times ``calls``.
 
-    Neighbours in time share whatever else the machine is doing, so ratios hold on a busy machine too. Every
+    Neighbors in time share whatever else the machine is doing, so ratios hold on a busy machine too. Every
     second round goes backwards: nobody always comes after the same one. The first call of a turn refills the
     caches that the others emptied and is not counted; one whole turn before the first warms up allocators.
 

@@ -1,4 +1,4 @@
-"""The `saebench` command: parse, check, call one function of one station, print what it returned.
+"""The `saebench` command: parse, check, call one function of one accepts_settings, print what it returned.
 
 Nothing heavy is imported before a command runs, so that ``--help`` and ``--version`` answer at once.
 """
@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 
 USER_MUST_CHANGE_SOMETHING = 2
 INTERRUPTED = 130
@@ -26,14 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     from cyclopts import CycloptsError
 
-    from saebench.cli.app import complaint, run
+    from saebench.cli.app import error_message, run
 
     try:
         code = run(arguments)
         sys.stdout.flush()
         return code
     except CycloptsError as error:
-        return _refuse(complaint(error, arguments))
+        return _refuse(error_message(error, arguments))
     except UserError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:

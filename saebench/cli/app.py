@@ -35,8 +35,8 @@ from saebench.config import (
     TrainConfig,
     architecture,
 )
-from saebench.errors import UserError
-from saebench.fields import from_flat
+from saebench.core.errors import UserError
+from saebench.core.settings import from_flat
 
 Json = Annotated[
     bool,
@@ -73,7 +73,7 @@ def build(argv: Sequence[str]) -> App:
     )
     called = argv[0] if argv else ""
 
-    def station(config_class: type[Any], name: str, act: Act, *positional: str) -> Callable[..., int]:
+    def stage(config_class: type[Any], name: str, act: Act, *positional: str) -> Callable[..., int]:
         first, _, rest = name.partition(" ")
         own_argv = argv if called == first and rest in ("", *argv[1:2]) else ()
         return _station(config_class, act, own_argv, positional, name)
@@ -81,31 +81,31 @@ def build(argv: Sequence[str]) -> App:
     cache = App(name="cache", help="Look at an activation cache, check it, or make one of an array.")
     cache.command(_simple(commands.cache_info, "cache", Cache), name="info")
     cache.command(_simple(commands.cache_verify, "cache", Cache), name="verify")
-    cache.command(station(ImportConfig, "cache import", commands.cache_import, "source"), name="import")
+    cache.command(stage(ImportConfig, "cache import", commands.cache_import, "source"), name="import")
     store = App(name="store", help="Look at a feature store, check it, or write it in another form.")
     store.command(_simple(commands.store_info, "store", Store), name="info")
-    store.command(station(CheckConfig, "store check", commands.store_check, "store"), name="check")
-    store.command(station(RebuildConfig, "store rebuild", commands.store_rebuild, "store"), name="rebuild")
-    store.command(station(StoreExportConfig, "store export", commands.store_export, "store"), name="export")
-    in_the_order_of_the_road: dict[str, Any] = {
-        "demo": station(DemoConfig, "demo", commands.demo),
-        "harvest": station(HarvestConfig, "harvest", commands.harvest),
+    store.command(stage(CheckConfig, "store check", commands.store_check, "store"), name="check")
+    store.command(stage(RebuildConfig, "store rebuild", commands.store_rebuild, "store"), name="rebuild")
+    store.command(stage(StoreExportConfig, "store export", commands.store_export, "store"), name="export")
+    in_pipeline_order: dict[str, Any] = {
+        "demo": stage(DemoConfig, "demo", commands.demo),
+        "harvest": stage(HarvestConfig, "harvest", commands.harvest),
         "cache": cache,
-        "train": station(TrainConfig, "train", commands.train),
-        "eval": station(EvalConfig, "eval", commands.evaluate, "run"),
-        "compare": station(CompareConfig, "compare", commands.compare, "runs"),
-        "index": station(IndexConfig, "index", commands.index, "run", "also"),
-        "explain": station(ExplainConfig, "explain", commands.explain, "store"),
+        "train": stage(TrainConfig, "train", commands.train),
+        "eval": stage(EvalConfig, "eval", commands.evaluate, "run"),
+        "compare": stage(CompareConfig, "compare", commands.compare, "runs"),
+        "index": stage(IndexConfig, "index", commands.index, "run", "also"),
+        "explain": stage(ExplainConfig, "explain", commands.explain, "store"),
         "store": store,
-        "effects": station(EffectsConfig, "effects", commands.effects, "store"),
+        "effects": stage(EffectsConfig, "effects", commands.effects, "store"),
         "explore": commands.explore,
-        "export": station(ExportConfig, "export", commands.export, "run", "out"),
-        "import": station(ImportSaeConfig, "import", commands.import_sae, "source"),
-        "synth": station(SynthConfig, "synth", commands.synth),
-        "bench": station(BenchConfig, "bench", measuring.bench),
+        "export": stage(ExportConfig, "export", commands.export, "run", "out"),
+        "import": stage(ImportSaeConfig, "import", commands.import_sae, "source"),
+        "synth": stage(SynthConfig, "synth", commands.synth),
+        "bench": stage(BenchConfig, "bench", measuring.bench),
         "assets": _assets,
     }
-    for place, (name, command) in enumerate(in_the_order_of_the_road.items()):
+    for place, (name, command) in enumerate(in_pipeline_order.items()):
         if isinstance(command, App):
             command.sort_key = place
             app.command(command)
@@ -114,7 +114,7 @@ def build(argv: Sequence[str]) -> App:
     return app
 
 
-def complaint(error: CycloptsError, argv: Sequence[str]) -> str:
+def error_message(error: CycloptsError, argv: Sequence[str]) -> str:
     """What is wrong with the words on the command line, in one sentence, and where the right ones are."""
     command, here = "saebench", build(())
     for word in argv:
@@ -218,8 +218,8 @@ def _answer(act: Act, *arguments: Any, as_json: bool) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         result = act(*arguments)
     print(result.render(as_json=as_json))
-    if result.complaint:
-        raise UserError(result.complaint)
+    if result.error_message:
+        raise UserError(result.error_message)
     return 0
 
 

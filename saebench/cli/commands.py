@@ -1,4 +1,4 @@
-"""What each command does: call one function of one station and say what came of it."""
+"""What each command does: call one function of one accepts_settings and say what came of it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from saebench.config import (
     StoreExportConfig,
     SynthConfig,
 )
-from saebench.errors import UserError
-from saebench.files import human_bytes
+from saebench.core.errors import UserError
+from saebench.core.files import human_bytes
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
@@ -173,10 +173,10 @@ def index(config: IndexConfig) -> Result:
 
 
 def explain(config: ExplainConfig) -> Result:
-    from saebench.explaining.summary import summarise
+    from saebench.explaining.summary import summarize
 
     with saebench.explain(config) as store:
-        data = summarise(store, config)
+        data = summarize(store, config)
     head = {name: data[name] for name in ("path", "generation", "provider", "model")}
     rows = [(row["scorer"], row["n"], row["mean"], row["median"]) for row in data["scores"] if row["n"]]
     without = [f"{row['status']}: {row['reason']}" for row in data["reasons"]]
@@ -210,8 +210,8 @@ def store_check(config: CheckConfig) -> Result:
         return Result({"path": str(store), "findings": []}, f"{store}: nothing wrong was found")
     text = table(("where", "what is wrong"), [(found["where"], found["problem"]) for found in findings])
     places = "1 place" if len(findings) == 1 else f"{len(findings)} places"
-    complaint = f"the store {store} is damaged in {places}; make it again with saebench index"
-    return Result({"path": str(store), "findings": findings}, text, complaint)
+    error_message = f"the store {store} is damaged in {places}; make it again with saebench index"
+    return Result({"path": str(store), "findings": findings}, text, error_message)
 
 
 def store_rebuild(config: RebuildConfig) -> Result:

@@ -12,8 +12,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter
 
-from saebench.errors import UserError
-from saebench.fields import field_docs, whole_number
+from saebench.core.errors import UserError
+from saebench.core.settings import field_docs, whole_number
 
 CONFIG_FLAG = "--config"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from saebench.files import finite
+from saebench.core.files import finite
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Result:
     """Plain JSON values, for --json; a number that is NaN or infinite becomes null there."""
     text: str
     """The same for a person."""
-    complaint: str | None = None
+    error_message: str | None = None
     """One sentence on what the user must change; makes the exit code 2."""
 
     def render(self, *, as_json: bool) -> str:

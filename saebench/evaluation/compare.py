@@ -12,11 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.config import CompareConfig
-from saebench.errors import UserError
+from saebench.core.errors import UserError
+from saebench.core.files import (
+    atomic_file,
+    read_json,
+    require_writable,
+    write_bytes_atomic,
+    write_json_atomic,
+)
+from saebench.core.settings import accepts_settings
 from saebench.evaluation.report import inference_label
-from saebench.fields import station
-from saebench.files import atomic_file, read_json, require_writable, write_bytes_atomic, write_json_atomic
-from saebench.runfile import RUN_FILE, read_run
+from saebench.runs.run_file import RUN_FILE, read_run
 from saebench.saes.base import read_description
 
 if TYPE_CHECKING:
@@ -85,7 +91,7 @@ class Comparison:
         )
         labels = list(dict.fromkeys(row.label for row in self.rows))
         for i, name in enumerate(shown):
-            for label, colour in zip(labels, itertools.cycle(qualitative.Dark24), strict=False):
+            for label, color in zip(labels, itertools.cycle(qualitative.Dark24), strict=False):
                 points = [row for row in self.rows if row.label == label and row.mean[name] is not None]
                 points.sort(key=lambda row: row.mean["l0"] or 0.0)
                 figure.add_trace(
@@ -98,7 +104,7 @@ class Comparison:
                         legendgroup=label,
                         showlegend=i == 0,
                         mode="lines+markers",
-                        line={"color": colour},
+                        line={"color": color},
                     ),
                     row=i // 2 + 1,
                     col=i % 2 + 1,
@@ -108,7 +114,7 @@ class Comparison:
         return figure
 
 
-@station(CompareConfig)
+@accepts_settings(CompareConfig)
 def compare(config: CompareConfig) -> Comparison:
     """Gather the evaluations of runs; with ``out`` also write compare.json, compare.html and compare.png.
 

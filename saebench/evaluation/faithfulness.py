@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 
 if TYPE_CHECKING:
-    from saebench.activations.models import Model
     from saebench.saes.base import SAE
+    from saebench.sources.models import Model
 
 SCORED_BYTES = 2**25
 """Memory for one block of fp32 rows over the vocabulary while scoring."""

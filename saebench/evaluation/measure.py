@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saebench.config import EvalConfig
-from saebench.device import pick_device
-from saebench.errors import UserError
+from saebench.core.device import pick_device
+from saebench.core.errors import UserError
+from saebench.core.files import require_writable, write_json_atomic
+from saebench.core.progress import progress
+from saebench.core.settings import accepts_settings
 from saebench.evaluation.faithfulness import Contexts, FaithfulnessMetrics, faithfulness_metrics
-from saebench.evaluation.reading import Reading
+from saebench.evaluation.inference_mode import InferenceMode
 from saebench.evaluation.reconstruction import ReconstructionMeter, ReconstructionMetrics
 from saebench.evaluation.report import EvalReport
-from saebench.evaluation.sources import (
+from saebench.evaluation.samples import (
     Origin,
     cache_contexts,
     choose_rows,
@@ -25,22 +28,19 @@ from saebench.evaluation.sources import (
     read_origin,
     text_contexts,
 )
-from saebench.fields import station
-from saebench.files import require_writable, write_json_atomic
-from saebench.progress import progress
 from saebench.saes.base import load
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
-    from saebench.activations.models import Model
     from saebench.saes.base import SAE
+    from saebench.sources.models import Model
 
 MOST_ROWS = 8192
 WORKING_BYTES = 2**28
 """Memory for one fp32 matrix of rows over latents, or over the vocabulary."""
 
 
-@station(EvalConfig)
+@accepts_settings(EvalConfig)
 def evaluate(config: EvalConfig) -> EvalReport:
     """Measure the SAE of ``config.run`` and write ``eval.json`` beside it.
 
@@ -68,17 +68,17 @@ def evaluate(config: EvalConfig) -> EvalReport:
     run = Path(config.run)
     device = pick_device(config.device)
     sae = load(run, device=device)
-    reading = Reading(sae, config.inference)
+    mode = InferenceMode(sae, config.inference)
     origin = read_origin(run)
     require_writable(run, what="the run directory")
     measure = _on_cache if config.text is None else _on_text
-    report = measure(config, reading, origin, device)
-    write_json_atomic(run / f"eval{reading.suffix}.json", report.to_dict())
+    report = measure(config, mode, origin, device)
+    write_json_atomic(run / f"eval{mode.suffix}.json", report.to_dict())
     return report
 
 
-def _on_cache(config: EvalConfig, reading: Reading, origin: Origin, device: torch.device) -> EvalReport:
-    sae, cache = reading.sae, _open_cache(config, origin)
+def _on_cache(config: EvalConfig, mode: InferenceMode, origin: Origin, device: torch.device) -> EvalReport:
+    sae, cache = mode.sae, _open_cache(config, origin)
     if cache is None:
         raise UserError(f"{config.run} does not say which cache its SAE was trained on; name it with --cache")
     hook = config.hook or origin.hook_name
@@ -86,7 +86,7 @@ def _on_cache(config: EvalConfig, reading: Reading, origin: Origin, device: torc
         raise UserError(f"{config.run} does not say its hook; pass --hook, one of {', '.join(cache.hooks)}")
     hook = cache.resolve_hook(hook)
     require_width(cache.d_in(hook), sae, hook, cache.path)
-    gradients_ND = cache.gradients(hook) if reading.needs_gradients else None
+    gradients_ND = cache.gradients(hook) if mode.needs_gradients else None
     row_N = choose_rows(cache, rows=config.rows, tokens=config.tokens)
     contexts = cache_contexts(cache, row_N) if config.model is not None else None
     model = _load_model(config, cache.model, hook, sae, device) if config.model is not None else None
@@ -96,11 +96,11 @@ def _on_cache(config: EvalConfig, reading: Reading, origin: Origin, device: torc
     with progress("eval", total=len(row_N), unit="tok", quiet=config.quiet) as bar:
         for part_N in torch.split(row_N, size):
             gradient_ND = None if gradients_ND is None else gradients_ND[part_N]
-            reading.measure(meter, cache.activations(hook)[part_N], gradient_ND)
+            mode.measure(meter, cache.activations(hook)[part_N], gradient_ND)
             bar.update(len(part_N))
     reconstruction = meter.result()
     if model is None or contexts is None:
-        return _report(config, reading, hook, reconstruction, cache_hash=cache.hash)
+        return _report(config, mode, hook, reconstruction, cache_hash=cache.hash)
 
     mean_D = mean_training_activation(cache, hook)
     faithfulness = faithfulness_metrics(
@@ -109,24 +109,22 @@ def _on_cache(config: EvalConfig, reading: Reading, origin: Origin, device: torc
         hook,
         _shown(contexts, config, model, sae),
         mean_activation=meter.mean() if mean_D is None else mean_D,
-        reconstruct=reading.reconstruct,
-        gradients=reading.needs_gradients,
+        reconstruct=mode.reconstruct,
+        gradients=mode.needs_gradients,
     )
-    return _report(
-        config, reading, hook, reconstruction, faithfulness, model=model.name, cache_hash=cache.hash
-    )
+    return _report(config, mode, hook, reconstruction, faithfulness, model=model.name, cache_hash=cache.hash)
 
 
-def _on_text(config: EvalConfig, reading: Reading, origin: Origin, device: torch.device) -> EvalReport:
+def _on_text(config: EvalConfig, mode: InferenceMode, origin: Origin, device: torch.device) -> EvalReport:
     """Reconstruction and faithfulness from the same forward passes."""
-    sae = reading.sae
+    sae = mode.sae
     hook = config.hook or origin.hook_name
     if hook is None:
         raise UserError(f"{config.run} does not say at which hook its SAE was trained; pass --hook")
     cache = _open_cache(config, origin)
     recorded = origin.model if cache is None else cache.model
     model = _load_model(config, recorded, hook, sae, device)
-    contexts = text_contexts(config, model, cache, keep_last=not reading.needs_gradients)
+    contexts = text_contexts(config, model, cache, keep_last=not mode.needs_gradients)
 
     mean_D = None
     if cache is not None and recorded is not None and recorded["hash"] == model.hash and hook in cache.hooks:
@@ -141,10 +139,10 @@ def _on_text(config: EvalConfig, reading: Reading, origin: Origin, device: torch
         hook,
         _shown(contexts, config, model, sae),
         mean_activation=mean_D,
-        reconstruct=functools.partial(reading.measure, meter),
-        gradients=reading.needs_gradients,
+        reconstruct=functools.partial(mode.measure, meter),
+        gradients=mode.needs_gradients,
     )
-    return _report(config, reading, hook, meter.result(), faithfulness, model=model.name)
+    return _report(config, mode, hook, meter.result(), faithfulness, model=model.name)
 
 
 def _open_cache(config: EvalConfig, origin: Origin) -> ActivationCache | None:
@@ -169,7 +167,7 @@ def _load_model(
     config: EvalConfig, recorded: dict[str, Any] | None, hook: str, sae: SAE, device: torch.device
 ) -> Model:
     """The model to splice into; without a text it must be the one whose tokens and rows the cache holds."""
-    from saebench.activations.models import load_model, peek_model
+    from saebench.sources.models import load_model, peek_model
 
     name, revision = config.model, config.revision
     if name == "cache":
@@ -217,7 +215,7 @@ def _shown(contexts: Contexts, config: EvalConfig, model: Model, sae: SAE) -> It
 
 def _report(
     config: EvalConfig,
-    reading: Reading,
+    mode: InferenceMode,
     hook: str,
     reconstruction: ReconstructionMetrics,
     faithfulness: FaithfulnessMetrics | None = None,
@@ -225,16 +223,16 @@ def _report(
     model: str | None = None,
     cache_hash: str | None = None,
 ) -> EvalReport:
-    behaviour = {}
+    behavior = {}
     if faithfulness is not None:
         names = ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "ce_delta", "ce_loss_score", "kl")
-        behaviour = {name: getattr(faithfulness, name) for name in names}
-        behaviour["n_tokens_model"] = faithfulness.n_tokens
+        behavior = {name: getattr(faithfulness, name) for name in names}
+        behavior["n_tokens_model"] = faithfulness.n_tokens
     return EvalReport(
-        sae=reading.sae.spec.name,
-        inference=reading.inference,
-        d_sae=reading.sae.d_sae,
-        k=reading.sae.k,
+        sae=mode.sae.spec.name,
+        inference=mode.inference,
+        d_sae=mode.sae.d_sae,
+        k=mode.sae.k,
         hook_name=hook,
         n_tokens=reconstruction.n_tokens,
         rows=config.rows,
@@ -246,7 +244,7 @@ def _report(
         dead_fraction=reconstruction.dead_fraction,
         cosine_similarity=reconstruction.cosine_similarity,
         density_histogram=reconstruction.density_histogram(),
-        picks_changed=reading.picks_changed,
+        picks_changed=mode.picks_changed,
         model=model,
-        **behaviour,
+        **behavior,
     )

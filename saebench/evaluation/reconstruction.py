@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 
 if TYPE_CHECKING:
-    from saebench.codes import SparseCodes
+    from saebench.core.codes import SparseCodes
     from saebench.saes.base import SAE
 
 BINS_PER_DECADE = 4
@@ -41,7 +41,7 @@ class ReconstructionMetrics:
     """Measured over ``n_tokens`` rows x_i with codes z_i and reconstructions xh_i; mu is the mean of x_i.
 
     - ``fvu`` = sum_i ||x_i - xh_i||^2 / (sum_i ||x_i||^2 - N ||mu||^2), the fraction of variance
-      unexplained: centred and pooled over all rows and dimensions.
+      unexplained: centered and pooled over all rows and dimensions.
     - ``explained_variance`` = 1 - fvu. The same quantity as in SAELens' ExplainedVarianceCalculator (6.54).
     - ``l0`` = mean_i of the number of different latents with a nonzero code.
     - ``dead_fraction`` = share of latents that are zero on all of these rows.

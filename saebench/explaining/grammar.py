@@ -23,7 +23,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store.text import token_text
 
 VERSION = 1

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saebench.errors import UserError
-from saebench.explaining.asking import Question, Reply, shown_name
+from saebench.core.errors import UserError
+from saebench.explaining.provider import Question, Reply, shown_name
 
 BATCH = 8
 
@@ -30,9 +30,9 @@ class HuggingFace:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
-        from saebench.activations.model_source import peek_model
         from saebench.assets import resolve_model
-        from saebench.device import pick_device
+        from saebench.core.device import pick_device
+        from saebench.sources.model_info import peek_model
 
         if not isinstance(resolve_model(model), Path):
             raise UserError(f"--model {model} is no local folder; the hf provider fetches none")
@@ -100,7 +100,7 @@ class HuggingFace:
         return Reply("failed", reason=reason)
 
     def _chances(self, prompts: list[list[int]]) -> list[float]:
-        """P(yes) of each prompt: the model's log-probabilities of the two answers, normalised to one."""
+        """P(yes) of each prompt: the model's log-probabilities of the two answers, normalized to one."""
         import torch
 
         answers = [self._answer(word) for word in ("Yes", "No")]

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saebench.explaining.grammar import CLASSES, OFFSETS, VERSION, Atom, Rule
-from saebench.explaining.words import Rows, Words
+from saebench.explaining.token_index import Rows, Words
 from saebench.store.folds import TRAIN
 
 Numbers = NDArray[Any]

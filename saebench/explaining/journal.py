@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from saebench.files import directory_lock, sentence_for_os_errors, sha256_json
+from saebench.core.files import directory_lock, sentence_for_os_errors, sha256_json
 
 WORK = ".explain"
 SECONDS_BETWEEN_SYNCS = 2.0

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from saebench.errors import UserError
-from saebench.explaining.asking import Question, Reply
-from saebench.files import read_json, sha256_json, write_json_atomic
+from saebench.core.errors import UserError
+from saebench.core.files import read_json, sha256_json, write_json_atomic
+from saebench.explaining.provider import Question, Reply
 
 if TYPE_CHECKING:
     import httpx

@@ -11,7 +11,7 @@ import string
 from collections.abc import Sequence
 from importlib import resources
 
-from saebench.explaining.asking import Question
+from saebench.explaining.provider import Question
 from saebench.explaining.sampling import Window
 from saebench.store.text import pieces
 

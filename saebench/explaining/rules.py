@@ -11,7 +11,7 @@ import numpy as np
 from saebench.explaining.grammar import VERSION, Rule, describe
 from saebench.explaining.induction import Induction
 from saebench.explaining.scoring import Judge, RuleScore
-from saebench.explaining.words import Rows, Words
+from saebench.explaining.token_index import Rows, Words
 from saebench.store.folds import TEST, TRAIN
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Rules:
         return f"{n_features:,} features, {self.words.n_rows:,} tokens; no model is asked"
 
     def firings(self, features: Sequence[int]) -> Iterator[tuple[int, Rows]]:
-        """The rows on which each of ``features`` fires; activations of neighbouring ones are read at once."""
+        """The rows on which each of ``features`` fires; activations of neighboring ones are read at once."""
         n_act = self.store.features(["n_act"])["n_act"].to_numpy()
         for block in blocks(features, n_act):
             fired = self.words.firings(self.store, block[0], block[-1] + 1)

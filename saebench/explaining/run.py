@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from saebench.config import ExplainConfig
-from saebench.errors import UserError
-from saebench.explaining.asking import Provider, shown_name
+from saebench.core.errors import UserError
+from saebench.core.progress import progress
+from saebench.core.settings import accepts_settings, to_flat
 from saebench.explaining.journal import WORK, discard, open_journal
+from saebench.explaining.provider import Provider, shown_name
 from saebench.explaining.tables import publish_records
-from saebench.fields import station, to_flat
-from saebench.progress import progress
 from saebench.store.extras import origin
-from saebench.store.numbers import feature_numbers
+from saebench.store.feature_spec import feature_numbers
 
 if TYPE_CHECKING:
     from saebench.store.query import FeatureStore
@@ -43,7 +43,7 @@ class Explainer(Protocol):
         """What explaining them will take, in one line."""
 
 
-@station(ExplainConfig)
+@accepts_settings(ExplainConfig)
 def explain(config: ExplainConfig) -> FeatureStore:
     """Explain features and publish the explanations in a new generation of the store, which is returned.
 
@@ -130,7 +130,7 @@ def make_explainer(store: FeatureStore, config: ExplainConfig) -> Explainer:
         from saebench.explaining.rules import Rules
 
         return Rules(store, config.seed)
-    from saebench.explaining.asked import Asked
+    from saebench.explaining.llm import Asked
 
     return Asked(
         store, make_provider(config), n=config.examples, window=config.window, seed=config.seed,

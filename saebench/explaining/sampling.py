@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from saebench.explaining.words import Rows, Words
+from saebench.core.hashing import hash_random
+from saebench.explaining.token_index import Rows, Words
 from saebench.store.folds import TEST, TRAIN
-from saebench.store.lots import lots
 
 BEFORE = 2 / 3
 """Share of a window that lies before the token it is drawn for."""
@@ -108,8 +108,8 @@ class Sampler:
     def _some(self, fold: int, feature: int) -> Rows:
         """Rows of a fold, drawn with replacement: enough to find silent windows for all but dense latents."""
         row_R = self.words.rows[fold]
-        lot = lots(np.arange(TRIES * self.n * 4), feature, self.seed)
-        return np.unique(row_R[(lot % np.uint64(max(len(row_R), 1))).astype(np.int64)])
+        bits = hash_random(np.arange(TRIES * self.n * 4), feature, self.seed)
+        return np.unique(row_R[(bits % np.uint64(max(len(row_R), 1))).astype(np.int64)])
 
     def _shuffled(self, row_R: Rows, feature: int, use: int) -> Rows:
-        return row_R[np.argsort(lots(row_R, feature * 4 + use, self.seed), kind="stable")]
+        return row_R[np.argsort(hash_random(row_R, feature * 4 + use, self.seed), kind="stable")]

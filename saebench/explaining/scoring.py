@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saebench.explaining.words import Rows, Words
+from saebench.explaining.token_index import Rows, Words
 from saebench.store.folds import TEST
 
 RESAMPLINGS = 400

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from saebench.config import ExplainConfig
-from saebench.explaining.asking import shown_name
+from saebench.explaining.provider import shown_name
 from saebench.store.explanations import summary
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SHOWN = 5
 
 
-def summarise(store: FeatureStore, config: ExplainConfig) -> dict[str, Any]:
+def summarize(store: FeatureStore, config: ExplainConfig) -> dict[str, Any]:
     """Of all explanations that the store has of this provider and model.
 
     Keys: path, generation, provider, model, and those of store.explanations.summary.

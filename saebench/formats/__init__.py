@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from saebench.config import ExportConfig, ImportSaeConfig
-from saebench.errors import UserError
-from saebench.fields import station
-from saebench.files import is_leftover, require_writable
+from saebench.core.errors import UserError
+from saebench.core.files import is_leftover, require_writable
+from saebench.core.settings import accepts_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Translation:
     """What is not as one might think, a sentence each."""
 
 
-@station(ExportConfig)
+@accepts_settings(ExportConfig)
 def export_sae(config: ExportConfig) -> Translation:
     """Write a trained SAE as another library keeps them.
 
@@ -57,7 +57,7 @@ def export_sae(config: ExportConfig) -> Translation:
     )
 
 
-@station(ImportSaeConfig)
+@accepts_settings(ImportSaeConfig)
 def import_sae(config: ImportSaeConfig) -> Translation:
     """Make a folder that ``load``, ``evaluate`` and ``index`` accept of an SAE of another library.
 
@@ -90,6 +90,6 @@ def import_sae(config: ImportSaeConfig) -> Translation:
 
 def _make_empty(directory: Path) -> None:
     require_writable(directory, what="the folder")
-    strangers = sorted(path.name for path in directory.iterdir() if not is_leftover(path))
-    if strangers:
-        raise UserError(f"{directory} is not empty (it holds {strangers[0]}); choose another folder")
+    unexpected = sorted(path.name for path in directory.iterdir() if not is_leftover(path))
+    if unexpected:
+        raise UserError(f"{directory} is not empty (it holds {unexpected[0]}); choose another folder")

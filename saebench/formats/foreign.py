@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from saebench.config import architecture
-from saebench.errors import UserError
-from saebench.fields import from_flat
+from saebench.core.errors import UserError
+from saebench.core.settings import from_flat
+from saebench.core.tensors import check_tensors, read_safetensors
 from saebench.saes.base import SAE
-from saebench.tensors import check_tensors, read_safetensors
 
 
 @dataclass(frozen=True)

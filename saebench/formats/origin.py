@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from saebench.errors import UserError
-from saebench.files import read_json
-from saebench.runfile import RUN_FILE, read_run
+from saebench.core.errors import UserError
+from saebench.core.files import read_json
+from saebench.runs.run_file import RUN_FILE, read_run
 from saebench.saes.base import read_description
 
 _OF_AN_IMPORT = ("model_name", "context_size", "prepend_bos", "seqpos_slice", "dataset_path", "l0")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saebench.config import SaeSpec
-from saebench.fields import at_least
+from saebench.core.settings import at_least
 from saebench.saes.base import SAE
 
 
@@ -55,8 +55,8 @@ def aux_k(
     """
     if candidates_A.numel() == 0:
         return x_ND.new_zeros(())
-    centred_ND = (x_ND - sae.b_dec).detach()
-    pre_NA = torch.relu(torch.addmm(sae.b_enc[candidates_A], centred_ND, sae.W_enc_MD[candidates_A].T))
+    centered_ND = (x_ND - sae.b_dec).detach()
+    pre_NA = torch.relu(torch.addmm(sae.b_enc[candidates_A], centered_ND, sae.W_enc_MD[candidates_A].T))
     k_aux = default_k_aux(sae, k_aux)
     if k_aux < candidates_A.numel():
         values_NK, slots_NK = pre_NA.topk(k_aux, dim=1, sorted=False)

@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from saebench.codes import SparseCodes
 from saebench.config import SaeSpec, architecture
-from saebench.errors import UserError
-from saebench.fields import from_flat, to_flat
-from saebench.files import read_json, write_bytes_atomic, write_json_atomic
-from saebench.runfile import RUN_FILE
-from saebench.tensors import check_tensors, read_safetensors
+from saebench.core.codes import SparseCodes
+from saebench.core.errors import UserError
+from saebench.core.files import read_json, write_bytes_atomic, write_json_atomic
+from saebench.core.settings import from_flat, to_flat
+from saebench.core.tensors import check_tensors, read_safetensors
+from saebench.runs.run_file import RUN_FILE
 
 SPEC_FILE = "sae.json"
 WEIGHTS_FILE = "sae.safetensors"
@@ -47,7 +47,7 @@ class Batch:
     """[N, D] gradient of the model's loss at the same rows, as it was harvested."""
     progress: float = 0.0
     """Share of the run's steps done before this one. Schedules are functions of it: a resumed run repeats."""
-    made: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    scratch: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
     """What a loss has made of the rows and will need again; no longer than it lasts."""
 
     def __getitem__(self, rows: slice) -> Batch:
@@ -58,7 +58,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """What one batch costs. ``total`` is what is minimised; the rest is for looking at."""
+    """What one batch costs. ``total`` is what is minimized; the rest is for looking at."""
 
     total: Tensor
     """Scalar."""
@@ -141,7 +141,7 @@ class SAE(nn.Module):
 
     def loss(self, batch: Batch) -> LossTerms:
         """Loss of one training batch; changes no state."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it minimises")
+        raise NotImplementedError(f"{type(self).__name__} does not say what it minimizes")
 
     def after_step(self, batch: Batch, terms: LossTerms) -> None:
         """Take note of a step that has been applied: which latents fired, running statistics."""
@@ -219,17 +219,17 @@ class SAE(nn.Module):
         """Set the counter of every latent that fired in ``codes`` to 0 and add the batch to all others."""
         self.tokens_since_fired.add_(codes.n_rows).mul_(codes.firings() == 0)
 
-    def look_for_dead(self, *, again: bool = False) -> None:
+    def refresh_dead(self, *, reuse: bool = False) -> None:
         """Called every few steps on a GPU, where it may wait for the device: renew what depends on the dead.
 
-        ``again`` when a training is resumed: make once more what was made of the state that was saved.
+        ``reuse`` when a training is resumed: make once more what was made of the state that was saved.
         """
 
-    def phase(self, progress: float) -> Hashable | None:
-        """What a training step's course depends on beside its tensors, or None if it may wait for the device.
+    def graph_key(self, progress: float) -> Hashable | None:
+        """Identifies the sequence of kernels of a training step, or None if the step may wait for the device.
 
-        Steps of one phase run the same kernels on tensors of the same shapes, so that a GPU can repeat the
-        step as a graph.
+        Steps with the same key run the same kernels on tensors of the same shapes, so a GPU can replay the
+        step as a CUDA graph.
         """
         return None
 
@@ -286,7 +286,7 @@ def load(path: Path | str, *, device: str | torch.device = "cpu") -> SAE:
     """
     directory = Path(path)
     if directory.is_file():
-        from saebench.saes.checkpoints import load_checkpoint
+        from saebench.runs.checkpoints import load_checkpoint
 
         return load_checkpoint(directory, device=device)
     if not (directory / SPEC_FILE).exists():

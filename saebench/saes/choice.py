@@ -10,13 +10,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from saebench.codes import SparseCodes
 from saebench.config import SaeSpec
+from saebench.core.codes import SparseCodes
 from saebench.saes.auxiliary import AuxSpec, aux_k, default_k_aux
 from saebench.saes.base import SAE, Batch, LossTerms
 from saebench.saes.functions import decode_codes, encode_chosen
 from saebench.saes.fused_loss import Revival, fused_loss
-from saebench_kernels import centre, is_fused
+from saebench_kernels import is_fused
+from saebench_kernels.center import center
 
 CANDIDATE_SLOTS = 256
 """The list of candidates for AuxK on a GPU has a multiple of this many slots, and of an eighth of its length:
@@ -31,7 +32,7 @@ class ChoiceSAE(SAE):
     (inference: each row alone).
 
     On a GPU, in low precision, the loss is one fused function, and the dead latents are those that were
-    dead when `look_for_dead` was last called and still are: a list whose length is known beforehand.
+    dead when `refresh_dead` was last called and still are: a list whose length is known beforehand.
     """
 
     spec: AuxSpec
@@ -48,7 +49,7 @@ class ChoiceSAE(SAE):
         raise NotImplementedError(f"{type(self).__name__} does not say what it chooses")
 
     def loss(self, batch: Batch) -> LossTerms:
-        batch = replace(batch, made={})
+        batch = replace(batch, scratch={})
         with torch.no_grad():
             chosen = self.choose(batch)
         if self.fused:
@@ -66,18 +67,18 @@ class ChoiceSAE(SAE):
     def trains_fused(self, n_rows: int) -> bool:
         return self.fused
 
-    def centred(self, x_ND: Tensor) -> Tensor:
+    def centered(self, x_ND: Tensor) -> Tensor:
         """x - b_dec, on the fused road in the type of the products."""
-        return centre(x_ND, self.b_dec, dtype=self.compute_dtype) if self.fused else x_ND - self.b_dec
+        return center(x_ND, self.b_dec, dtype=self.compute_dtype) if self.fused else x_ND - self.b_dec
 
     @torch.no_grad()
-    def centred_rows(self, batch: Batch) -> Tensor:
-        """``centred`` of a batch's rows, made once in a loss."""
-        if batch.made is None:
-            return self.centred(batch.x_ND)
-        if "centred" not in batch.made:
-            batch.made["centred"] = self.centred(batch.x_ND)
-        return batch.made["centred"]
+    def centered_rows(self, batch: Batch) -> Tensor:
+        """``centered`` of a batch's rows, made once in a loss."""
+        if batch.scratch is None:
+            return self.centered(batch.x_ND)
+        if "centered" not in batch.scratch:
+            batch.scratch["centered"] = self.centered(batch.x_ND)
+        return batch.scratch["centered"]
 
     def attach_gradients(self, x_ND: Tensor, chosen: SparseCodes) -> SparseCodes:
         """``chosen`` with the gradients of its values for the encoder's weights."""
@@ -86,27 +87,27 @@ class ChoiceSAE(SAE):
     def terms(
         self, batch: Batch, codes: SparseCodes, x_hat_ND: Tensor, objective: Tensor, **extra: Tensor
     ) -> LossTerms:
-        """``objective`` (what is minimised of the reconstruction) plus the auxiliary loss."""
+        """``objective`` (what is minimized of the reconstruction) plus the auxiliary loss."""
         error_ND = (batch.x_ND - x_hat_ND).detach()
         auxiliary = batch.x_ND.new_zeros(())
         if self.spec.aux_coefficient > 0:
             auxiliary = self.auxiliary_loss(batch, error_ND)
         total = objective + self.spec.aux_coefficient * auxiliary
         reconstruction = error_ND.square().mean()
-        extra |= self.remarks(batch, codes)
+        extra |= self.extra_metrics(batch, codes)
         return LossTerms(total, reconstruction, auxiliary.detach(), codes, error_ND, extra)
 
     def fused_terms(self, batch: Batch, chosen: SparseCodes) -> LossTerms:
         """The same loss, by fused kernels."""
-        centred_ND = self.centred_rows(batch)
+        centered_ND = self.centered_rows(batch)
         weights = (self.W_enc_MD, self.b_enc, self.W_dec, self.b_dec)
         revival = self.revival(batch) if self.spec.aux_coefficient > 0 else None
-        objective, auxiliary, error_ND = fused_loss(batch.x_ND, chosen, centred_ND, weights, revival)
+        objective, auxiliary, error_ND = fused_loss(batch.x_ND, chosen, centered_ND, weights, revival)
         total = objective + self.spec.aux_coefficient * auxiliary
-        extra = self.remarks(batch, chosen)
+        extra = self.extra_metrics(batch, chosen)
         return LossTerms(total, objective.detach(), auxiliary.detach(), chosen, error_ND, extra)
 
-    def remarks(self, batch: Batch, codes: SparseCodes) -> dict[str, Tensor]:
+    def extra_metrics(self, batch: Batch, codes: SparseCodes) -> dict[str, Tensor]:
         """Further scalars of a step for the metrics."""
         return {}
 
@@ -127,12 +128,12 @@ class ChoiceSAE(SAE):
         return Revival(candidates_A, dead_A.float(), default_k_aux(self, self.spec.k_aux))
 
     @torch.no_grad()
-    def look_for_dead(self, *, again: bool = False) -> None:
+    def refresh_dead(self, *, reuse: bool = False) -> None:
         """Renew the candidates of AuxK; waits for the GPU, so it is called every few steps.
 
-        ``again`` lists those that were found the last time: a training that is resumed goes on with them.
+        ``reuse`` lists those that were found the last time: a training that is resumed goes on with them.
         """
-        if not again:
+        if not reuse:
             self.dead_when_looked.copy_(self.tokens_since_fired >= self.dead_after)
         candidates_A = self._list_candidates()
         if self.n_candidates == len(candidates_A) and self._candidates_A is not None:

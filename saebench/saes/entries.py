@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saebench.codes import SparseCodes
+from saebench.core.codes import SparseCodes
 from saebench_kernels import latent_sums
 
 

@@ -12,10 +12,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from saebench.codes import SparseCodes
 from saebench.config import SaeSpec
-from saebench.errors import UserError
-from saebench.fields import at_least
+from saebench.core.codes import SparseCodes
+from saebench.core.errors import UserError
+from saebench.core.settings import at_least
 from saebench.saes.auxiliary import aux_k, default_k_aux
 from saebench.saes.base import Batch, LossTerms
 from saebench.saes.fused_loss import Revival
@@ -135,7 +135,7 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         """Whether latents choose when this share of the run is done; before, choice is mutual."""
         return self.spec.by_feature(progress)
 
-    def phase(self, progress: float) -> Hashable | None:
+    def graph_key(self, progress: float) -> Hashable | None:
         return None  # budgets are read back
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         if not self.by_feature(batch.progress):
             return super().choose(batch)
         values_S, indices_S, offsets = feature_choice_encode(
-            self.centred_rows(batch),
+            self.centered_rows(batch),
             self.W_enc_MD,
             self.b_enc,
             self.budgets(len(batch.x_ND)),

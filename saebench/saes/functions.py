@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saebench.codes import SparseCodes
+from saebench.core.codes import SparseCodes
 from saebench_kernels import gathered_dots, latent_sums, sparse_decode
 
 

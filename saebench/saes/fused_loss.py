@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saebench.codes import SparseCodes
+from saebench.core.codes import SparseCodes
 from saebench_kernels import rounded
 
 SMALLEST_SHARE = 1e-5
@@ -37,7 +37,7 @@ class Revival(NamedTuple):
 def fused_loss(
     x_ND: Tensor,
     chosen: SparseCodes,
-    centred_ND: Tensor,
+    centered_ND: Tensor,
     weights: tuple[Tensor, Tensor, Tensor, Tensor],
     revival: Revival | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,11 +46,11 @@ def fused_loss(
     Differentiable in ``weights`` = (W_enc_MD, b_enc, W_dec, b_dec), the choice held fixed.
 
     Args:
-        centred_ND: x - b_dec in the type in which products are made (bfloat16 or float16); the error and
+        centered_ND: x - b_dec in the type in which products are made (bfloat16 or float16); the error and
             all that is gathered or multiplied is rounded to it, sums are float32.
     """
     found: tuple[Tensor, Tensor, Tensor] = _ChoiceLoss.apply(  # type: ignore[no-untyped-call]
-        x_ND, chosen, centred_ND, revival, *weights
+        x_ND, chosen, centered_ND, revival, *weights
     )
     return found
 
@@ -61,17 +61,17 @@ class _ChoiceLoss(torch.autograd.Function):
         ctx: Any,
         x_ND: Tensor,
         chosen: SparseCodes,
-        centred_ND: Tensor,
+        centered_ND: Tensor,
         revival: Revival | None,
         W_enc_MD: Tensor,
         b_enc_M: Tensor,
         W_dec_MD: Tensor,
         b_dec_D: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from saebench_kernels.fused.centre import column_sums
+        from saebench_kernels.fused.center import column_sums
         from saebench_kernels.fused.reconstruct import reconstruct
 
-        dtype = centred_ND.dtype
+        dtype = centered_ND.dtype
         W_enc_low_MD, W_dec_low_MD = rounded(W_enc_MD, dtype), rounded(W_dec_MD, dtype)
         error_ND, squared_N, dots_S = reconstruct(
             chosen.indices, chosen.values, x_ND, W_dec_low_MD, b_dec_D, k=chosen.k, offsets=chosen.offsets
@@ -86,10 +86,10 @@ class _ChoiceLoss(torch.autograd.Function):
             # Infinity, not a quotient mended afterwards: its gradient would be 0 / 0.
             variance = torch.where(variance > SMALLEST_SHARE * rounded_energy, variance, torch.inf)
             auxiliary, ctx.revived = _revive(
-                revival, centred_ND, error_ND, variance, W_enc_low_MD, b_enc_M, W_dec_low_MD
+                revival, centered_ND, error_ND, variance, W_enc_low_MD, b_enc_M, W_dec_low_MD
             )
         ctx.chosen, ctx.revival = chosen, revival
-        ctx.save_for_backward(centred_ND, error_ND, sum_D, dots_S, W_enc_low_MD)
+        ctx.save_for_backward(centered_ND, error_ND, sum_D, dots_S, W_enc_low_MD)
         ctx.mark_non_differentiable(error_ND)
         ctx.set_materialize_grads(False)  # not of the error: nobody asks for it
         return energy / x_ND.numel(), auxiliary, error_ND
@@ -98,14 +98,14 @@ class _ChoiceLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         from saebench_kernels.fused.weight_grads import sort_pairs, weight_grads
 
-        centred_ND, error_ND, sum_D, dots_S, W_enc_low_MD = ctx.saved_tensors
+        centered_ND, error_ND, sum_D, dots_S, W_enc_low_MD = ctx.saved_tensors
         chosen: SparseCodes = ctx.chosen
         of_objective, of_auxiliary = (sum_D.new_zeros(()) if grad is None else grad for grad in grads[:2])
         scale = of_objective * (-2 / error_ND.numel())  # of the error: d objective / d x_hat
         rows_S = chosen.rows() if chosen.k is None else None
         pairs = sort_pairs(chosen.indices, chosen.d_sae, k=chosen.k, rows_S=rows_S)
         d_W_dec_MD, d_W_enc_MD, d_b_enc_M = weight_grads(
-            pairs, chosen.values, dots_S, error_ND, centred_ND, scale
+            pairs, chosen.values, dots_S, error_ND, centered_ND, scale
         )
         low_M = d_b_enc_M.to(W_enc_low_MD.dtype)
         d_b_dec_D = sum_D * scale - (low_M @ W_enc_low_MD).float()
@@ -116,7 +116,7 @@ class _ChoiceLoss(torch.autograd.Function):
 
 def _revive(
     revival: Revival,
-    centred_ND: Tensor,
+    centered_ND: Tensor,
     error_ND: Tensor,
     variance: Tensor,
     W_enc_MD: Tensor,
@@ -127,8 +127,8 @@ def _revive(
     from saebench_kernels.fused.select import keep_topk
 
     candidates_A, weights_A, k_aux, weighted = revival
-    b_enc_A = torch.where(weights_A > 0, b_enc_M[candidates_A], -torch.inf).to(centred_ND.dtype)
-    pre_NA = torch.addmm(b_enc_A, centred_ND, W_enc_MD[candidates_A].T).relu_()
+    b_enc_A = torch.where(weights_A > 0, b_enc_M[candidates_A], -torch.inf).to(centered_ND.dtype)
+    pre_NA = torch.addmm(b_enc_A, centered_ND, W_enc_MD[candidates_A].T).relu_()
     if k_aux < len(candidates_A):
         keep_topk(pre_NA, k_aux)
     if weighted:
@@ -136,19 +136,19 @@ def _revive(
     left_ND = torch.addmm(error_ND, pre_NA, W_dec_MD[candidates_A], alpha=-1)
     energy = torch.linalg.vector_norm(left_ND, dtype=torch.float32).square()
     auxiliary = torch.where((weights_A > 0).any(), energy / variance, 0.0)
-    return auxiliary, (centred_ND, pre_NA, left_ND, variance, W_dec_MD)
+    return auxiliary, (centered_ND, pre_NA, left_ND, variance, W_dec_MD)
 
 
 def _add_revival(ctx: Any, grad: Tensor, d_W_enc_MD: Tensor, d_b_enc_M: Tensor, d_W_dec_MD: Tensor) -> None:
-    from saebench_kernels.fused.centre import column_sums
+    from saebench_kernels.fused.center import column_sums
 
     candidates_A, weights_A, _, weighted = ctx.revival
-    centred_ND, pre_NA, left_ND, variance, W_dec_MD = ctx.revived
+    centered_ND, pre_NA, left_ND, variance, W_dec_MD = ctx.revived
     scale = grad * -2 / variance
     d_pre_NA = torch.ops.aten.threshold_backward(left_ND @ W_dec_MD[candidates_A].T, pre_NA, 0)
     if weighted:
         d_pre_NA.mul_(weights_A)
     # Each candidate has one slot of weight above 0, and the others add zeros: the order does not matter.
     d_W_dec_MD.index_add_(0, candidates_A, (pre_NA.T @ left_ND).float() * scale)
-    d_W_enc_MD.index_add_(0, candidates_A, (d_pre_NA.T @ centred_ND).float() * scale)
+    d_W_enc_MD.index_add_(0, candidates_A, (d_pre_NA.T @ centered_ND).float() * scale)
     d_b_enc_M.index_add_(0, candidates_A, column_sums(d_pre_NA) * scale)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from saebench.codes import SparseCodes
+from saebench.core.codes import SparseCodes
 from saebench.saes.base import Batch, LossTerms
 from saebench.saes.entries import at_entries
 from saebench.saes.functions import decode_codes, encode_chosen

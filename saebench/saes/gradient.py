@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from saebench.codes import SparseCodes
 from saebench.config import SaeSpec
-from saebench.errors import UserError
-from saebench.fields import at_least
+from saebench.core.codes import SparseCodes
+from saebench.core.errors import UserError
+from saebench.core.settings import at_least
 from saebench.saes.auxiliary import AuxSpec
 from saebench.saes.base import Batch, LossTerms
 from saebench.saes.choice import ChoiceSAE
@@ -56,7 +56,7 @@ class GradientSAE(ChoiceSAE):
     and a large beta chooses by that effect alone. The gradient only chooses. Our reading (the paper's text
     could not be had): the values kept are z, not the score, nothing is learned through the score, and the
     rest is a TopK SAE. c = ``gradient_scale`` makes the mean of |D g| over tokens and latents 1 at
-    initialisation, so that a beta means the same for every model and every scale of its loss.
+    initialization, so that a beta means the same for every model and every scale of its loss.
 
     How latents are chosen once the SAE is trained is our reading too. ``encode(x, inference=...)``:
 
@@ -114,20 +114,20 @@ class GradientSAE(ChoiceSAE):
         # The same decoder once more: the factor of the encoder should fit the choice that will be made.
         super().initialize(sample, seed=seed)
 
-    def phase(self, progress: float) -> Hashable | None:
+    def graph_key(self, progress: float) -> Hashable | None:
         return self.n_candidates if self.fused else None
 
     def choose(self, batch: Batch) -> SparseCodes:
         """The k largest scores of each row and their values, without gradients."""
-        return self._by_gradient(self.centred_rows(batch), _gradient_of(batch))
+        return self._by_gradient(self.centered_rows(batch), _gradient_of(batch))
 
-    def remarks(self, batch: Batch, codes: SparseCodes) -> dict[str, Tensor]:
+    def extra_metrics(self, batch: Batch, codes: SparseCodes) -> dict[str, Tensor]:
         """The share of picks that TopK would not have made (on 256 rows)."""
         with torch.no_grad():
             rows = slice(SAMPLED_ROWS)
             indices_NK, values_NK = codes.rectangular()
             mine = SparseCodes.from_topk(values_NK[rows], indices_NK[rows], d_sae=self.d_sae)
-            changed, picks = changed_picks(mine, self._plain(self.centred(batch.x_ND[rows])))
+            changed, picks = changed_picks(mine, self._plain(self.centered(batch.x_ND[rows])))
             return {"picks_changed": changed / picks.clamp_min(1)}
 
     @torch.no_grad()
@@ -169,16 +169,16 @@ class GradientSAE(ChoiceSAE):
             raise ValueError("inference='oracle' needs gradient=..., and it alone")
         with torch.no_grad():
             if gradient is not None:
-                chosen = self._by_gradient(self.centred(x_ND), gradient.reshape(x_ND.shape).to(x_ND))
+                chosen = self._by_gradient(self.centered(x_ND), gradient.reshape(x_ND.shape).to(x_ND))
             elif inference == "proxy":
                 chosen = self._by_influence(x_ND)
             else:
-                chosen = self._plain(self.centred(x_ND))
+                chosen = self._plain(self.centered(x_ND))
         return self.attach_gradients(x_ND, chosen)
 
-    def _by_gradient(self, centred_ND: Tensor, gradient_ND: Tensor) -> SparseCodes:
+    def _by_gradient(self, centered_ND: Tensor, gradient_ND: Tensor) -> SparseCodes:
         values_NK, indices_NK = gradient_topk_encode(
-            centred_ND,
+            centered_ND,
             gradient_ND,
             self.W_enc_MD,
             self.W_dec,
@@ -193,7 +193,7 @@ class GradientSAE(ChoiceSAE):
         """A factor for each latent is a TopK of scaled weights."""
         factor_M = 1 + self.weight * self.influence
         values_NK, indices_NK = topk_encode(
-            self.centred(x_ND),
+            self.centered(x_ND),
             self.W_enc_MD * factor_M[:, None],
             self.b_enc * factor_M,
             self.k,
@@ -201,9 +201,9 @@ class GradientSAE(ChoiceSAE):
         )
         return SparseCodes.from_topk(values_NK / factor_M[indices_NK], indices_NK, d_sae=self.d_sae)
 
-    def _plain(self, centred_ND: Tensor) -> SparseCodes:
+    def _plain(self, centered_ND: Tensor) -> SparseCodes:
         values_NK, indices_NK = topk_encode(
-            centred_ND, self.W_enc_MD, self.b_enc, self.k, scan_dtype=self.compute_dtype
+            centered_ND, self.W_enc_MD, self.b_enc, self.k, scan_dtype=self.compute_dtype
         )
         return SparseCodes.from_topk(values_NK, indices_NK, d_sae=self.d_sae)
 

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from saebench.codes import SparseCodes
-from saebench.errors import UserError
+from saebench.core.codes import SparseCodes
+from saebench.core.errors import UserError
 from saebench.saes.auxiliary import AuxSpec, share_left
 from saebench.saes.base import Batch, LossTerms
 from saebench.saes.choice import ChoiceSAE
@@ -76,7 +76,7 @@ class MatchingPursuitSAE(ChoiceSAE):
     one more, at other coefficients.
 
     Gradients go through the whole recursion, with the picks held fixed. In the orthogonal variant c
-    minimises |x - x_hat|, so by the envelope theorem the loss has the gradient that it has with c held
+    minimizes |x - x_hat|, so by the envelope theorem the loss has the gradient that it has with c held
     fixed, -2 c r^T / (N D) for the picked atoms and -2 r / (N D) for b_dec.
     """
 

@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saebench.codes import SparseCodes
-from saebench.errors import UserError
+from saebench.core.codes import SparseCodes
+from saebench.core.errors import UserError
 from saebench.saes.base import Batch, LossTerms
 from saebench.saes.functions import decode_codes
 from saebench.saes.mutual_choice import MutualChoiceSAE, MutualChoiceSpec
@@ -61,7 +61,7 @@ class MatryoshkaSAE(MutualChoiceSAE):
     Spec = MatryoshkaSpec
     spec: MatryoshkaSpec
 
-    def phase(self, progress: float) -> Hashable | None:
+    def graph_key(self, progress: float) -> Hashable | None:
         return None
 
     def loss(self, batch: Batch) -> LossTerms:

@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saebench.codes import SparseCodes
 from saebench.config import SaeSpec
+from saebench.core.codes import SparseCodes
 from saebench.saes.auxiliary import AuxSpec
 from saebench.saes.base import PROBE_ROWS, Batch, LossTerms
 from saebench.saes.choice import ChoiceSAE
@@ -65,17 +65,17 @@ class MutualChoiceSAE(ChoiceSAE):
 
     # Training -------------------------------------------------------------------------------------
 
-    def phase(self, progress: float) -> Hashable | None:
+    def graph_key(self, progress: float) -> Hashable | None:
         return self.n_candidates if self.fused else None
 
     @torch.no_grad()
     def choose(self, batch: Batch) -> SparseCodes:
         """The k N largest entries of the batch, without gradients."""
-        return self.largest(self.centred_rows(batch), self.smallest_match, scan_dtype=self.compute_dtype)
+        return self.largest(self.centered_rows(batch), self.smallest_match, scan_dtype=self.compute_dtype)
 
     def largest(
         self,
-        centred_ND: Tensor,
+        centered_ND: Tensor,
         expected: Tensor,
         *,
         divisor_M: Tensor | None = None,
@@ -92,16 +92,16 @@ class MutualChoiceSAE(ChoiceSAE):
         if divisor_M is not None:
             W_enc_MD, b_enc_M = W_enc_MD / divisor_M[:, None], b_enc_M / divisor_M
         values_S, indices_S, offsets = mutual_choice_encode(
-            centred_ND,
+            centered_ND,
             W_enc_MD,
             b_enc_M,
-            self.k * len(centred_ND),
+            self.k * len(centered_ND),
             HINT_SHARE * expected,
             scan_dtype=scan_dtype,
         )
         return SparseCodes.from_ragged(values_S, indices_S, offsets, d_sae=self.d_sae)
 
-    def remarks(self, batch: Batch, codes: SparseCodes) -> dict[str, Tensor]:
+    def extra_metrics(self, batch: Batch, codes: SparseCodes) -> dict[str, Tensor]:
         """The share of tokens that were left without a match."""
         return {"empty_tokens": (codes.row_offsets.diff() == 0).float().mean()}
 
@@ -140,7 +140,7 @@ class MutualChoiceSAE(ChoiceSAE):
         """Codes of rows [N, D]: the pre-activations above the threshold, as many as there are."""
         with torch.no_grad():
             values_S, indices_S, offsets = threshold_encode(
-                self.centred(x_ND), self.W_enc_MD, self.b_enc, self.threshold, scan_dtype=self.compute_dtype
+                self.centered(x_ND), self.W_enc_MD, self.b_enc, self.threshold, scan_dtype=self.compute_dtype
             )
         chosen = SparseCodes.from_ragged(values_S, indices_S, offsets, d_sae=self.d_sae)
         return self.attach_gradients(x_ND, chosen)

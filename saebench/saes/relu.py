@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saebench.codes import SparseCodes
+from saebench.core.codes import SparseCodes
 from saebench.saes.base import Batch, LossTerms
 from saebench.saes.functions import decode_codes
 from saebench.saes.target_l0 import TargetL0SAE, TargetL0Spec

@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saebench.codes import SparseCodes
-from saebench.fields import at_least
+from saebench.core.codes import SparseCodes
+from saebench.core.settings import at_least
 from saebench.saes.auxiliary import AuxSpec
 from saebench.saes.base import PROBE_ROWS, Batch, LossTerms
 from saebench.saes.choice import ChoiceSAE
@@ -82,7 +82,7 @@ class TargetL0SAE(ChoiceSAE):
         raise NotImplementedError(f"{type(self).__name__} does not say what its threshold is")
 
     def log_coefficient_of(self, threshold: Tensor) -> Tensor:
-        """Log of the coefficient at which this threshold minimises the loss of one latent alone."""
+        """Log of the coefficient at which this threshold minimizes the loss of one latent alone."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its penalty is")
 
     def scale_codes(self, factor: float) -> None:
@@ -175,19 +175,19 @@ class TargetL0SAE(ChoiceSAE):
         self.W_enc_MD.copy_(self.W_dec)
         self.b_dec.copy_(sample.x_ND.double().mean(0))
         probe = sample[:PROBE_ROWS]
-        centred_ND = probe.x_ND - self.b_dec
+        centered_ND = probe.x_ND - self.b_dec
         values_S, _, _ = mutual_choice_encode(
-            centred_ND,
+            centered_ND,
             self.W_enc_MD,
             torch.zeros_like(self.b_enc),
-            self.k * len(centred_ND),
-            torch.zeros_like(centred_ND[0, 0]),
+            self.k * len(centered_ND),
+            torch.zeros_like(centered_ND[0, 0]),
             scan_dtype=self.compute_dtype,
         )
         threshold = just_below(values_S.min()).clamp_min(torch.finfo(torch.float32).tiny)
         self.set_threshold(threshold)
         self.log_multiplier.copy_(self.log_coefficient_of(threshold))
-        offset_ND = centred_ND.double() - self.loss(probe).error.double()
+        offset_ND = centered_ND.double() - self.loss(probe).error.double()
         energy = offset_ND.square().sum()
         if energy > 0:
-            self.scale_codes(float((centred_ND.double() * offset_ND).sum() / energy))
+            self.scale_codes(float((centered_ND.double() * offset_ND).sum() / energy))

@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saebench.codes import SparseCodes
-from saebench.errors import UserError
-from saebench.fields import at_least
+from saebench.core.codes import SparseCodes
+from saebench.core.errors import UserError
+from saebench.core.settings import at_least
 from saebench.saes.auxiliary import AuxSpec
 from saebench.saes.base import Batch, LossTerms
 from saebench.saes.choice import ChoiceSAE
@@ -62,18 +62,18 @@ class TopKSAE(ChoiceSAE):
 
     def encode_rows(self, x_ND: Tensor, *, k: int | None = None) -> SparseCodes:
         """Codes of rows [N, D]; ``k`` other than the one trained for keeps more latents, or fewer."""
-        chosen = self.top(self.centred(x_ND), self.k if k is None else k)
+        chosen = self.top(self.centered(x_ND), self.k if k is None else k)
         return self.attach_gradients(x_ND, chosen)
 
     def choose(self, batch: Batch) -> SparseCodes:
-        return self.top(self.centred_rows(batch), self.k_at(batch.progress))
+        return self.top(self.centered_rows(batch), self.k_at(batch.progress))
 
     def loss(self, batch: Batch) -> LossTerms:
         if not self.spec.multi_topk:
             return super().loss(batch)
         k = self.k_at(batch.progress)
         with torch.no_grad():
-            chosen = self.top(self.centred(batch.x_ND), min(MULTI_FACTOR * k, self.d_sae))
+            chosen = self.top(self.centered(batch.x_ND), min(MULTI_FACTOR * k, self.d_sae))
         many = self.attach_gradients(batch.x_ND, chosen)
         indices_NK, values_NK = many.rectangular()
         slots_NK = values_NK.detach().topk(k, dim=1, sorted=False).indices
@@ -86,7 +86,7 @@ class TopKSAE(ChoiceSAE):
         objective = objective + MULTI_COEFFICIENT * (batch.x_ND - of_many_ND).square().mean()
         return self.terms(batch, codes, x_hat_ND, objective)
 
-    def phase(self, progress: float) -> Hashable | None:
+    def graph_key(self, progress: float) -> Hashable | None:
         if self.spec.multi_topk or not self.fused:
             return None
         return self.k_at(progress), self.n_candidates
@@ -98,7 +98,7 @@ class TopKSAE(ChoiceSAE):
         done = progress / self.spec.k_anneal
         return round(self.spec.k_start + (self.k - self.spec.k_start) * done)
 
-    def top(self, centred_ND: Tensor, k: int) -> SparseCodes:
+    def top(self, centered_ND: Tensor, k: int) -> SparseCodes:
         """The k largest entries of each row of x - b_dec, without gradients.
 
         Raises:
@@ -108,6 +108,6 @@ class TopKSAE(ChoiceSAE):
             raise ValueError(f"k is {k}; it must lie between 1 and d_sae = {self.d_sae}")
         with torch.no_grad():
             values_NK, indices_NK = topk_encode(
-                centred_ND, self.W_enc_MD, self.b_enc, k, scan_dtype=self.compute_dtype
+                centered_ND, self.W_enc_MD, self.b_enc, k, scan_dtype=self.compute_dtype
             )
         return SparseCodes.from_topk(values_NK, indices_NK, d_sae=self.d_sae)

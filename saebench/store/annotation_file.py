@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saebench.errors import UserError
-from saebench.files import TEMPORARY_SUFFIX, sync_directory
+from saebench.core.errors import UserError
+from saebench.core.files import TEMPORARY_SUFFIX, sync_directory
 
 FILE = "user.sqlite"
 FORMAT = "saebench annotations"

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saebench.errors import UserError
-from saebench.files import read_json, write_json_atomic
+from saebench.core.errors import UserError
+from saebench.core.files import read_json, write_json_atomic
 from saebench.store.annotation_file import (
     FILE,
     FORMAT,

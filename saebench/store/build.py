@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from saebench.config import IndexConfig
-from saebench.device import pick_device
-from saebench.errors import UserError
-from saebench.fields import station
-from saebench.files import directory_lock, read_json, require_disk, require_writable
+from saebench.core.device import pick_device
+from saebench.core.errors import UserError
+from saebench.core.files import directory_lock, read_json, require_disk, require_writable
+from saebench.core.settings import accepts_settings
 from saebench.store import publish, schema, tables
 from saebench.store.corpus import Corpus
 from saebench.store.database import sentence_for_duckdb_errors
@@ -23,7 +23,7 @@ from saebench.store.encode import ENCODED, Encoder, encode
 from saebench.store.examples import per_decile
 from saebench.store.extras import keep_extras
 from saebench.store.logits import find_unembedding
-from saebench.store.runs import BYTES_PER_ENTRY, Runs
+from saebench.store.sorted_spill import BYTES_PER_ENTRY, SortedSpill
 from saebench.store.tables import (
     Build,
     Stopwatch,
@@ -71,7 +71,7 @@ class Job:
     metrics: Path | None = None
 
 
-@station(IndexConfig)
+@accepts_settings(IndexConfig)
 def index(config: IndexConfig) -> FeatureStore:
     """Encode all rows of a cache and publish the result as a new generation of the store ``config.out``.
 
@@ -195,7 +195,7 @@ def build_all(out: Path, jobs: Sequence[Job], cache: ActivationCache) -> publish
 
 
 def write_sae(
-    building: Path, job: Job, identity: str, cache: ActivationCache, corpus: Corpus, runs: Runs,
+    building: Path, job: Job, identity: str, cache: ActivationCache, corpus: Corpus, runs: SortedSpill,
     watch: Stopwatch | None = None,
 ) -> publish.StoredSae:  # fmt: skip
     """The file of one SAE, in the build directory."""

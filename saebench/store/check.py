@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saebench.errors import UserError
-from saebench.files import sha256_file
-from saebench.progress import Progress, progress
+from saebench.core.errors import UserError
+from saebench.core.files import sha256_file
+from saebench.core.progress import Progress, progress
 from saebench.store import publish
 from saebench.store.annotation_file import FILE
 from saebench.store.database import first_line, open_reader, read_meta, tables_of
 from saebench.store.extras import extras_of, origin
 from saebench.store.folds import fold_of
-from saebench.store.recompute import is_of, load_witnesses, problems
-from saebench.store.rules import EXTRA_RULES, SAE_RULES, TEXT_RULES, Rule
+from saebench.store.integrity import EXTRA_RULES, SAE_RULES, TEXT_RULES, Rule
+from saebench.store.recompute import is_of, load_references, problems
 from saebench.store.schema import (
     EXTRA_TABLES,
     FORMAT_VERSION,
@@ -68,7 +68,7 @@ def check_store(
         UserError: there is no store, its manifest is damaged, or its format is newer; the run, cache or
             model is not the one that the store was made with.
     """
-    witness, rows = load_witnesses(run, cache, model)
+    witness, rows = load_references(run, cache, model)
     path = Path(path)
     manifest = publish.read_manifest(path)
     findings = [] if manifest.saes else [Finding(publish.MANIFEST, "the store has no SAE")]
@@ -86,7 +86,7 @@ def check_store(
                 extras = {name: file for name, file in extras_of(sae).items() if file.path not in damaged}
                 findings += _check_tables(path, sae, text, extras, bar)
     if witness is not None:
-        findings += _check_witness(path, manifest, damaged, witness, rows, model, run)
+        findings += _check_references(path, manifest, damaged, witness, rows, model, run)
     return findings
 
 
@@ -202,7 +202,7 @@ def _check_tables(
             yield Finding(sae.file.path, f"the tables cannot be read ({first_line(error)})")
 
 
-def _check_witness(
+def _check_references(
     store: Path, manifest: publish.Manifest, damaged: set[str], sae: SAE, cache: ActivationCache | None,
     model: str, run: Path | None,
 ) -> Iterator[Finding]:  # fmt: skip

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store.schema import POSITION_BUCKETS
 
 if TYPE_CHECKING:

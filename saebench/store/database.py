@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store.schema import EXTRA_TABLES, Table
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 READER_MEMORY = "2GiB"
 WRITER_MEMORY = "1GiB"
 
-# Late materialisation makes "WHERE feature = ? ORDER BY value DESC LIMIT n" several times slower, and with
+# Late materialization makes "WHERE feature = ? ORDER BY value DESC LIMIT n" several times slower, and with
 # a range of rowids it ends in an internal error (DuckDB 2.0.0); tests/store/test_database.py shows it.
 DISABLED_OPTIMIZERS = "late_materialization"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store.limits import check_pattern
 from saebench.store.reader import StoreReader
 from saebench.store.schema import HIST_BINS, HIST_KINDS, nearest, one_of

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saebench.errors import UserError
-from saebench.files import sentence_for_os_errors, sha256_file, sha256_json, sync_directory
-from saebench.progress import progress
-from saebench.store import runs as runs_module
-from saebench.store.runs import Runs
+from saebench.core.errors import UserError
+from saebench.core.files import sentence_for_os_errors, sha256_file, sha256_json, sync_directory
+from saebench.core.progress import progress
+from saebench.store import sorted_spill
+from saebench.store.sorted_spill import SortedSpill
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
@@ -48,7 +48,7 @@ class Encoder:
 @torch.inference_mode()
 def encode(
     directory: Path, encoders: Sequence[Encoder], cache: ActivationCache, *, batch_size: int, quiet: bool
-) -> list[Runs]:
+) -> list[SortedSpill]:
     """The codes of every row of ``cache`` as sorted runs, one a SAE.
 
     Raises:
@@ -64,7 +64,7 @@ def encode(
                 except UserError:
                     shutil.rmtree(directory)
                     raise
-            if stop == cache.n_rows or sum(runs.n_waiting for runs in all_runs) >= runs_module.RUN_SIZE:
+            if stop == cache.n_rows or sum(runs.n_waiting for runs in all_runs) >= sorted_spill.RUN_SIZE:
                 _note(directory, {"rows": stop, "files": [_described(runs.flush()) for runs in all_runs]})
             bar.update(stop - start)
     return all_runs
@@ -91,14 +91,14 @@ def _work(encoders: Sequence[Encoder], cache: ActivationCache, batch_size: int) 
     """A hash of all that the codes depend on, the cuts between files included."""
     return sha256_json({
         "format": 1, "cache": cache.hash, "n_rows": cache.n_rows, "batch_size": batch_size,
-        "run_size": runs_module.RUN_SIZE, "torch": torch.__version__,
+        "run_size": sorted_spill.RUN_SIZE, "torch": torch.__version__,
         "saes": [
             [encoder.identity, encoder.hook, encoder.sae.W_dec.device.type] for encoder in encoders
         ],
     })  # fmt: skip
 
 
-def _take_up(directory: Path, encoders: Sequence[Encoder], work: str) -> tuple[int, list[Runs]]:
+def _take_up(directory: Path, encoders: Sequence[Encoder], work: str) -> tuple[int, list[SortedSpill]]:
     """``(rows done, runs)``: where a killed pass over the same work stopped, or an empty beginning."""
     steps = _steps(directory, work)
     if steps is None:
@@ -114,7 +114,7 @@ def _take_up(directory: Path, encoders: Sequence[Encoder], work: str) -> tuple[i
             for path in folder.iterdir():
                 if path.name not in names:
                     path.unlink()
-        all_runs.append(Runs(folder, encoder.sae.d_sae, names))
+        all_runs.append(SortedSpill(folder, encoder.sae.d_sae, names))
     return done, all_runs
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from saebench.core.hashing import hash_random, uniform_below
 from saebench.store.corpus import Corpus
 from saebench.store.folds import fold_of
-from saebench.store.lots import below, lots
 from saebench.store.negatives import near_misses, silent
-from saebench.store.runs import Activations, ordered_bits
 from saebench.store.schema import DECILES, GROUP_NEAR_MISS, GROUP_NEGATIVE, GROUP_RANDOM, GROUP_TOP
+from saebench.store.sorted_spill import Activations, ordered_bits
 from saebench.store.windows import Windows
 
 
@@ -91,14 +91,14 @@ def top(acts: Activations, corpus: Corpus, n: int) -> NDArray[np.int64]:
 
 def random(acts: Activations, n: int, seed: int) -> NDArray[np.int64]:
     """Indices into S, by latent and then in random order."""
-    lot_S = lots(acts.row_S, acts.latent_S + acts.first, seed)
-    # Enough drawn lots are below the threshold in all but one of 10^20 latents; those few take part whole.
+    bits_S = hash_random(acts.row_S, acts.latent_S + acts.first, seed)
+    # Enough random draws are below the threshold in all but one of 10^20 latents; those few take part whole.
     share_M = np.minimum((4 * n + 64) / np.maximum(acts.counts_M, 1), 1.0)
-    low_S = lot_S <= (share_M * float(2**64 - 2**12)).astype(np.uint64)[acts.latent_S]
+    low_S = bits_S <= (share_M * float(2**64 - 2**12)).astype(np.uint64)[acts.latent_S]
     drawn_M = np.bincount(acts.latent_S[low_S], minlength=acts.n_latents)
     short_M = drawn_M < np.minimum(acts.counts_M, n)
     at = np.flatnonzero(low_S | short_M[acts.latent_S])
-    return _first_of_each(acts, at, lot_S[at], n)
+    return _first_of_each(acts, at, bits_S[at], n)
 
 
 def deciles(
@@ -118,8 +118,8 @@ def deciles(
     part_K = np.tile(np.arange(n), tenth)
     length_LK = high_LK - low_LK
     low_LK, high_LK = low_LK + length_LK * part_K // n, low_LK + length_LK * (part_K + 1) // n
-    lot_LK = lots((alive_L + acts.first)[:, None], np.arange(n * tenth)[None], seed + 1)
-    rank_LK = low_LK + below(lot_LK, high_LK - low_LK)
+    bits_LK = hash_random((alive_L + acts.first)[:, None], np.arange(n * tenth)[None], seed + 1)
+    rank_LK = low_LK + uniform_below(bits_LK, high_LK - low_LK)
     some_LK = high_LK > low_LK
     at = acts.order_S[(acts.starts_M[alive_L][:, None] + rank_LK)[some_LK]]
     decile_LK = np.broadcast_to(decile_K + DECILES[0], some_LK.shape)

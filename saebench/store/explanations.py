@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store.reader import StoreReader
 from saebench.store.schema import EXPL_ITEM, EXPL_SCORE, EXPLANATION, Table, nearest
 

@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saebench.errors import UserError
-from saebench.files import directory_lock
+from saebench.core.errors import UserError
+from saebench.core.files import directory_lock
 from saebench.store import publish
 from saebench.store.database import insert_meta, new_database, open_reader, read_meta
 from saebench.store.schema import EXTRA_TABLES, FORMAT_VERSION, SAE_META, nearest

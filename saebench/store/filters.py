@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store.limits import check_pattern
 from saebench.store.schema import FEATURE, FEATURE_EXTRAS, extra_of, feature_column
 

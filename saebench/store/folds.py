@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saebench.store.lots import lots
+from saebench.core.hashing import hash_random
 
 TRAIN, TEST = 0, 1
 FOLDS = {"train": TRAIN, "test": TEST}
@@ -25,6 +25,6 @@ def fold_of(doc_S: NDArray[Any]) -> NDArray[np.uint8]:
     """[S]: TRAIN or TEST for each document number."""
     doc = np.asarray(doc_S).astype(np.uint64)
     fold: NDArray[np.uint8] = (
-        (doc & np.uint64(1)) ^ (lots(doc >> np.uint64(1), 0, 1) >> np.uint64(63))
+        (doc & np.uint64(1)) ^ (hash_random(doc >> np.uint64(1), 0, 1) >> np.uint64(63))
     ).astype(np.uint8)
     return fold

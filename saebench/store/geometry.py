@@ -1,6 +1,6 @@
 """Directions of the latents: norms, encoder against decoder, nearest others.
 
-Shapes: M = d_sae latents, D = d_in, B latents of a block, J neighbours.
+Shapes: M = d_sae latents, D = d_in, B latents of a block, J neighbors.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 
 Z_95 = 1.959963984540054
 """Two-sided 95% quantile of the normal distribution."""

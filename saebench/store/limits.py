@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store.database import first_line
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store.schema import LOGITS_PER_SIGN
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def find_unembedding(
 def _unembedding(
     name: str, revision: str | None, cache: ActivationCache, hook: str, vocab: list[bytes]
 ) -> tuple[Tensor | None, str]:
-    from saebench.activations.models import load_model
+    from saebench.sources.models import load_model
 
     model = load_model(name, revision=revision)
     expected = (cache.model or {}).get("hash")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from saebench.core.hashing import hash_random, uniform_below
 from saebench.store.corpus import Corpus
-from saebench.store.lots import below, lots
-from saebench.store.runs import Activations
+from saebench.store.sorted_spill import Activations
 from saebench.store.windows import Windows
 
 TRIES = 3
@@ -24,12 +24,12 @@ def near_misses(acts: Activations, corpus: Corpus, *, n: int, window: int, seed:
 
     The token is that of a random firing, the place any of its occurrences.
     """
-    latent_E, lot_E = _tries(acts, n, seed)
-    firing_E = acts.starts_M[latent_E] + below(lot_E, acts.counts_M[latent_E])
+    latent_E, bits_E = _tries(acts, n, seed)
+    firing_E = acts.starts_M[latent_E] + uniform_below(bits_E, acts.counts_M[latent_E])
     token_E = corpus.tokens[acts.row_S[firing_E]].astype(np.int64)
     rows, ends = corpus.occurrences
     n_E = ends[token_E + 1] - ends[token_E]
-    at_E = ends[token_E] + below(lots(lot_E, 1, seed), n_E)
+    at_E = ends[token_E] + uniform_below(hash_random(bits_E, 1, seed), n_E)
     some_E = n_E > 0  # of a very long text not every occurrence is listed
     row_E = rows[np.where(some_E, at_E, 0)].astype(np.int64)
     return _silent(acts, corpus, latent_E[some_E], row_E[some_E], n=n, window=window)
@@ -37,15 +37,15 @@ def near_misses(acts: Activations, corpus: Corpus, *, n: int, window: int, seed:
 
 def silent(acts: Activations, corpus: Corpus, *, n: int, window: int, seed: int) -> tuple[Ints, Ints]:
     """``(latent, row)``, at most ``n`` rows a latent: any place in a window without firing."""
-    latent_E, lot_E = _tries(acts, n, seed)
-    row_E = below(lots(lot_E, 2, seed), corpus.n_rows)
+    latent_E, bits_E = _tries(acts, n, seed)
+    row_E = uniform_below(hash_random(bits_E, 2, seed), corpus.n_rows)
     return _silent(acts, corpus, latent_E, row_E, n=n, window=window)
 
 
 def _tries(acts: Activations, n: int, seed: int) -> tuple[Ints, NDArray[np.uint64]]:
     alive_L = np.flatnonzero(acts.counts_M)
     latent_E = np.repeat(alive_L, TRIES * n)
-    return latent_E, lots(latent_E + acts.first, np.tile(np.arange(TRIES * n), len(alive_L)), seed)
+    return latent_E, hash_random(latent_E + acts.first, np.tile(np.arange(TRIES * n), len(alive_L)), seed)
 
 
 def _silent(

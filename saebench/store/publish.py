@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from saebench.errors import UserError
-from saebench.files import read_json, sha256_file, sync_directory, write_json_atomic
+from saebench.core.errors import UserError
+from saebench.core.files import read_json, sha256_file, sync_directory, write_json_atomic
 from saebench.store.schema import FORMAT_VERSION
 
 FORMAT = "saebench store"
@@ -149,10 +149,10 @@ def before_next(store: Path) -> Manifest:
     if (store / MANIFEST).exists():
         return read_manifest(store)
     ours = (".lock", BUILDING, ".encoded", ".explain", "user.sqlite", "user.sqlite-wal", "user.sqlite-shm")
-    strangers = [p.name for p in store.iterdir() if p.name not in ours and not _number(p)]
-    if strangers:
+    unexpected = [p.name for p in store.iterdir() if p.name not in ours and not _number(p)]
+    if unexpected:
         raise UserError(
-            f"{store} is not a feature store and not empty ({strangers[0]}); choose another --out"
+            f"{store} is not a feature store and not empty ({unexpected[0]}); choose another --out"
         )
     _require_first_build(store, "choose another --out")
     return Manifest()

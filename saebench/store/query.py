@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saebench.errors import UserError
+from saebench.core.deprecation import renamed
+from saebench.core.errors import UserError
 from saebench.store import publish
 from saebench.store.annotations import Annotations
+from saebench.store.cross_sae import CrossSaeQueries
 from saebench.store.explanations import ExplanationReader
 from saebench.store.filters import FeatureFilter, Range, feature_source, order_clause
 from saebench.store.schema import (
@@ -24,7 +26,6 @@ from saebench.store.schema import (
     nearest,
     one_of,
 )
-from saebench.store.several import Several
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,7 +61,7 @@ def open_store(path: str | Path, sae: str | None = None) -> FeatureStore:
     raise AssertionError
 
 
-class FeatureStore(Several, ExplanationReader):
+class FeatureStore(CrossSaeQueries, ExplanationReader):
     """One SAE of a store. Answers are pandas DataFrames unless said; safe to use from several threads.
 
     Attributes: path, sae, saes, generation, tables and time_limit, see StoreReader.
@@ -182,7 +183,7 @@ class FeatureStore(Several, ExplanationReader):
         query = f"SELECT count(*) FROM {feature_source(chosen.columns, self._extras)} WHERE {where}"
         return int(self._rows(query, values, timed=chosen.searches)[0][0])
 
-    def neighbours_in_order(
+    def neighbors_in_order(
         self,
         feature: int,
         *,
@@ -200,7 +201,7 @@ class FeatureStore(Several, ExplanationReader):
 
         (None, None) when ``feature`` does not pass the filter itself.
 
-        >>> store.neighbours_in_order(1)
+        >>> store.neighbors_in_order(1)
         (0, 2)
         """
         chosen = _filter(ranges, flags, text, regex, among, search, labels)
@@ -317,7 +318,7 @@ class FeatureStore(Several, ExplanationReader):
         columns = "score AS cosine" if directions else "score, n_both"
         return self._frame(
             f"SELECT other, {columns} FROM sae.neighbor WHERE kind = ? AND feature = ? ORDER BY rank",
-            [one_of(NEIGHBOR_KINDS, kind, "kind of neighbour"), self._known(feature)],
+            [one_of(NEIGHBOR_KINDS, kind, "kind of neighbor"), self._known(feature)],
         )
 
     def context(self, ctx: int) -> dict[str, Any]:
@@ -372,14 +373,16 @@ class FeatureStore(Several, ExplanationReader):
         self._require("train_metric")
         return self._frame("SELECT step, name, value FROM sae.train_metric ORDER BY step, name")
 
-    def train_course(self) -> pd.DataFrame:
+    def metrics_wide(self) -> pd.DataFrame:
         """The same, a row for each reported step and a column for each metric.
 
-        >>> store.train_course()["step"].is_monotonic_increasing
+        >>> store.metrics_wide()["step"].is_monotonic_increasing
         True
         """
         wide = self.train_metrics().pivot(index="step", columns="name", values="value")
         return wide.rename_axis(columns=None).reset_index()
+
+    train_course = renamed("train_course", metrics_wide)
 
 
 def _filter(

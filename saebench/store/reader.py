@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store import publish
 from saebench.store.database import first_line, open_reader, read_meta, tables_of
 from saebench.store.extras import extras_of

@@ -2,7 +2,7 @@
 
 What derives from the act table and the text is made anew; directions, logits, the run's metrics and the index
 by context are taken over. So a store of the format before becomes one of this format. Two things cannot be
-had from such a store and stay empty: encoder norms with their neighbours, and the kurtosis of logits.
+had from such a store and stay empty: encoder norms with their neighbors, and the kurtosis of logits.
 
 Shapes: C contexts, T positions, X tokens of all contexts, N rows of the cache, S activations.
 """
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from saebench.errors import UserError
-from saebench.files import directory_lock, require_disk
+from saebench.core.errors import UserError
+from saebench.core.files import directory_lock, require_disk
 from saebench.store import publish, schema, tables
 from saebench.store.corpus import Corpus, chunks
 from saebench.store.database import open_reader, quoted, read_meta, sentence_for_duckdb_errors, tables_of
 from saebench.store.extras import keep_extras
-from saebench.store.runs import Activations, ranges
+from saebench.store.sorted_spill import Activations, ranges
 from saebench.store.tables import (
     GIVEN_COLUMNS,
     Build,

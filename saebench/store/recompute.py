@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
+from saebench.core.hashing import hash_random, uniform_below
 from saebench.store.build import check_fit, hash_of
 from saebench.store.corpus import Corpus
 from saebench.store.geometry import directions, nearest_rows
 from saebench.store.logits import find_unembedding, logit_rows
-from saebench.store.lots import below, lots
 from saebench.store.schema import NEIGHBOR_KINDS
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ MOST_FLIPPED = 1e-3
 """Share of the codes that may be there on one side only: near ties fall either way in another batch."""
 
 
-def load_witnesses(
+def load_references(
     run: Path | None, cache: Path | None, model: str
 ) -> tuple[SAE | None, ActivationCache | None]:
     """The SAE and the cache that a store is to be compared with.
@@ -110,14 +110,14 @@ def _directions(connection: duckdb.DuckDBPyConnection, sae: SAE) -> Iterator[str
         if rows["score"].shape != (cosine_FJ.numel(),) or not np.allclose(
             rows["score"], cosine_FJ.reshape(-1).numpy(), atol=1e-3
         ):
-            yield f"the neighbours by {kind} are not those of the SAE's weights"
+            yield f"the neighbors by {kind} are not those of the SAE's weights"
 
 
 @torch.inference_mode()
 def _codes(
     connection: duckdb.DuckDBPyConnection, sae: SAE, cache: ActivationCache, corpus: Corpus, hook: str
 ) -> Iterator[str]:
-    row_R = np.unique(below(lots(np.arange(SAMPLED_ROWS), 4, 0), corpus.n_rows))
+    row_R = np.unique(uniform_below(hash_random(np.arange(SAMPLED_ROWS), 4, 0), corpus.n_rows))
     x_RD = cache.activations(hook)[torch.from_numpy(row_R)].float()
     at_S, latent_S, value_S = (part.cpu().numpy() for part in sae.encode(x_RD).coo())
     expected: dict[tuple[int, int], float] = {}
@@ -171,4 +171,4 @@ def _logits(connection: duckdb.DuckDBPyConnection, sae: SAE, W_U_DV: Tensor) -> 
 
 def _sampled(d_sae: int) -> Any:
     """Latents of which tables are computed again, ascending."""
-    return np.unique(below(lots(np.arange(SAMPLED_FEATURES), 5, 0), d_sae))
+    return np.unique(uniform_below(hash_random(np.arange(SAMPLED_FEATURES), 5, 0), d_sae))

@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 
 FORMAT_VERSION = 2
 
@@ -84,7 +84,7 @@ FEATURE = _table(
     ("std_act", "FLOAT", "standard deviation (population) over the tokens on which it fires"),
     ("skew", "FLOAT", "skewness of its activations; 0 when they are all equal"),
     ("kurtosis", "FLOAT", "excess kurtosis of its activations; 0 when they are all equal"),
-    ("p10", "FLOAT", "10% quantile of its activations, linear between neighbours"),
+    ("p10", "FLOAT", "10% quantile of its activations, linear between neighbors"),
     ("p25", "FLOAT", "25% quantile of its activations"),
     ("p50", "FLOAT", "median of its activations"),
     ("p75", "FLOAT", "75% quantile of its activations"),
@@ -131,7 +131,7 @@ HIST = _table(
 QUANTILE = _table(
     "quantile", "sae", "feature",
     ("feature", "UINTEGER", "latent; dead ones have no row"),
-    ("qs", "FLOAT[]", "quantiles of its activations at schema.QUANTILE_GRID, linear between neighbours"),
+    ("qs", "FLOAT[]", "quantiles of its activations at schema.QUANTILE_GRID, linear between neighbors"),
 )  # fmt: skip
 
 POSITION = _table(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store import publish
 from saebench.store.database import attach, first_line, lock_down, memory_instance
 from saebench.store.extras import extras_of

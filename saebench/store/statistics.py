@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saebench.store.corpus import Corpus
-from saebench.store.runs import Activations
 from saebench.store.schema import DENSE_ABOVE, HIST_BINS, HIST_KINDS, QUANTILE_GRID
+from saebench.store.sorted_spill import Activations
 
 Columns = dict[str, Any]
 
@@ -130,12 +130,12 @@ def _moments(acts: Activations, alive_L: NDArray[np.int64]) -> Columns:
     n_L, starts_L = acts.counts_M[alive_L], acts.starts_M[alive_L]
     values_S = acts.value_S.astype(np.float64)
     mean_L = np.add.reduceat(values_S, starts_L) / n_L
-    centred_S = values_S - np.repeat(mean_L, n_L)
-    power_S = centred_S * centred_S
+    centered_S = values_S - np.repeat(mean_L, n_L)
+    power_S = centered_S * centered_S
     variance_L = np.add.reduceat(power_S, starts_L) / n_L
-    power_S *= centred_S
+    power_S *= centered_S
     third_L = np.add.reduceat(power_S, starts_L) / n_L
-    power_S *= centred_S
+    power_S *= centered_S
     fourth_L = np.add.reduceat(power_S, starts_L) / n_L
     varies_L = variance_L > 1e-12 * mean_L**2
     safe_L = np.where(varies_L, variance_L, 1)

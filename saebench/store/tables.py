@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saebench.progress import progress
+from saebench.core.progress import progress
 from saebench.store import schema
-from saebench.store.cofiring import Together
+from saebench.store.coactivation import CoactivationCounter
 from saebench.store.corpus import Corpus
 from saebench.store.database import insert, insert_meta, new_database
 from saebench.store.examples import examples
 from saebench.store.geometry import directions, nearest_rows, neighbor_rows
 from saebench.store.logits import logit_rows
-from saebench.store.runs import Activations, Runs
+from saebench.store.sorted_spill import Activations, SortedSpill
 from saebench.store.statistics import (
     activation_statistics,
     histograms,
@@ -123,7 +123,7 @@ def write_sae_file(path: Path, build: Build, meta: dict[str, Any]) -> None:
     tables = [table for name, table in schema.SAE_TABLES.items() if name not in absent]
     names = {table.name for table in tables}
     corpus, options, watch = build.corpus, build.options, build.watch
-    together = Together(corpus.n_rows, build.d_sae, build.n_activations, options.seed)
+    together = CoactivationCounter(corpus.n_rows, build.d_sae, build.n_activations, options.seed)
     inverse = TokenFeatures()
     with (
         new_database(path, tables) as connection,
@@ -242,7 +242,7 @@ def left_out_tables(*, metrics: bool, context_index: bool) -> dict[str, str]:
     return left_out
 
 
-def index_by_context(connection: duckdb.DuckDBPyConnection, corpus: Corpus, runs: Runs) -> None:
+def index_by_context(connection: duckdb.DuckDBPyConnection, corpus: Corpus, runs: SortedSpill) -> None:
     """Fill act_by_ctx: one row for each token on which a latent fires."""
     for latent_S, row_S, value_S in runs.by_row():
         starts_R = np.flatnonzero(np.concatenate([[True], row_S[1:] != row_S[:-1]]))

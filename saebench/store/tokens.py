@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saebench.store.corpus import Corpus
-from saebench.store.runs import Activations, ordered_bits
 from saebench.store.schema import FEATURES_PER_TOKEN, LABELS_PER_FEATURE, TOKEN_ROLES, TOKENS_PER_FEATURE
+from saebench.store.sorted_spill import Activations, ordered_bits
 from saebench.store.text import token_text
 
 Columns = dict[str, Any]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saebench.store.corpus import Corpus
-from saebench.store.runs import Activations
+from saebench.store.sorted_spill import Activations
 from saebench.store.statistics import list_column
 
 BEFORE = 2 / 3

@@ -10,8 +10,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from saebench.codes import SparseCodes
 from saebench.config import SyntheticData
+from saebench.core.codes import SparseCodes
 from saebench.evaluation.reconstruction import ReconstructionMeter
 from saebench.evaluation.synthetic import GroundTruth, recovery_metrics
 from saebench.evaluation.synthetic.recovery import distinct_pairs

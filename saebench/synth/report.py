@@ -12,8 +12,8 @@ from typing import Any
 
 import saebench
 from saebench.config import SynthConfig
-from saebench.evaluation.reading import ORACLE
-from saebench.files import write_bytes_atomic, write_json_atomic
+from saebench.core.files import write_bytes_atomic, write_json_atomic
+from saebench.evaluation.inference_mode import ORACLE
 from saebench.synth.claims import Claim
 from saebench.synth.scores import L0_TOLERANCE, Score
 

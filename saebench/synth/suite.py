@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from saebench.config import SaeSpec, SynthConfig, TrainConfig
-from saebench.device import pick_device
-from saebench.errors import UserError
-from saebench.fields import station, to_flat
-from saebench.files import directory_lock
+from saebench.core.device import pick_device
+from saebench.core.errors import UserError
+from saebench.core.files import directory_lock
+from saebench.core.settings import accepts_settings, to_flat
 from saebench.saes.base import SPEC_FILE, load, read_description
 from saebench.synth.claims import claims
 from saebench.synth.data import DataSet, claim_directory, data_sets, make_cache
@@ -28,7 +28,7 @@ STEPS_BETWEEN_CHECKPOINTS = 500
 ROW_ORDER_SEED = 0
 
 
-@station(SynthConfig)
+@accepts_settings(SynthConfig)
 def synth(config: SynthConfig) -> SynthReport:
     """Train SAEs on data whose features are known, compare what they found with the truth, test the claims.
 

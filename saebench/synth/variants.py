@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saebench.config import ALIASES, ARCHITECTURES, SaeSpec, architecture
-from saebench.fields import from_flat
+from saebench.core.settings import from_flat
 from saebench.synth.data import DataSet
 
 BETAS = (0.3, 1.0, 3.0, 10.0)

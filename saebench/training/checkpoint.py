@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saebench.files import write_bytes_atomic
+from saebench.core.files import write_bytes_atomic
+from saebench.core.tensors import check_tensors, read_safetensors
 from saebench.saes.base import SAE
-from saebench.tensors import check_tensors, read_safetensors
 
 FOLDER = "checkpoints"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -23,7 +23,7 @@ class TrainState:
     """What changes while training. ``scale`` multiplies activations; ``step`` batches have been taken.
 
     The order of the rows is a function of the seed and ``step``, and nothing random happens after
-    initialisation, so these tensors are the whole state.
+    initialization, so these tensors are the whole state.
     """
 
     sae: SAE

@@ -19,18 +19,19 @@ from torch import Tensor
 from saebench.activations.cache import ActivationCache, open_cache
 from saebench.activations.loader import Loader
 from saebench.config import SaeSpec, TrainConfig, architecture
-from saebench.device import pick_device
-from saebench.errors import UserError
-from saebench.fields import show_settings, to_flat
-from saebench.files import directory_lock, human_bytes, require_disk
-from saebench.progress import progress
-from saebench.runfile import FORMAT_VERSION
+from saebench.core.device import pick_device
+from saebench.core.errors import UserError
+from saebench.core.files import directory_lock, human_bytes, require_disk
+from saebench.core.progress import progress
+from saebench.core.settings import show_settings, to_flat
+from saebench.runs import run
+from saebench.runs.run import Run
+from saebench.runs.run_file import FORMAT_VERSION
 from saebench.saes.base import Batch
-from saebench.training import run, trainee
+from saebench.training import state
 from saebench.training.interrupts import StopRequest
-from saebench.training.run import Run
+from saebench.training.state import Trainee, compute_dtype
 from saebench.training.sweep import Plan, grid_of, plan
-from saebench.training.trainee import Trainee, compute_dtype
 
 SAMPLE_ROWS = 65_536
 SAMPLE_BYTES = 1 << 28
@@ -138,7 +139,7 @@ def train_all(plans: Sequence[Plan]) -> list[Run]:
         if unfinished:
             sample = _sample(loader)
         for config, spec in unfinished:
-            made = trainee.begin(
+            made = state.begin(
                 config, spec, facts[config.out], sample, n_steps=n_steps, device=device, stack=stack
             )
             if config.resume:
@@ -207,7 +208,7 @@ def _steps(
 
 def _why(error: UserError, loader: Loader, i: int, member: Trainee) -> UserError:
     """What ended an SAE by batch i: the rows it was given, when they are not finite, or its own step."""
-    batch = member.first_step + int(member.sound_steps)
+    batch = member.first_step + int(member.n_finite_steps)
     if loader.batch(batch).activations.isfinite().all():
         return error
     return UserError(

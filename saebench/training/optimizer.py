@@ -41,23 +41,23 @@ def optimizer_step(
     *,
     lr: float | Tensor,
     grad_clip: float,
-    sound: Tensor | None = None,
+    is_finite: Tensor | None = None,
 ) -> Tensor:
-    """Project the decoder's gradient, clip the norm of all of it, Adam, renormalise the decoder.
+    """Project the decoder's gradient, clip the norm of all of it, Adam, renormalize the decoder.
 
-    ``sound`` (scalar bool, on the device of the weights) becomes False when the gradient is not finite, and
-    while it is False nothing is applied: the decision is the device's own, nobody waits for it. Returns the
-    norm before clipping, a scalar tensor (reading it would wait for the device).
+    ``is_finite`` (scalar bool, on the device of the weights) becomes False when the gradient is not finite;
+    while it is False, no update is applied. The decision is made on the device, without synchronization.
+    Returns the norm before clipping, a scalar tensor (reading it waits for the device).
     """
     if is_fused("fused_adam", sae.b_dec.device, torch.float32, floats=True):
-        return _fused_step(sae, optimizer, lr=lr, grad_clip=grad_clip, sound=sound)
+        return _fused_step(sae, optimizer, lr=lr, grad_clip=grad_clip, is_finite=is_finite)
     for group in optimizer.param_groups:
         group["lr"] = float(lr)
     sae.project_gradients()
     norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), grad_clip or math.inf)
-    if sound is not None:
-        sound &= norm.isfinite()
-        optimizer.found_inf = (~sound).float()  # type: ignore[attr-defined]  # what GradScaler sets, too
+    if is_finite is not None:
+        is_finite &= norm.isfinite()
+        optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # what GradScaler sets, too
     optimizer.step()
     sae.normalize_decoder()
     return norm
@@ -65,7 +65,7 @@ def optimizer_step(
 
 @torch.no_grad()
 def _fused_step(
-    sae: SAE, optimizer: torch.optim.Adam, *, lr: float | Tensor, grad_clip: float, sound: Tensor | None
+    sae: SAE, optimizer: torch.optim.Adam, *, lr: float | Tensor, grad_clip: float, is_finite: Tensor | None
 ) -> Tensor:
     """The same in two passes over the parameters, on the moments that the optimizer keeps."""
     from saebench_kernels.fused.adam import adam_coefficients, fused_adam, gradient_squares, n_pieces
@@ -83,12 +83,12 @@ def _fused_step(
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
     steps = [optimizer.state[parameter]["step"] for parameter in grads]
-    if sound is None:
-        sound = torch.ones((), dtype=torch.bool, device=device)
+    if is_finite is None:
+        is_finite = torch.ones((), dtype=torch.bool, device=device)
     if not isinstance(lr, Tensor):
         lr = torch.full((), lr, dtype=torch.float64, device=device)
     coefficients_4, norm = adam_coefficients(
-        squares, steps[0], sound, lr, betas=group["betas"], grad_clip=grad_clip
+        squares, steps[0], is_finite, lr, betas=group["betas"], grad_clip=grad_clip
     )
     torch._foreach_add_(steps, [coefficients_4[3]] * len(steps))
     for parameter, grad in grads.items():

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from saebench.config import TrainConfig
-from saebench.errors import UserError
-from saebench.files import atomic_file, finite, sentence_for_os_errors, sha256_json
+from saebench.core.errors import UserError
+from saebench.core.files import atomic_file, finite, sentence_for_os_errors, sha256_json
 
 Metrics = dict[str, float]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from saebench.config import SaeSpec, TrainConfig, architecture
-from saebench.errors import UserError
-from saebench.fields import from_flat, whole_number
+from saebench.core.errors import UserError
+from saebench.core.settings import from_flat, whole_number
 
 Plan = tuple[TrainConfig, SaeSpec]
 Grid = dict[str, list[Any]]

@@ -20,7 +20,7 @@ from saebench.activations import mapping
 from saebench.activations.cache import read_vocab, vocab_bytes
 from saebench.activations.shards import DATA_START, check_shard, shard_path, write_shard
 from saebench.activations.writer import CacheWriter
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import saebench as sb
-from saebench.activations.text import is_held_out, read_documents
-from saebench.errors import UserError
+from saebench.core.errors import UserError
+from saebench.sources.text import is_held_out, read_documents
 
 HOOK = "blocks.0.hook_resid_post"
 ROOT = Path(__file__).parents[2]
@@ -181,7 +181,7 @@ def test_a_short_text_keeps_what_there_is_and_says_so(settings, capsys):
 
 
 def test_two_writers_on_one_directory(settings):
-    from saebench.files import directory_lock
+    from saebench.core.files import directory_lock
 
     with (
         directory_lock(settings["out"], what="the activation cache"),
@@ -194,8 +194,8 @@ KILLER = """
 import json, os, resource, signal, sys
 import torch, transformer_lens
 import saebench as sb
-from saebench import files
-from saebench.errors import UserError
+from saebench.core import files
+from saebench.core.errors import UserError
 torch.set_num_threads(1)
 
 def attempt(settings, disturb=None):

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench.activations.background import work_ahead
 from saebench.activations.loader import Loader
-from saebench.activations.order import RowOrder, permutation
-from saebench.errors import UserError
+from saebench.activations.shuffle import RowOrder, permutation
+from saebench.core.errors import UserError
+from saebench.core.prefetch import prefetch
 
 
 @st.composite
@@ -66,7 +66,7 @@ def test_a_window_reads_no_more_than_its_blocks(case, position):
 
 
 def test_tables_stay_small_however_large_the_cache_is(monkeypatch):
-    monkeypatch.setattr("saebench.activations.order.MOST_BLOCKS", 10)
+    monkeypatch.setattr("saebench.activations.shuffle.MOST_BLOCKS", 10)
     for n in (1, 9, 10, 11, 995):
         order = RowOrder(np.zeros(n, bool), seed=0, row_bytes=1 << 20)
         assert order.n_blocks <= 10
@@ -76,7 +76,7 @@ def test_tables_stay_small_however_large_the_cache_is(monkeypatch):
 @pytest.mark.parametrize("scan_rows", [1, 2, 3, 7, 1000])
 def test_runs_do_not_depend_on_how_the_mask_is_scanned(monkeypatch, scan_rows):
     held_out = np.random.default_rng(0).random(500) < 0.3
-    monkeypatch.setattr("saebench.activations.order._SCAN_ROWS", scan_rows)
+    monkeypatch.setattr("saebench.activations.shuffle._SCAN_ROWS", scan_rows)
     order = RowOrder(held_out, seed=0, row_bytes=4, block_rows=500, window_blocks=1)
     assert (np.sort(order.rows(0, order.n_rows)) == np.flatnonzero(~held_out)).all()
 
@@ -183,7 +183,7 @@ def test_an_exception_in_the_thread_arrives_after_the_items_before_it():
 
     seen = []
     with pytest.raises(UserError, match="broken"):
-        seen.extend(work_ahead(items(), 5))
+        seen.extend(prefetch(items(), 5))
     assert seen == [1, 2]
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saebench.activations.packing import batches, pack
-from saebench.activations.text import Document, is_held_out
+from saebench.sources.text import Document, is_held_out
 
 SEPARATOR, BOS = 1000, 1001
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from saebench.activations.cache import ActivationCache
-from saebench.activations.models import Model, load_model
 from saebench.config import architecture
 from saebench.saes.base import SAE, Batch
+from saebench.sources.models import Model, load_model
 
 D_SAE, K = 96, 6
 

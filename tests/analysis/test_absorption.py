@@ -15,7 +15,7 @@ from saebench.activations.cache import ActivationCache
 from saebench.analysis import absorption
 from saebench.analysis.absorption import absorbed
 from saebench.config import architecture
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.evaluation.synthetic import TreeWorld
 from saebench.evaluation.synthetic.tree import CHILDREN
 from saebench.saes.base import SAE

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from saebench.activations.models import Model
 from saebench.analysis.attribution import logit_attribution
 from saebench.analysis.prompts import features_of
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.saes.base import SAE, load
+from saebench.sources.models import Model
 from saebench.store.text import token_text
 
 TEXT = "The Congress of the United States"

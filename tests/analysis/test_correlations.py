@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from saebench.analysis import correlations
 from saebench.analysis.correlations import Correlations
-from saebench.codes import SparseCodes
+from saebench.core.codes import SparseCodes
 
 
 def random_codes(n: int, d_sae: int, k: int, seed: int) -> SparseCodes:

@@ -12,7 +12,7 @@ import pytest
 
 import saebench as sb
 from saebench.activations.cache import ActivationCache
-from saebench.activations.models import Model
+from saebench.sources.models import Model
 
 THINGS = {name: getattr(sb, name) for name in sb.__all__}
 THINGS |= {f"figures.{name}": getattr(sb.figures, name) for name in sb.figures.__all__}

@@ -16,13 +16,13 @@ from torch import Tensor
 
 import saebench as sb
 from saebench.activations.cache import ActivationCache
-from saebench.activations.models import Model
 from saebench.analysis.contexts import draw_contexts
 from saebench.analysis.effects import loss_effects
 from saebench.cli import main
-from saebench.errors import UserError
-from saebench.files import directory_lock
+from saebench.core.errors import UserError
+from saebench.core.files import directory_lock
 from saebench.saes.base import SAE, load
+from saebench.sources.models import Model
 from saebench.store import check_store
 
 SMALL = {"sample": 6, "quiet": True}
@@ -197,7 +197,7 @@ def test_an_sae_that_the_store_has_not_is_one_sentence(
 def test_a_store_that_is_being_written_is_said_before_anything_is_measured(
     stored: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saebench.activations.models.load_model", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("saebench.sources.models.load_model", lambda *_, **__: pytest.fail("measured"))
     with (
         directory_lock(stored, what="the feature store"),
         pytest.raises(UserError, match="another process is writing the feature store"),

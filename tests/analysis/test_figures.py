@@ -13,9 +13,9 @@ import pytest
 
 from saebench.analysis import figures
 from saebench.analysis.interventions import Steering
-from saebench.analysis.looks import HOT, KINDS
 from saebench.analysis.matching import match
-from saebench.errors import UserError
+from saebench.analysis.plot_style import HOT, KINDS
+from saebench.core.errors import UserError
 from tests.analysis.test_matching import random_sae
 
 
@@ -63,7 +63,7 @@ def test_a_heat_map_has_the_strongest_rows_and_every_token_as_text() -> None:
     assert with_first.data[0].y[0] == "9" and len(with_first.layout.xaxis.ticktext) == 4
 
 
-def test_a_map_has_every_latent_and_its_colour() -> None:
+def test_a_map_has_every_latent_and_its_color() -> None:
     figure = figures.decoder_scatter(POINTS)
     assert sum(len(trace.x) for trace in figure.data) == 12
     assert [trace.name for trace in figure.data] == [str(c) for c in range(9)]
@@ -81,7 +81,7 @@ def test_pairs_are_counted_by_their_similarity() -> None:
     figure = figures.matching_similarity(found)
     [bars] = figure.data
     assert bars.y.sum() == 30
-    above = [colour == HOT for colour in bars.marker.color]
+    above = [color == HOT for color in bars.marker.color]
     assert bars.y[above].sum() == (found.pairs["similarity"] >= found.threshold).sum()
     assert f"{found.stability:.1%}" in figure.layout.annotations[0].text
 
@@ -139,7 +139,7 @@ def test_they_stand_on_any_background_and_are_plain_data() -> None:
         ("prompt_heatmap", [PROMPT[:1]], "no latent that fires behind position 0; give keep_first=True"),
         ("prompt_heatmap", [fires(*((i, "", 1, 1) for i in range(600)))], "has 599 tokens; show at most 512"),
         ("decoder_scatter", [PROMPT], "points has no column 'x'"),
-        ("decoder_scatter", [POINTS, "density"], "colour is 'density'; give one of cluster"),
+        ("decoder_scatter", [POINTS, "density"], "color is 'density'; give one of cluster"),
         ("decoder_scatter", [POINTS, "cluster", PROMPT.drop(columns="feature")], "features has no column"),
         ("steering_curve", [SimpleNamespace(), "loss"], "measure is 'loss'; give 'kl' or 'difference'"),
     ],

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from saebench.analysis import geometry, layout
+from saebench.analysis import geometry, umap
 from saebench.analysis.geometry import METHODS, clusters, decoder_map, redundancy
-from saebench.analysis.layout import fuzzy_graph, neighbour_layout, principal_layout
-from saebench.errors import UserError
+from saebench.analysis.umap import fuzzy_graph, neighbor_layout, principal_layout
+from saebench.core.errors import UserError
 from saebench.saes.topk import TopKSAE
 
 
@@ -50,9 +50,9 @@ def purity(points_M2: Tensor, group_M: Tensor, n: int = 5) -> float:
 def test_pca_is_that_of_the_singular_vectors() -> None:
     W_MD = random_rows(40, 7)
     unit = normalize(W_MD).double()
-    centred = unit - unit.mean(0)
-    _, _, axes = torch.linalg.svd(centred, full_matrices=False)
-    expected = centred @ axes[:2].T
+    centered = unit - unit.mean(0)
+    _, _, axes = torch.linalg.svd(centered, full_matrices=False)
+    expected = centered @ axes[:2].T
     found = decoder_map(sae_of(W_MD), n_clusters=3)
     assert found.columns.tolist() == ["feature", "x", "y", "cluster"]
     assert found["feature"].tolist() == list(range(40))
@@ -64,16 +64,16 @@ def test_pca_is_that_of_the_singular_vectors() -> None:
     np.testing.assert_allclose(mirrored["y"][::-1], found["y"], atol=1e-6)
 
 
-def test_the_neighbour_layout_keeps_groups_together_where_two_axes_cannot() -> None:
+def test_the_neighbor_layout_keeps_groups_together_where_two_axes_cannot() -> None:
     rows_MD, group_M = planted(240, 12)
-    near = neighbour_layout(normalize(rows_MD), 10, seed=0, rounds=200)
+    near = neighbor_layout(normalize(rows_MD), 10, seed=0, rounds=200)
     assert purity(near, group_M) > 0.97
     assert purity(near, group_M) > purity(principal_layout(normalize(rows_MD)), group_M) + 0.1
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_seed_is_the_same_map(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "MANY", 0)  # the shorter course
+    monkeypatch.setattr(umap, "MANY", 0)  # the shorter course
     sae = sae_of(torch.cat([random_rows(30, 6), torch.ones(5, 6), torch.zeros(2, 6)]))  # copies, zeros
     first, again = (decoder_map(sae, method, n_clusters=4, seed=3) for _ in range(2))
     assert first.equals(again)
@@ -187,7 +187,7 @@ def test_a_run_is_read_from_its_folder(run: Path) -> None:
     ("function", "changes", "sentence"),
     [
         (decoder_map, {"method": "tsne"}, "method is 'tsne'; give 'pca' or 'umap'"),
-        (decoder_map, {"neighbours": 1}, "neighbours is 1; give at least 2"),
+        (decoder_map, {"neighbors": 1}, "neighbors is 1; give at least 2"),
         (decoder_map, {"n_clusters": 9}, "the number of clusters is 9; give 1 to 5"),
         (decoder_map, {"sae": sae_of(torch.ones(2, 4))}, "the SAE has 2 latents; a map needs at least 3"),
         (clusters, {"n": 0}, "the number of clusters is 0; give 1 to 5"),

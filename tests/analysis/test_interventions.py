@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from saebench.activations.models import Model
 from saebench.analysis import interventions, prompts
+from saebench.analysis.attach import attach
 from saebench.analysis.interventions import Edit, ablate, latent_values, steer
-from saebench.analysis.mounting import mount
 from saebench.config import ARCHITECTURES
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.saes.base import SAE, load
+from saebench.sources.models import Model
 
 TEXT = "The Congress of the United States"
 MODES: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -58,10 +58,10 @@ def by_hand(
 def test_spliced_with_its_error_and_not_edited_it_leaves_the_logits(
     make_sae: Callable[[str], SAE], tiny_model: Model, hook: str, name: str
 ) -> None:
-    mounted = mount(make_sae(name), tiny_model, hook)
-    edit = Edit(list(range(mounted.sae.d_sae)), "scale", 1.0, list(range(ids(tiny_model).shape[1])))
+    attached = attach(make_sae(name), tiny_model, hook)
+    edit = Edit(list(range(attached.sae.d_sae)), "scale", 1.0, list(range(ids(tiny_model).shape[1])))
     with torch.no_grad():
-        spliced = tiny_model.logits(ids(tiny_model), edit=edit.spliced(mounted, ids(tiny_model).shape[1]))
+        spliced = tiny_model.logits(ids(tiny_model), edit=edit.spliced(attached, ids(tiny_model).shape[1]))
     torch.testing.assert_close(spliced, tiny_model.logits(ids(tiny_model)), rtol=0, atol=1e-5)
 
 

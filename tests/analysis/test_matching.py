@@ -19,7 +19,7 @@ from saebench.activations.cache import ActivationCache
 from saebench.analysis import correlations, matching
 from saebench.analysis.matching import WAYS, match, splits
 from saebench.config import architecture
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.saes.base import SAE, load
 
 

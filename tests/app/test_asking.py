@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
 import saebench as sb
-from saebench.activations.models import Model, load_model
 from saebench.saes.base import load
+from saebench.sources.models import Model, load_model
 from saebench.store.query import FeatureStore, open_store
 from saebench_app.asked import MEASURES, WAYS, Place, Prompt, Steer
 from saebench_app.numbers import number

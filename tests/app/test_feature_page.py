@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from saebench.store.example_windows import distinct
 from saebench.store.query import open_store
-from saebench.store.shown import distinct
 from saebench_app.page.feature import LONGEST_CALLED
 from saebench_app.text import visible
 from saebench_app.view import View
@@ -65,20 +65,20 @@ def test_tenths_have_titles_and_folds_are_shown(visit: Visit, small_store: Path)
     assert sorted(one["place"][-1] for one in picture) == sorted(map(str, tenths["fold"]))
 
 
-def test_colours_threshold_lines_and_repeats(visit: Visit, small_store: Path) -> None:
+def test_colors_threshold_lines_and_repeats(visit: Visit, small_store: Path) -> None:
     with open_store(small_store) as store:
         rows = store.examples(0, "top").to_dict("records")
         largest = store.feature(0)["max_act"]
-    app = visit(small_store, "feature", f=0, window=0, above=50, colours="sqrt", lines=1)
+    app = visit(small_store, "feature", f=0, window=0, above=50, colors="sqrt", lines=1)
     for one, row in zip(data(app, "examples")["examples"], rows, strict=True):
-        coloured = [len(span) == 3 for span in one["spans"]]
-        assert coloured == [abs(act) >= largest / 2 for act in row["acts"]]
+        colored = [len(span) == 3 for span in one["spans"]]
+        assert colored == [abs(act) >= largest / 2 for act in row["acts"]]
         texts = [span[0] for span in one["spans"]]
         assert texts == [visible(piece).replace("↵", "↵\n") for piece in row["pieces"]]
     levels = [s[1] for one in data(app, "examples")["examples"] for s in one["spans"] if len(s) == 3]
     acts = [a for row in rows for a in row["acts"] if a >= largest / 2]
     assert levels == pytest.approx([(a / largest) ** 0.5 for a in acts], abs=1e-3)
-    app = visit(small_store, "feature", f=0, window=0, colours="rank")
+    app = visit(small_store, "feature", f=0, window=0, colors="rank")
     ranked = [
         (act, span[1])
         for one, row in zip(data(app, "examples")["examples"], rows, strict=True)
@@ -101,7 +101,7 @@ def test_tokens_on_it_and_beside_it(visit: Visit, small_store: Path, role: str) 
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder", "cofire", "correlation"])
-def test_neighbours_of_every_kind_with_their_names(visit: Visit, rich_store: Path, kind: str) -> None:
+def test_neighbors_of_every_kind_with_their_names(visit: Visit, rich_store: Path, kind: str) -> None:
     app = visit(rich_store, "feature", f=0, near=kind)
     with open_store(rich_store) as store:
         near = store.neighbors(0, kind).head(10)

@@ -42,7 +42,7 @@ def test_every_column_can_be_chosen_and_sorted_by(visit: Visit, rich_store: Path
         ({"q": "onerror"}, lambda f: f in SCORES or f == 3),
         ({"q": r"^<img.* 9$", "re": 1}, lambda f: f == 9),
         ({"bookmarked": 1}, lambda f: f in (3, 5)),
-        ({"labelled": 1}, lambda f: f == 3),
+        ({"labeled": 1}, lambda f: f == 3),
         ({"list": HOSTILE, "bookmarked": 1}, lambda f: f in (3, 5)),
         ({"list": HOSTILE}, lambda f: f in (3, 5, 9)),
         ({"among": "9,3,7", "explained": "only"}, lambda f: f in (3, 9)),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench_app.launch import SETTINGS, command, explore
 
 

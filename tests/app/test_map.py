@@ -28,7 +28,7 @@ def test_a_map_is_drawn_once(visit: Visit, two: Path, own_cache: Path) -> None:
         result = found(Task("map", {}, (store.info()["sae_hash"], "pca")))
     assert result is not None
     assert result.tables["points"].equals(decoder_map(small_sae(0), "pca", n_clusters=8))
-    other = visit(two, "map", method="pca", colour="density")
+    other = visit(two, "map", method="pca", color="density")
     assert not other.exception
     assert shown(other, "empty") is None
     assert shown(visit(two, "map", sae="other"), "empty") is not None
@@ -59,7 +59,7 @@ def test_only_features_of_the_map_are_selected(points: list[dict[str, object]], 
 
 
 def test_without_its_run_it_says_what_to_do(visit: Visit, tmp_path: Path, own_cache: Path) -> None:
-    app = visit(build_two(tmp_path, runs=False), "map", method="umap", colour="nonsense")
+    app = visit(build_two(tmp_path, runs=False), "map", method="umap", color="nonsense")
     assert not app.exception
     notice = shown(app, "no-run")
     assert notice is not None

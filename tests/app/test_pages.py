@@ -186,7 +186,7 @@ def test_the_store_page_lists_the_saes(visit: Visit, small_store: Path) -> None:
 def test_a_new_generation_is_offered_and_a_lost_store_is_said(
     visit: Visit, small_store: Path, tmp_path: Path
 ) -> None:
-    from saebench.files import write_json_atomic
+    from saebench.core.files import write_json_atomic
     from saebench.store.publish import read_manifest
 
     store = tmp_path / "store"

@@ -10,11 +10,11 @@ import pytest
 import torch
 from streamlit.testing.v1 import AppTest
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.saes.base import load
 from saebench.store.query import FeatureStore, open_store
 from saebench_app.launch import command, explore
-from saebench_app.runs import TURN, known_runs, live, mounted, run_of, turn
+from saebench_app.runs import TURN, attached, known_runs, live, run_of, turn
 from saebench_app.session import Here
 from saebench_app.view import View
 from tests.app.live_world import World
@@ -40,7 +40,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Iterator[At]:
 def test_a_run_beside_the_store_is_found_by_its_weights(at: At, world: World, tmp_path: Path) -> None:
     here = at(world.store)
     assert run_of(here) == world.run
-    assert torch.equal(mounted(here).sae.W_dec, load(world.run).W_dec)
+    assert torch.equal(attached(here).sae.W_dec, load(world.run).W_dec)
     assert live(here) is live(here)
     away = tmp_path / "store"
     shutil.copytree(world.store, away)

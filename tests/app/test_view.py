@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saebench.store.schema import HIST_BINS, NEIGHBOR_KINDS
-from saebench_app.view import ABOVE, COLOURS, FOLDED, SHOWN, WINDOWS, View
+from saebench_app.view import ABOVE, COLORS, FOLDED, SHOWN, WINDOWS, View
 
 COLUMNS = ("feature", "density", "max_act")
 bounds = st.none() | st.integers(-60, 60).map(lambda n: n / 10)
@@ -30,7 +30,7 @@ views = st.builds(
     score=ranges,
     explained=st.sampled_from(SHOWN),
     bookmarked=st.booleans(),
-    labelled=st.booleans(),
+    labeled=st.booleans(),
     list=st.text(),
     among=st.lists(st.integers(0, 10**6), max_size=5, unique=True).map(tuple),
     columns=st.lists(st.sampled_from((*COLUMNS, "label")), unique=True).map(tuple),
@@ -39,7 +39,7 @@ views = st.builds(
     histogram=st.sampled_from(["value", "log10"]),
     role=st.sampled_from(["active", "previous", "next"]),
     near=st.sampled_from(list(NEIGHBOR_KINDS)),
-    colours=st.sampled_from(COLOURS),
+    colors=st.sampled_from(COLORS),
     above=st.sampled_from(ABOVE),
     lines=st.booleans(),
     distinct=st.booleans(),
@@ -113,7 +113,7 @@ def test_a_heading_sorts_downwards_first_then_turns() -> None:
 def test_clearing_leaves_order_columns_and_display(view: View) -> None:
     cleared = view.cleared()
     assert cleared.lists_all()
-    kept = ("sae", "sort", "descending", "columns", "window", "colours", "near", "role", "open")
+    kept = ("sae", "sort", "descending", "columns", "window", "colors", "near", "role", "open")
     assert all(getattr(cleared, name) == getattr(view, name) for name in kept)
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench_app import worker
 from saebench_app.work import FACTS, Task, Work, found
 from tests.app.conftest import finish, shown
@@ -63,8 +63,8 @@ def test_progress_and_complaints_are_read_from_its_words(tmp_path: Path) -> None
     assert good.progress().text.startswith("1,200 of 2,400 checks (50%)")
     bad = work("check: 1/2 checks (50%)\nsaebench: the disk is full; free some space\n", 2)
     assert bad.state() == "failed"
-    assert bad.complaint() == "The disk is full; free some space."
-    assert "ValueError" in work("Traceback\nValueError: x\n", 1).complaint()
+    assert bad.error_message() == "The disk is full; free some space."
+    assert "ValueError" in work("Traceback\nValueError: x\n", 1).error_message()
     bad.stop()
     assert bad.state() == "stopped"
 
@@ -106,7 +106,7 @@ def test_what_a_worker_cannot_do_is_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "_end_with", lambda server: None)
-    monkeypatch.setattr("saebench.progress.SECONDS_BETWEEN_LINES", 1.0)
+    monkeypatch.setattr("saebench.core.progress.SECONDS_BETWEEN_LINES", 1.0)
     assert worker.main("0", "check", '{"store": "/no/such"}', str(tmp_path / "result")) == 2
     assert "saebench: /no/such is not a feature store" in capsys.readouterr().err
     assert not (tmp_path / "result").exists()

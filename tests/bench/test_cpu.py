@@ -13,7 +13,7 @@ from saebench.bench import cpu, steps
 from saebench.bench.cpu import OURS, Ratio
 from saebench.bench.peer import running_peer
 from saebench.cli import main
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.saes.base import Batch
 
 SMALL = {"d_in": 16, "d_sae": 64, "k": 4, "batch_size": 64, "threads": 1, "turns": 1}
@@ -98,7 +98,7 @@ def test_the_error_is_that_of_the_reconstruction(name, monkeypatch):
 
 
 def test_a_step_is_the_one_that_the_training_loop_takes():
-    """The weights move, the decoder is normalised, and what fired is counted."""
+    """The weights move, the decoder is normalized, and what fired is counted."""
     rows_ND = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
     sae, step = steps.step_of("topk", rows_ND, batch_size=64, d_sae=64, k=4)
     before = sae.W_dec.detach().clone()

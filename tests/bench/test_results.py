@@ -10,8 +10,8 @@ from saebench.bench import results
 from saebench.bench.gpu import GpuRatio, GpuReport, GpuRow
 from saebench.bench.gpu_sizes import Size
 from saebench.bench.timing import Timing
-from saebench.errors import UserError
-from saebench.files import write_json_atomic
+from saebench.core.errors import UserError
+from saebench.core.files import write_json_atomic
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ import pytest
 from saebench.bench.timing import take_turns
 
 
-def test_neighbours_alternate_and_the_first_calls_do_not_count():
+def test_neighbors_alternate_and_the_first_calls_do_not_count():
     called = []
 
     def contestant(name, seconds):

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import saebench_data
-from saebench.activations.text import is_held_out
+from saebench.sources.text import is_held_out
 from saebench_data.scripts.packing import read_addresses
 
 PARQUET = saebench_data.path("text/state_of_the_union.parquet")

@@ -43,7 +43,7 @@ def rich(context: BrowserContext, rich_address: str) -> Iterator[Visitor]:
 PATHS = [
     "features?sae=small&q=onerror&score=0.1..&columns=feature,skew,explanation,label&sort=skew&desc=1",
     "features?sae=small&bookmarked=1&among=3,5,7",
-    "feature?sae=small&group=tenths&hist=log10&role=next&near=correlation&colours=sqrt&above=10&lines=1"
+    "feature?sae=small&group=tenths&hist=log10&role=next&near=correlation&colors=sqrt&above=10&lines=1"
     "&distinct=1&open=explanations,verdicts,where&f=3",
     "feature?sae=small&window=0&bin=30&f=0",
     "lists?sae=small&part=comments",

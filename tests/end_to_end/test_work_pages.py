@@ -20,7 +20,7 @@ SELECT = "SELECT+feature,+max_act+FROM+feature+ORDER+BY+max_act+DESC+LIMIT+3"
 PATHS = {
     "Store": "",
     "Compare": "compare?sae=small&a=other&b=small&fa=3&fb=5",
-    "Map": "map?sae=small&among=1%2C5&colour=max_act",
+    "Map": "map?sae=small&among=1%2C5&color=max_act",
     "Explain": "explain?sae=small&by=feature&up=1",
     "Train": "train?sae=small&of=other&measures=fvu%2Cl0&log=1",
     "SQL": f"sql?sae=small&query={SELECT}&rows=100",
@@ -93,7 +93,7 @@ def test_hostile_texts_are_only_texts(guest: Visitor) -> None:
     image = "%3Cimg+src=x+onerror=alert(1)%3E"
     hostile = f"SELECT+'{image}'+AS+%22%3Cscript%3Ealert(2)%3C/script%3E%22,+text+FROM+token"
     for path in [*PATHS.values(), f"sql?query={hostile}", f"sql?query={image}",
-                 f"compare?a={image}", "train?of=%3Cb%3Ex", "map?colour=%3Cb%3E&method=%3Cb%3E",
+                 f"compare?a={image}", "train?of=%3Cb%3Ex", "map?color=%3Cb%3E&method=%3Cb%3E",
                  f"explain?who={image}&by=%3Cb%3E"]:  # fmt: skip
         guest.go(path)
         assert page.evaluate(count) == scripts, path

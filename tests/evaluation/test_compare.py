@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from saebench.cli import main
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.evaluation.compare import compare
 
 REPORT = {

@@ -13,7 +13,7 @@ import torch
 
 from saebench.activations.cache import ActivationCache
 from saebench.config import EvalConfig
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.evaluation import evaluate, reconstruction_metrics
 from saebench.saes.base import SAE, Batch
 from saebench.saes.topk import TopKSAE, TopKSpec

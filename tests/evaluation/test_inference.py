@@ -12,14 +12,14 @@ import torch
 
 from saebench.activations.cache import ActivationCache
 from saebench.activations.harvest import harvest
-from saebench.activations.models import load_model
 from saebench.cli import main
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.evaluation import EvalReport, evaluate, reconstruction_metrics
-from saebench.evaluation.sources import cache_contexts, choose_rows
+from saebench.evaluation.samples import cache_contexts, choose_rows
 from saebench.saes.base import Batch, load
 from saebench.saes.gradient import GradientSAE, GradientSpec
 from saebench.saes.topk import TopKSAE, TopKSpec
+from saebench.sources.models import load_model
 
 D_IN, HOOK = 32, "blocks.0.hook_resid_post"
 TOKENS = 170

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from saebench.codes import SparseCodes
-from saebench.errors import UserError
+from saebench.core.codes import SparseCodes
+from saebench.core.errors import UserError
 from saebench.evaluation.reconstruction import ReconstructionMeter, fires, reconstruction_metrics
 
 

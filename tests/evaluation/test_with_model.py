@@ -13,11 +13,11 @@ from torch import Tensor
 
 from saebench.activations.cache import ActivationCache
 from saebench.activations.harvest import harvest
-from saebench.activations.models import load_model
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.evaluation import EvalReport, evaluate
-from saebench.evaluation.sources import cache_contexts, choose_rows
+from saebench.evaluation.samples import cache_contexts, choose_rows
 from saebench.saes.topk import TopKSAE, TopKSpec
+from saebench.sources.models import load_model
 
 D_IN, HOOK = 32, "blocks.0.hook_resid_post"
 NUMBERS = ("fvu", "cosine_similarity", "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl")

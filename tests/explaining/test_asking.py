@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import saebench as sb
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.explaining import prompting
-from saebench.explaining.asking import Question
 from saebench.explaining.journal import WORK
 from saebench.explaining.openai import OpenAICompatible, _retry_after
-from saebench.explaining.verdicts import score_items
+from saebench.explaining.provider import Question
+from saebench.explaining.scored_items import score_items
 from saebench.store import check_store, open_store
 from tests.explaining.server import serving
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.explaining import grammar
 from saebench.explaining.grammar import CLASSES, OFFSETS, apply_rule, check_rule, describe
-from saebench.explaining.words import Words
+from saebench.explaining.token_index import Words
 from saebench.store import open_store
 from tests.store.small_store import CTX_LEN, VOCAB
 

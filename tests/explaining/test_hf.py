@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import saebench as sb
-from saebench.errors import UserError
-from saebench.explaining.asking import Question
+from saebench.core.errors import UserError
 from saebench.explaining.hf import HuggingFace
+from saebench.explaining.provider import Question
 from saebench.store import check_store
 
 

@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import saebench as sb
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.explaining.grammar import apply_rule
 from saebench.explaining.induction import Induction
 from saebench.explaining.journal import WORK
 from saebench.explaining.rules import LEAST_FIRINGS, Rules
 from saebench.explaining.scoring import Judge
-from saebench.explaining.words import Words
+from saebench.explaining.token_index import Words
 from saebench.store import check_store, open_store
 from saebench.store.folds import TEST, TRAIN, fold_of
 from tests.explaining.test_grammar import rules

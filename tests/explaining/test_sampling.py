@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from saebench.explaining.prompting import marked, one_line
 from saebench.explaining.sampling import Sampler
-from saebench.explaining.words import Words
+from saebench.explaining.token_index import Words
 from saebench.store import open_store
 from saebench.store.folds import TEST, TRAIN, fold_of
 from tests.store.small_store import VOCAB

@@ -60,8 +60,8 @@ def dense_codes(weights, x_ND, *, architecture, subtract=True, by_norm=False, k=
     """[N, M] codes and [N, D] reconstruction as SAELens has them, with rows of W_dec as they are."""
     x_ND, W_dec = x_ND.double(), weights["W_dec"]
     norm_M = W_dec.norm(dim=1)
-    centred_ND = x_ND - weights["b_dec"] if subtract else x_ND
-    pre_NM = centred_ND @ weights["W_enc"]
+    centered_ND = x_ND - weights["b_dec"] if subtract else x_ND
+    pre_NM = centered_ND @ weights["W_enc"]
     if architecture == "gated":
         magnitude_NM = (pre_NM * weights["r_mag"].exp() + weights["b_mag"]).relu()
         codes_NM = (pre_NM + weights["b_gate"] > 0) * magnitude_NM
@@ -100,7 +100,7 @@ def rows(n=300, seed=1, d_in=D_IN):
 
 
 def random_sae(name, *, d_in=D_IN, d_sae=D_SAE, k=K):
-    """An initialised SAE of ours whose biases and thresholds are not those of the beginning."""
+    """An initialized SAE of ours whose biases and thresholds are not those of the beginning."""
     sae_class = architecture(name)
     sae = sae_class(sae_class.Spec(d_sae=d_sae, k=k), d_in)
     sae.initialize(Batch(rows(2000, 5, d_in), rows(2000, 6, d_in)), seed=0)

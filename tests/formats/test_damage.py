@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.formats import import_sae
 from tests.formats.saelens_folders import D_IN, K, write_folder
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from saebench.cli import main
 from saebench.config import ARCHITECTURES, architecture
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.evaluation import evaluate
 from saebench.formats import export_sae, import_sae
 from saebench.saes.base import Batch, load
@@ -201,7 +201,7 @@ def test_a_k_above_the_number_of_latents_is_refused(tmp_path):
         import_sae(tmp_path / "theirs", out=tmp_path / "ours", k=D_SAE + 1)
 
 
-def test_matching_pursuit_that_is_not_centred_adds_no_bias(tmp_path):
+def test_matching_pursuit_that_is_not_centered_adds_no_bias(tmp_path):
     settings = {"max_iterations": K, "residual_threshold": 0.0, "stop_on_duplicate_support": False}
     weights = write_folder(tmp_path / "theirs", "matching_pursuit", **settings, **RAW)
     import_sae(tmp_path / "theirs", out=tmp_path / "ours")

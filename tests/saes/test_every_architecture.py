@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saebench.config import ARCHITECTURES, architecture
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.saes.base import Batch, load
 
 D_IN, D_SAE, K = 12, 40, 5
@@ -31,7 +31,7 @@ def make_sae(name, device="cpu", **settings):
 
 
 def a_few_steps(sae, device="cpu"):
-    """Far enough from the start that nothing is as it was initialised."""
+    """Far enough from the start that nothing is as it was initialized."""
     from saebench.training.optimizer import make_optimizer, optimizer_step
 
     optimizer = make_optimizer(sae)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.saes.auxiliary import aux_k
 from saebench.saes.base import Batch, load
 from saebench.saes.feature_choice import FeatureChoiceSAE, FeatureChoiceSpec
@@ -117,15 +117,15 @@ def test_gradients_equal_finite_differences_with_the_selection_fixed():
     under_M = sae.under_use(20).double()
     error_ND = (x_ND - sae.decode(sae.choose(batch)).double()).detach()
     variance = (error_ND - error_ND.mean(0)).square().sum()
-    centred_ND = x_ND - sae.b_dec.detach().double()
-    pre_NM = (centred_ND @ sae.W_enc.double() + sae.b_enc.double()).detach().relu()
+    centered_ND = x_ND - sae.b_dec.detach().double()
+    pre_NM = (centered_ND @ sae.W_enc.double() + sae.b_enc.double()).detach().relu()
     best_NK = pre_NM.masked_fill(under_M == 0, -1).topk(6, dim=1).indices
     picked_NM = torch.zeros_like(pre_NM, dtype=torch.bool).scatter(1, best_NK, True) & (pre_NM > 0)
     assert 6 < (under_M > 0).sum() < 40 and ((under_M > 0) & (under_M < 1)).any()
 
     def dense_loss(W_enc_MD, b_enc_M, b_dec_D, W_dec_MD):
         z_NM = kept_NM * ((x_ND - b_dec_D) @ W_enc_MD.T + b_enc_M)
-        e_hat_ND = (picked_NM * under_M * (centred_ND @ W_enc_MD.T + b_enc_M)) @ W_dec_MD
+        e_hat_ND = (picked_NM * under_M * (centered_ND @ W_enc_MD.T + b_enc_M)) @ W_dec_MD
         aux = (error_ND - e_hat_ND).square().sum() / variance
         return (x_ND - z_NM @ W_dec_MD - b_dec_D).square().mean() + aux / 32
 

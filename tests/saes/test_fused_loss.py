@@ -44,7 +44,7 @@ def test_loss_and_gradients_are_those_of_the_eager_road(kind, n_dead):
     quiet[chosen.indices.long()] = False
     assert quiet.sum() >= n_dead
     sae.tokens_since_fired[quiet.nonzero()[:n_dead, 0]] = sae.dead_after
-    sae.look_for_dead()
+    sae.refresh_dead()
     eager, fused = sae.loss(batch), sae.fused_terms(batch, chosen)
     assert (eager.auxiliary > 0) == (n_dead > 0)
     for name in ("total", "reconstruction", "auxiliary", "error"):
@@ -59,15 +59,15 @@ def test_latents_that_fire_again_are_no_candidates_until_the_next_look():
     with torch.no_grad():
         chosen = sae.choose(batch)
     sae.tokens_since_fired[:20] = sae.dead_after
-    sae.look_for_dead()
+    sae.refresh_dead()
     assert sae.n_candidates == 256
     sae.tokens_since_fired[:19] = 0
     one = sae.fused_terms(batch, chosen).auxiliary
-    sae.look_for_dead()
+    sae.refresh_dead()
     torch.testing.assert_close(sae.fused_terms(batch, chosen).auxiliary, one)
     sae.tokens_since_fired[:20] = 0
     assert sae.fused_terms(batch, chosen).auxiliary == 0
-    sae.look_for_dead()
+    sae.refresh_dead()
     assert sae.n_candidates == 0
     assert sae.fused_terms(batch, chosen).auxiliary == 0
 
@@ -75,11 +75,11 @@ def test_latents_that_fire_again_are_no_candidates_until_the_next_look():
 def test_a_resumed_training_goes_on_with_the_candidates_of_the_last_look():
     sae = _sae("topk")
     sae.tokens_since_fired[3:9] = sae.dead_after
-    sae.look_for_dead()
+    sae.refresh_dead()
     sae.tokens_since_fired[20:30] = sae.dead_after
     other = _sae("topk")
     other.load_state_dict(sae.state_dict())
-    other.look_for_dead(again=True)
+    other.refresh_dead(reuse=True)
     batch = _batch()
     assert torch.equal(other.revival(batch).candidates_A, sae.revival(batch).candidates_A)
     assert torch.equal(other.revival(batch).weights_A, sae.revival(batch).weights_A)
@@ -92,12 +92,12 @@ def test_the_fused_optimizer_step_equals_the_separate_ones(grad_clip):
     fused = copy.deepcopy(eager)
     steps = {eager: optimizing.optimizer_step, fused: optimizing._fused_step}
     optimizers = {sae: optimizing.make_optimizer(sae) for sae in steps}
-    sound = torch.ones((), dtype=torch.bool, device=DEVICE)
+    is_finite = torch.ones((), dtype=torch.bool, device=DEVICE)
     for seed in range(5):
         norms = []
         for sae, step in steps.items():
             _gradients(sae, sae.loss(_batch(seed)))
-            norms.append(step(sae, optimizers[sae], lr=1e-2, grad_clip=grad_clip, sound=sound))
+            norms.append(step(sae, optimizers[sae], lr=1e-2, grad_clip=grad_clip, is_finite=is_finite))
         torch.testing.assert_close(*norms, rtol=1e-5, atol=0)
     for name, parameter in eager.named_parameters():
         mine = dict(fused.named_parameters())[name]
@@ -107,6 +107,6 @@ def test_the_fused_optimizer_step_equals_the_separate_ones(grad_clip):
         torch.testing.assert_close(state["exp_avg_sq"], other["exp_avg_sq"], rtol=1e-5, atol=1e-9)
     before = {name: tensor.clone() for name, tensor in fused.state_dict().items()}
     fused.W_enc_MD.grad[0, 0] = torch.nan
-    optimizing._fused_step(fused, optimizers[fused], lr=1e-2, grad_clip=grad_clip, sound=sound)
-    assert not sound and optimizers[fused].state[fused.b_dec]["step"] == 5
+    optimizing._fused_step(fused, optimizers[fused], lr=1e-2, grad_clip=grad_clip, is_finite=is_finite)
+    assert not is_finite and optimizers[fused].state[fused.b_dec]["step"] == 5
     assert all(torch.equal(tensor, before[name]) for name, tensor in fused.state_dict().items())

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import saebench as sb
-from saebench.codes import SparseCodes
-from saebench.errors import UserError
+from saebench.core.codes import SparseCodes
+from saebench.core.errors import UserError
 from saebench.saes import gradient as module
 from saebench.saes.base import Batch, load
 from saebench.saes.gradient import GradientSAE, GradientSpec, changed_picks

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.saes.base import Batch, load
 from saebench.saes.matching_pursuit import MatchingPursuitSAE, MatchingPursuitSpec
 from saebench.training import train
@@ -426,7 +426,7 @@ def test_the_fused_loss_is_the_eager_one(selection, n_dead):
     quiet_M[sae.pursue(x_ND).indices.long()] = False
     assert quiet_M.sum() >= n_dead
     sae.tokens_since_fired[quiet_M.nonzero()[:n_dead, 0]] = sae.dead_after
-    sae.look_for_dead()
+    sae.refresh_dead()
     expected, found = sae.loss(batch), sae.fused_pursuit(batch)
     assert torch.equal(found.codes.indices.long(), expected.codes.indices.long())
     assert (found.auxiliary > 0) == (n_dead > 0)

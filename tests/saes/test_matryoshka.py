@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.saes.base import Batch
 from saebench.saes.matryoshka import MatryoshkaSAE, MatryoshkaSpec
 from saebench.saes.mutual_choice import MutualChoiceSAE, MutualChoiceSpec

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saebench.config import TrainConfig, architecture
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.saes.base import Batch, load
 from saebench.saes.feature_choice import FeatureChoiceSAE, FeatureChoiceSpec
 from saebench.saes.mutual_choice import MutualChoiceSAE, MutualChoiceSpec

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench.codes import SparseCodes
 from saebench.config import TrainConfig, architecture
-from saebench.errors import UserError
+from saebench.core.codes import SparseCodes
+from saebench.core.errors import UserError
 from saebench.saes.base import Batch, LossTerms
 from saebench.saes.entries import at_entries
 from saebench.saes.target_l0 import AVERAGED_STEPS, INTEGRAL_GAIN, LARGEST_LOG, PROPORTIONAL_GAIN

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench.codes import SparseCodes
-from saebench.errors import UserError
+from saebench.core.codes import SparseCodes
+from saebench.core.errors import UserError
 from saebench.saes.base import Batch, load
 from saebench.saes.topk import TopKSAE, TopKSpec
 

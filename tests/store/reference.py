@@ -52,13 +52,13 @@ OF_TEXT = (
 
 def moments(values) -> dict:
     """Skewness and excess kurtosis, 0 for values that are all equal."""
-    centred = values - values.mean() if len(values) else values
-    variance = (centred**2).mean() if len(values) else 0.0
+    centered = values - values.mean() if len(values) else values
+    variance = (centered**2).mean() if len(values) else 0.0
     if variance <= 1e-12:
         return {"skew": 0.0, "kurtosis": 0.0}
     return {
-        "skew": (centred**3).mean() / variance**1.5,
-        "kurtosis": (centred**4).mean() / variance**2 - 3,
+        "skew": (centered**3).mean() / variance**1.5,
+        "kurtosis": (centered**4).mean() / variance**2 - 3,
     }
 
 

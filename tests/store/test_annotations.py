@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench.errors import UserError
-from saebench.files import sha256_file
+from saebench.core.errors import UserError
+from saebench.core.files import sha256_file
 from saebench.store import check_store, open_store
 from saebench.store.annotation_file import FILE, LONGEST_COMMENT, LONGEST_LABEL, TABLES
 from saebench.store.annotations import Annotations

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saebench.config import IndexConfig
-from saebench.errors import UserError
-from saebench.files import directory_lock
+from saebench.core.errors import UserError
+from saebench.core.files import directory_lock
 from saebench.store import build as build_module
 from saebench.store import index, open_store, publish, schema, tables
 from saebench.store.build import build_store, check_fit, forecast

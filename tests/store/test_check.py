@@ -8,7 +8,7 @@ import shutil
 import duckdb
 import pytest
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store import check_store, open_store, publish, recompute, store_info
 from tests.store.small_store import HOOK, SmallCache, build_small_store, small_sae, small_unembedding
 
@@ -103,8 +103,8 @@ PLANTED = {
     "a logit is not a number": ("sae-", "UPDATE logit SET value = 'nan' WHERE rank = 3 AND feature = 2"),
     "logits are out of order": ("sae-", "UPDATE logit SET value = value + 9 WHERE rank = 3 AND sign = 1"),
     "a logit names no token": ("sae-", "UPDATE logit SET token = 999 WHERE rank = 3 AND feature = 2"),
-    "a neighbour is the latent itself": ("sae-", "UPDATE neighbor SET other = feature WHERE rank = 3"),
-    "neighbours are out of order": ("sae-", "UPDATE neighbor SET score = 0.99 WHERE rank = 3"),
+    "a neighbor is the latent itself": ("sae-", "UPDATE neighbor SET other = feature WHERE rank = 3"),
+    "neighbors are out of order": ("sae-", "UPDATE neighbor SET score = 0.99 WHERE rank = 3"),
     "skew is wrong": ("sae-", "UPDATE feature SET skew = skew + 0.01 WHERE feature = 0"),
     "kurtosis is wrong": ("sae-", "UPDATE feature SET kurtosis = kurtosis + 0.01 WHERE feature = 0"),
     "a quantile of the lower half is wrong": ("sae-", "UPDATE feature SET p25 = p10 WHERE feature = 0"),
@@ -164,7 +164,7 @@ PLANTED = {
     "a label is another one": (
         "sae-", "UPDATE feature_label SET label = o.label FROM feature_label o WHERE feature_label.feature = "
         "0 AND o.feature = 0 AND feature_label.rank = 0 AND o.rank = 1"),
-    "a neighbour by direction is missing": (
+    "a neighbor by direction is missing": (
         "sae-", "DELETE FROM neighbor WHERE kind = 1 AND rank = 15 AND feature = 0"),
     "two fire together more often than they do": (
         "sae-", "UPDATE neighbor SET n_both = n_both + 1 WHERE kind = 2 AND rank = 0 AND feature = 0"),
@@ -262,7 +262,7 @@ WITNESSED = {
     "directions are of another SAE": "UPDATE feature SET dec_norm = 2 * dec_norm WHERE feature = 3",
     "a bias is wrong": "UPDATE feature SET b_enc = b_enc + 1 WHERE feature = 3",
     "a cosine is wrong": "UPDATE feature SET enc_dec_cos = -enc_dec_cos",
-    "neighbours are too near": "UPDATE neighbor SET score = score + (1 - score) * 0.2 WHERE kind = 1",
+    "neighbors are too near": "UPDATE neighbor SET score = score + (1 - score) * 0.2 WHERE kind = 1",
     "activations are half as large": "UPDATE act SET value = value / 2",
     "an activation was left out": "DELETE FROM act WHERE rowid = 7",
     "logits are half as large": "UPDATE logit SET value = value / 2",

@@ -10,7 +10,7 @@ import duckdb
 import numpy as np
 import pytest
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store import check_store, open_store, publish, schema
 from saebench.store.database import insert, new_database, open_reader
 from tests.store.small_store import build_small_store
@@ -82,7 +82,7 @@ def test_a_full_disk_ends_in_a_sentence_and_not_in_a_store(tmp_path, monkeypatch
 
 LIMITED = """
 import resource, sys
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from tests.store.small_store import build_small_store
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 try:

@@ -10,15 +10,15 @@ import pytest
 import saebench as sb
 from saebench.store import intervals, open_store
 from saebench.store.annotations import Annotations
+from saebench.store.cross_sae import CrossSaeQueries
 from saebench.store.drilldown import DrillDown
-from saebench.store.several import Several
 from tests.store.small_store import build_small_store
 
 EXAMPLES = [
     test
     for thing in (
         DrillDown,
-        Several,
+        CrossSaeQueries,
         Annotations,
         sb.export_store,
         intervals.wilson,

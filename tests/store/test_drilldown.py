@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store import open_store
 from saebench.store.build import build_store
 from saebench.store.drilldown import PLACE_ORDERS, TOKEN_ORDERS
@@ -201,7 +201,7 @@ def test_patterns_filter_features_and_tokens(store):
     wanted = tops[tops["top_token"].str.contains(r"^ \w+$")]["feature"].tolist()
     assert wanted
     assert store.features(["feature"], regex=r"^ \w+$")["feature"].tolist() == wanted
-    assert store.neighbours_in_order(wanted[0], regex=r"^ \w+$")[0] is None
+    assert store.neighbors_in_order(wanted[0], regex=r"^ \w+$")[0] is None
     assert set(store.find_tokens(regex="(?i)SENATE$")["text"]) == {" Senate"}
     for number, text in enumerate(TEXTS):
         alike = {other for other, same in enumerate(TEXTS) if same == text}

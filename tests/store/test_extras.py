@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store import check_store, open_store, publish
 from saebench.store.database import insert
 from saebench.store.extras import meta_of, publish_extra
@@ -59,7 +59,7 @@ def test_its_columns_go_with_the_feature_table(extended):
         found = store.features(["feature", "explanation"], order_by="explanation_score", descending=True)
         assert found["feature"].tolist()[:4] == [9, 3, 4, 0]
         assert found["explanation"].isna().sum() == 21
-        assert store.neighbours_in_order(3, order_by="explanation_score", descending=True) == (9, 4)
+        assert store.neighbors_in_order(3, order_by="explanation_score", descending=True) == (9, 4)
 
 
 @pytest.mark.parametrize("limit", [None, 7])
@@ -230,7 +230,7 @@ def test_words_are_looked_for_in_explanations_and_labels_too(extended):
             assert store.count_features(**sought) == 0
         hits = store.features(["feature"], text="<b>", **everywhere)["feature"].tolist()
         assert hits == sorted({6} | {f for f, token in enumerate(tokens) if "<b>" in str(token)})
-        assert store.neighbours_in_order(4, text="explains", **everywhere) == (3, 5)
+        assert store.neighbors_in_order(4, text="explains", **everywhere) == (3, 5)
         assert store.features(flags={"explained": True})["feature"].tolist() == [3, 4, 9]
         alive = set(store.features(flags={"dead": False})["feature"])
         assert store.count_features(flags={"explained": False, "dead": False}) == len(alive - set(SCORES))

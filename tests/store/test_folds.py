@@ -20,7 +20,7 @@ def test_both_folds_have_half_of_the_documents(n):
     assert abs(int(fold_of(np.arange(n)).sum()) - n / 2) <= 0.5
 
 
-def test_which_of_two_neighbours_is_for_testing_looks_random():
+def test_which_of_two_neighbors_is_for_testing_looks_random():
     """Taking every second document would put, say, all even years on one side."""
     first = fold_of(np.arange(0, 20_000, 2)).astype(float)
     assert abs(first.mean() - 0.5) < 0.03

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store import check_store, open_store, publish, schema
 from saebench.store.publish import BUILDING, collect, generations, hold, read_manifest
 from tests.store.small_store import build_small_store

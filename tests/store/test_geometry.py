@@ -14,7 +14,7 @@ from saebench.store.logits import logit_rows
 
 @given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 20), st.integers(1, 2000), st.integers(0, 99))
 @settings(max_examples=50, deadline=None)
-def test_neighbours_equal_brute_force(d_sae, d_in, n, block_bytes, seed):
+def test_neighbors_equal_brute_force(d_sae, d_in, n, block_bytes, seed):
     W_dec = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(geometry, "BLOCK_BYTES", block_bytes)

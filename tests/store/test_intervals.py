@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store.intervals import Z_95, standard_error, wilson
 
 counts = st.integers(1, 10**9).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total)))

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saebench.errors import UserError
-from saebench.store.numbers import feature_numbers
+from saebench.core.errors import UserError
+from saebench.store.feature_spec import feature_numbers
 
 
 @given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)).map(sorted), max_size=8))

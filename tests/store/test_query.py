@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store import open_store, schema
 from saebench.store.schema import FEATURE
 from tests.store.small_store import D_SAE, LABELS, N_CONTEXTS, VOCAB, SmallCache
@@ -53,13 +53,13 @@ def test_filter_sort_and_pages_agree_with_pandas(store, order_by, descending):
     assert [f for page in pages for f in page["feature"]] == wanted["feature"].tolist()
     order = found["feature"].tolist()
     for at, feature in enumerate(order):
-        before, after = store.neighbours_in_order(
+        before, after = store.neighbors_in_order(
             feature, order_by=order_by, descending=descending, **settings
         )
         assert before == (order[at - 1] if at else None)
         assert after == (order[at + 1] if at + 1 < len(order) else None)
     outside = next(i for i in range(D_SAE) if i not in order)
-    assert store.neighbours_in_order(outside, **settings) == (None, None)
+    assert store.neighbors_in_order(outside, **settings) == (None, None)
 
 
 def test_text_is_searched_literally_and_in_any_case(store):

@@ -10,8 +10,7 @@ import signal
 import duckdb
 import pytest
 
-from saebench.store import build, check_store, encode, open_store, publish
-from saebench.store import runs as runs_module
+from saebench.store import build, check_store, encode, open_store, publish, sorted_spill
 from saebench.store.build import Job, build_all
 from saebench.store.encode import ENCODED, JOURNAL
 from tests.store.small_store import SmallCache, small_options, small_sae, small_unembedding
@@ -20,8 +19,10 @@ RUN_SIZE, BATCH = 150, 13
 
 VICTIM = """
 import os, signal
-from saebench import files
-from saebench.store import encode, publish, runs
+from saebench.core import files
+from saebench.store import encode
+from saebench.store import publish
+from saebench.store import sorted_spill
 from tests.store import test_resume
 
 def strike():
@@ -50,13 +51,13 @@ publish.write_json_atomic = striking("manifest", publish.write_json_atomic)
 publish.os.rename = striking("rename", os.rename)
 publish.collect = striking("collect", publish.collect)
 if plan["where"] == "torn":
-    real, plan["torn"] = runs._write, 0
+    real, plan["torn"] = sorted_spill._write, 0
     def write(path, *args):
         plan["torn"] += 1
         if plan["torn"] == plan["at"]:
             torn(path)
         return real(path, *args)
-    runs._write = write
+    sorted_spill._write = write
 test_resume.index_two(store)
 """
 
@@ -71,7 +72,7 @@ def jobs():
 
 def index_two(store):
     """Two SAEs in one pass, in steps of a few batches."""
-    runs_module.RUN_SIZE = RUN_SIZE
+    sorted_spill.RUN_SIZE = RUN_SIZE
     build_all(store, jobs(), SmallCache())
 
 
@@ -104,7 +105,7 @@ def rows_of(store):
 def undisturbed(tmp_path_factory):
     store = tmp_path_factory.mktemp("undisturbed") / "store"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs_module, "RUN_SIZE", RUN_SIZE)
+        patch.setattr(sorted_spill, "RUN_SIZE", RUN_SIZE)
         index_two(store)
     return rows_of(store)
 
@@ -115,7 +116,7 @@ def counted(monkeypatch):
     calls = []
     real = encode._codes
     monkeypatch.setattr(encode, "_codes", lambda *args: calls.append(args) or real(*args))
-    monkeypatch.setattr(runs_module, "RUN_SIZE", RUN_SIZE)
+    monkeypatch.setattr(sorted_spill, "RUN_SIZE", RUN_SIZE)
     return calls
 
 

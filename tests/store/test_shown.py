@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saebench.store.shown import bounds, distinct
+from saebench.store.example_windows import bounds, distinct
 
 
 @st.composite

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from saebench.errors import UserError
-from saebench.files import sha256_file
+from saebench.core.errors import UserError
+from saebench.core.files import sha256_file
 from saebench.store import open_store
 from saebench.store.sql import LONGEST_QUERY
 from tests.store.small_store import D_SAE, build_small_store

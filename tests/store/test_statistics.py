@@ -11,12 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench.store import cofiring, schema
-from saebench.store import runs as runs_module
-from saebench.store.cofiring import Together
+from saebench.store import coactivation, schema, sorted_spill
+from saebench.store.coactivation import CoactivationCounter
 from saebench.store.corpus import Corpus
 from saebench.store.examples import deciles, examples, per_decile, random, top
-from saebench.store.runs import Runs
+from saebench.store.sorted_spill import SortedSpill
 from saebench.store.statistics import activation_statistics, histograms, position_rows, quantile_rows
 from saebench.store.tokens import TokenFeatures, label_rows, token_statistics
 from tests.store import reference
@@ -36,8 +35,8 @@ def worlds(draw: st.DrawFn):
     return cache, np.where(kept, values, 0).astype(np.float32)
 
 
-def write_runs(directory: Path, codes_NM: np.ndarray, batch: int) -> Runs:
-    runs = Runs(directory, codes_NM.shape[1])
+def write_runs(directory: Path, codes_NM: np.ndarray, batch: int) -> SortedSpill:
+    runs = SortedSpill(directory, codes_NM.shape[1])
     for start in range(0, len(codes_NM), batch):
         row, latent = np.nonzero(codes_NM[start : start + batch])
         runs.add(latent, row + start, codes_NM[row + start, latent])
@@ -59,10 +58,10 @@ def test_tables_equal_brute_force(world, batch, run_size, group_size, n, size):
     corpus = Corpus(cache)
     rows = reference.feature_rows(codes_NM, cache)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs_module, "RUN_SIZE", run_size)
+        patch.setattr(sorted_spill, "RUN_SIZE", run_size)
         runs = write_runs(Path(folder) / "runs", codes_NM, batch)
         seen, inverse = 0, TokenFeatures()
-        together = Together(cache.n_rows, codes_NM.shape[1], runs.n_activations, 0)
+        together = CoactivationCounter(cache.n_rows, codes_NM.shape[1], runs.n_activations, 0)
         for acts in runs.groups(group_size, 4):
             assert acts.first == seen
             seen += acts.n_latents
@@ -76,7 +75,7 @@ def test_tables_equal_brute_force(world, batch, run_size, group_size, n, size):
 
 
 def check_together(together, codes_NM):
-    """Each latent's neighbours are the best of all pairs, and have their numbers."""
+    """Each latent's neighbors are the best of all pairs, and have their numbers."""
     pairs, rows = reference.together(codes_NM), together.rows(4)
     for latent in range(codes_NM.shape[1]):
         mine = {other: found for (a, other), found in pairs.items() if a == latent}
@@ -254,7 +253,7 @@ def test_random_examples_are_uniform_and_do_not_depend_on_grouping(tmp_path):
 
 
 def test_repeated_picks_of_one_latent_are_added_up(tmp_path):
-    runs = Runs(tmp_path / "runs", 4)
+    runs = SortedSpill(tmp_path / "runs", 4)
     runs.add(np.array([2, 1, 2, 3, 3]), np.array([0, 0, 0, 1, 1]), np.array([1.0, 2.0, 0.5, 1.0, -1.0]))
     runs.flush()
     acts = runs.read(0, 4)
@@ -296,8 +295,8 @@ def test_negatives_of_a_latent_that_is_mostly_silent(tmp_path):
 def test_only_some_tokens_of_a_large_store_are_paired(tmp_path, monkeypatch):
     codes_NM = (np.random.default_rng(0).random((4000, 6)) < 0.5).astype(np.float32)
     runs = write_runs(tmp_path / "runs", codes_NM, 1000)
-    monkeypatch.setattr(cofiring, "MOST_PAIRS", 1000 * 9)
-    together = Together(4000, 6, runs.n_activations, 0)
+    monkeypatch.setattr(coactivation, "MOST_PAIRS", 1000 * 9)
+    together = CoactivationCounter(4000, 6, runs.n_activations, 0)
     for acts in runs.groups(3000, 100):
         together.add(acts)
     assert 900 < together.n_tokens < 1100

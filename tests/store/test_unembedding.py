@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saebench.activations import models
-from saebench.errors import UserError
+from saebench.core.errors import UserError
+from saebench.sources import models
 from saebench.store.logits import find_unembedding
 from tests.store.small_store import D_IN, HOOK, VOCAB, SmallCache, small_unembedding
 

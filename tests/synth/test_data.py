@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.synth.data import claim_directory, data_sets, make_cache
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from saebench.cli import main
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.synth import suite
 
 TINY = {

@@ -7,8 +7,8 @@ import torch
 
 from saebench.analysis.matching import match
 from saebench.config import ARCHITECTURES
-from saebench.errors import UserError
-from saebench.evaluation.sources import read_origin
+from saebench.core.errors import UserError
+from saebench.evaluation.samples import read_origin
 from saebench.saes.base import load
 from saebench.training import train
 from saebench.training.checkpoint import latest_checkpoint

@@ -10,9 +10,9 @@ import torch
 
 from saebench.activations.cache import open_cache
 from saebench.cli import main
-from saebench.codes import SparseCodes
 from saebench.config import ARCHITECTURES, TrainConfig, architecture
-from saebench.errors import UserError
+from saebench.core.codes import SparseCodes
+from saebench.core.errors import UserError
 from saebench.saes.base import load
 from saebench.saes.topk import TopKSAE, TopKSpec
 from saebench.training import loop, train

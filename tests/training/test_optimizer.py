@@ -32,7 +32,7 @@ def test_auto_goes_by_width():
     assert peak_learning_rate(config(lr=0.1), 16384) == 0.1
 
 
-def test_a_step_is_project_clip_adam_renormalise():
+def test_a_step_is_project_clip_adam_renormalize():
     """Against torch's own Adam with every part written out."""
     torch.manual_seed(0)
     x_ND = torch.randn(50, 8)
@@ -64,20 +64,20 @@ def test_a_step_that_is_not_finite_is_not_applied_and_neither_is_any_after_it(de
     sae = TopKSAE(TopKSpec(d_sae=20, k=3), 8).to(device)
     x_ND = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)).to(device)
     sae.initialize(Batch(x_ND), seed=0)
-    optimizer, sound = make_optimizer(sae), torch.ones((), dtype=torch.bool, device=device)
+    optimizer, is_finite = make_optimizer(sae), torch.ones((), dtype=torch.bool, device=device)
 
     def step(rows_ND):
         optimizer.zero_grad()
         sae.loss(Batch(rows_ND)).total.backward()
-        optimizer_step(sae, optimizer, lr=0.01, grad_clip=1.0, sound=sound)
+        optimizer_step(sae, optimizer, lr=0.01, grad_clip=1.0, is_finite=is_finite)
         moments = [optimizer.state[p]["exp_avg"].clone() for p in sae.parameters()]
         return [p.detach().clone() for p in sae.parameters()] + moments
 
     good = step(x_ND)
-    assert sound
+    assert is_finite
     broken = x_ND.clone()
     broken[3, 3] = float("nan")
     for rows_ND in (broken, x_ND):
         for before, after in zip(good, step(rows_ND), strict=True):
             torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
-        assert not sound
+        assert not is_finite

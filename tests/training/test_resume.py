@@ -6,19 +6,20 @@ import signal
 
 import pytest
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.training import train
 from saebench.training.checkpoint import latest_checkpoint
 
 VICTIM = """
 import os
-from saebench import files
-from saebench.training import loop, trainee
+from saebench.core import files
+from saebench.training import loop
+from saebench.training import state
 
 def strike():
     os.kill(os.getpid(), plan["signal"])
 
-def counting_steps(*args, step=trainee.optimizer_step, **kwargs):
+def counting_steps(*args, step=state.optimizer_step, **kwargs):
     plan["steps"] = plan.get("steps", 0) + 1
     if plan["where"] == "step" and plan["steps"] == plan["at"]:
         strike()
@@ -34,7 +35,7 @@ def counting_renames(source, target, rename=os.replace):
         strike()
 
 loop.torch.set_num_threads(1)
-trainee.optimizer_step = counting_steps
+state.optimizer_step = counting_steps
 files.os.replace = counting_renames
 loop.train(**settings)
 """
@@ -104,7 +105,7 @@ def test_a_damaged_checkpoint_ends_in_a_sentence(settings):
 
 
 def test_two_writers_on_one_run_are_refused(settings):
-    from saebench.files import directory_lock
+    from saebench.core.files import directory_lock
 
     with (
         directory_lock(settings["out"], what="the run directory"),

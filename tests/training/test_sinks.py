@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.saes.base import SPEC_FILE
 from saebench.training import train
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saebench.activations.loader import Loader
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.saes.topk import TopKSAE
 from saebench.training import sweep, train
 from saebench.training.sweep import parse_grid, plan, settle, words_of

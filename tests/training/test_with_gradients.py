@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saebench.cli import main
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.saes.base import load
 from saebench.training import sweep, train
 from tests.training.test_resume import KILL, run_victim

@@ -19,7 +19,7 @@ WIDTH = 165
 PILLS: dict[str, tuple[str, object]] = {
     "alive": ("dead", "hide"), "dead": ("dead", "only"), "not dense": ("dense", "hide"),
     "dense": ("dense", "only"), "explained": ("explained", "only"), "unexplained": ("explained", "hide"),
-    "bookmarked": ("bookmarked", True), "labelled": ("labelled", True),
+    "bookmarked": ("bookmarked", True), "labeled": ("labeled", True),
 }  # fmt: skip
 """Kind of feature -> field of the view and the value that asks for it. One field has one value at a time."""
 

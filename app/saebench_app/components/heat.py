@@ -39,7 +39,7 @@ def heat(
 ) -> None:
     """``tokens`` are positions and texts. A cell leads to ``link`` with f=FEATURE and at=POSITION appended,
     the head of a column to ``at`` with at=POSITION appended; ``current`` and ``feature`` are the chosen ones.
-    The strongest colour is the largest value on the grid."""
+    The strongest color is the largest value on the grid."""
     columns = {pos: column for column, (pos, _) in enumerate(tokens)}
     largest = max((abs(value) for row in rows for value in row.fires.values()), default=0) or 1
     shown = [

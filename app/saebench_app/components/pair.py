@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store.query import FeatureStore
 from saebench_app.comparison import Comparison
 from saebench_app.components.notice import notice

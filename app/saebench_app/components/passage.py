@@ -1,4 +1,4 @@
-"""A whole text whose tokens can be chosen, coloured by up to four features."""
+"""A whole text whose tokens can be chosen, colored by up to four features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LANES = 4
 
 @dataclass(frozen=True)
 class Lane:
-    """One feature on the text: ``acts`` has a value for each token, ``scale`` is that of the full colour."""
+    """One feature on the text: ``acts`` has a value for each token, ``scale`` is that of the full color."""
 
     acts: Sequence[float]
     scale: float

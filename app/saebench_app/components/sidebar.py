@@ -8,7 +8,7 @@ from typing import Any
 
 import streamlit as st
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench_app.components.head import Option
 from saebench_app.components.notice import notice
 from saebench_app.components.statistics import Statistic, statistics

@@ -1,4 +1,4 @@
-"""Text with its tokens coloured by activation: the one way in which all pages show a feature on text."""
+"""Text with its tokens colored by activation: the one way in which all pages show a feature on text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from saebench.store.shown import bounds
+from saebench.store.example_windows import bounds
 from saebench_app.components.head import Head, plain
 from saebench_app.components.web import show
 from saebench_app.numbers import number
@@ -16,13 +16,13 @@ from saebench_app.text import visible
 
 
 @dataclass(frozen=True)
-class Colours:
-    """How an activation becomes a colour.
+class Colors:
+    """How an activation becomes a color.
 
     Attributes:
-        scale: the activation shown in the strongest colour.
+        scale: the activation shown in the strongest color.
         kind: 'linear', 'sqrt', which tells weak ones apart, or 'rank', by place among ``others``.
-        above: share of ``scale`` below which a token stays uncoloured.
+        above: share of ``scale`` below which a token stays uncolored.
         others: sizes of all activations shown, ascending; for 'rank'.
     """
 
@@ -44,24 +44,24 @@ class Colours:
         return act != 0 and abs(act) >= self.above * self.scale
 
     def legend(self) -> tuple[str, str]:
-        """What the ends of the colours mean."""
+        """What the ends of the colors mean."""
         if self.kind == "rank":
             return "weakest shown", "strongest shown"
         return number(self.above * self.scale), number(self.scale)
 
 
 def token_spans(
-    pieces: Sequence[str], acts: Sequence[float], *, scale: float, colours: Colours | None = None,
+    pieces: Sequence[str], acts: Sequence[float], *, scale: float, colors: Colors | None = None,
     lines: bool = False,
 ) -> list[list[Any]]:  # fmt: skip
-    """One ``[text, level, label]`` a token, level from 0 to 1; just ``[text]`` where it has no colour.
+    """One ``[text, level, label]`` a token, level from 0 to 1; just ``[text]`` where it has no color.
 
     With ``lines``, the signs of line breaks break the line.
     """
-    colours = colours or Colours(scale)
+    colors = colors or Colors(scale)
     return [
-        [_shown(piece, lines), colours.level(act), number(act)]
-        if colours.shows(act)
+        [_shown(piece, lines), colors.level(act), number(act)]
+        if colors.shows(act)
         else [_shown(piece, lines)]
         for piece, act in zip(pieces, acts, strict=True)
     ]
@@ -73,7 +73,7 @@ def _shown(piece: str, lines: bool) -> str:
 
 
 def example(
-    row: Mapping[str, Any], *, scale: float, window: int, colours: Colours | None = None,
+    row: Mapping[str, Any], *, scale: float, window: int, colors: Colors | None = None,
     lines: bool = False, href: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """One example for ``examples``: ``window`` tokens on each side of the token that was picked (0: all).
@@ -85,7 +85,7 @@ def example(
     return {
         "value": number(row["value"]),
         "exact": float(row["value"]),
-        "spans": token_spans(pieces[first:last], acts[first:last], scale=scale, colours=colours, lines=lines),
+        "spans": token_spans(pieces[first:last], acts[first:last], scale=scale, colors=colors, lines=lines),
         "peak": int(row["pos"]) - int(row["start"]) - first,
         "before": first > 0,
         "after": last < len(pieces),
@@ -101,27 +101,26 @@ def examples(
     above: float = 0.0, lines: bool = False, head: Head | None = None, settings: Head | None = None,
     name: str = "", place: Callable[[Mapping[str, Any]], str] = lambda row: "",
 ) -> None:  # fmt: skip
-    """``scale`` is the activation shown in the strongest colour, in the units of ``acts``; ``place`` gives
+    """``scale`` is the activation shown in the strongest color, in the units of ``acts``; ``place`` gives
     the address at which the whole context of a row is shown.
 
     A row with a ``title`` begins a part. ``settings`` are choices that are folded away; ``name`` is what the
     copied text begins with. J and K go to the next and the previous example.
     """
     others = sorted(abs(act) for row in rows for act in row["acts"] if act) if kind == "rank" else []
-    colours = Colours(scale, kind, above, others)
+    colors = Colors(scale, kind, above, others)
     shown = [
-        example(row, scale=scale, window=window, colours=colours, lines=lines, href=place(row))
-        for row in rows
+        example(row, scale=scale, window=window, colors=colors, lines=lines, href=place(row)) for row in rows
     ]
-    show_examples(shown, colours=colours, key=key, head=head, settings=settings, name=name)
+    show_examples(shown, colors=colors, key=key, head=head, settings=settings, name=name)
 
 
 def show_examples(
-    shown: Sequence[Mapping[str, Any]], *, colours: Colours, key: str, head: Head | None = None,
+    shown: Sequence[Mapping[str, Any]], *, colors: Colors, key: str, head: Head | None = None,
     settings: Head | None = None, name: str = "",
 ) -> None:  # fmt: skip
     """As ``examples``, of what ``example`` gives."""
-    low, high = colours.legend()
+    low, high = colors.legend()
     show(
         "tokens",
         {"examples": list(shown), "low": low, "scale": high, "head": plain(head),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from saebench.store.query import FeatureStore
-from saebench_app.components.tokens import Colours, show_examples
+from saebench_app.components.tokens import Colors, show_examples
 from saebench_app.numbers import is_absent, number
 from saebench_app.text import visible
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST = 100
-MARKED = Colours(1.0)
+MARKED = Colors(1.0)
 
 
 def verdicts(store: FeatureStore, items: pd.DataFrame, *, key: str) -> None:
     """``items`` is what ``FeatureStore.explanation_items`` gives; the first 100 are shown."""
     rows = items.head(MOST).to_dict("records")
     contexts = {ctx: store.context(ctx)["pieces"] for ctx in {int(row["ctx"]) for row in rows}}
-    show_examples([verdict(row, contexts[int(row["ctx"])]) for row in rows], colours=MARKED, key=key)
+    show_examples([verdict(row, contexts[int(row["ctx"])]) for row in rows], colors=MARKED, key=key)
 
 
 def verdict(row: Mapping[str, Any], pieces: list[str]) -> dict[str, Any]:

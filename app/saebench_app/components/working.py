@@ -20,7 +20,7 @@ def working(task: Task, label: str, *, note: str = "", done: str = "") -> None:
         st.fragment(_watch, run_every=LOOKS_APART)(task)
         return
     if work is not None and work.state() == "failed":
-        notice(work.complaint(), key=f"failed-{task.kind}", kind="error")
+        notice(work.error_message(), key=f"failed-{task.kind}", kind="error")
     elif work is not None and work.state() == "stopped":
         notice("Stopped.", key=f"stopped-{task.kind}")
     elif work is not None and done:

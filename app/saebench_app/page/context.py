@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench_app.asked import Place
 from saebench_app.components.notice import notice
 from saebench_app.components.passage import LANES, Lane, passage

@@ -9,10 +9,10 @@ from typing import Any
 
 import streamlit as st
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
+from saebench.store.example_windows import distinct
 from saebench.store.intervals import standard_error, wilson
 from saebench.store.schema import DECILES
-from saebench.store.shown import distinct
 from saebench_app.components.head import Choice, Head, Option, heading
 from saebench_app.components.histogram import Bar, histogram
 from saebench_app.components.lead import lead
@@ -25,7 +25,7 @@ from saebench_app.numbers import count, is_absent, number, one_in, share
 from saebench_app.page.notes import notes
 from saebench_app.session import Here
 from saebench_app.text import visible
-from saebench_app.view import ABOVE, COLOURS, WINDOWS, View
+from saebench_app.view import ABOVE, COLORS, WINDOWS, View
 
 PATH = "feature"
 TITLE = "Feature"
@@ -44,7 +44,7 @@ NEAR = {
     "correlation": ("correlated", "By the correlation of their activations over tokens."),
 }
 ROLES = {"previous": "before it", "active": "on it", "next": "after it"}
-COLOUR_HELP = {
+COLOR_HELP = {
     "linear": "as the activation",
     "sqrt": "as its square root: weak ones can be told apart",
     "rank": "by its place among those shown",
@@ -81,7 +81,7 @@ def show(here: Here) -> None:
 def _header(here: Here, row: dict[str, Any]) -> None:
     view, feature = here.view, row["feature"]
     try:
-        before, after = here.store.neighbours_in_order(feature, **here.filters(), **view.order())
+        before, after = here.store.neighbors_in_order(feature, **here.filters(), **view.order())
         problem = None
     except UserError as error:  # a pattern that is none, or a list that has gone
         before = after = None
@@ -192,7 +192,7 @@ def _examples(here: Here, row: dict[str, Any]) -> None:
         notice("The store has no examples of this kind; choose another one.", key="no-examples")
         return
     examples(
-        shown, scale=row["max_act"], window=view.window, key="examples", kind=view.colours,
+        shown, scale=row["max_act"], window=view.window, key="examples", kind=view.colors,
         above=view.above / 100, lines=view.lines, head=head, settings=_display(view, feature),
         name=f"Feature {feature} of {here.store.sae}",
         place=lambda one: view.url("context", c=one["ctx"], f1=feature, pos=one["pos"]),
@@ -253,12 +253,12 @@ def _display(view: View, feature: int) -> Head:
     return Head(
         "Display and copy",
         choices=(
-            Choice("Colour grows", [
-                Option(kind, replace(view, colours=kind).url(PATH, f=feature), view.colours == kind,
-                       COLOUR_HELP[kind])
-                for kind in COLOURS
+            Choice("Color grows", [
+                Option(kind, replace(view, colors=kind).url(PATH, f=feature), view.colors == kind,
+                       COLOR_HELP[kind])
+                for kind in COLORS
             ]),
-            Choice("Coloured from", [
+            Choice("Colored from", [
                 Option(f"{part}%", replace(view, above=part).url(PATH, f=feature), view.above == part,
                        "of its largest activation")
                 for part in ABOVE
@@ -335,7 +335,7 @@ def _exact(value: Any) -> float | None:
     return None if value is None or value != value else float(value)
 
 
-# Distribution, tokens, neighbours
+# Distribution, tokens, neighbors
 
 
 def _distribution(here: Here, row: dict[str, Any]) -> None:
@@ -443,7 +443,7 @@ def _neighbors(here: Here, feature: int) -> None:
     near = here.store.neighbors(feature, view.near).head(NEIGHBORS_SHOWN)
     if near.empty:
         heading(head, key="neighbors-head")
-        notice("The store lists no neighbours of this kind.", key="no-neighbors")
+        notice("The store lists no neighbors of this kind.", key="no-neighbors")
         return
     names = ["feature", "density", "top_token", "explanation"]
     others = here.store.features(names, among=near["other"].tolist()).set_index("feature").to_dict("index")

@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 
 import streamlit as st
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench_app.components.filters import Scale, filters, find_scales
 from saebench_app.components.notice import notice
 from saebench_app.components.table import Cell, Heading, table, text_cell, token_cell

@@ -9,7 +9,7 @@ from typing import Any
 
 import streamlit as st
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench_app.components.head import Choice, Head, Option, heading
 from saebench_app.components.notice import notice
 from saebench_app.components.table import Cell, Heading, table, text_cell, token_cell

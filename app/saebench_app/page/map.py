@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from saebench.analysis import figures
-from saebench.analysis.looks import HOT, TEXT
+from saebench.analysis.plot_style import HOT, TEXT
 from saebench.store.query import FeatureStore
 from saebench.store.schema import feature_column
 from saebench_app.components.notice import notice
@@ -25,7 +25,7 @@ from saebench_app.work import Task, found, weights
 PATH = "map"
 TITLE = "Map"
 SECTION = "Compare"
-METHODS = {"pca": "principal axes", "umap": "neighbours (UMAP)"}
+METHODS = {"pca": "principal axes", "umap": "neighbors (UMAP)"}
 LISTED = 100
 NUMBERS = ("UINTEGER", "BIGINT", "DOUBLE", "FLOAT")
 
@@ -35,23 +35,24 @@ class Projection:
     """What this page's own part of the URL says."""
 
     method: str = "pca"
-    colour: str = "cluster"
+    color: str = "cluster"
 
     @classmethod
-    def read(cls, colours: list[str]) -> Projection:
-        method, colour = st.query_params.get("method", "pca"), st.query_params.get("colour", "cluster")
-        return cls(method if method in METHODS else "pca", colour if colour in colours else "cluster")
+    def read(cls, colors: list[str]) -> Projection:
+        method = st.query_params.get("method", "pca")
+        color = st.query_params.get("color", st.query_params.get("colour", "cluster"))
+        return cls(method if method in METHODS else "pca", color if color in colors else "cluster")
 
     def written(self) -> dict[str, int | str]:
-        own = {"method": self.method, "colour": self.colour}
+        own = {"method": self.method, "color": self.color}
         return {name: value for name, value in own.items() if value != getattr(Projection(), name)}
 
 
 def show(here: Here) -> None:
-    colours = ["cluster", *_numbers(here.store)]
-    projection = Projection.read(colours)
+    colors = ["cluster", *_numbers(here.store)]
+    projection = Projection.read(colors)
     st.title("Map")
-    _controls(here, projection, colours)
+    _controls(here, projection, colors)
     task = map_task(here, projection.method)
     result = None if task is None else found(task)
     if task is None:
@@ -90,11 +91,11 @@ def _numbers(store: FeatureStore) -> list[str]:
     ]
 
 
-def _controls(here: Here, projection: Projection, colours: list[str]) -> None:
-    st.session_state.update({"method": projection.method, "colour": projection.colour})
+def _controls(here: Here, projection: Projection, colors: list[str]) -> None:
+    st.session_state.update({"method": projection.method, "color": projection.color})
 
     def apply() -> None:
-        chosen = Projection(st.session_state["method"], st.session_state["colour"])
+        chosen = Projection(st.session_state["method"], st.session_state["color"])
         here.show(here.view, **chosen.written())
 
     with st.container(horizontal=True, vertical_alignment="bottom"):
@@ -105,9 +106,9 @@ def _controls(here: Here, projection: Projection, colours: list[str]) -> None:
             "near; its large distances mean nothing.",
         )  # fmt: skip
         st.selectbox(
-            "Coloured by", colours, key="colour", on_change=apply, width=220,
+            "Colored by", colors, key="color", on_change=apply, width=220,
             format_func=lambda name: name.replace("_", " "),
-            help=None if projection.colour == "cluster" else feature_column(projection.colour).help,
+            help=None if projection.color == "cluster" else feature_column(projection.color).help,
         )  # fmt: skip
 
 
@@ -115,17 +116,17 @@ def _controls(here: Here, projection: Projection, colours: list[str]) -> None:
     max_entries=4, show_spinner=False,
     hash_funcs={FeatureStore: lambda store: (str(store.path), store.sae, store.generation)},
 )  # fmt: skip
-def _figure(store: FeatureStore, points: pd.DataFrame, colour: str) -> Any:
+def _figure(store: FeatureStore, points: pd.DataFrame, color: str) -> Any:
     columns = ["feature", *(["top_token"] if store.has("token") else [])]
-    columns += [colour] if colour != "cluster" else []
+    columns += [color] if color != "cluster" else []
     features = store.features(columns)
-    if colour != "cluster":
-        features[colour] = features[colour].astype("float64")
-    return figures.decoder_scatter(points, colour, features)
+    if color != "cluster":
+        features[color] = features[color].astype("float64")
+    return figures.decoder_scatter(points, color, features)
 
 
 def _plot(here: Here, projection: Projection, points: pd.DataFrame) -> None:
-    figure = _figure(here.store, points, projection.colour)
+    figure = _figure(here.store, points, projection.color)
     many = len(points) > figures.MOST_POINTS
     figure.update_layout(
         dragmode="pan" if many else "lasso", margin={"l": 0, "r": 0, "t": 30, "b": 0},
@@ -134,8 +135,8 @@ def _plot(here: Here, projection: Projection, points: pd.DataFrame) -> None:
     )  # fmt: skip
     if here.view.among and not many:
         _mark(figure, set(here.view.among))
-    by = projection.colour.replace("_", " ")
-    key = f"map-{here.store.sae}-{projection.method}-{projection.colour}"
+    by = projection.color.replace("_", " ")
+    key = f"map-{here.store.sae}-{projection.method}-{projection.color}"
 
     def select() -> None:
         chosen = _features(st.session_state[key], points)
@@ -144,7 +145,7 @@ def _plot(here: Here, projection: Projection, points: pd.DataFrame) -> None:
     st.plotly_chart(
         figure, key=key, on_select="ignore" if many else select, selection_mode=("box", "lasso", "points"),
         config={"displaylogo": False, "modeBarButtonsToRemove": ["toImage"], "scrollZoom": True},
-        alt=f"Map of {len(points):,} features of {here.store.sae}, coloured by {by}",
+        alt=f"Map of {len(points):,} features of {here.store.sae}, colored by {by}",
     )  # fmt: skip
     st.caption(
         f"More than {figures.MOST_POINTS:,} features: each cell is the mean of those in it."

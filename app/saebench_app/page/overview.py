@@ -8,7 +8,7 @@ import pandas as pd
 import streamlit as st
 
 from saebench.analysis import figures
-from saebench.files import human_bytes
+from saebench.core.files import human_bytes
 from saebench.store.annotations import Annotations
 from saebench.store.query import FeatureStore
 from saebench_app.components.notice import notice
@@ -25,7 +25,7 @@ PATH = "store"
 TITLE = "Store"
 SECTION = "Look"
 MOST_OVERLAID = 8
-"""SAEs in one density plot: as many as there are colours that everybody can tell apart."""
+"""SAEs in one density plot: as many as there are colors that everybody can tell apart."""
 
 
 def show(here: Here) -> None:

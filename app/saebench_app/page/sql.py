@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store.query import FeatureStore
 from saebench.store.schema import EXTRA_TABLES, SAE_TABLES, TEXT_TABLES, Table
 from saebench.store.sql import LONGEST_QUERY

@@ -10,9 +10,9 @@ import pandas as pd
 import streamlit as st
 
 from saebench.analysis import figures
-from saebench.course import Course, read_sessions
-from saebench.errors import UserError
-from saebench.runfile import RUN_FILE
+from saebench.core.errors import UserError
+from saebench.runs.metrics_log import MetricsLog, read_sessions
+from saebench.runs.run_file import RUN_FILE
 from saebench_app.components.notice import notice
 from saebench_app.components.plot import plot
 from saebench_app.components.table import Cell, Heading, table
@@ -132,7 +132,7 @@ def _at_first(here: Here, known: list[Training]) -> list[Training]:
 def _course(training: Training) -> pd.DataFrame | None:
     if training.run is None:
         store = open_session_store(training.sae)
-        return store.train_course() if store.has("train_metric") else None
+        return store.metrics_wide() if store.has("train_metric") else None
     course = _reading(str(training.run))
     try:
         course.update()
@@ -142,8 +142,8 @@ def _course(training: Training) -> pd.DataFrame | None:
 
 
 @st.cache_resource(max_entries=64, show_spinner=False)
-def _reading(run: str) -> Course:
-    return Course(run)
+def _reading(run: str) -> MetricsLog:
+    return MetricsLog(run)
 
 
 def _measures(courses: dict[str, pd.DataFrame]) -> list[str]:

@@ -1,6 +1,6 @@
 const LANE = 3 // pixels high
 
-// The space that begins most tokens stays uncoloured: at the end of a line its colour would be left behind.
+// The space that begins most tokens stays uncolored: at the end of a line its color would be left behind.
 function token([text, levels, title, quiet], index, data) {
   const word = text.trimStart() || text
   const current = index === data.current
@@ -17,12 +17,12 @@ function token([text, levels, title, quiet], index, data) {
   return [text.slice(0, text.length - word.length), node]
 }
 
-// One stripe below the token for each feature, each at its own height: the place tells what the colour does.
+// One stripe below the token for each feature, each at its own height: the place tells what the color does.
 function stripes(node, levels) {
   node.classList.add("laned")
-  const colour = (level, lane) => `color-mix(in srgb, var(--lane-${lane}) ${Math.round(25 + 75 * level)}%, transparent)`
+  const color = (level, lane) => `color-mix(in srgb, var(--lane-${lane}) ${Math.round(25 + 75 * level)}%, transparent)`
   const images = levels.map((level, lane) => {
-    const paint = level > 0 ? colour(level, lane) : "transparent"
+    const paint = level > 0 ? color(level, lane) : "transparent"
     return `linear-gradient(${paint}, ${paint})`
   })
   node.style.backgroundImage = images.join(", ")
@@ -32,7 +32,7 @@ function stripes(node, levels) {
 
 function entry({ name, href, note, scale, links }, lane, lanes) {
   const ramp = el("span", { class: "ramp", "aria-hidden": "true" })
-  ramp.style.setProperty("--colour", lanes === 1 ? "var(--hot)" : `var(--lane-${lane})`)
+  ramp.style.setProperty("--color", lanes === 1 ? "var(--hot)" : `var(--lane-${lane})`)
   return el("span", {}, ramp, el(href ? "a" : "span", { href, class: "name" }, name), note ? el("bdi", { title: note }, note) : null,
     el("span", { class: "quiet" }, scale), ...links.map(([text, to, label]) => el("a", { href: to, "aria-label": label }, text)))
 }

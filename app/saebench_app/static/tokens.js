@@ -1,4 +1,4 @@
-// The space that begins most tokens stays uncoloured: at the end of a line its colour would be left behind.
+// The space that begins most tokens stays uncolored: at the end of a line its color would be left behind.
 function span([text, level, label], peak) {
   if (label === undefined) return [text]
   const word = text.trimStart() || text
@@ -30,7 +30,7 @@ function point(event, root, tip) {
   tip.style.top = `${box.top - frame.top}px`
 }
 
-// The examples as lines of text; as Markdown, coloured tokens are bold and nothing else is markup.
+// The examples as lines of text; as Markdown, colored tokens are bold and nothing else is markup.
 const literal = (text) => text.replace(/[\\`*_{}[\]()#+\-.!|<>&~$]/g, "\\$&")
 function bold(text) {
   const [, before, word, after] = text.match(/^(\s*)([^]*?)(\s*)$/)
@@ -87,7 +87,7 @@ export default function ({ parentElement, data }) {
   const root = container(parentElement, "div")
   const tip = el("div", { class: "tip", role: "tooltip", hidden: "hidden" })
   const low = data.low ?? "0"
-  const legend = el("div", { class: "legend", "aria-label": `colours from ${low} to ${data.scale}` },
+  const legend = el("div", { class: "legend", "aria-label": `colors from ${low} to ${data.scale}` },
     el("span", {}, low), el("span", { class: "ramp" }), el("span", {}, data.scale))
   if (data.head) root.append(head(data.head))
   const fold = settings(data)

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from saebench.activations.text import is_held_out
+from saebench.sources.text import is_held_out
 from saebench_data.scripts.packing import STATE_OF_THE_UNION, read_addresses
 from saebench_data.scripts.prose import paragraphs_of
 
@@ -69,7 +69,7 @@ def glosses(wordnet: Path) -> Iterator[SourceAndText]:
         [file] = wordnet.rglob(f"data.{part_of_speech}")
         lines = []
         for line in file.read_text(encoding="utf-8").splitlines():
-            if line.startswith("  "):  # the licence
+            if line.startswith("  "):  # the license
                 continue
             fields, gloss = line.split(" | ", 1)
             columns = fields.split(" ")

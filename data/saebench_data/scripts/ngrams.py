@@ -3,7 +3,7 @@
     unigram   p(w)     = (c(w) + 1) / (N + V)
     bigram    p(w | v) = a(v) c(v, w) / c(v) + (1 - a(v)) p(w),   a(v) = c(v) / (c(v) + kappa t(v))
 
-c counts tokens and neighbouring pairs, N is the number of tokens, V the size of the vocabulary and t(v) the
+c counts tokens and neighboring pairs, N is the number of tokens, V the size of the vocabulary and t(v) the
 number of different tokens seen after v. kappa = 1 is Witten and Bell's interpolation (1991); `tune_kappa`
 chooses it on text that the counts do not contain. Losses are negative log probabilities, in nats.
 """

@@ -1,4 +1,4 @@
-"""Documents into contexts: the corpus as it is read, split, tokenised and packed.
+"""Documents into contexts: the corpus as it is read, split, tokenized and packed.
 
 Shape suffixes: C contexts, T positions of a context.
 """
@@ -51,7 +51,7 @@ def read_addresses() -> list[Document]:
     """The shipped part of the corpus: the State of the Union."""
     import pyarrow.parquet as pq
 
-    from saebench.activations.text import is_held_out
+    from saebench.sources.text import is_held_out
 
     texts = pq.read_table(path("text/state_of_the_union.parquet"), columns=["text"])["text"].to_pylist()
     return [Document(STATE_OF_THE_UNION, text, is_held_out(text)) for text in texts]
@@ -68,7 +68,7 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndar
 def pack(documents: Iterable[np.ndarray], width: int, *, step: int | None = None) -> np.ndarray:
     """Contexts of `width` tokens, [C, width], from the documents laid end to end.
 
-    A last partial context is dropped. With step = width - 1 neighbours share one token, so that every token
+    A last partial context is dropped. With step = width - 1 neighbors share one token, so that every token
     but the very first is predicted once.
     """
     stream = np.concatenate(list(documents))

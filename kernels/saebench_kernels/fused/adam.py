@@ -41,8 +41,8 @@ def _adam(
     rate = tl.load(coefficients)
     root = tl.load(coefficients + 1)
     clip = tl.load(coefficients + 2)
-    sound = tl.load(coefficients + 3)
-    if sound != 0:
+    is_finite = tl.load(coefficients + 3)
+    if is_finite != 0:
         row = tl.program_id(0).to(tl.int64)
         cols = tl.arange(0, D)
         at = row * d + cols
@@ -68,14 +68,14 @@ def _adam(
 
 @triton.jit
 def _coefficients(
-    squares, n_squares, lr, limit, log_beta1, log_beta2, step, sound, norm, out, BLOCK: tl.constexpr
+    squares, n_squares, lr, limit, log_beta1, log_beta2, step, is_finite, norm, out, BLOCK: tl.constexpr
 ):
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in tl.range(0, n_squares, BLOCK):
         at = start + tl.arange(0, BLOCK)
         total += tl.load(squares + at, mask=at < n_squares, other=0.0)
     length = tl.sqrt(tl.sum(total))
-    fine = (tl.load(sound) != 0) & (length < float("inf"))  # NaN is not below infinity
+    fine = (tl.load(is_finite) != 0) & (length < float("inf"))  # NaN is not below infinity
     t = tl.load(step) + fine.to(tl.float32)
     clip = 1.0
     if limit > 0:
@@ -83,7 +83,7 @@ def _coefficients(
     of_mean = 1 - tl.exp(t.to(tl.float64) * log_beta1)
     of_square = 1 - tl.exp(t.to(tl.float64) * log_beta2)
     tl.store(norm, length)
-    tl.store(sound, fine)
+    tl.store(is_finite, fine)
     tl.store(out, (tl.load(lr) / of_mean).to(tl.float32))
     tl.store(out + 1, tl.sqrt(of_square).to(tl.float32))
     tl.store(out + 2, clip)
@@ -93,7 +93,7 @@ def _coefficients(
 def adam_coefficients(
     squares: Tensor,
     step: Tensor,
-    sound: Tensor,
+    is_finite: Tensor,
     lr: Tensor,
     *,
     betas: tuple[float, float],
@@ -101,12 +101,12 @@ def adam_coefficients(
 ) -> tuple[Tensor, Tensor]:
     """What `fused_adam` needs for step ``step`` + 1, and the norm of the gradient before clipping (scalar).
 
-    ``squares`` are those of `gradient_squares`, end to end. ``sound`` (scalar bool) becomes False when the
-    norm is not finite. ``lr`` is float64, on the device; ``grad_clip`` 0 does not clip.
+    ``squares`` are those of `gradient_squares`, end to end. ``is_finite`` (scalar bool) becomes False when
+    the norm is not finite. ``lr`` is float64, on the device; ``grad_clip`` 0 does not clip.
     """
     norm, out_4 = squares.new_empty(()), squares.new_empty(4)
     _coefficients[(1,)](
-        squares, len(squares), lr, grad_clip, *map(math.log, betas), step, sound, norm, out_4,
+        squares, len(squares), lr, grad_clip, *map(math.log, betas), step, is_finite, norm, out_4,
         BLOCK=4096, num_warps=8,
     )  # fmt: skip
     return out_4, norm

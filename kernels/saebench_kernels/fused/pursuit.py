@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saebench_kernels.fused.centre import column_sums
+from saebench_kernels.fused.center import column_sums
 from saebench_kernels.fused.weight_grads import sort_pairs, sum_by_latent
 from saebench_kernels.rounded import rounded
 

@@ -3,7 +3,7 @@
 relu(x W_enc^T + b_enc) is rounded to the type of x and stored once; what chooses among the latents of a row
 afterwards reads maxima and then only the groups that can hold something chosen. That is exact: if an entry of
 the k largest sat outside the k groups with the largest maxima, each of those groups would hold an entry that
-is at least as large. Groups are runs of neighbouring latents, so "at least as large" may be read in the total
+is at least as large. Groups are runs of neighboring latents, so "at least as large" may be read in the total
 order (value descending, index ascending), and ties come out right, too. There are groups of two sizes, one
 within the other, so that a choice looks at a few hundred numbers three times and never at thousands.
 
@@ -46,7 +46,7 @@ _AMPERE = Tiles(rows=128, latents=128, depth=32, warps=8, stages=3, abreast=16)
 def tiles_of(device: torch.device, *, gradient: bool = False) -> Tiles:
     """The tiles for a GPU: fixed, those for Hopper found by measuring on an H100 (see NOTES.md).
 
-    Data centre GPUs from Hopper on have the shared memory for large ones; those for others are not tuned.
+    Data center GPUs from Hopper on have the shared memory for large ones; those for others are not tuned.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10):
         return _HOPPER_GRADIENT if gradient else _HOPPER

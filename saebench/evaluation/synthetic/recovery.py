@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saebench.codes import SparseCodes
+from saebench.core.codes import SparseCodes
 from saebench.evaluation.reconstruction import fires
 from saebench.evaluation.synthetic.truth import GroundTruth
 

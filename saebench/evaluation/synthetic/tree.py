@@ -37,7 +37,7 @@ class TreeWorld(World):
 
     The directions start as a random orthonormal basis q. Within a group of n siblings (the root's eleven
     children; each triple of children) every direction becomes
-    (1 - eps) q_i + eps / (n - 1) * sum of the other q_j of the group, and is normalised. Directions of
+    (1 - eps) q_i + eps / (n - 1) * sum of the other q_j of the group, and is normalized. Directions of
     different groups, a parent's and its child's among them, stay orthogonal. An active feature has the
     strength 1.5 + 0.25 N(0, 1), drawn for each by itself (a strength below zero, six deviations away, is
     absent).

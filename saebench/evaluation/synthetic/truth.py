@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from saebench.codes import SparseCodes
+from saebench.core.codes import SparseCodes
 from saebench.saes.functions import decode_codes
 
 Part = Literal["train", "test"]

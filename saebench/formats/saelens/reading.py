@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from saebench.config import SaeSpec
-from saebench.errors import UserError
-from saebench.fields import at_least, from_flat
-from saebench.files import read_json
+from saebench.core.errors import UserError
+from saebench.core.files import read_json
+from saebench.core.settings import at_least, from_flat
 from saebench.formats import folding
 from saebench.formats.folding import Weights
 from saebench.formats.foreign import Foreign, read_tensors

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from saebench.errors import UserError
-from saebench.fields import to_flat
-from saebench.files import write_bytes_atomic, write_json_atomic
+from saebench.core.errors import UserError
+from saebench.core.files import write_bytes_atomic, write_json_atomic
+from saebench.core.settings import to_flat
 from saebench.formats.saelens.names import CONFIG_FILE, VERSION, WEIGHTS_FILE
 from saebench.saes.base import SAE
 

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.config import StoreExportConfig
-from saebench.errors import UserError
-from saebench.fields import station
-from saebench.files import (
+from saebench.core.errors import UserError
+from saebench.core.files import (
     TEMPORARY_SUFFIX,
     is_leftover,
     require_writable,
     sentence_for_os_errors,
     sync_directory,
 )
-from saebench.store.numbers import feature_numbers
+from saebench.core.settings import accepts_settings
+from saebench.store.feature_spec import feature_numbers
 
 if TYPE_CHECKING:
     from saebench.store.query import FeatureStore
@@ -44,7 +44,7 @@ class StoreExport:
     """What is not as one might think, a sentence each."""
 
 
-@station(StoreExportConfig)
+@accepts_settings(StoreExportConfig)
 def export_store(config: StoreExportConfig) -> StoreExport:
     """Write an SAE of a feature store in another form; the directory appears whole or not at all.
 
@@ -101,9 +101,9 @@ def new_directory(out: Path) -> Iterator[Path]:
     out = Path(out).absolute()
     if out.exists():
         require_writable(out, what="the folder")
-        strangers = sorted(path.name for path in out.iterdir() if not is_leftover(path))
-        if strangers:
-            raise UserError(f"{out} is not empty (it holds {strangers[0]}); choose another --out")
+        unexpected = sorted(path.name for path in out.iterdir() if not is_leftover(path))
+        if unexpected:
+            raise UserError(f"{out} is not empty (it holds {unexpected[0]}); choose another --out")
     require_writable(out.parent, what="the folder")
     temporary = out.with_name(f".{out.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     shutil.rmtree(temporary, ignore_errors=True)

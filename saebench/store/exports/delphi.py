@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from saebench.errors import UserError
-from saebench.files import write_json_atomic
+from saebench.core.errors import UserError
+from saebench.core.files import write_json_atomic
 
 if TYPE_CHECKING:
     from saebench.store.query import FeatureStore

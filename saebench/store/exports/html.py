@@ -12,8 +12,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saebench.errors import UserError
-from saebench.files import write_bytes_atomic
+from saebench.core.errors import UserError
+from saebench.core.files import write_bytes_atomic
 from saebench.store.exports.markup import bar, number, share, short, table, token, visible
 from saebench.store.exports.style import STYLE
 from saebench.store.schema import DECILES

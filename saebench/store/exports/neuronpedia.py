@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saebench.files import write_json_atomic
+from saebench.core.files import write_json_atomic
 from saebench.store.schema import DECILES
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The style sheet of exported pages: greys, orange for activation, blue for its opposite, light and dark."""
+"""The style sheet of exported pages: grays, orange for activation, blue for its opposite, light and dark."""
 
 STYLE = """
 :root {

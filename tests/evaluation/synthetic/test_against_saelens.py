@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from saebench.codes import SparseCodes
+from saebench.core.codes import SparseCodes
 from saebench.evaluation.synthetic import ZipfWorld, recovery_metrics
 
 PEER = Path(__file__).parents[3] / ".venv-peers" / "bin" / "python"

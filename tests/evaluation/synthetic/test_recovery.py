@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench.codes import SparseCodes
+from saebench.core.codes import SparseCodes
 from saebench.evaluation.synthetic import GroundTruth, ZipfWorld, recovery_metrics
 from saebench.evaluation.synthetic.recovery import coincidences, mcc_hungarian
 

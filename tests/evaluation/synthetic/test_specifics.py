@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saebench.codes import SparseCodes
+from saebench.core.codes import SparseCodes
 from saebench.evaluation.synthetic import ReadoutWorld, TreeWorld, ZipfWorld
 from saebench.evaluation.synthetic.specifics import (
     density_rank_correlation,

@@ -36,8 +36,8 @@ def test_frequencies_follow_the_law(world, truth):
     # In the data: the slope of log frequency over log rank, where tokens are not saturated.
     tail = slice(20, 256)
     log_rank, log_seen = torch.arange(21, 257).double().log(), truth.frequency()[tail].log()
-    centred = log_rank - log_rank.mean()
-    slope = (centred @ log_seen / centred.square().sum()).item()
+    centered = log_rank - log_rank.mean()
+    slope = (centered @ log_seen / centered.square().sum()).item()
     assert slope == pytest.approx(-1, abs=0.06)
     if world.difficulty == "constant":
         deviation = (law_F * (1 - law_F) / N).sqrt()

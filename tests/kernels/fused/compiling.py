@@ -60,7 +60,7 @@ def everything(capability: int) -> None:
     from saebench_kernels.fused import scan as scanning
     from saebench_kernels.fused.adam import adam_coefficients, fused_adam, gradient_squares
     from saebench_kernels.fused.by_latent import select_by_latent
-    from saebench_kernels.fused.centre import centre, column_sums
+    from saebench_kernels.fused.center import center, column_sums
     from saebench_kernels.fused.pursuit import energy_gradients, pursue
     from saebench_kernels.fused.ragged import select_largest, select_positive
     from saebench_kernels.fused.reconstruct import reconstruct
@@ -95,14 +95,14 @@ def everything(capability: int) -> None:
     for absolute in (False, True):
         found = pursue(x_ND.float(), W_MD.float(), K, tolerance=0.1, absolute=absolute, rounding=1e-6)
     energy_gradients(found, W_MD.float(), number)
-    centre(x_ND.float(), b_D, torch.bfloat16)
-    centre(x_ND, None, torch.float32, scale=2.0)
+    center(x_ND.float(), b_D, torch.bfloat16)
+    center(x_ND, None, torch.float32, scale=2.0)
     column_sums(x_ND)
     weights_MD, low_MD = torch.ones(M, D), torch.ones(M, D, dtype=torch.bfloat16)
     squares = gradient_squares(weights_MD, unit=weights_MD)
     gradient_squares(weights_MD)
-    sound, betas = torch.ones((), dtype=torch.bool), (0.9, 0.999)
-    coefficients, _ = adam_coefficients(squares, number, sound, number.double(), betas=betas, grad_clip=1.0)
+    finite, betas = torch.ones((), dtype=torch.bool), (0.9, 0.999)
+    coefficients, _ = adam_coefficients(squares, number, finite, number.double(), betas=betas, grad_clip=1.0)
     how = {"betas": betas, "eps": 1e-8}
     state = (weights_MD, weights_MD, weights_MD, weights_MD, coefficients)
     fused_adam(*state, **how, project=True, unit_rows=True, low=low_MD)

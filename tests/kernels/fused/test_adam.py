@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from saebench_kernels.fused.adam import adam_coefficients, fused_adam, gradient_squares
-from saebench_kernels.fused.centre import centre, column_sums
+from saebench_kernels.fused.center import center, column_sums
 from tests.kernels.fused.problems import DEVICE, ON_GPU
 
 BETAS, EPS = (0.9, 0.999), 6.25e-10
 
 
-def _coefficients(step, lr, clip=1.0, sound=1.0):
-    numbers = [lr / (1 - BETAS[0] ** step), (1 - BETAS[1] ** step) ** 0.5, clip, sound]
+def _coefficients(step, lr, clip=1.0, is_finite=1.0):
+    numbers = [lr / (1 - BETAS[0] ** step), (1 - BETAS[1] ** step) ** 0.5, clip, is_finite]
     return torch.tensor(numbers, device=DEVICE)
 
 
@@ -19,19 +19,19 @@ def _coefficients(step, lr, clip=1.0, sound=1.0):
 @pytest.mark.parametrize("grad_clip", [0.0, 0.5, 1e9])
 def test_coefficients_are_those_of_adam_and_of_clipping(step, grad_clip):
     squares = torch.rand(10_000, generator=torch.Generator().manual_seed(step)).to(DEVICE)
-    sound = torch.ones((), dtype=torch.bool, device=DEVICE)
+    is_finite = torch.ones((), dtype=torch.bool, device=DEVICE)
     before, lr = (
         torch.tensor(step - 1.0, device=DEVICE),
         torch.tensor(1e-3, dtype=torch.float64, device=DEVICE),
     )
-    found_4, norm = adam_coefficients(squares, before, sound, lr, betas=BETAS, grad_clip=grad_clip)
+    found_4, norm = adam_coefficients(squares, before, is_finite, lr, betas=BETAS, grad_clip=grad_clip)
     exact = squares.double().sum().sqrt()
     torch.testing.assert_close(norm.double(), exact, rtol=1e-6, atol=0)
     clip = min(1.0, float(grad_clip / (exact + 1e-6))) if grad_clip else 1.0
     torch.testing.assert_close(found_4, _coefficients(step, 1e-3, clip), rtol=1e-6, atol=0)
     squares[77] = torch.nan
-    found_4, _ = adam_coefficients(squares, before, sound, lr, betas=BETAS, grad_clip=grad_clip)
-    assert not sound and found_4[3] == 0
+    found_4, _ = adam_coefficients(squares, before, is_finite, lr, betas=BETAS, grad_clip=grad_clip)
+    assert not is_finite and found_4[3] == 0
 
 
 MATRICES = [(7, 5), (3, 33), (2, 1100), *([(1000, 768)] * ON_GPU)]
@@ -79,7 +79,7 @@ def test_an_unsound_step_changes_nothing():
     state = [parameter, torch.rand(6, 20).to(DEVICE), torch.rand(6, 20).to(DEVICE)]
     before = [tensor.clone() for tensor in state]
     grad = torch.full_like(parameter, torch.nan)
-    fused_adam(*state, grad, _coefficients(3, 1.0, sound=0.0), betas=BETAS, eps=EPS, unit_rows=True)
+    fused_adam(*state, grad, _coefficients(3, 1.0, is_finite=0.0), betas=BETAS, eps=EPS, unit_rows=True)
     assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
     assert gradient_squares(grad).sum().isnan()
 
@@ -87,12 +87,12 @@ def test_an_unsound_step_changes_nothing():
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (300, 33)])
 def test_centre_scales_and_takes_away(shape):
     x_ND, offset_D = torch.randn(shape).bfloat16().to(DEVICE), torch.randn(shape[1]).to(DEVICE)
-    assert torch.equal(centre(x_ND, None, torch.float32, scale=2.0), x_ND.float() * 2)
+    assert torch.equal(center(x_ND, None, torch.float32, scale=2.0), x_ND.float() * 2)
     expected_ND = (x_ND.double() * 0.3 - offset_D.double()).float()
     torch.testing.assert_close(
-        centre(x_ND, offset_D, torch.float32, scale=0.3), expected_ND, rtol=1e-6, atol=1e-6
+        center(x_ND, offset_D, torch.float32, scale=0.3), expected_ND, rtol=1e-6, atol=1e-6
     )
-    found_ND = centre(x_ND, offset_D, torch.bfloat16, scale=0.3)
+    found_ND = center(x_ND, offset_D, torch.bfloat16, scale=0.3)
     torch.testing.assert_close(found_ND.float(), expected_ND, rtol=2**-7, atol=1e-6)
 
 

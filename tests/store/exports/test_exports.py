@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from safetensors.numpy import load_file
 
-from saebench.errors import UserError
+from saebench.core.errors import UserError
 from saebench.store import export_store, open_store
 from saebench.store.exports import delphi, parquet
 from saebench.store.schema import SAE_TABLES, TEXT_TABLES

@@ -1,0 +1,73 @@
+"""Which road an op takes: the fused kernel or the eager reference.
+
+The choice is a fixed function of device, type and shape, never of a measurement: runs repeat bit for bit.
+
+| op | fused where |
+|---|---|
+| topk_encode | CUDA; scan in bfloat16, float16 or tf32; k <= 1024; d_sae <= 2^20 |
+| gradient_topk_encode | CUDA; scan in bfloat16 or float16; k <= 1024; d_sae <= 2^20 |
+| mutual_choice_encode, threshold_encode | CUDA; scan in bfloat16 or float16; d_sae <= 2^20 |
+| feature_choice_encode | the same; N <= 32,768 |
+| matching_pursuit_encode and its gradients | CUDA; scan in bfloat16 or float16; d_sae <= 65,536, <= 8 N |
+| reconstruct, weight_grads | CUDA; tables in bfloat16 or float16; where the encoders are fused |
+| center, fused_adam | CUDA |
+
+tf32 is float32 where torch.set_float32_matmul_precision allows factors rounded to 10 bits; float32 proper is
+eager. So is everything else, and all of it on a GPU older than Ampere, on one that is not torch's current
+GPU, where Triton is not installed, and for a batch without rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+
+import torch
+
+LARGEST_K = 1024
+LARGEST_D_SAE = 1 << 20
+_HALF = (torch.bfloat16, torch.float16)
+_TF32_OPS = ("topk_encode",)
+
+logger = logging.getLogger("saebench_kernels")
+
+
+def is_fused(
+    op: str, device: torch.device, dtype: torch.dtype, *, k: int = 1, d_sae: int = 1, floats: bool = False
+) -> bool:
+    """Whether ``op`` has a fused kernel for this; says once why not where it could be expected to."""
+    if device.type != "cuda":
+        return False
+    current = torch.cuda.current_device()
+    reason = _hindrance(current)
+    if reason is None and device.index not in (None, current):
+        reason = f"{device} is not the current GPU; call torch.cuda.set_device({device.index}) first"
+    if reason is None and not floats and dtype not in _HALF and not (op in _TF32_OPS and _is_tf32(dtype)):
+        return False  # float32 was asked for, and gets it
+    if reason is None and k > LARGEST_K:
+        reason = f"k = {k} is above {LARGEST_K}"
+    if reason is None and d_sae > LARGEST_D_SAE:
+        reason = f"d_sae = {d_sae} is above {LARGEST_D_SAE}"
+    if reason is not None:
+        _say(f"{op} takes its eager road: {reason}")
+    return reason is None
+
+
+def _is_tf32(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+
+
+@functools.cache
+def _hindrance(index: int) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
+    return None
+
+
+@functools.cache
+def _say(text: str) -> None:
+    logger.warning(text)

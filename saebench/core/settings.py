@@ -1,0 +1,160 @@
+"""What a dataclass of settings is made into: a call with keywords, help texts, plain values and back."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import os
+import textwrap
+from collections.abc import Callable, Mapping
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, TypeVar
+
+from saebench.core.errors import UserError
+
+
+def field_docs(config_class: type[Any]) -> dict[str, str]:
+    """Field -> the string literal that follows it in the source of the class or of its bases."""
+    docs: dict[str, str] = {}
+    for base in reversed(config_class.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for statement, following in zip(body.body, body.body[1:], strict=False):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+            ):
+                docs[statement.target.id] = " ".join(str(following.value.value).split())
+    return docs
+
+
+def show_settings(function: Callable[..., Any], like: Callable[..., Any], *config_classes: type[Any]) -> None:
+    """Give ``function`` the signature and help of a call with the fields of ``config_classes`` as keywords.
+
+    The rest (name, text, what is returned, further keywords) is that of ``like``.
+    """
+    own = inspect.signature(like)
+    made = [
+        parameter
+        for config_class in config_classes
+        for parameter in inspect.signature(config_class).parameters.values()
+    ]
+    made += [p for p in own.parameters.values() if p.kind is p.VAR_KEYWORD]
+    function.__signature__ = own.replace(parameters=made)  # type: ignore[attr-defined]
+    lines = [
+        textwrap.fill(f"{name}: {text}", 100, initial_indent="    ", subsequent_indent="        ")
+        for config_class in config_classes
+        for name, text in field_docs(config_class).items()
+    ]
+    function.__doc__ = "\n".join([inspect.cleandoc(like.__doc__ or ""), "", "Settings:", *lines])
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+def from_flat(
+    config_class: type[ConfigT], values: Mapping[str, object], *, source: str = "the settings"
+) -> ConfigT:
+    """Make a ``config_class`` from plain values (keyword arguments, TOML, JSON), checked against its types.
+
+    Raises:
+        UserError: an unknown name (the nearest is offered), a missing one, or a value of the wrong type.
+    """
+    import pydantic
+
+    known = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}"
+            raise UserError(f"{name!r} in {source} is not a setting of {config_class.__name__}; {hint}")
+    lists = {f.name for f in dataclasses.fields(config_class) if isinstance(f.default, tuple)}  # type: ignore[arg-type]
+    values = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in values.items()}
+    values = {name: (v,) if name in lists and isinstance(v, str) else v for name, v in values.items()}
+    try:
+        return pydantic.TypeAdapter(config_class).validate_python(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, UserError):
+            raise cause from None
+        where = first["loc"][0] if first["loc"] else config_class.__name__
+        if first["type"] == "missing":
+            raise UserError(f"{where!r} is missing from {source}") from None
+        reason = first["msg"][:1].lower() + first["msg"][1:]
+        raise UserError(f"{where!r} in {source} is {first['input']!r}: {reason}") from None
+
+
+def to_flat(config: Any) -> dict[str, Any]:
+    """Plain JSON values of a config, the inverse of ``from_flat``."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, Path):
+            return str(value)
+        return list(value) if isinstance(value, tuple) else value
+
+    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+ResultT = TypeVar("ResultT")
+
+
+def accepts_settings(config_class: type[Any]) -> Callable[[Callable[[Any], ResultT]], Callable[..., ResultT]]:
+    """Let a function of one config also be called with the config's fields.
+
+    ``evaluate(EvalConfig(run="runs/a"))``, ``evaluate(run="runs/a")`` and ``evaluate("runs/a")`` are the
+    same call: keywords are fields, and the first field may stand without its name.
+    """
+    first_field = dataclasses.fields(config_class)[0].name
+
+    def decorate(function: Callable[[Any], ResultT]) -> Callable[..., ResultT]:
+        @functools.wraps(function)
+        def call(first: Any = None, /, **settings: Any) -> ResultT:
+            if isinstance(first, config_class):
+                if settings:
+                    raise TypeError(f"{function.__name__} takes a config or keywords, not both")
+                return function(first)
+            if first is not None:
+                settings = {first_field: first, **settings}
+            return function(from_flat(config_class, settings, source=f"the call of {function.__name__}"))
+
+        show_settings(call, function, config_class)
+        return call
+
+    return decorate
+
+
+def whole_number(text: str) -> int:
+    """An int, also when it is written 2e6, 2.5e6 or 2_000_000.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    try:
+        number = Decimal(text)
+        if number != number.to_integral_value():
+            raise ValueError
+        return int(number)
+    except (InvalidOperation, ValueError, OverflowError):
+        raise ValueError(f'"{text}" is not a whole number') from None
+
+
+def at_least(config: Any, **smallest: float) -> None:
+    """Raise a UserError for the first named field of ``config`` that is below its bound, infinite or NaN.
+
+    Seeds must also fit the 64 bits that random generators take.
+    """
+    for name, bound in smallest.items():
+        value = getattr(config, name)
+        if not value >= bound:
+            raise UserError(f"{name} is {value}; it must be at least {bound}")
+        if value == float("inf"):
+            raise UserError(f"{name} is infinite; give a finite number")
+        if name.endswith("seed") and value >= 2**63:
+            raise UserError(f"{name} is {value}; it must be below 2**63")

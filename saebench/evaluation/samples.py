@@ -1,0 +1,189 @@
+"""Which rows and contexts to measure on: held-out ones, always the same ones for the same settings.
+
+Shapes: N rows, D = d_in, C contexts, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from saebench.core.errors import UserError
+from saebench.evaluation.faithfulness import Contexts
+from saebench.runs.checkpoints import run_of
+from saebench.runs.run_file import RUN_FILE, read_run
+from saebench.saes.base import read_description
+
+if TYPE_CHECKING:
+    from saebench.activations.cache import ActivationCache
+    from saebench.config import EvalConfig
+    from saebench.sources.models import Model
+
+DEFAULT_CTX = 128
+"""Length of contexts when no cache says how long its own are."""
+MEAN_ROWS = 2**20
+"""Training rows that the mean activation is taken over: more would not change it."""
+SCANNED_ROWS = 2**22
+"""Rows of a cache whose place is looked at together."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an SAE was trained on, as far as its folder says."""
+
+    hook_name: str | None
+    cache: Path | None
+    model: dict[str, Any] | None
+
+
+def read_origin(run: Path) -> Origin:
+    """From ``sae.json`` and, in a run directory, ``run.json``; for a checkpoint, from ``run.json`` alone."""
+    if run.is_file():
+        run = run_of(run)
+        facts = read_run(run)
+    else:
+        facts = read_description(run)
+    cache = None
+    if (run / RUN_FILE).exists():
+        settings = read_run(run, needs=("train",))["train"]
+        cache = Path(settings["cache"]) if "cache" in settings else None
+    return Origin(facts.get("hook_name"), cache, facts.get("model"))
+
+
+def choose_rows(cache: ActivationCache, *, rows: str, tokens: int) -> Tensor:
+    """Row numbers int64 [N]: the first ``tokens`` held-out rows, or of all rows when ``rows`` is 'all'.
+
+    Raises:
+        UserError: the cache has no held-out rows; training rows are never taken unasked.
+    """
+    if rows == "all":
+        return torch.arange(min(cache.n_rows, tokens))
+    row_N = first_rows(cache.held_out, True, limit=tokens)
+    if len(row_N) == 0:
+        raise UserError(
+            f"none of the {cache.n_rows:,} rows of {cache.path} is held out from training; evaluate on a "
+            "cache with more documents, or add --rows all to measure on rows that the SAE may have seen"
+        )
+    return row_N
+
+
+def first_rows(held_out_N: Tensor, wanted: bool, *, limit: int, piece: int = SCANNED_ROWS) -> Tensor:
+    """The first ``limit`` row numbers, int64, at which ``held_out_N`` bool [N] is ``wanted``.
+
+    Looked for piece by piece and no further than needed: the numbers of all rows of a large cache would be
+    gigabytes.
+    """
+    found, n_found = [torch.empty(0, dtype=torch.int64)], 0
+    for start in range(0, len(held_out_N), piece):
+        found.append((held_out_N[start : start + piece] == wanted).nonzero()[:, 0] + start)
+        n_found += len(found[-1])
+        if n_found >= limit:
+            break
+    return torch.cat(found)[:limit]
+
+
+def row_batches(cache: ActivationCache, hook: str, row_N: Tensor, *, size: int) -> Iterator[Tensor]:
+    """The activations [n, d_in] of those rows, ``size`` at a time, in order."""
+    activations_ND = cache.activations(hook)
+    for part in torch.split(row_N, size):
+        yield activations_ND[part]
+
+
+def cache_contexts(cache: ActivationCache, row_N: Tensor) -> Contexts:
+    """The contexts in which these rows were read; exactly the positions of the rows are kept.
+
+    Raises:
+        UserError: the cache is an import, which has no tokens.
+    """
+    if cache.ctx is None or cache.pos is None or cache.context_tokens is None or cache.context_len is None:
+        raise UserError(
+            f"{cache.path} was imported without tokens, so a model cannot read its contexts; "
+            "leave --model out, or name a text with --text"
+        )
+    ctx_C, which_N = torch.unique(cache.ctx[row_N].long(), return_inverse=True)
+    tokens_CT = cache.context_tokens[ctx_C]
+    keep_CT = torch.zeros(tokens_CT.shape, dtype=torch.bool)
+    keep_CT[which_N, cache.pos[row_N].long()] = True
+    return Contexts(tokens_CT, cache.context_len[ctx_C], keep_CT)
+
+
+def text_contexts(
+    config: EvalConfig, model: Model, cache: ActivationCache | None, *, keep_last: bool = True
+) -> Contexts:
+    """The first contexts of the held-out documents of ``config.text``; ``config.tokens`` positions are kept.
+
+    They are packed as those of ``cache`` were: the same length, BOS and positions that are no rows. Without a
+    cache made by a model, contexts have 128 tokens, BOS as the tokenizer adds it, and position 0 is left
+    alone. Without ``keep_last`` the last position of each context, which predicts nothing, is left alone too.
+
+    Raises:
+        UserError: no document of the text is held out.
+    """
+    from saebench.activations.packing import batches, pack
+    from saebench.sources.text import is_held_out, read_documents
+
+    assert config.text is not None
+    made = cache.manifest["made_from"]["settings"] if cache is not None and cache.model is not None else {}
+    ctx = min(made.get("ctx", DEFAULT_CTX), model.info.n_ctx or made.get("ctx", DEFAULT_CTX))
+    documents = read_documents(config.text, column=config.column, split=config.split)
+    chosen = (d for d in documents if config.rows == "all" or is_held_out(d.text))
+    packed = pack(
+        chosen,
+        model.tokens.encode,
+        ctx=ctx,
+        separator=model.tokens.separator,
+        bos=model.tokens.bos if made.get("bos", model.tokens.adds_bos()) else None,
+    )
+    kept = {
+        "keep_first": made.get("keep_first", False),
+        "keep_last": keep_last and not made.get("gradients", False),
+    }
+    # One context more than is needed, so that the last one is read whole like those of a cache.
+    max_rows = config.tokens + ctx
+    found = list(batches(packed, ctx=ctx, batch_size=1024, max_rows=max_rows, **kept))
+    if not found:
+        raise UserError(
+            f"no document of --text {config.text} is held out from training (one in 20 is); give a text of "
+            "more documents, or add --rows all to read those that the SAE may have seen"
+        )
+    tokens_CT = torch.cat([torch.from_numpy(batch.tokens_BT) for batch in found])
+    length_C = torch.tensor([len(context) for batch in found for context in batch.contexts])
+    keep_CT = torch.cat([torch.from_numpy(batch.keep_BT) for batch in found])
+    row_N, position_N = keep_CT.nonzero(as_tuple=True)
+    keep_CT[row_N[config.tokens :], position_N[config.tokens :]] = False
+    used = int(row_N[: config.tokens][-1]) + 1
+    return Contexts(tokens_CT[:used], length_C[:used], keep_CT[:used])
+
+
+def mean_over_contexts(model: Model, hook: str, batches: Iterable[Contexts]) -> Tensor:
+    """[d_in] float32, the mean activation at the kept positions."""
+    total_D, n_rows = torch.zeros(model.hook_dim(hook), dtype=torch.float64), 0
+    for batch in batches:
+        x_BTD = model.run_to(batch.tokens_BT, [hook])[hook].cpu()
+        total_D += x_BTD[batch.keep_BT].double().sum(0)
+        n_rows += int(batch.keep_BT.sum())
+    return (total_D / n_rows).float()
+
+
+def mean_training_activation(cache: ActivationCache, hook: str, *, size: int = 8192) -> Tensor | None:
+    """[d_in] float32, the mean of the first ``MEAN_ROWS`` rows that are not held out; None without any.
+
+    Raises:
+        UserError: one of them is NaN or infinite.
+    """
+    row_N = first_rows(cache.held_out, False, limit=MEAN_ROWS)
+    if len(row_N) == 0:
+        return None
+    total_D = torch.zeros(cache.d_in(hook), dtype=torch.float64)
+    for rows_ND in row_batches(cache, hook, row_N, size=size):
+        total_D += rows_ND.double().sum(0)
+    if not total_D.isfinite().all():
+        raise UserError(
+            f"training rows of {cache.path} at {hook} hold NaN or infinity; harvest again in bf16 or fp32"
+        )
+    return (total_D / len(row_N)).float()

@@ -1,0 +1,61 @@
+"""SAEs as they were in the middle of a training, from the checkpoints that it leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from saebench.config import architecture
+from saebench.core.errors import UserError
+from saebench.core.settings import from_flat
+from saebench.core.tensors import check_tensors, read_safetensors
+from saebench.runs.run_file import RUN_FILE, read_run
+
+if TYPE_CHECKING:
+    from saebench.saes.base import SAE
+
+PREFIX = "sae."
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run directory of ``RUN/checkpoints/step-....safetensors``.
+
+    Raises:
+        UserError: the file does not lie in a run.
+    """
+    run = checkpoint.parent.parent
+    if not (run / RUN_FILE).is_file():
+        raise UserError(
+            f"{checkpoint} is a file but no checkpoint of a run (there is no {run / RUN_FILE}); name a run "
+            "directory, or a file in the checkpoints folder of one"
+        )
+    return run
+
+
+def load_checkpoint(file: Path, *, device: str | torch.device = "cpu") -> SAE:
+    """The SAE of a checkpoint, for activations as the model has them.
+
+    Thresholds that are set when a training ends (`SAE.calibrate`) are as they were.
+
+    Raises:
+        UserError: no checkpoint of a run, or a damaged one.
+    """
+    run = run_of(file)
+    facts = read_run(run)
+    d_in = facts.get("d_in")
+    if not isinstance(d_in, int) or d_in < 1:
+        raise UserError(f"{run / RUN_FILE} is damaged: d_in is {d_in!r:.60}; restore a copy")
+    settings = {name: value for name, value in facts["sae"].items() if name != "name"}
+    sae_class = architecture(facts["sae"]["name"])
+    spec = from_flat(sae_class.Spec, settings, source=str(run / RUN_FILE))
+    tensors = read_safetensors(file, way_out="name another checkpoint")
+    check_tensors(tensors, {f"{PREFIX}W_dec": (spec.d_sae, d_in), "scale": ()}, file)
+    sae: SAE = sae_class(spec, d_in)
+    check_tensors(
+        tensors, {PREFIX + name: tuple(getattr(sae, name).shape) for name in sae.weight_names}, file
+    )
+    sae.load_state_dict({name: tensors[PREFIX + name] for name in sae.weight_names}, strict=False)
+    sae.fold_scale(float(tensors["scale"]))
+    return sae.to(device).eval()

@@ -1,0 +1,44 @@
+"""``run.json``: what a run directory says about its training, for all that reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from saebench.core.errors import UserError
+from saebench.core.files import read_json
+
+RUN_FILE = "run.json"
+FORMAT_VERSION = 1
+_KINDS: dict[str, type] = {"train": dict, "sae": dict, "cache_hash": str}
+"""Kinds of the values that are read again."""
+
+
+def read_run(directory: Path, *, needs: tuple[str, ...] = ("train", "sae", "cache_hash")) -> dict[str, Any]:
+    """The facts in ``run.json``: train, sae, d_in, hook_name, model, cache_hash, n_steps.
+
+    Raises:
+        UserError: no such file, a newer format, or one of the facts ``needs`` is missing or damaged.
+    """
+    file = directory / RUN_FILE
+    facts = read_json(file, what="the run description")
+    version = facts.get("format_version") if isinstance(facts, dict) else None
+    if not isinstance(version, int):
+        raise UserError(f"{file} is not the description of a run; choose another --out")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{file} has format {version}; this saebench reads up to {FORMAT_VERSION}: update saebench"
+        )
+    for name in needs:
+        if not isinstance(facts.get(name), _KINDS[name]):
+            raise _damaged(file, name, facts.get(name))
+    for part, name in (("train", "cache"), ("sae", "name")):
+        if part in needs and not isinstance(facts[part].get(name, ""), str):
+            raise _damaged(file, f"{part}.{name}", facts[part][name])
+    if "sae" in needs and "name" not in facts["sae"]:
+        raise _damaged(file, "sae.name", None)
+    return dict(facts)
+
+
+def _damaged(file: Path, name: str, value: object) -> UserError:
+    return UserError(f"{file} is damaged: {name} is {value!r:.60}; restore a copy or train the run again")

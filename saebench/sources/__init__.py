@@ -1,0 +1,1 @@
+"""Where activations come from: language models, their tokenizers, and the texts that they read."""

@@ -1,0 +1,62 @@
+"""Starting TransformerLens's bridge on a folder of weights, every failure a sentence."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from saebench.core.errors import UserError
+
+
+def boot(folder: str, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The TransformerBridge of the model in ``folder``, called ``name``, frozen and without dropout.
+
+    Raises:
+        UserError: weights with gaps or damage, a model that the bridge does not know, or too little memory.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        bridge = TransformerBridge.boot_transformers(
+            folder, device=device, dtype=dtype, model_class=_Complete(folder, name)
+        )
+    except UserError:
+        raise
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(f"model {name} does not fit into the GPU's memory; use --device cpu") from None
+    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model {name} cannot be loaded ({reason})") from None
+    except Exception as error:
+        if type(error).__module__.startswith(("safetensors", "builtins")) and "afetensor" in repr(error):
+            raise UserError(f"the weights of model {name} are damaged ({error}); get them again") from None
+        raise
+    bridge.eval()
+    return bridge.requires_grad_(False)
+
+
+class _Complete:
+    """A model's transformers class that refuses gaps in the weights, which are else filled at random."""
+
+    def __init__(self, folder: str, name: str) -> None:
+        self._folder, self._name = folder, name
+
+    def from_pretrained(self, folder: str, **options: Any) -> Any:
+        from transformer_lens.model_bridge.sources import transformers as source
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
+        architecture = source.determine_architecture_from_hf_config(config)  # type: ignore[no-untyped-call]
+        real: Any = source.get_hf_model_class_for_architecture(architecture)
+        model, report = real.from_pretrained(folder, output_loading_info=True, **options)
+        if missing := sorted(report["missing_keys"]):
+            raise UserError(
+                f"the weights of model {self._name} lack {len(missing)} tensors that its config.json "
+                f"asks for ({missing[0]}); get both from one place"
+            )
+        return model

@@ -1,0 +1,189 @@
+"""Where a model comes from, and what its config says of it before any weight is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saebench.core.errors import UserError
+from saebench.core.files import sha256_file
+
+_DESCRIPTION_FILES = ["*.json", "*.model", "*.txt"]
+_WEIGHT_FILES = ["*.safetensors"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_HASHED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
+
+_RARE_HOOK = re.compile(  # names that some models have; the loaded model is their judge
+    r"blocks\.\d+\.(hook_(in|out|attn_in|mlp_in)|[a-z]\w*(\.\w+)*\.hook_\w+)"
+    r"|hook_(embed|pos_embed|tokens)|(embed|pos_embed|ln_final|unembed|rotary_emb)\.hook_\w+"
+)
+_BLOCK_HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model as its config describes it. ``folder`` holds its files, of a hub model perhaps without weights.
+
+    ``hash`` is the SHA-256 over the names and contents of a local folder's weight, config and tokenizer
+    files, or of name and commit of a hub model. ``revision`` is that commit, None for a local folder.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+    hash: str
+    n_layers: int
+    d_model: int
+    d_mlp: int
+    d_heads: int
+    d_key_value: int
+    vocab_size: int
+    n_ctx: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """What manifests record: enough to load the same model again and to tell that it is the same."""
+        return {"name": self.name, "revision": self.revision, "hash": self.hash}
+
+    def usual_hooks(self) -> dict[str, int]:
+        """Names and widths of the hooks that models commonly have, from the config alone."""
+        widths = {
+            "hook_resid_pre": self.d_model,
+            "hook_resid_mid": self.d_model,
+            "hook_resid_post": self.d_model,
+            "hook_attn_out": self.d_model,
+            "hook_mlp_out": self.d_model,
+            "mlp.hook_pre": self.d_mlp,
+            "mlp.hook_post": self.d_mlp,
+            "attn.hook_q": self.d_heads,
+            "attn.hook_k": self.d_key_value,
+            "attn.hook_v": self.d_key_value,
+            "attn.hook_z": self.d_heads,
+        }
+        return {f"blocks.{i}.{name}": width for i in range(self.n_layers) for name, width in widths.items()}
+
+    def check_hook(self, hook: str) -> None:
+        """Refuse a hook that the model cannot have, as far as its config tells.
+
+        Raises:
+            UserError: a layer beyond the last, or a name unlike any; the nearest names are offered.
+        """
+        usual = self.usual_hooks()
+        found = _BLOCK_HOOK.fullmatch(hook)
+        if found and int(found[1]) >= self.n_layers:
+            raise UserError(
+                f"--hook {hook} is beyond the {self.n_layers} layers of {self.name}, "
+                f"blocks.0 to blocks.{self.n_layers - 1}"
+            )
+        if hook not in usual and not _RARE_HOOK.fullmatch(hook):
+            raise UserError(unknown_hook(hook, list(usual), self.name))
+
+
+def unknown_hook(hook: str, known: list[str], model: str) -> str:
+    """The sentence for a hook that ``model`` has not."""
+    near = difflib.get_close_matches(hook, known, n=3, cutoff=0.5)
+    if not near:
+        near = [known[0], known[-1]]
+    return f"--hook {hook} is not a hook of {model}; did you mean {' or '.join(near)}?"
+
+
+def peek_model(name: str, *, revision: str | None = None) -> ModelInfo:
+    """What is known of model ``name`` without loading it: reads config.json and hashes files.
+
+    ``name`` is 'demo', 'smollm2', a local Hugging Face folder, or a hub name (then config and tokenizer are
+    fetched, but no weights).
+
+    Raises:
+        UserError: no such model, a folder without config, weights or tokenizer, or a hub out of reach.
+    """
+    from transformers import AutoConfig
+
+    from saebench.assets import resolve_model
+
+    source = resolve_model(name)
+    if isinstance(source, Path):
+        if revision is not None:
+            raise UserError(f"--revision {revision} is for models from a hub, but {name} is a local folder")
+        folder, commit = source, None
+        _require_weights(folder, name)
+    else:
+        folder = fetch(source, revision, _DESCRIPTION_FILES)
+        commit = folder.name
+    if not any((folder / file).exists() for file in _TOKENIZER_FILES):
+        raise UserError(f"model {name} has no tokenizer in {folder}; put its tokenizer.json there")
+    try:
+        # Said aloud: left unsaid, the library asks on the terminal whether to run a folder's own code.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = config.get_text_config()
+        d_model, heads = int(config.hidden_size), int(config.num_attention_heads)
+        d_head = int(getattr(config, "head_dim", None) or d_model // heads)
+        groups = int(getattr(config, "num_key_value_heads", None) or heads)
+        d_mlp = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * d_model
+        n_ctx = getattr(config, "max_position_embeddings", None)
+        return ModelInfo(
+            name=name,
+            folder=folder,
+            revision=commit,
+            hash=_hash_folder(folder) if commit is None else _sha256(f"{source}@{commit}"),
+            n_layers=int(config.num_hidden_layers),
+            d_model=d_model,
+            d_mlp=int(d_mlp),
+            d_heads=heads * d_head,
+            d_key_value=groups * d_head,
+            vocab_size=int(config.vocab_size),
+            n_ctx=int(n_ctx) if n_ctx else None,
+        )
+    except Exception as error:  # every class of config has errors of its own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model {name}: config.json does not describe a language model ({reason})") from None
+
+
+def fetch_weights(info: ModelInfo) -> Path:
+    """The folder with everything in it; fetches a hub model's weights (safetensors only)."""
+    if info.revision is None:
+        return info.folder
+    folder = fetch(info.name, info.revision, _DESCRIPTION_FILES + _WEIGHT_FILES)
+    _require_weights(folder, info.name)
+    return folder
+
+
+def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """Files of a hub model, in the hub library's own cache; the folder's name is the commit.
+
+    Raises:
+        UserError: one sentence for each way in which a hub says no.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError:
+        raise UserError(f"model {name} asks for permission on the hub; get it there and log in") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"model {name} has no revision {revision!r} on the hub") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"model {name!r} is neither a local folder nor a model on the hub") from None
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"model {name!r} is no local folder, and the hub cannot be reached ({type(error).__name__}); "
+            "check the name and the network, or use --model demo"
+        ) from None
+    except errors.HFValidationError:
+        raise UserError(f"model {name!r} is neither a local folder nor a name a hub could have") from None
+
+
+def _require_weights(folder: Path, name: str) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"model {name} has no *.safetensors in {folder}; other kinds of weights are not read")
+
+
+def _hash_folder(folder: Path) -> str:
+    files = sorted(path for path in folder.iterdir() if path.suffix in _HASHED_SUFFIXES and path.is_file())
+    return _sha256("".join(f"{path.name} {sha256_file(path)}\n" for path in files))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

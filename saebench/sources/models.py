@@ -1,0 +1,344 @@
+"""The one adapter to TransformerLens: a language model whose activations can be read and replaced.
+
+Shapes: B contexts, T positions, D width of a hook, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from saebench.core.errors import UserError
+from saebench.sources.bridge import boot
+from saebench.sources.gradients import contexts_at_once, gradients_of, summed_cross_entropy
+from saebench.sources.model_info import ModelInfo, fetch_weights, peek_model, unknown_hook
+from saebench.sources.tokenizer import Tokens
+
+__all__ = ["Model", "ModelInfo", "load_model", "peek_model"]
+
+Edit = Callable[[Tensor], Tensor]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_RESIDUAL = re.compile(r"blocks\.\d+\.(hook_resid_(pre|mid|post)|hook_(attn|mlp)_out|hook_in|hook_out)")
+_BETWEEN_BLOCKS = re.compile(r"blocks\.\d+\.hook_(resid_(pre|post)|in|out)")
+_ALSO_SKIPS = re.compile(r"blocks\.\d+\.hook_resid_mid")
+"""The bridge shows this one as the input of the MLP's norm alone, but the skip connection reads the same
+tensor: a change in place reaches both."""
+
+_SWITCHED_OFF = re.compile(r"Cannot add hook (\S+) because (\S+) is False")
+
+
+class Model:
+    """A causal language model, for inference. Made by `load_model`.
+
+    Hooks have TransformerLens names (blocks.2.hook_resid_post). Activations of several heads
+    (attn.hook_z) appear flat, [B, T, n_heads * d_head].
+    """
+
+    def __init__(self, info: ModelInfo, bridge: Any, tokens: Tokens) -> None:
+        self.info = info
+        self.tokens = tokens
+        self._bridge = bridge
+        self._points = bridge.hook_dict
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def hash(self) -> str:
+        return self.info.hash
+
+    @property
+    def d_model(self) -> int:
+        return self.info.d_model
+
+    @property
+    def n_layers(self) -> int:
+        return self.info.n_layers
+
+    @property
+    def vocab_size(self) -> int:
+        return self.info.vocab_size
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer."""
+        return self.tokens.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        parameter: Tensor = next(self._bridge.original_model.parameters())
+        return parameter.device
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each token id stands for, ``vocab_size`` of them."""
+        return self.tokens.bytes()
+
+    def hook_names(self) -> list[str]:
+        return list(self._points)
+
+    def check_hook(self, hook: str) -> None:
+        """Raises UserError, with the nearest names, when the model has no such hook."""
+        self.info.check_hook(hook)
+        if hook not in self._points:
+            raise UserError(unknown_hook(hook, self.hook_names(), self.name))
+
+    def hook_dim(self, hook: str) -> int:
+        """Width of the activations at ``hook``; found by running two tokens."""
+        return int(self.run_to(torch.zeros(1, 2, dtype=torch.long), [hook])[hook].shape[-1])
+
+    def residual_hook(self, hook: str) -> bool:
+        """True when ``hook`` is the residual stream, or what is added to it: what the unembedding reads."""
+        return _RESIDUAL.fullmatch(hook) is not None
+
+    @torch.no_grad()
+    def run_to(self, tokens_BT: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
+        """Activations [B, T, D] at ``hooks``; nothing beyond the last layer needed is computed.
+
+        Raises:
+            UserError: an unknown hook, or one without an activation for each token (attention patterns).
+        """
+        for hook in hooks:
+            self.check_hook(hook)
+        found: dict[str, Tensor] = {}
+
+        def keep(hook: str) -> Callable[..., None]:
+            def store(value: Tensor, hook_point: object = None, **_: object) -> None:
+                found[hook] = value
+
+            return store
+
+        layers = [_layers_needed(hook) for hook in hooks]
+        stop = None if None in layers else max(layer for layer in layers if layer is not None)
+        listeners = [(hook, keep(hook)) for hook in hooks]
+        if stop == self.n_layers:  # the bridge stops before a layer, and there is none after the last
+            stop = None
+            listeners.append(("ln_final.hook_in", _stop_here))
+        self._run(tokens_BT, listeners, return_type=None, stop_at_layer=stop)
+        return {hook: self._per_token(hook, found.get(hook), tokens_BT) for hook in hooks}
+
+    def logits(self, tokens_BT: Tensor, *, edit: Mapping[str, Edit] | None = None) -> Tensor:
+        """Logits [B, T, V]; each function in ``edit`` replaces the activations [B, T, D] at its hook."""
+
+        def replace(name: str, function: Edit) -> Callable[..., Tensor]:
+            def hook(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
+                flat_BTD = rearrange(value, "b t ... -> b t (...)")
+                new = function(flat_BTD).to(value.dtype).view_as(value)
+                return value.copy_(new) if _ALSO_SKIPS.fullmatch(name) else new
+
+            return hook
+
+        edits = edit or {}
+        for name in edits:
+            self.check_hook(name)
+        listeners = [(name, replace(name, function)) for name, function in edits.items()]
+        with torch.no_grad():
+            logits: Tensor = self._run(tokens_BT, listeners, return_type="logits", stop_at_layer=None)
+        return logits
+
+    @torch.no_grad()
+    def variants(self, tokens_1T: Tensor, hook: str, x_FTD: Tensor) -> Tensor:
+        """Logits [F, T, V] of one context whose activations at ``hook`` are replaced by each of ``x_FTD``.
+
+        In the residual stream between blocks the model runs once up to the hook and F times from there on.
+        """
+        self.check_hook(hook)
+        if _BETWEEN_BLOCKS.fullmatch(hook):
+
+            def branch(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
+                return x_FTD.to(value)
+
+            logits: Tensor = self._run(tokens_1T, [(hook, branch)], return_type="logits", stop_at_layer=None)
+            if len(logits) == len(x_FTD):
+                return logits
+        return self.logits(tokens_1T.expand(len(x_FTD), -1), edit={hook: lambda _: x_FTD})
+
+    def gradients(
+        self,
+        tokens_BT: Tensor,
+        length_B: Tensor,
+        hooks: Sequence[str],
+        *,
+        of: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Activations [B, T, D] at ``hooks``, and the gradient [B, T, D] of the model's loss at each.
+
+        The loss is the SUM of the next-token cross entropies, in nats, over positions 0 .. length - 2 of each
+        context. So a row holds what its token's activation does to its own prediction and to all later ones
+        of its context, and depends neither on the context's length nor on its neighbors in the batch. It is
+        the total derivative, through everything that follows: the effect of `logits`' ``edit`` to first
+        order. The last of the ``length_B`` tokens of a context predicts nothing, and its gradient in the
+        residual stream is exactly 0; so is that of the padding behind it.
+
+        ``of`` is another scalar of the logits [b, T, V] of some contexts, to be used instead of the loss.
+
+        One pass forward and one back over as many contexts at once as keep the logits within a bound.
+
+        Raises:
+            UserError: an unknown hook, one without an activation for each token, or one that the predictions
+                do not depend on.
+        """
+        for hook in hooks:
+            self.check_hook(hook)
+        at_once = contexts_at_once(tokens_BT.shape[1], self.vocab_size)
+        parts = [
+            self._gradients(part_BT, part_B, hooks, of)
+            for part_BT, part_B in zip(
+                torch.split(tokens_BT, at_once), torch.split(length_B, at_once), strict=True
+            )
+        ]
+        activations, gradients = (
+            {hook: torch.cat([part[side][hook] for part in parts]) for hook in hooks} for side in (0, 1)
+        )
+        return activations, gradients
+
+    def _gradients(
+        self,
+        tokens_BT: Tensor,
+        length_B: Tensor,
+        hooks: Sequence[str],
+        of: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        found: dict[str, Tensor] = {}
+
+        def keep(hook: str) -> Callable[..., Tensor]:
+            def store(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
+                if not value.is_floating_point():
+                    found[hook] = value
+                elif _ALSO_SKIPS.fullmatch(hook):
+                    found[hook] = value if value.requires_grad else value.requires_grad_()
+                else:  # a tensor of its own, so that only what reads the hook counts, as with an edit
+                    found[hook] = (
+                        value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+                    )
+                return found[hook]
+
+            return store
+
+        listeners = [(hook, keep(hook)) for hook in hooks]
+        with torch.enable_grad(), self._fitting(tokens_BT):
+            logits_BTV = self._run(tokens_BT, listeners, return_type="logits", stop_at_layer=None)
+            flat = {hook: self._per_token(hook, found.get(hook), tokens_BT) for hook in hooks}
+            loss = summed_cross_entropy(logits_BTV, tokens_BT, length_B) if of is None else of(logits_BTV)
+            del logits_BTV
+            gradients = gradients_of(loss, found)
+        for hook in hooks:
+            if hook not in gradients:
+                raise UserError(
+                    f"the predictions of {self.name} do not depend on --hook {hook}, so there is no gradient "
+                    "to keep; choose another hook"
+                )
+        return (
+            {hook: value.detach() for hook, value in flat.items()},
+            {hook: rearrange(gradients[hook], "b t ... -> b t (...)") for hook in hooks},
+        )
+
+    def _per_token(self, hook: str, value: Tensor | None, tokens_BT: Tensor) -> Tensor:
+        """What was seen at ``hook``, [B, T, D]; raises a UserError when it is not one vector a token."""
+        if value is None:
+            raise UserError(f"--hook {hook} was not reached in a forward pass of {self.name}; choose another")
+        if value.shape[:2] != tokens_BT.shape or value.ndim < 3 or not value.is_floating_point():
+            raise UserError(
+                f"--hook {hook} has shape {list(value.shape)} for {list(tokens_BT.shape)} tokens; "
+                "choose a hook with a vector for each token"
+            )
+        return rearrange(value, "b t ... -> b t (...)")
+
+    def final_scale(self, tokens_BT: Tensor) -> Tensor:
+        """[B, T] float32: what the final norm divides by, the s of `unembedding`.
+
+        The standard deviation of the residual stream, or its root mean square, with the norm's epsilon.
+        """
+        hook = "ln_final.hook_scale"
+        return self.run_to(tokens_BT, [hook])[hook][..., 0].float()
+
+    @torch.no_grad()
+    def unembedding(self) -> Tensor:
+        """The direct effect of a residual direction on the logits, [d_model, V] float32 on the CPU.
+
+        A direction d in the residual stream adds d @ U / s to the logits, where s is the scale of the final
+        norm in that context (its standard deviation, or root mean square) and
+
+            U = C diag(w) W_U, minus its mean over the vocabulary.
+
+        w is the gain of the final norm; C subtracts the mean over d_model when that norm is a LayerNorm, and
+        is the identity for RMSNorm. A logit's mean over the vocabulary does not change any probability.
+        """
+        cfg = self._bridge.cfg
+        W_U_DV = self._bridge.original_model.get_output_embeddings().weight.T.float().cpu()
+        gain = getattr(self._bridge.ln_final.original_component, "weight", None)
+        if gain is not None:
+            gain_D = gain.float().cpu() + float(getattr(cfg, "rmsnorm_uses_offset", False))
+            W_U_DV = gain_D[:, None] * W_U_DV
+        if not getattr(cfg, "uses_rms_norm", False):
+            W_U_DV = W_U_DV - W_U_DV.mean(dim=0, keepdim=True)
+        U_DV: Tensor = W_U_DV - W_U_DV.mean(dim=1, keepdim=True)
+        return U_DV
+
+    def _run(self, tokens_BT: Tensor, listeners: list[tuple[str, Callable[..., Any]]], **options: Any) -> Any:
+        tokens_BT = tokens_BT.to(self.device, torch.long)
+        with self._fitting(tokens_BT):
+            try:
+                return self._bridge.run_with_hooks(tokens_BT, fwd_hooks=listeners, **options)
+            except ValueError as error:
+                if found := _SWITCHED_OFF.search(str(error)):
+                    raise UserError(
+                        f"--hook {found[1]} is computed only after {found[2]} was switched on; choose another"
+                    ) from None
+                raise
+
+    @contextlib.contextmanager
+    def _fitting(self, tokens_BT: Tensor) -> Iterator[None]:
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError:
+            raise UserError(
+                f"the GPU ran out of memory running {self.name} on {list(tokens_BT.shape)} tokens; "
+                "lower --batch-size"
+            ) from None
+
+
+def load_model(
+    name: str, *, revision: str | None = None, device: str | torch.device = "cpu", dtype: str = "fp32"
+) -> Model:
+    """Load a causal language model for inference.
+
+    ``name`` is 'demo', 'smollm2', a local Hugging Face folder, or a hub name; weights are read from
+    safetensors only and no code comes with a model. ``dtype`` ('fp32', 'bf16', 'fp16') is that of the
+    computation.
+
+    >>> model = sb.load_model("demo")
+    >>> model.n_layers, model.d_model
+    (4, 256)
+
+    Raises:
+        UserError: no such model, files missing or damaged, a tokenizer that does not fit, a model that is not
+            causal or that TransformerLens does not know, or too little memory on the GPU.
+    """
+    info = peek_model(name, revision=revision)
+    tokens = Tokens(info)
+    folder = fetch_weights(info)
+    bridge = boot(str(folder), name, torch.device(device), _DTYPES[dtype])
+    if getattr(bridge.cfg, "attention_dir", "causal") != "causal":
+        raise UserError(f"model {name} reads its text in both directions; a causal language model is needed")
+    return Model(info, bridge, tokens)
+
+
+def _layers_needed(hook: str) -> int | None:
+    """How many layers must run before ``hook`` has fired; None for all and what follows them."""
+    if found := re.match(r"blocks\.(\d+)\.", hook):
+        return int(found[1]) + 1
+    return 0 if hook.startswith(("embed.", "pos_embed.", "hook_embed", "hook_pos_embed")) else None
+
+
+def _stop_here(value: Tensor, hook_point: object = None, **_: object) -> None:
+    from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
+    raise StopAtLayerException(value)

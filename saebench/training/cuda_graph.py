@@ -1,0 +1,81 @@
+"""Training steps as a CUDA graph: captured once, repeated with one call.
+
+A step is some forty short kernels; launching them one by one takes longer than running them. The kernels,
+their order and so every bit of the result are the same either way.
+
+Shapes: N rows in a batch, D = d_in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saebench.activations.loader import Rows
+from saebench.saes.base import Batch, LossTerms
+
+STEPS_BEFORE_CAPTURE = 3
+"""Steps taken one kernel at a time first: they compile kernels and fill the allocator."""
+
+
+class Taken(NamedTuple):
+    """What a step leaves to look at; a captured one overwrites it the next time."""
+
+    batch: Batch
+    terms: LossTerms
+    grad_norm: Tensor
+
+
+class Steps:
+    """Takes training steps, replaying a CUDA graph where ``SAE.graph_key`` and the shapes allow it.
+
+    Args:
+        take: takes one step on rows at a progress with a learning rate (a float64 scalar when captured).
+        graph_key: what the course of a step depends on; a new one is captured anew.
+    """
+
+    def __init__(
+        self,
+        take: Callable[[Rows, float, float | Tensor], Taken],
+        graph_key: Callable[[float], Hashable | None],
+    ) -> None:
+        self._take, self._graph_key = take, graph_key
+        self._key: Hashable = None
+        self._taken = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._rows: Rows
+        self._lr: Tensor
+        self._left: Taken
+
+    def take(self, rows: Rows, progress: float, lr: float) -> Taken:
+        """One step on ``rows``."""
+        graph_key = self._graph_key(progress) if rows.activations.is_cuda else None
+        if graph_key is None:
+            return self._take(rows, progress, lr)
+        key = (graph_key, *((column.shape, column.dtype) for column in rows if column is not None))
+        if key != self._key:
+            self._key, self._taken, self._graph = key, 0, None
+        if self._graph is None:
+            self._taken += 1
+            if self._taken <= STEPS_BEFORE_CAPTURE:
+                return self._take(rows, progress, lr)
+            self._capture(rows, progress)
+        for kept, column in zip(self._rows, rows, strict=True):
+            if kept is not None and column is not None:
+                kept.copy_(column, non_blocking=True)
+        self._lr.fill_(lr)
+        assert self._graph is not None
+        self._graph.replay()
+        return self._left
+
+    def _capture(self, rows: Rows, progress: float) -> None:
+        gradients = None if rows.gradients is None else torch.empty_like(rows.gradients)
+        self._rows = Rows(torch.empty_like(rows.activations), gradients)
+        self._lr = torch.zeros((), dtype=torch.float64, device=rows.activations.device)
+        self._graph = torch.cuda.CUDAGraph()
+        # The loader allocates pinned memory in a thread of its own meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._left = self._take(self._rows, progress, self._lr)

@@ -1,0 +1,131 @@
+"""Which SAE, model and hook a question is about, and every way in which they do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saebench.activations.cache import ActivationCache
+from saebench.analysis.attach import attach, check_features, check_positions
+from saebench.core.errors import UserError
+from saebench.saes.base import load
+from saebench.sources.models import Model, load_model
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Model:
+    """The tiny model with another epsilon, so with another hash."""
+    folder = tmp_path_factory.mktemp("models") / "other"
+    shutil.copytree(tiny_model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "layer_norm_epsilon": 1e-3}))
+    return load_model(str(folder))
+
+
+def test_another_model_than_the_saes_is_refused(run: Path, other_model: Model, hook: str) -> None:
+    for model in (other_model, other_model.name):
+        with pytest.raises(UserError, match=r"is not the one that .* was trained on"):
+            attach(run, model)
+    assert attach(load(run), other_model, hook).model is other_model
+
+
+def test_whatever_is_a_path_names_a_run(run: Path, tiny_model: Model, hook: str) -> None:
+    """A finished training, as train returns it, is one."""
+
+    class Finished:
+        def __fspath__(self) -> str:
+            return str(run)
+
+    for named in (run, str(run), Finished()):
+        attached = attach(named, tiny_model)  # type: ignore[arg-type]
+        assert attached.hook == hook and attached.sae.d_sae == load(run).d_sae
+
+
+def test_what_an_sae_in_memory_cannot_know_is_asked_for(run: Path, tiny_model: Model, hook: str) -> None:
+    sae = load(run)
+    with pytest.raises(UserError, match=r"at which hook .*hook=\.\.\."):
+        attach(sae, tiny_model)
+    with pytest.raises(UserError, match=r"on which model .*model=\.\.\."):
+        attach(sae, hook=hook)
+
+
+@pytest.mark.parametrize(
+    ("place", "sentence"),
+    [
+        ("blocks.0.hook_resid_pots", "did you mean blocks.0.hook_resid_post"),
+        ("blocks.7.hook_resid_post", "beyond the 2 layers"),
+        ("blocks.0.mlp.hook_post", r"reads 32 dimensions but blocks\.0\.mlp\.hook_post .* has 128"),
+    ],
+)
+def test_a_hook_that_does_not_fit(run: Path, tiny_model: Model, place: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        attach(run, tiny_model, place)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "text is '', which has no token"),
+        (None, "text is None, which is no string"),
+        ("a\ud800", "not valid Unicode"),
+        ("peace " * 80, r"text has \d+ tokens, but .* reads at most 64; shorten it"),
+    ],
+)
+def test_texts_that_cannot_be_read(run: Path, tiny_model: Model, text: Any, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        attach(run, tiny_model).read(text)
+
+
+def test_other_nonsense(run: Path, tiny_model: Model, tmp_path: Path) -> None:
+    for sae, sentence in ((tmp_path, "sae.json"), (7, "sae is 7; give a run directory")):
+        with pytest.raises(UserError, match=sentence):
+            attach(sae, tiny_model)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="model is None; give a name"):
+        attach(run, None)  # type: ignore[arg-type]
+
+
+def test_bos_is_that_of_the_cache(tmp_path: Path, run: Path, tiny_model: Model, tiny_cache: Any) -> None:
+    assert isinstance(tiny_cache, ActivationCache)
+    manifest = dict(tiny_cache.manifest)
+    manifest["made_from"] = {**manifest["made_from"], "settings": {"bos": True}}
+    cache, copy = tmp_path / "cache", tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "run.json").write_text(json.dumps({"format_version": 1, "train": {"cache": str(cache)}}))
+    assert attach(copy, tiny_model).bos is None  # that cache is gone, and the tokenizer adds none
+    cache.mkdir()
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    assert attach(copy, tiny_model).bos == tiny_model.tokens.bos
+    assert attach(copy, tiny_model, bos=False).bos is None
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [(None, [1, 2, 3, 4]), (0, [0]), ([-1, 1, 1], [1, 4]), (slice(None), [0, 1, 2, 3, 4]),
+     (slice(-2, None), [3, 4]), (slice(None, None, -2), [0, 2, 4]), (slice(7, 9), []), (range(2), [0, 1])],
+)  # fmt: skip
+def test_positions(positions: Any, expected: list[int]) -> None:
+    assert check_positions(positions, 5) == expected
+
+
+@pytest.mark.parametrize(
+    ("positions", "sentence"),
+    [(5, "position 5 is outside the text, which has 5 tokens; give 0 to 4"), ([0, -6], "position -6"),
+     (1.5, "positions is 1.5; give whole numbers"), ("ab", "give whole numbers")],
+)  # fmt: skip
+def test_positions_that_are_none(positions: Any, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        check_positions(positions, 5)
+
+
+@pytest.mark.parametrize(
+    ("features", "sentence"),
+    [(96, "feature 96 is none of the SAE's 96 latents; give 0 to 95"), ([3, -1], "feature -1"),
+     ([], "features is empty"), ("topk", "give whole numbers"), (0.5, "features is 0.5")],
+)  # fmt: skip
+def test_features_that_are_none(run: Path, features: Any, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        check_features(features, load(run))

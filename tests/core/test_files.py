@@ -1,0 +1,251 @@
+"""Files are whole or absent, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saebench.core import files
+from saebench.core.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def run_python(code: str, *args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+@given(JSON)
+@settings(deadline=None)
+def test_json_comes_back_and_equal_values_are_equal_bytes(
+    tmp_path_factory: pytest.TempPathFactory, value: object
+) -> None:
+    path = tmp_path_factory.mktemp("json") / "value.json"
+    files.write_json_atomic(path, value)
+    assert files.read_json(path, what="the value") == value
+    once = path.read_bytes()
+    files.write_json_atomic(path, json.loads(once))
+    assert path.read_bytes() == once
+
+
+def test_the_hash_of_json_does_not_depend_on_the_order_of_keys() -> None:
+    assert files.sha256_json({"a": 1, "b": [2]}) == files.sha256_json({"b": [2], "a": 1})
+    assert files.sha256_json({"a": 1}) != files.sha256_json({"a": 2})
+
+
+def test_numbers_that_json_cannot_hold_write_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json_atomic(tmp_path / "x.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_body_that_raises_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    files.write_bytes_atomic(path, b"old")
+
+    def write_half() -> None:
+        with files.atomic_file(path) as file:
+            file.write(b"new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+
+
+def test_the_data_is_durable_before_the_name_and_then_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noting_fsync(descriptor: int) -> None:
+        done.append("directory" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "data")
+        fsync(descriptor)
+
+    def noting_replace(source: Path, target: Path) -> None:
+        done.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "replace", noting_replace)
+    files.write_bytes_atomic(tmp_path / "x.bin", b"new")
+    assert done == ["data", "rename", "directory"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_process_killed_before_the_rename_leaves_the_old_file(tmp_path: Path, step: str) -> None:
+    path = tmp_path / "x.bin"
+    files.write_bytes_atomic(path, b"old")
+    killed = run_python(
+        """
+        import os, signal, sys
+        from pathlib import Path
+        from saebench.core import files
+        setattr(os, sys.argv[2], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        files.write_bytes_atomic(Path(sys.argv[1]), b"new")
+        """,
+        path,
+        step,
+    )
+    assert killed.returncode == -9, killed.stderr
+    assert path.read_bytes() == b"old"
+    left = {p.name for p in tmp_path.iterdir()} - {"x.bin"}
+    assert all(name.endswith(files.TEMPORARY_SUFFIX) for name in left)
+    files.write_bytes_atomic(path, b"newer")
+    assert path.read_bytes() == b"newer"
+
+
+def test_a_full_disk_is_one_sentence_and_the_old_file_stays(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    files.write_bytes_atomic(path, b"old")
+    full = run_python(
+        """
+        import resource, signal, sys
+        from pathlib import Path
+        from saebench.core import files
+        from saebench.core.errors import UserError
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            files.write_bytes_atomic(Path(sys.argv[1]), bytes(100_000))
+        except UserError as error:
+            print(error)
+        """,
+        path,
+    )
+    assert full.returncode == 0, full.stderr
+    assert full.stdout.startswith(f"no space left while writing {path}")
+    assert full.stdout.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "does not exist"), (b"{", "is damaged"), (b"\xff\xfe", "is damaged"), (b"", "is damaged")],
+)
+def test_json_that_cannot_be_read_is_a_users_error(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=f"the thing .*x.json {message}"):
+        files.read_json(path, what="the thing")
+
+
+def test_a_directory_in_place_of_a_json_file_is_a_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the thing"):
+        files.read_json(tmp_path, what="the thing")
+
+
+def test_a_second_writer_is_turned_away_until_the_first_is_done(tmp_path: Path) -> None:
+    attempt = """
+        import sys
+        from pathlib import Path
+        from saebench.core.errors import UserError
+        from saebench.core.files import directory_lock
+        try:
+            with directory_lock(Path(sys.argv[1]), what="the store"):
+                print("mine")
+        except UserError as error:
+            print(error)
+        """
+    with files.directory_lock(tmp_path / "new", what="the store"):
+        assert "another process is writing the store" in run_python(attempt, tmp_path / "new").stdout
+    assert run_python(attempt, tmp_path / "new").stdout == "mine\n"
+
+
+def test_a_killed_writer_does_not_block_the_next(tmp_path: Path) -> None:
+    killed = run_python(
+        """
+        import os, signal, sys
+        from pathlib import Path
+        from saebench.core.files import directory_lock
+        with directory_lock(Path(sys.argv[1]), what="the store"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        """,
+        tmp_path,
+    )
+    assert killed.returncode == -9
+    with files.directory_lock(tmp_path, what="the store"):
+        pass
+
+
+def test_a_file_in_the_place_of_a_directory_is_a_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="choose another --out"):
+            files.require_writable(path, what="the cache")
+
+
+def test_a_directory_that_may_not_be_written_is_a_users_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(UserError, match="not writable"):
+        files.require_writable(tmp_path, what="the cache")
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "no space left while writing"),
+        (errno.EDQUOT, "no space left while writing"),
+        (errno.EACCES, "cannot write .*choose another place"),
+        (errno.EROFS, "cannot write .*choose another place"),
+    ],
+)
+def test_what_a_disk_refuses_is_a_users_error(tmp_path: Path, number: int, message: str) -> None:
+    with pytest.raises(UserError, match=message), files.atomic_file(tmp_path / "x"):
+        raise OSError(number, "refused")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_errors_of_the_system_are_passed_on(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="refused"), files.atomic_file(tmp_path / "x"):
+        raise OSError(errno.EIO, "refused")
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "not" / "yet"
+    files.require_disk(out, 1, what="the cache")
+    with pytest.raises(UserError, match=r"the cache needs 1024\.0 TiB but .* free"):
+        files.require_disk(out, 2**50, what="the cache")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 * 2**29, "1.5 GiB"), (2**50, "1024.0 TiB")],
+)
+def test_sizes_for_people(n: int, text: str) -> None:
+    assert files.human_bytes(n) == text
+
+
+def test_numbers_that_json_lacks_become_none_however_deep() -> None:
+    nan, inf = float("nan"), float("inf")
+    given = {"a": nan, "b": [1, 2.5, (inf, "x")], "c": {"d": -inf, "e": None, "f": True}}
+    assert files.finite(given) == {
+        "a": None,
+        "b": [1, 2.5, [None, "x"]],
+        "c": {"d": None, "e": None, "f": True},
+    }

@@ -1,0 +1,73 @@
+"""Progress: silent when asked, a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from saebench.core import progress as module
+from saebench.core.progress import progress
+
+
+def work(**options: object) -> None:
+    with progress("harvest", total=200, unit="tok", **options) as bar:  # type: ignore[arg-type]
+        bar.update(50)
+        bar.update(150, "loss 1.5")
+
+
+def test_quiet_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    work(quiet=True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_elsewhere_a_plain_line_ends_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+    work()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("harvest: 200/200 tok (100%)")
+    assert err.endswith("  loss 1.5\n")
+    assert err.count("\n") == 1
+    assert "\r" not in err
+
+
+def test_lines_come_at_intervals_with_rate_and_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 3.0, 10.0, 10.0, 3725.0, 3725.0, 3725.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    with progress("train", total=1100, unit="tok", initial=100) as bar:
+        bar.update(50)
+        bar.update(50)
+        bar.update(100)
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 200/1,100 tok (18%)  10 tok/s, 0:10 so far, 1:30 left",
+        "train: 300/1,100 tok (27%)  0 tok/s, 1:02:05 so far, 4:08:20 left",
+        "train: 300/1,100 tok (27%)  0 tok/s, 1:02:05 so far, 4:08:20 left",
+    ]
+
+
+def test_nothing_to_do_divides_by_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("index", total=0, unit="tok"):
+        pass
+    assert capsys.readouterr().err.startswith("index: 0/0 tok (0%)")
+
+
+def test_work_that_fails_does_not_claim_to_have_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        with progress("index", total=5, unit="tok") as bar:
+            bar.update(1)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    work()
+    err = capsys.readouterr().err
+    assert "\r" in err
+    assert "200/200" in err
+    assert "loss 1.5" in err

@@ -1,0 +1,62 @@
+"""The course of a training is what was written, however it was written and whenever it is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from saebench.core.errors import UserError
+from saebench.runs.metrics_log import MetricsLog, read_metrics, read_sessions
+
+LINES = st.lists(st.fixed_dictionaries({"fvu": st.floats(0, 1), "l0": st.integers(0, 99)}), max_size=12)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=LINES, cuts=st.lists(st.integers(0, 400), max_size=6))
+def test_whole_lines_are_read_once_wherever_writing_pauses(
+    tmp_path: Path, lines: list[dict[str, float]], cuts: list[int]
+) -> None:
+    numbered = [{"step": step, **line} for step, line in enumerate(lines)]
+    content = "".join(json.dumps(line) + "\n" for line in numbered).encode()
+    path = tmp_path / "metrics.jsonl"
+    path.unlink(missing_ok=True)
+    path.touch()
+    course, seen, written = MetricsLog(tmp_path), 0, 0
+    for stop in [*sorted(cut for cut in cuts if cut < len(content)), len(content)]:
+        with open(path, "ab") as file:
+            file.write(content[written:stop])
+        written = stop
+        seen += course.update()
+        assert course.lines == numbered[:seen]
+        assert seen == content[:stop].count(b"\n")
+    assert course.lines == numbered
+
+
+def test_a_file_that_was_cut_or_written_anew_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+    course = MetricsLog(tmp_path)
+    course.update()
+    path.write_text('{"step": 1}\n')  # shorter, as after a resume from a checkpoint
+    course.update()
+    assert course.lines == [{"step": 1}]
+    other = tmp_path / "new"
+    other.write_text('{"step": 7}\nnonsense\n[1]\n{"step": 8}\n')
+    other.replace(path)
+    course.update()
+    assert [line["step"] for line in course.lines] == [7, 8]
+
+
+def test_what_is_not_there_yet_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no metrics.jsonl; name a run directory"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step"')
+    with pytest.raises(UserError, match="no line yet; wait"):
+        read_metrics(tmp_path)
+    assert read_sessions(tmp_path) == []
+    (tmp_path / "sessions.jsonl").write_text('{"seconds": 1}\n{"sec')
+    assert read_sessions(tmp_path) == [{"seconds": 1}]
