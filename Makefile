@@ -1,7 +1,8 @@
 # make demo     the whole road on the model that is in this repository, then how to look at it
 # make demo-all the same with all main ways of choosing latents, side by side
 # make test     what has to pass before a change goes in
-# make check    style and types
+# make check    style, types, and the documentation's links
+# make docs     the documentation as a site, in site/
 # make peers    the libraries that saebench is compared with, in .venv-peers, and the tests against them
 # Each of them first makes .venv, which needs nothing but python3 (3.11 or newer) and its pip.
 
@@ -12,11 +13,12 @@ VENV = .venv
 INSTALLED = $(VENV)/.installed
 PEERS = .venv-peers
 PEERS_INSTALLED = $(PEERS)/.installed
-CODE = saebench app data kernels tests
+CODE = saebench app data kernels tests docs
+DOCS = $(ONE_THREAD) NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 # Tests are small: threads that wait for each other cost more than they save.
 ONE_THREAD = OMP_NUM_THREADS=1
 
-.PHONY: demo demo-all test test-slow peers check format
+.PHONY: demo demo-all test test-slow peers check docs format
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -39,6 +41,11 @@ check: $(INSTALLED)
 	$(VENV)/bin/ruff check $(CODE)
 	$(VENV)/bin/ruff format --check $(CODE)
 	$(VENV)/bin/mypy
+	$(DOCS) --site-dir $(VENV)/site
+
+docs: $(INSTALLED)
+	$(DOCS)
+	@echo "Read it: open site/index.html, or for the search too: $(VENV)/bin/python -m http.server -d site"
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix $(CODE)
