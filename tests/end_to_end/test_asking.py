@@ -8,8 +8,8 @@ from urllib.parse import quote
 import pytest
 from playwright.sync_api import Page, expect
 
+from saebench.core.formatting import visible
 from saebench.store.query import open_store
-from saebench_app.text import visible
 from tests.app.live_world import World
 from tests.end_to_end.conftest import Visitor
 from tests.end_to_end.serving import settle
@@ -22,12 +22,12 @@ COUNT = "document.querySelectorAll('script').length"
 
 
 def text_of(page: Page, name: str) -> str:
-    return page.get_by_role("group", name=name).text_content() or ""
+    return page.get_by_role("group", name=name, exact=True).text_content() or ""
 
 
 def test_a_cell_pins_its_feature_and_back_takes_it_off(asker: Visitor) -> None:
     page = asker.go(PROMPT)
-    grid = page.get_by_role("table", name=GRID)
+    grid = page.get_by_role("table", name=GRID, exact=True)
     cell = grid.locator("td.cell a").nth(2)
     found = re.fullmatch(r"feature (\d+) on .* \((\d+)\): .*", cell.get_attribute("aria-label") or "")
     assert found
@@ -48,7 +48,7 @@ def test_a_cell_pins_its_feature_and_back_takes_it_off(asker: Visitor) -> None:
 
 def test_tokens_are_buttons_and_keys_walk_along_them(asker: Visitor) -> None:
     page = asker.go(PROMPT)
-    tokens = page.get_by_role("group", name="Tokens of the text").locator("a.t")
+    tokens = page.get_by_role("group", name="Tokens of the text", exact=True).locator("a.t")
     tokens.nth(2).click()
     expect(page).to_have_url(re.compile("&at=2$"))
     settle(page)
@@ -74,7 +74,7 @@ def test_a_deep_link_gives_the_same_page_again(asker: Visitor, path: str) -> Non
     def press(page: Page) -> None:
         if path.startswith("steer"):
             page.get_by_role("button", name="Steer", exact=True).click()
-            page.get_by_role("table", name="All strengths").wait_for()
+            page.get_by_role("table", name="All strengths", exact=True).wait_for()
             settle(page)
 
     page = asker.go(path)
@@ -100,7 +100,7 @@ def test_hostile_text_is_only_text(asker: Visitor, page_name: str) -> None:
     asker.go(f"{page_name}?text={quote(text)}&text2={quote(text)}&f=3&strength=9&new=3")
     if page_name == "steer":
         page.get_by_role("button", name="Steer", exact=True).click()
-        page.get_by_role("table", name="The next token").wait_for()
+        page.get_by_role("table", name="The next token", exact=True).wait_for()
         settle(page)
         assert text_of(page, "Text without steering").startswith(visible(text))
     else:
@@ -120,14 +120,14 @@ def test_from_an_example_to_its_context_and_on(asker: Visitor, world: World) -> 
     page.locator(".origin a").first.click()
     heading(page, f"Context {example['ctx']}")
     assert text_of(page, "Text of the context") == "".join(map(visible, context["pieces"]))
-    assert page.get_by_role("group", name="Text of the context").locator(".t.on").count() >= 1
+    assert page.get_by_role("group", name="Text of the context", exact=True).locator(".t.on").count() >= 1
     on = "Features on the chosen token"
     assert column(page, on, "feature") == [str(one) for one in firing["feature"]]
     other = int(firing[firing["feature"] != feature]["feature"].iloc[0])
-    row = page.get_by_role("table", name=on).locator(
+    row = page.get_by_role("table", name=on, exact=True).locator(
         "tr", has=page.get_by_role("link", name=str(other), exact=True)
     )
-    row.get_by_role("link", name="show").click()
+    row.get_by_role("link", name="show", exact=True).click()
     expect(page).to_have_url(re.compile(f"f1={feature}&f2={other}$"))
     settle(page)
     expect(page.locator(".legend .name")).to_have_text([f"Feature {feature}", f"Feature {other}"])
@@ -145,10 +145,10 @@ def test_a_heading_sorts_the_features_of_a_token(asker: Visitor, world: World) -
         token = store.find_tokens(limit=1).iloc[0]
         listed = store.features_on(int(token["token"]), order_by="lift")["feature"].tolist()
     page = asker.go("token")
-    page.get_by_role("table", name="The most frequent tokens").get_by_role("link").first.click()
+    page.get_by_role("table", name="The most frequent tokens", exact=True).get_by_role("link").first.click()
     expect(page).to_have_url(re.compile(f"t=%23{token['token']}$"))
     settle(page)
-    page.get_by_role("link", name="lift").click()
+    page.get_by_role("link", name="lift", exact=True).click()
     expect(page.locator("th[aria-sort]")).to_contain_text("lift")
     settle(page)
     assert column(page, "Features that fire on it", "feature") == [str(one) for one in listed]
@@ -157,7 +157,7 @@ def test_a_heading_sorts_the_features_of_a_token(asker: Visitor, world: World) -
 def test_steering_can_be_stopped(asker: Visitor) -> None:
     page = asker.go(f"steer?text={quote(TEXT)}&f=5&new=50&strength=1,2,3,4,5,6,7,8,9,10,11,12")
     page.get_by_role("button", name="Steer", exact=True).click()
-    page.get_by_role("button", name="Stop steering").click()
+    page.get_by_role("button", name="Stop steering", exact=True).click()
     expect(page.get_by_role("button", name="Steer", exact=True)).to_be_enabled()
     expect(page.get_by_text("Press Steer to run")).to_be_visible()
 

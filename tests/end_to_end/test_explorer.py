@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
+from saebench.core.formatting import visible
 from saebench.store.query import open_store
-from saebench_app.text import visible
 from tests.end_to_end.conftest import Visitor
 from tests.end_to_end.serving import settle
 
@@ -26,7 +26,7 @@ def exact(page: Page, tile: str) -> float:
 
 def column(page: Page, table: str, label: str) -> list[str]:
     """The texts of one column of a table, read off the page."""
-    root = page.get_by_role("table", name=table)
+    root = page.get_by_role("table", name=table, exact=True)
     labels = [text.strip("▲▼ ") for text in root.locator("th").all_inner_texts()]
     return root.locator(f"tbody td:nth-child({labels.index(label) + 1})").all_inner_texts()
 
@@ -42,13 +42,15 @@ def test_the_numbers_on_the_page_are_the_store_s(visitor: Visitor, small_store: 
         assert math.isclose(exact(page, tile), row[name], rel_tol=1e-9), tile
     values = [float(v.get_attribute("data-exact") or "nan") for v in page.locator("li .value").all()]
     assert values == pytest.approx(examples["value"].tolist(), rel=1e-9)
-    assert column(page, "Tokens it fires on", "token") == [visible(t, edges=True) for t in tokens["text"]]
+    assert column(page, "Tokens it fires on", "token") == [visible(t, spaces="edges") for t in tokens["text"]]
     assert column(page, "Tokens it fires on", "times") == [f"{n:,}" for n in tokens["n"]]
     assert column(page, "Nearest features", "feature") == [str(n) for n in near["other"].head(10)]
     bars = page.get_by_role("figure").locator(".bar")
     expect(bars).to_have_count(len(bins))
     assert [int(bar.get_attribute("data-size") or -1) for bar in bars.all()] == bins["count"].tolist()
-    expect(page.get_by_role("figure", name=f"Histogram of {row['n_act']:,} activations")).to_be_attached()
+    expect(
+        page.get_by_role("figure", name=f"Histogram of {row['n_act']:,} activations", exact=True)
+    ).to_be_attached()
 
 
 def test_the_examples_are_the_store_s_text(visitor: Visitor, small_store: Path) -> None:
@@ -68,7 +70,7 @@ def test_the_examples_are_the_store_s_text(visitor: Visitor, small_store: Path) 
 def test_from_the_table_to_a_feature_and_back(visitor: Visitor, small_store: Path) -> None:
     page = visitor.go("features?dead=hide")
     heading(page, "Features")
-    page.get_by_role("link", name="density").click()
+    page.get_by_role("link", name="density", exact=True).click()
     expect(page).to_have_url(re.compile(r"sort=density&desc=1"))
     settle(page)
     with open_store(small_store) as store:
@@ -76,7 +78,9 @@ def test_from_the_table_to_a_feature_and_back(visitor: Visitor, small_store: Pat
             "feature"
         ].tolist()
     assert column(page, "Features", "feature") == [str(feature) for feature in listed]
-    page.get_by_role("table", name="Features").locator("tbody tr").nth(1).locator("td").nth(5).click()
+    page.get_by_role("table", name="Features", exact=True).locator("tbody tr").nth(1).locator("td").nth(
+        5
+    ).click()
     heading(page, f"Feature {listed[1]}")
     assert page.url.endswith(f"/feature?sae=small&dead=hide&sort=density&desc=1&f={listed[1]}")
     page.go_back()
@@ -94,12 +98,12 @@ def test_arrow_keys_step_through_the_filtered_sorted_list(visitor: Visitor, smal
         ].tolist()
     page = visitor.go(f"feature?f={listed[0]}&dense=only&sort=max_act&desc=1")
     for key, place in [("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1)]:
-        expect(page.get_by_role("button", name="Next")).to_be_enabled()
+        expect(page.get_by_role("button", name="Next", exact=True)).to_be_enabled()
         page.keyboard.press(key)
         heading(page, f"Feature {listed[place]}")
     page.go_back()
     heading(page, f"Feature {listed[2]}")
-    page.get_by_role("table", name="Nearest features").get_by_role("link").first.click()
+    page.get_by_role("table", name="Nearest features", exact=True).get_by_role("link").first.click()
     with open_store(small_store) as store:
         heading(page, f"Feature {store.neighbors(listed[2])['other'].iloc[0]}")
 

@@ -100,7 +100,7 @@ def test_keys_go_to_examples_label_and_bookmark(rich: Visitor, store_path: Path)
     heading(page, "Feature 8")
     page.locator("h1").click()
     page.keyboard.press("b")
-    expect(page.get_by_role("button", name="Bookmarked")).to_be_visible()
+    expect(page.get_by_role("button", name="Bookmarked", exact=True)).to_be_visible()
     settle(page)
     page.keyboard.press("x")
     expect(page).to_have_url(re.compile(r"f=\d+$"))
@@ -116,7 +116,7 @@ def test_ticked_rows_go_on_a_list_into_a_file_and_into_the_url(
     rich: Visitor, store_path: Path, tmp_path: Path
 ) -> None:
     page = rich.go("features?dead=hide&sort=max_act&desc=1")
-    boxes = page.get_by_role("table", name="Features").locator("tbody input[type=checkbox]")
+    boxes = page.get_by_role("table", name="Features", exact=True).locator("tbody input[type=checkbox]")
     listed = [int(box.get_attribute("value") or -1) for box in boxes.all()]
     boxes.nth(1).click()
     boxes.nth(4).click(modifiers=["Shift"])
@@ -124,11 +124,11 @@ def test_ticked_rows_go_on_a_list_into_a_file_and_into_the_url(
     settle(page)
     assert page.url.endswith("features?dead=hide&sort=max_act&desc=1")
     with page.expect_download() as made:
-        page.get_by_role("button", name="Parquet").click()
+        page.get_by_role("button", name="Parquet", exact=True).click()
     made.value.save_as(tmp_path / "some.parquet")
     assert pd.read_parquet(tmp_path / "some.parquet")["feature"].tolist() == listed[1:5]
-    page.get_by_role("button", name="Add to list").click()
-    field = page.get_by_role("combobox", name="List")
+    page.get_by_role("button", name="Add to list", exact=True).click()
+    field = page.get_by_role("combobox", name="List", exact=True)
     field.fill("four")
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Add", exact=True).click()
@@ -137,7 +137,7 @@ def test_ticked_rows_go_on_a_list_into_a_file_and_into_the_url(
         assert store.annotations.list_features("four") == listed[1:5]
         store.annotations.remove_list("four")
     page.keyboard.press("Escape")
-    page.get_by_role("button", name="Show only these").click()
+    page.get_by_role("button", name="Show only these", exact=True).click()
     expect(page).to_have_url(re.compile("among="))
     expect(boxes).to_have_count(4)
     assert [int(f) for f in column(page, "Features", "feature")] == [
@@ -151,20 +151,20 @@ def test_lists_are_renamed_thinned_and_kept_as_a_page(
     with open_store(store_path) as store:
         store.annotations.add_to_list("<s>old</s>", [1, 2, 3])
     page = rich.go("lists")
-    page.get_by_role("link", name="<s>old</s>").click()
+    page.get_by_role("link", name="<s>old</s>", exact=True).click()
     field = page.get_by_label("Name", exact=True)
     expect(field).to_have_value("<s>old</s>")
     with page.expect_download() as made:
-        page.get_by_role("button", name="Save as one HTML page").click()
+        page.get_by_role("button", name="Save as one HTML page", exact=True).click()
     made.value.save_as(tmp_path / "page.html")
     written = (tmp_path / "page.html").read_text("utf-8")
     assert 'id="f2"' in written and "<img" not in written
     page.get_by_role("checkbox", name="row 2", exact=True).check()
-    page.get_by_role("button", name="Remove the 1 ticked").click()
+    page.get_by_role("button", name="Remove the 1 ticked", exact=True).click()
     expect(page.get_by_role("checkbox", name="row 2", exact=True)).to_have_count(0)
     field.fill("<s>new</s>")
     page.keyboard.press("Enter")
-    expect(page.get_by_role("link", name="<s>new</s>")).to_be_visible()
+    expect(page.get_by_role("link", name="<s>new</s>", exact=True)).to_be_visible()
     settle(page)
     with open_store(store_path) as store:
         assert store.annotations.list_features("<s>new</s>") == [1, 3]
@@ -173,7 +173,7 @@ def test_lists_are_renamed_thinned_and_kept_as_a_page(
 
 def test_saved_views_open(rich: Visitor) -> None:
     page = rich.go("features")
-    page.get_by_role("button", name="Saved views").click()
+    page.get_by_role("button", name="Saved views", exact=True).click()
     page.get_by_role("link", name=re.compile("^<img")).click()
     expect(page).to_have_url(re.compile("q=a.*sort=max_act&desc=1"))
     settle(page)
@@ -223,7 +223,7 @@ def test_a_store_that_is_removed_while_open_is_a_sentence(
         visitor.watch()
         page = visitor.go("features")
         shutil.rmtree(own)
-        page.get_by_role("link", name="density").click()
+        page.get_by_role("link", name="density", exact=True).click()
         expect(page.get_by_role("alert")).to_contain_text("not a feature store")
         settle(page)
         assert len(column(page, "Features", "feature")) == 24

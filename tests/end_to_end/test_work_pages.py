@@ -103,7 +103,7 @@ def test_hostile_texts_are_only_texts(guest: Visitor) -> None:
 
 def test_a_map_is_drawn_and_a_selection_becomes_a_list(guest: Visitor, two: Path) -> None:
     page = guest.go("map")
-    page.get_by_role("button", name="Draw the map").click()
+    page.get_by_role("button", name="Draw the map", exact=True).click()
     plot = page.locator(".js-plotly-plot .nsewdrag")
     plot.wait_for(timeout=60_000)
     settle(page)
@@ -119,9 +119,9 @@ def test_a_map_is_drawn_and_a_selection_becomes_a_list(guest: Visitor, two: Path
     settle(page)
     with open_store(two) as store:
         everything = store.features(order_by="density", descending=True)["feature"].tolist()
-    cells = page.get_by_role("table", name="Selected features").locator("tbody td:first-child")
+    cells = page.get_by_role("table", name="Selected features", exact=True).locator("tbody td:first-child")
     expect(cells).to_have_text([str(feature) for feature in everything])
-    page.get_by_test_id("stMain").get_by_role("link", name="Open in Features").click()
+    page.get_by_test_id("stMain").get_by_role("link", name="Open in Features", exact=True).click()
     expect(page.locator("h1")).to_have_text("Features")
     assert "among=" in page.url
     page.go_back()
@@ -131,8 +131,8 @@ def test_a_map_is_drawn_and_a_selection_becomes_a_list(guest: Visitor, two: Path
 
 def test_features_are_matched_and_a_pair_stands_side_by_side(guest: Visitor, two: Path) -> None:
     page = guest.go("compare?a=small&b=other")
-    page.get_by_role("button", name="Match the features").click()
-    pairs = page.get_by_role("table", name="Pairs")
+    page.get_by_role("button", name="Match the features", exact=True).click()
+    pairs = page.get_by_role("table", name="Pairs", exact=True)
     pairs.wait_for(timeout=60_000)
     settle(page)
     numbers = [(row.locator("td").nth(1).inner_text(), row.locator("td").nth(4).inner_text())
@@ -145,27 +145,29 @@ def test_features_are_matched_and_a_pair_stands_side_by_side(guest: Visitor, two
     expect(page).to_have_url(re.compile(rf"fa={fa}&fb={fb}$"))
     settle(page)
     for feature, sae in ((fa, "small"), (fb, "other")):
-        link = page.get_by_test_id("stMain").get_by_role("link", name=f"Feature {feature} of {sae}")
+        link = page.get_by_test_id("stMain").get_by_role(
+            "link", name=f"Feature {feature} of {sae}", exact=True
+        )
         expect(link).to_be_visible()
     expect(page.locator("ol")).to_have_count(2)
     link.click()
     expect(page.locator("h1")).to_have_text(f"Feature {fb}")
     page.go_back()
     expect(page.locator("h1")).to_have_text("Compare")
-    pairs.get_by_role("link", name="small").click()
+    pairs.get_by_role("link", name="small", exact=True).click()
     expect(page).to_have_url(re.compile("rank=a"))
 
 
 def test_the_check_of_a_store_shows_how_far_it_is(guest: Visitor) -> None:
     page = guest.go("")
-    page.get_by_role("button", name="Check the store").click()
-    expect(page.get_by_role("button", name="Check again")).to_be_visible(timeout=60_000)
+    page.get_by_role("button", name="Check the store", exact=True).click()
+    expect(page.get_by_role("button", name="Check again", exact=True)).to_be_visible(timeout=60_000)
     expect(page.get_by_text("Nothing wrong was found (generation 2")).to_be_visible()
 
 
 def test_curves_grow_while_a_training_goes_on(guest: Visitor, going_on: Path) -> None:
     page = guest.go("train?of=zz-now")
-    last = page.get_by_role("table", name="Last step").locator("tbody tr").first
+    last = page.get_by_role("table", name="Last step", exact=True).locator("tbody tr").first
     expect(last).to_contain_text("goes on")
     expect(last.locator("td").nth(2)).to_have_text("1")
     write_metrics(going_on, 3)
@@ -179,27 +181,27 @@ def test_sql_is_asked_with_the_keyboard_and_cannot_write(guest: Visitor, two: Pa
 
     before, out = digests(), tmp_path / "stolen.csv"
     page = guest.go("sql")
-    question = page.get_by_role("textbox", name="Question")
+    question = page.get_by_role("textbox", name="Question", exact=True)
     question.fill("SELECT count(*) AS n FROM act")
     question.press("Control+Enter")
     expect(page).to_have_url(re.compile("query=SELECT"))
     expect(page.get_by_text("1 row.")).to_be_visible()
     with page.expect_download() as download:
-        page.get_by_role("button", name="CSV").click()
+        page.get_by_role("button", name="CSV", exact=True).click()
     with open_store(two) as store:
         n = store.info()["n_activations"]
     assert Path(download.value.path()).read_text() == f"n\n{n}\n"
     for attack in (f"COPY act TO '{out}'", f"ATTACH '{out}' AS x", "SELECT * FROM read_csv('/etc/passwd')",
                    "DELETE FROM act"):  # fmt: skip
         question.fill(attack)
-        page.get_by_role("button", name="Ask").click()
+        page.get_by_role("button", name="Ask", exact=True).click()
         expect(page.get_by_role("alert")).to_be_visible()
         settle(page)
         assert "root:" not in (page.get_by_test_id("stMain").text_content() or "")
     assert not out.exists()
     assert digests() == before
     page.go_back()
-    expect(page.get_by_role("textbox", name="Question")).to_have_value(
+    expect(page.get_by_role("textbox", name="Question", exact=True)).to_have_value(
         "SELECT * FROM read_csv('/etc/passwd')"
     )
 
