@@ -5,7 +5,6 @@
     view        which features, in which order: read from the URL and written to it
     session     the open store, the generation a person is looking at
     runs        the run that an SAE came from, its model, and whose turn it is to use it
-    numbers     how numbers are written; text: how token texts are made visible
     work        long work in processes beside the server: check, match, map, explain; worker is what they run
     page        one module a page, thin (a folder called "pages" would make Streamlit serve its files itself)
     components  the parts that pages are made of; static/ has their scripts and style sheets

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from saebench.core.formatting import is_absent, visible
 from saebench.store.query import FeatureStore
-from saebench_app.numbers import is_absent
-from saebench_app.text import visible
 
 COLUMNS = ("feature", "density", "max_act", "top_token", "explanation")
 
@@ -44,7 +43,7 @@ def describe(store: FeatureStore, features: Iterable[int]) -> dict[int, Describe
             float(row["max_act"]),
             _line(labels.get(row["feature"])),
             _line(row["explanation"]),
-            "" if is_absent(row["top_token"]) else visible(row["top_token"], edges=True),
+            "" if is_absent(row["top_token"]) else visible(row["top_token"], spaces="edges"),
         )
         for row in rows
     }

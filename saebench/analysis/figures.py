@@ -10,7 +10,18 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saebench.analysis.plot_style import COLD, HEAT, HOT, KINDS, SCALE, TEXT, counts, note, styled, visible
+from saebench.analysis.plot_style import (
+    COLD,
+    HEAT,
+    HOT,
+    KINDS,
+    SCALE,
+    TEXT,
+    counts,
+    note,
+    styled,
+    token_label,
+)
 from saebench.core.deprecation import renamed_arguments
 from saebench.core.errors import UserError
 from saebench.runs.metrics_log import read_metrics
@@ -195,7 +206,7 @@ def prompt_heatmap(found: pd.DataFrame, top: int = 20, *, keep_first: bool = Fal
     rows = largest.sort_values(kind="stable", ascending=False).index[:top]
     values = shown.pivot_table(index="feature", columns="pos", values="value", aggfunc="sum", fill_value=0.0)
     values = values.loc[rows, columns.index]
-    names = [visible(token) for token in columns]
+    names = [token_label(token) for token in columns]
     heat = go.Heatmap(
         z=values.to_numpy(), x=list(range(len(columns))), y=[f"{feature}" for feature in rows],
         colorscale=HEAT, zmin=min(0.0, float(values.to_numpy().min())), xgap=1, ygap=1,
@@ -243,9 +254,8 @@ def decoder_scatter(
         raise UserError(f"color is {color!r}; give one of {', '.join(numbers)}")
     if len(points) > MOST_POINTS:
         return _map_cells(points, color)
-    token = [
-        visible(text) if isinstance(text, str) else "" for text in points.get("top_token", [""] * len(points))
-    ]
+    texts = points.get("top_token", [""] * len(points))
+    token = [token_label(text) if isinstance(text, str) else "" for text in texts]
     points = points.assign(
         _hover=[f"feature {f}<br>{t}" for f, t in zip(points["feature"], token, strict=True)]
     )

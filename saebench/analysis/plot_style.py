@@ -11,6 +11,8 @@ import html
 import math
 from typing import TYPE_CHECKING, Any
 
+from saebench.core.formatting import visible
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
@@ -55,7 +57,6 @@ def note(figure: go.Figure, text: str) -> None:
     )  # fmt: skip
 
 
-def visible(token: str) -> str:
+def token_label(token: str) -> str:
     """A token as a label: white space shown, nothing that Plotly would take for markup."""
-    shown = token.replace("\n", "\u23ce").replace("\t", "\u21e5").replace(" ", "\u00b7")
-    return html.escape(shown, quote=False)
+    return html.escape(visible(token, spaces="all"), quote=False)

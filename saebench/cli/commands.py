@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 
 import saebench
-from saebench.cli.output import Result, pairs, table, visible
+from saebench.cli.output import Result, pairs, table
 from saebench.config import (
     CheckConfig,
     CompareConfig,
@@ -31,6 +32,7 @@ from saebench.config import (
 )
 from saebench.core.errors import UserError
 from saebench.core.files import human_bytes
+from saebench.core.formatting import visible
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
@@ -55,8 +57,9 @@ def demo(config: DemoConfig) -> Result:
     report = walk(config)
     scores = {name: report.evaluation[name] for name in DEMO_SCORES}
     stages = [(name, f"{seconds:,.1f}") for name, seconds in report.seconds.items()]
+    dotted = partial(visible, spaces="all")
     features = [
-        (str(shown.feature), f"{shown.density:.3%}", " ".join(map(visible, shown.tokens)), shown.example)
+        (str(shown.feature), f"{shown.density:.3%}", " ".join(map(dotted, shown.tokens)), shown.example)
         for shown in report.features
     ]
     parts = [

@@ -70,8 +70,3 @@ def cell(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return str(value)
-
-
-def visible(token: str) -> str:
-    """A token's text with its white space shown."""
-    return token.replace("\n", "\u23ce").replace("\t", "\u21e5").replace(" ", "\u00b7")

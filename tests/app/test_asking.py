@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
 import saebench as sb
+from saebench.core.formatting import CONTINUED, number, visible
 from saebench.saes.base import load
 from saebench.sources.models import Model, load_model
 from saebench.store.query import FeatureStore, open_store
 from saebench_app.asked import MEASURES, WAYS, Place, Prompt, Steer
-from saebench_app.numbers import number
 from saebench_app.page import prompt
-from saebench_app.text import CONTINUED, visible
 from tests.app.conftest import column, shown, url
 from tests.app.live_world import D_SAE, HOOK, World
 
@@ -147,7 +146,7 @@ def test_attribution_is_the_library_s(visit: Visit, world: World, model: Model) 
     sums = found.latents.groupby("feature")["attribution"].sum().sort_values(key=abs, ascending=False)
     rows = data(app, "heat")["rows"]
     assert [row["exact"] for row in rows] == pytest.approx(sums.head(prompt.ROWS).tolist())
-    assert visible(found.target, edges=True) in data(app, "target")["text"]
+    assert visible(found.target, spaces="edges") in data(app, "target")["text"]
     app.text_input(key="prompt_target").set_value("too long").run()
     assert "exactly one" in data(app, "error")["text"]
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from saebench.core.formatting import visible
 from saebench.store.example_windows import distinct
 from saebench.store.query import open_store
 from saebench_app.page.feature import LONGEST_CALLED
-from saebench_app.text import visible
 from saebench_app.view import View
 from tests.app.conftest import column, shown, url
 from tests.store.rich_store import HOSTILE
@@ -151,8 +151,8 @@ def test_an_unexplained_feature_says_how(visit: Visit, rich_store: Path) -> None
 
 
 def test_intervals_are_the_library_s(visit: Visit, small_store: Path) -> None:
+    from saebench.core.formatting import number, share
     from saebench.store.intervals import standard_error, wilson
-    from saebench_app.numbers import number, share
 
     tiles = {tile["name"]: tile for tile in data(visit(small_store, "feature", f=3), "statistics")["tiles"]}
     with open_store(small_store) as store:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from saebench.core.formatting import number, share
 from saebench.store.query import open_store
-from saebench_app.numbers import number, share
 from tests.app.conftest import column, shown, url
 
 Visit = Callable[..., AppTest]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from saebench.core.formatting import number, visible
 from saebench_app.components.web import show
-from saebench_app.numbers import number
-from saebench_app.text import visible
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def heat(
         for row in rows
     ]  # fmt: skip
     data = {
-        "name": name, "tokens": [[pos, visible(text, edges=True)] for pos, text in tokens], "rows": shown,
+        "name": name, "tokens": [[pos, visible(text, spaces="edges")] for pos, text in tokens], "rows": shown,
         "measure": measure, "help": help, "link": link, "at": at,
         "current": -1 if current is None else current, "feature": -1 if feature is None else feature,
     }  # fmt: skip

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from saebench.core.formatting import count
 from saebench_app.components.head import Head, plain
 from saebench_app.components.web import show
-from saebench_app.numbers import count
 
 Scale = Literal["linear", "log"]
 

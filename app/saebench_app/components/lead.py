@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from saebench.core.formatting import visible
 from saebench_app.components.head import Option
 from saebench_app.components.web import show
-from saebench_app.text import visible
 
 
 def lead(

@@ -6,15 +6,14 @@ import pandas as pd
 import streamlit as st
 
 from saebench.core.errors import UserError
+from saebench.core.formatting import ABSENT, count, number, share, visible
 from saebench.store.query import FeatureStore
 from saebench_app.comparison import Comparison
 from saebench_app.components.notice import notice
 from saebench_app.components.statistics import Statistic, statistics
-from saebench_app.components.table import Cell, Heading, table
+from saebench_app.components.table import Cell, Heading, table, token_cell
 from saebench_app.components.tokens import examples
-from saebench_app.numbers import ABSENT, count, is_absent, number, share
 from saebench_app.session import Here
-from saebench_app.text import visible
 from saebench_app.view import View
 
 PATH = "compare"
@@ -82,7 +81,7 @@ def _one(here: Here, this: Comparison, side: str, store: FeatureStore, feature: 
     tiles = [
         Statistic("Density", share(row["density"]), exact=row["density"]),
         Statistic("Largest", number(row["max_act"]), exact=row["max_act"]),
-        Statistic("Top token", ABSENT if token is None else visible(token, edges=True)),
+        Statistic("Top token", ABSENT if token is None else visible(token, spaces="edges")),
     ]
     statistics(tiles, key=f"one-{side}", small=True)
     if row.get("explanation"):
@@ -118,7 +117,7 @@ def _counterparts(here: Here, this: Comparison, side: str, firings: pd.DataFrame
         [
             Cell(str(row["feature"]), exact=int(row["feature"]),
                  href=here.view.url(PATH, **this.but(**{target: int(row["feature"])}))),
-            Cell("" if is_absent(row["top_token"]) else visible(row["top_token"], edges=True), kind="token"),
+            token_cell(row["top_token"]),
             Cell(count(row["n_both"]), exact=int(row["n_both"])),
             Cell(share(row["p_other_given_this"]), exact=float(row["p_other_given_this"])),
             Cell(share(row["p_this_given_other"]), exact=float(row["p_this_given_other"])),

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
+from saebench.core.formatting import number, visible
 from saebench_app.components.web import show
-from saebench_app.numbers import number
-from saebench_app.text import visible
 
 LANES = 4
 """Features that can be told apart on one text."""

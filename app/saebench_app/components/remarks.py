@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from saebench.core.formatting import visible
 from saebench_app.components.web import show
-from saebench_app.text import visible
 
 
 def remarks(comments: Sequence[Mapping[str, Any]], *, key: str) -> None:

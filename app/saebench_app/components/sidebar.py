@@ -9,11 +9,11 @@ from typing import Any
 import streamlit as st
 
 from saebench.core.errors import UserError
+from saebench.core.formatting import number, share
 from saebench_app.components.head import Option
 from saebench_app.components.notice import notice
 from saebench_app.components.statistics import Statistic, statistics
 from saebench_app.components.web import show
-from saebench_app.numbers import number, share
 from saebench_app.session import Here, move_to_newest
 from saebench_app.view import View
 

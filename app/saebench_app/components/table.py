@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 import streamlit as st
 
+from saebench.core.formatting import is_absent, visible
 from saebench_app.components.head import Head, plain
 from saebench_app.components.web import show
-from saebench_app.numbers import is_absent
-from saebench_app.text import visible
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Cell:
 
 def token_cell(text: Any) -> Cell:
     """The text of a token; empty where the store has none."""
-    return Cell("") if is_absent(text) else Cell(visible(text, edges=True), kind="token")
+    return Cell("") if is_absent(text) else Cell(visible(text, spaces="edges"), kind="token")
 
 
 def text_cell(text: Any) -> Cell:

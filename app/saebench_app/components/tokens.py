@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from saebench.core.formatting import number, visible
 from saebench.store.example_windows import bounds
 from saebench_app.components.head import Head, plain
 from saebench_app.components.web import show
-from saebench_app.numbers import number
-from saebench_app.text import visible
 
 
 @dataclass(frozen=True)

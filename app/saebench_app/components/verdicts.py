@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from saebench.core.formatting import is_absent, number, visible
 from saebench.store.query import FeatureStore
 from saebench_app.components.tokens import Colors, show_examples
-from saebench_app.numbers import is_absent, number
-from saebench_app.text import visible
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import streamlit as st
 
 from saebench.analysis import figures
+from saebench.core.formatting import ABSENT, count, is_absent, number, share, visible
 from saebench.store.query import FeatureStore
 from saebench_app.comparison import SIDES, THRESHOLD, WAYS, Comparison, frames_of, match_task
 from saebench_app.components.notice import notice
@@ -17,10 +18,8 @@ from saebench_app.components.plot import plot
 from saebench_app.components.statistics import Statistic, statistics
 from saebench_app.components.table import Cell, Heading, table
 from saebench_app.components.working import working
-from saebench_app.numbers import ABSENT, count, is_absent, number, share
 from saebench_app.page.overview import compared
 from saebench_app.session import Here, open_session_store
-from saebench_app.text import visible
 from saebench_app.work import Found, found
 
 if TYPE_CHECKING:
@@ -224,7 +223,7 @@ def _row(here: Here, this: Comparison, row: dict[str, Any], about: dict[str, dic
         cells += [
             Cell(str(feature), exact=feature),
             Cell(
-                "" if is_absent(token) else visible(token, edges=True),
+                "" if is_absent(token) else visible(token, spaces="edges"),
                 kind="" if is_absent(token) else "token",
             ),
             Cell(share(known.get("density")), exact=known.get("density")),

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from saebench.core.errors import UserError
+from saebench.core.formatting import number, share, visible
 from saebench_app.asked import Place
 from saebench_app.components.notice import notice
 from saebench_app.components.passage import LANES, Lane, passage
 from saebench_app.components.table import Cell, Heading, table
 from saebench_app.described import Described, describe
-from saebench_app.numbers import number, share
 from saebench_app.session import Here
-from saebench_app.text import visible
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,14 +10,13 @@ import pandas as pd
 import streamlit as st
 
 from saebench.analysis import figures
+from saebench.core.formatting import count, is_absent, number, share, visible
 from saebench_app.components.notice import notice
 from saebench_app.components.plot import plot
 from saebench_app.components.statistics import Statistic, statistics
 from saebench_app.components.table import Cell, Heading, table
 from saebench_app.components.working import working
-from saebench_app.numbers import count, is_absent, number, share
 from saebench_app.session import Here, move_to_newest
-from saebench_app.text import visible
 from saebench_app.view import whole
 from saebench_app.work import Task, work_on
 

@@ -10,6 +10,7 @@ from typing import Any
 import streamlit as st
 
 from saebench.core.errors import UserError
+from saebench.core.formatting import count, is_absent, number, one_in, share, visible
 from saebench.store.example_windows import distinct
 from saebench.store.intervals import standard_error, wilson
 from saebench.store.schema import DECILES
@@ -21,10 +22,8 @@ from saebench_app.components.statistics import Statistic, statistics
 from saebench_app.components.table import Cell, Heading, table, text_cell, token_cell
 from saebench_app.components.tokens import examples
 from saebench_app.components.verdicts import verdicts
-from saebench_app.numbers import count, is_absent, number, one_in, share
 from saebench_app.page.notes import notes
 from saebench_app.session import Here
-from saebench_app.text import visible
 from saebench_app.view import ABOVE, COLORS, WINDOWS, View
 
 PATH = "feature"
@@ -383,9 +382,9 @@ def _logits(here: Here, feature: int) -> None:
     most = max((abs(row["value"]) for row in up + down), default=0) or 1
     rows = [
         [
-            Cell(visible(p["text"], edges=True), kind="token"),
+            Cell(visible(p["text"], spaces="edges"), kind="token"),
             Cell(number(p["value"]), exact=p["value"], bar=abs(p["value"]) / most),
-            Cell(visible(s["text"], edges=True), kind="token"),
+            Cell(visible(s["text"], spaces="edges"), kind="token"),
             Cell(number(s["value"]), exact=s["value"], bar=abs(s["value"]) / most, kind="cold"),
         ]
         for p, s in zip(up, down, strict=False)
@@ -416,7 +415,7 @@ def _tokens(here: Here, row: dict[str, Any]) -> None:
         return
     rows = [
         [
-            Cell(visible(token["text"], edges=True), kind="token"),
+            Cell(visible(token["text"], spaces="edges"), kind="token"),
             Cell(count(token["n"]), exact=token["n"]),
             *(Cell(share(token[p]), token[p], bar=token[p])
               for p in ("p_token_given_fire", "p_fire_given_token")),

@@ -12,13 +12,12 @@ from urllib.parse import parse_qsl
 import streamlit as st
 
 from saebench.core.errors import UserError
+from saebench.core.formatting import count, is_absent, number, share, visible
 from saebench_app.components.filters import Scale, filters, find_scales
 from saebench_app.components.notice import notice
 from saebench_app.components.table import Cell, Heading, table, text_cell, token_cell
-from saebench_app.numbers import count, is_absent, number, share
 from saebench_app.page.columns import COLUMNS, SORTABLE, Column, Kind
 from saebench_app.session import Here, attempt
-from saebench_app.text import visible
 from saebench_app.view import LABEL, MOST_AMONG, View
 
 if TYPE_CHECKING:

@@ -10,12 +10,11 @@ from typing import Any
 import streamlit as st
 
 from saebench.core.errors import UserError
+from saebench.core.formatting import share, visible
 from saebench_app.components.head import Choice, Head, Option, heading
 from saebench_app.components.notice import notice
 from saebench_app.components.table import Cell, Heading, table, text_cell, token_cell
-from saebench_app.numbers import share
 from saebench_app.session import Here, attempt
-from saebench_app.text import visible
 from saebench_app.view import View
 
 PATH = "lists"

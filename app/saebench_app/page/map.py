@@ -10,15 +10,14 @@ import streamlit as st
 
 from saebench.analysis import figures
 from saebench.analysis.plot_style import HOT, TEXT
+from saebench.core.formatting import count, is_absent, number, share, visible
 from saebench.store.query import FeatureStore
 from saebench.store.schema import feature_column
 from saebench_app.components.notice import notice
 from saebench_app.components.table import Cell, Heading, table
 from saebench_app.components.working import working
-from saebench_app.numbers import count, is_absent, number, share
 from saebench_app.runs import finished_runs, why_no_run
 from saebench_app.session import Here
-from saebench_app.text import visible
 from saebench_app.view import MOST_AMONG
 from saebench_app.work import Task, found, weights
 
@@ -213,7 +212,7 @@ def _row(here: Here, row: dict[str, Any], columns: list[str], clusters: dict[int
         if is_absent(value):
             cells.append(Cell(""))
         elif name == "top_token":
-            cells.append(Cell(visible(value, edges=True), kind="token"))
+            cells.append(Cell(visible(value, spaces="edges"), kind="token"))
         elif name == "explanation":
             cells.append(Cell(visible(value), kind="sentence"))
         else:

@@ -9,6 +9,7 @@ import streamlit as st
 
 from saebench.analysis import figures
 from saebench.core.files import human_bytes
+from saebench.core.formatting import count, is_absent, number, share
 from saebench.store.annotations import Annotations
 from saebench.store.query import FeatureStore
 from saebench_app.components.notice import notice
@@ -16,7 +17,6 @@ from saebench_app.components.plot import plot
 from saebench_app.components.statistics import Statistic, statistics
 from saebench_app.components.table import Cell, Heading, table
 from saebench_app.components.working import working
-from saebench_app.numbers import count, is_absent, number, share
 from saebench_app.session import Here, open_session_store
 from saebench_app.view import View
 from saebench_app.work import Task, found

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
+from saebench.core.formatting import number, share, visible
 from saebench_app.answers import Reading, attribute, compare, read
 from saebench_app.asked import LONGEST, MEASURES, Prompt
 from saebench_app.components.filters import WIDTH
@@ -17,10 +18,8 @@ from saebench_app.components.notice import notice
 from saebench_app.components.passage import Lane, passage
 from saebench_app.components.table import Cell, Heading, table
 from saebench_app.described import Described, describe
-from saebench_app.numbers import number, share
 from saebench_app.runs import run_of, why_no_run
 from saebench_app.session import Here
-from saebench_app.text import visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -208,7 +207,7 @@ def _at_token(here: Here, asked: Prompt, reading: Reading, at: int, known: Mappi
     st.subheader("On the chosen token")
     fires = reading.fires[reading.fires["pos"] == at].head(ROWS)
     fires = fires.loc[[_sparse(known[feature], asked) for feature in fires["feature"]]]
-    token = visible(reading.pieces[at], edges=True)
+    token = visible(reading.pieces[at], spaces="edges")
     passage([reading.pieces[at]], name=f"The token at position {at}", key="chosen")
     if fires.empty:
         notice(f"No feature fires on {token}.", key="silent")
@@ -287,7 +286,7 @@ def _sizes(here: Here, asked: Prompt, fires: pd.DataFrame, at: int) -> dict[int,
     """feature -> what it is sorted by, the first one first."""
     if asked.by == "attribution":
         found = attribute(here, asked.text, position=at, target=asked.target, keep_first=asked.bos or at == 0)
-        target = visible(found.target, edges=True)
+        target = visible(found.target, spaces="edges")
         why = "" if asked.target else ", which the model predicts"
         notice(f"Effects on the logit of {target} after the chosen token{why}.", key="target")
         sums = found.latents.groupby("feature")["attribution"].sum()

@@ -9,13 +9,13 @@ import pandas as pd
 import streamlit as st
 
 from saebench.core.errors import UserError
+from saebench.core.formatting import visible
 from saebench.store.query import FeatureStore
 from saebench.store.schema import EXTRA_TABLES, SAE_TABLES, TEXT_TABLES, Table
 from saebench.store.sql import LONGEST_QUERY
 from saebench_app.components.notice import notice
 from saebench_app.components.table import Cell, Heading, table
 from saebench_app.session import Here
-from saebench_app.text import visible
 from saebench_app.view import whole
 
 PATH = "sql"

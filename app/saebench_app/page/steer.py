@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
+from saebench.core.formatting import number, share, visible
 from saebench_app import answers
 from saebench_app.asked import LONGEST, MOST_STRENGTHS, MOST_TOKENS, WAYS, Steer, written
 from saebench_app.components.filters import WIDTH
@@ -17,10 +18,8 @@ from saebench_app.components.notice import notice
 from saebench_app.components.passage import Lane, passage
 from saebench_app.components.table import Cell, Heading, table
 from saebench_app.described import Described, describe
-from saebench_app.numbers import number, share
 from saebench_app.runs import run_of, why_no_run
 from saebench_app.session import Here
-from saebench_app.text import visible
 
 if TYPE_CHECKING:
     from saebench.analysis.interventions import Steering
@@ -194,7 +193,7 @@ def _next_tokens(found: Steering, strength: float) -> None:
     most = float(frame["difference"].abs().max()) or 1.0
     rows = [
         [
-            Cell(visible(row["text"], edges=True), kind="token"),
+            Cell(visible(row["text"], spaces="edges"), kind="token"),
             Cell(share(math.exp(row["logp_clean"])), exact=row["logp_clean"]),
             Cell(share(math.exp(row["logp_steered"])), exact=row["logp_steered"]),
             Cell(number(row["difference"]), exact=row["difference"], bar=abs(row["difference"]) / most,

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from saebench.core.errors import UserError
+from saebench.core.formatting import count, number, share, visible
 from saebench_app.components.notice import notice
 from saebench_app.components.statistics import Statistic, statistics
 from saebench_app.components.table import Cell, Heading, table
 from saebench_app.components.tokens import examples
 from saebench_app.described import Described, describe
-from saebench_app.numbers import count, number, share
 from saebench_app.session import Here
-from saebench_app.text import visible
 from saebench_app.view import whole
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def show(here: Here) -> None:
         _found(here, others, "Tokens that contain it")
     elif token is None:
         notice(
-            f"No token is or contains {visible(wanted, edges=True)}. A word may be several tokens: "
+            f"No token is or contains {visible(wanted, spaces='edges')}. A word may be several tokens: "
             "try a part of it.", key="none",
         )  # fmt: skip
 
@@ -92,7 +91,7 @@ def _find(here: Here, wanted: str) -> tuple[dict[str, Any] | None, pd.DataFrame]
 
 def _token(here: Here, wanted: str, token: dict[str, Any], by: str) -> None:
     n_tokens = here.store.info()["n_tokens"]
-    text, id_ = visible(token["text"], edges=True), int(token["token"])
+    text, id_ = visible(token["text"], spaces="edges"), int(token["token"])
     tiles = [
         Statistic("Token", text, f"number {id_}"),
         Statistic("Occurs", count(token["n"]), "times in the text", int(token["n"])),
@@ -173,7 +172,7 @@ def _found(here: Here, found: pd.DataFrame, title: str) -> None:
     rows = [
         [
             Cell(str(row["token"]), exact=row["token"], href=here.view.url(PATH, t=f"#{row['token']}")),
-            Cell(visible(row["text"], edges=True), kind="token"),
+            Cell(visible(row["text"], spaces="edges"), kind="token"),
             Cell(count(row["n"]), exact=row["n"]),
         ]
         for row in found.to_dict("records")

@@ -11,15 +11,14 @@ import streamlit as st
 
 from saebench.analysis import figures
 from saebench.core.errors import UserError
+from saebench.core.formatting import count, is_absent, number, visible
 from saebench.runs.metrics_log import MetricsLog, read_sessions
 from saebench.runs.run_file import RUN_FILE
 from saebench_app.components.notice import notice
 from saebench_app.components.plot import plot
 from saebench_app.components.table import Cell, Heading, table
-from saebench_app.numbers import count, is_absent, number
 from saebench_app.runs import known_runs
 from saebench_app.session import Here, open_session_store
-from saebench_app.text import visible
 
 PATH = "train"
 TITLE = "Train"

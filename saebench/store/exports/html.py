@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saebench.core import formatting
 from saebench.core.errors import UserError
 from saebench.core.files import write_bytes_atomic
-from saebench.store.exports.markup import bar, number, share, short, table, token, visible
+from saebench.core.formatting import visible
+from saebench.store.exports.markup import bar, short, table, token
 from saebench.store.exports.style import STYLE
 from saebench.store.schema import DECILES
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from saebench.store.query import FeatureStore
+
+number, share = partial(formatting.number, padded=False), partial(formatting.share, padded=False)
 
 PAGE = "features.html"
 MOST_FEATURES = 200
@@ -150,7 +155,7 @@ def _example(example: dict[str, Any], scale: float) -> str:
     peak = example["pos"] - example["start"]
     spans = []
     for at, (piece, act) in enumerate(zip(example["pieces"], example["acts"], strict=True)):
-        text = escape(visible(piece, joined=True))
+        text = escape(visible(piece, spaces="kept"))
         if act:
             level = min(abs(act) / scale, 1) if scale > 0 else 0.0
             kind = "t" + (" cold" if act < 0 else "") + (" peak" if at == peak else "")
@@ -160,7 +165,8 @@ def _example(example: dict[str, Any], scale: float) -> str:
         spans.append(text)
     before = '<span class="cut">…</span>' if example["start"] > 0 else ""
     label = example["label"] if isinstance(example["label"], str) else ""
-    origin = f"{visible(label)} · context {example['ctx']}, position {example['pos']}".removeprefix(" · ")
+    origin = visible(label, spaces="edges")
+    origin = f"{origin} · context {example['ctx']}, position {example['pos']}".removeprefix(" · ")
     return (
         f'<li><div class="value">{number(example["value"])}</div><div>'
         f'<div class="text">{before}{"".join(spans)}</div>'

@@ -1,14 +1,12 @@
-"""Pieces of a page: tokens made visible and escaped, numbers in few digits, tables."""
+"""Pieces of the exported page: escaped tokens, tables, cells with bars."""
 
 from __future__ import annotations
 
-import math
-import unicodedata
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-GLYPHS = {"\n": "↵", "\r": "␍", "\t": "⇥", "\x7f": "␡", "\u00a0": "⍽"}
+from saebench.core.formatting import visible
 
 
 def bar(text: str, part: float, kind: str = "bar") -> tuple[str, str]:
@@ -34,41 +32,7 @@ def table(
 
 def token(text: Any) -> str:
     """A token by itself, its outer spaces shown."""
-    return f"<code>{escape(visible(text))}</code>" if isinstance(text, str) else ""
-
-
-def visible(text: str, *, joined: bool = False) -> str:
-    """``text`` with a sign for each control character and a name for those that reorder a line.
-
-    ``joined`` tokens stand beside others, so their outer spaces are seen as they are.
-    """
-    shown = "".join(_sign(char) for char in text)
-    if joined:
-        return shown
-    inner = shown.strip(" ")
-    at = shown.index(inner)
-    return "␣" * at + inner + "␣" * (len(shown) - at - len(inner)) if shown else "◌"
-
-
-def _sign(char: str) -> str:
-    if char in GLYPHS:
-        return GLYPHS[char]
-    if char < " ":
-        return chr(0x2400 + ord(char))
-    if char in "\u200c\u200d" or unicodedata.category(char) not in ("Cc", "Cf", "Zl", "Zp", "Cs"):
-        return char
-    return f"⟨U+{ord(char):04X}⟩"
-
-
-def number(value: Any) -> str:
-    """Three significant digits."""
-    if value is None or not math.isfinite(value):
-        return "–"  # noqa: RUF001
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def share(value: Any) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.3g}%"  # noqa: RUF001
+    return f"<code>{escape(visible(text, spaces='edges'))}</code>" if isinstance(text, str) else ""
 
 
 def short(count: int) -> str:

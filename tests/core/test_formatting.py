@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saebench_app.numbers import ABSENT, count, number, one_in, share
-from saebench_app.text import CONTINUED, visible
+from saebench.core.formatting import ABSENT, CONTINUED, count, number, one_in, share, visible
 
 JOINED = "👩\u200d👩\u200d👧 नमस्\u200dते שלום é ﷺ"
 
@@ -30,8 +29,13 @@ def test_visible(text: str, expected: str) -> None:
     assert visible(text) == expected
 
 
-def test_edges_show_the_spaces_at_both_ends() -> None:
-    assert visible(" a b  ", edges=True) == "␣a b␣␣"
+def test_spaces_get_a_sign_where_they_are_asked_for() -> None:
+    assert visible(" a b  ", spaces="kept") == " a b  "
+    assert visible(" a b  ", spaces="alone") == " a b  "
+    assert visible(" a b  ", spaces="edges") == "␣a b␣␣"
+    assert visible(" a\tb\n", spaces="all") == "·a⇥b⏎"
+    assert visible("", spaces="kept") == visible("", spaces="all") == ""
+    assert visible("", spaces="alone") == visible("", spaces="edges") == CONTINUED
 
 
 @given(st.text())
@@ -59,6 +63,16 @@ def test_nothing_invisible_or_reordering_is_left(text: str) -> None:
 )
 def test_number(value: float | None, expected: str) -> None:
     assert number(value) == expected
+
+
+def test_unpadded_numbers_have_no_trailing_zeros() -> None:
+    assert [number(value, padded=False) for value in (0.5, 12.0, 1234.5, None)] == [
+        "0.5",
+        "12",
+        "1,234",
+        ABSENT,
+    ]
+    assert [share(value, padded=False) for value in (0.5, 1.0, None)] == ["50%", "100%", ABSENT]
 
 
 @pytest.mark.parametrize(
