@@ -11,8 +11,6 @@ import atexit
 import contextlib
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,14 +26,14 @@ import streamlit as st
 from saebench.assets import cache_dir
 from saebench.core.errors import UserError
 from saebench.core.files import read_json, sha256_json
+from saebench.core.progress import Snapshot
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FACTS = "facts.json"
 STOP_SECONDS = 5.0
-TAIL_BYTES = 4096
-_LINE = re.compile(r"(?P<title>[\w -]+): (?P<done>[\d,]+)/(?P<total>[\d,]+) (?P<rest>.*)")
+TAIL_BYTES = 65_536
 
 State = Literal["running", "done", "failed", "stopped"]
 Kind = Literal["check", "match", "map", "explain"]
@@ -80,7 +78,10 @@ class Work:
     """One process that works on a task."""
 
     process: subprocess.Popen[bytes]
+    events: IO[bytes]
+    """What it sends (`saebench.core.progress.Events`)."""
     log: IO[bytes]
+    """What it and its libraries write to standard error."""
     started: float = field(default_factory=time.monotonic)
     stopped: bool = False
 
@@ -93,22 +94,24 @@ class Work:
         return "done" if code == 0 else "failed"
 
     def progress(self) -> Progress:
-        """How far it is, by its last line of progress."""
-        for line in reversed(self._lines()):
-            if found := _LINE.fullmatch(line):
-                done, total = (int(found[name].replace(",", "")) for name in ("done", "total"))
-                return Progress(
-                    min(done / max(total, 1), 1.0), f"{found['done']} of {found['total']} {found['rest']}"
-                )
-        return Progress(None, f"{time.monotonic() - self.started:.0f} s so far")
+        """How far it is, by the last progress that it sent."""
+        fields = self._last("progress")
+        if fields is None:
+            return Progress(None, f"{time.monotonic() - self.started:.0f} s so far")
+        now = Snapshot(**fields)
+        return Progress(now.share, f"{now.done:,} of {now.total:,} {now.unit}, {now.timing}")
+
+    def result(self) -> dict[str, Any]:
+        """What it said when it was done; empty before."""
+        return self._last("result") or {}
 
     def error_message(self) -> str:
         """Why it failed, in a sentence."""
-        lines = self._lines()
-        for line in reversed(lines):
-            if line.startswith("saebench: "):
-                sentence = line.removeprefix("saebench: ")
-                return sentence[:1].upper() + sentence[1:].rstrip(".") + "."
+        error = self._last("error")
+        if error is not None:
+            sentence = str(error["message"])
+            return sentence[:1].upper() + sentence[1:].rstrip(".") + "."
+        lines = _last_lines(self.log)
         return f"The work ended with an error ({lines[-1] if lines else 'it was killed'})."
 
     def stop(self) -> None:
@@ -122,12 +125,20 @@ class Work:
                 self.process.kill()
                 self.process.wait()
 
-    def _lines(self) -> list[str]:
-        size = self.log.seek(0, 2)
-        self.log.seek(max(size - TAIL_BYTES, 0))
-        return [
-            line.strip() for line in self.log.read().decode("utf-8", "replace").splitlines() if line.strip()
-        ]
+    def _last(self, kind: str) -> dict[str, Any] | None:
+        """The fields of the latest event of this kind."""
+        for line in reversed(_last_lines(self.events)):
+            with contextlib.suppress(ValueError):  # a line that is being written, or was cut
+                fields: dict[str, Any] = json.loads(line)
+                if fields.pop("event") == kind:
+                    return fields
+        return None
+
+
+def _last_lines(file: IO[bytes]) -> list[str]:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - TAIL_BYTES, 0))
+    return [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
 
 
 def weights(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,21 +162,14 @@ def start(task: Task) -> None:
     works = _works()
     if (work := works.get(task.key)) and work.state() == "running":
         return
-    log = tempfile.TemporaryFile()  # noqa: SIM115 - it is read as long as the work is remembered
-    line = [
-        sys.executable, "-m", "saebench_app.worker", str(os.getpid()), task.kind,
-        json.dumps(dict(task.arguments)), str(task.folder),
-    ]  # fmt: skip
+    # Both files are read as long as the work is remembered.
+    events, log = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+    command = [sys.executable, "-m", "saebench_app.worker", str(os.getpid()), task.kind]
+    command += [json.dumps(dict(task.arguments)), str(task.folder)]
     process = subprocess.Popen(
-        line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
+        command, stdin=subprocess.DEVNULL, stdout=events, stderr=log, start_new_session=True
     )
-    works[task.key] = Work(process, log)
-
-
-def forget(task: Task) -> None:
-    """Take away what was found, so that the page asks anew."""
-    _works().pop(task.key, None)
-    shutil.rmtree(task.folder, ignore_errors=True)
+    works[task.key] = Work(process, events, log)
 
 
 def found(task: Task) -> Found | None:

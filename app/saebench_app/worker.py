@@ -1,13 +1,14 @@
 """The process that does long work for a page: ``python -m saebench_app.worker SERVER KIND ARGUMENTS FOLDER``.
 
-SERVER is the number of the process that wants it, and ARGUMENTS are JSON. The result appears whole in FOLDER,
-or not at all. Progress goes to standard error, a line every half second; so does the one sentence of what
-went wrong. It ends when its server has gone.
+SERVER is the id of the process that wants it, and ARGUMENTS are JSON. The result appears whole in FOLDER, or
+not at all. Standard output carries nothing but events (`saebench.core.progress.Events`): progress, one error,
+or the result. The process ends when its server has ended.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -20,15 +21,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import saebench.core.progress
 from saebench.core.errors import UserError
 from saebench.core.files import sync_directory, write_json_atomic
+from saebench.core.progress import Events, send_events
 
 if TYPE_CHECKING:
     import pandas as pd
 
-LINES_APART = 0.5
-LOOKS_APART = 1.0
+SECONDS_BETWEEN_CHECKS = 1.0
+"""Between two checks whether the server still runs."""
 CLUSTERS = 8
 """Of a map: as many as there are colors that everybody can tell apart."""
 
@@ -94,12 +95,12 @@ def map_(runs: Sequence[str], sae: Mapping[str, Any], method: str) -> tuple[dict
     return {"method": method}, {"points": points}
 
 
-def explain(store: str, sae: str, limit: int | None) -> int:
-    """The command line's own, which publishes a new generation of the store."""
-    from saebench.cli import main as command
+def explain(store: str, sae: str, limit: int | None) -> dict[str, Any]:
+    """Find rules and publish them in a new generation of the store, whose number is returned."""
+    from saebench.explaining.run import explain as run
 
-    words = ["explain", store, "--sae", sae]
-    return command([*words, *(["--limit", str(limit)] if limit else [])])
+    with run(store, sae=sae, limit=limit) as explained:
+        return {"generation": explained.generation}
 
 
 FUNCTIONS: dict[str, Callable[..., tuple[dict[str, Any], Tables]]] = {
@@ -110,19 +111,33 @@ FUNCTIONS: dict[str, Callable[..., tuple[dict[str, Any], Tables]]] = {
 
 
 def main(server: str, kind: str, arguments: str, folder: str) -> int:
-    saebench.core.progress.SECONDS_BETWEEN_LINES = LINES_APART
+    """Do one piece of work; the exit code: 0 done, 2 a person must change something, 130 interrupted."""
     threading.Thread(target=_end_with, args=(int(server),), daemon=True).start()
-    given = json.loads(arguments)
+    events, given = _open_events(), json.loads(arguments)
     try:
         if kind == "explain":
-            return explain(**given)
-        keep(Path(folder), *FUNCTIONS[kind](**given))
+            events.send("result", **explain(**given))
+        else:
+            keep(Path(folder), *FUNCTIONS[kind](**given))
+            events.send("result", folder=folder)
     except UserError as error:
-        print(f"saebench: {error}", file=sys.stderr)
+        events.send("error", message=str(error))
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        events.send("error", message="no space is left on the disk; free some space and begin again")
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _open_events() -> Events:
+    """Keep standard output for events: what a library prints goes to standard error."""
+    stream = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return send_events(stream)
 
 
 def keep(folder: Path, facts: Mapping[str, Any], tables: Tables) -> None:
@@ -144,7 +159,7 @@ def keep(folder: Path, facts: Mapping[str, Any], tables: Tables) -> None:
 def _end_with(server: int) -> None:
     """Interrupt this process, as Ctrl-C does, once the one that started it has gone."""
     while os.getppid() == server:
-        time.sleep(LOOKS_APART)
+        time.sleep(SECONDS_BETWEEN_CHECKS)
     os.kill(os.getpid(), signal.SIGINT)
 
 

@@ -1,14 +1,21 @@
-"""One progress display: a bar with rate and time left on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar with rate and time left on a terminal, lines elsewhere, events for programs.
+
+Work reports to `progress`. People read it on standard error; a program that watches the process, such as the
+explorer, reads JSON lines instead, once the process has called `send_events`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Iterator
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import IO, Any, Protocol
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_EVENTS = 0.5
 
 
 class Progress(Protocol):
@@ -16,15 +23,90 @@ class Progress(Protocol):
         """Count ``amount`` more units; ``note`` is shown beside the rate."""
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """How far a piece of work is at one moment.
+
+    Attributes:
+        label: what is being done.
+        done: units done, with those of earlier runs.
+        total: units in all.
+        unit: what is counted.
+        initial: units that an earlier run did: they count in the share but not in the rate.
+        seconds: since this run began.
+        note: the latest remark of the work, such as its loss.
+    """
+
+    label: str
+    done: int
+    total: int
+    unit: str
+    initial: int = 0
+    seconds: float = 0.0
+    note: str = ""
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1."""
+        return min(self.done / max(self.total, 1), 1.0)
+
+    @property
+    def timing(self) -> str:
+        """Rate, time so far and time left in words."""
+        rate = (self.done - self.initial) / max(self.seconds, 1e-9)
+        remaining = self.total - self.done
+        left = f", {_clock(remaining / rate)} left" if rate and remaining > 0 else ""
+        return f"{rate:,.0f} {self.unit}/s, {_clock(self.seconds)} so far{left}"
+
+    def line(self) -> str:
+        """For a log."""
+        share = 100 * self.done / max(self.total, 1)
+        note = f"  {self.note}" if self.note else ""
+        return f"{self.label}: {self.done:,}/{self.total:,} {self.unit} ({share:.0f}%)  {self.timing}{note}"
+
+
+class Events:
+    """Writes events to ``stream``, one JSON object per line; ``event`` names its kind.
+
+    - ``progress``: the fields of `Snapshot`, at most every half second and at both ends.
+    - ``error``: ``message``, a sentence that says what a person must change.
+    - ``result``: what came of the work, its fields chosen by the work.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def send(self, event: str, **fields: Any) -> None:
+        self._stream.write(json.dumps({"event": event, **fields}) + "\n")
+        self._stream.flush()
+
+
+_events: Events | None = None
+
+
+def send_events(stream: IO[str] | None) -> Events | None:
+    """From now on, progress of this process is written to ``stream`` as events and not shown to people.
+
+    None returns to bars and lines.
+    """
+    global _events
+    _events = None if stream is None else Events(stream)
+    return _events
+
+
 @contextlib.contextmanager
 def progress(
     title: str, *, total: int, unit: str, initial: int = 0, quiet: bool = False
 ) -> Iterator[Progress]:
-    """Show how far a long piece of work is, on standard error.
+    """Show how far a long piece of work is, on standard error; ``quiet`` work shows nothing to people.
 
     ``initial`` units were done by an earlier run: they count in the share but not in the rate.
     """
-    if quiet:
+    if _events is not None:
+        reports = _EventReports(_events, title, total, unit, initial)
+        yield reports
+        reports.finish()
+    elif quiet:
         yield _Silent()
     elif sys.stderr.isatty():
         from tqdm import tqdm
@@ -53,6 +135,8 @@ class _Bar:
 
 
 class _Lines:
+    """A line at intervals, and one at the end."""
+
     def __init__(self, title: str, total: int, unit: str, initial: int) -> None:
         self._title, self._total, self._unit = title, total, unit
         self._initial = self._done = initial
@@ -62,26 +146,41 @@ class _Lines:
     def update(self, amount: int, note: str = "") -> None:
         self._done += amount
         self._note = note or self._note
-        if time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
-            self._print()
+        if time.monotonic() - self._last >= self._interval():
+            self._report()
 
     def finish(self) -> None:
-        self._print()
+        self._report()
 
-    def _print(self) -> None:
+    def _report(self) -> None:
         self._last = time.monotonic()
-        seconds = max(self._last - self._started, 1e-9)
-        rate = (self._done - self._initial) / seconds
-        remaining = self._total - self._done
-        left = f", {_clock(remaining / rate)} left" if rate and remaining > 0 else ""
-        share = 100 * self._done / max(self._total, 1)
-        note = f"  {self._note}" if self._note else ""
-        print(
-            f"{self._title}: {self._done:,}/{self._total:,} {self._unit} ({share:.0f}%)  "
-            f"{rate:,.0f} {self._unit}/s, {_clock(seconds)} so far{left}{note}",
-            file=sys.stderr,
-            flush=True,
-        )
+        self._write(
+            Snapshot(
+                self._title, self._done, self._total, self._unit, self._initial,
+                self._last - self._started, self._note,
+            )
+        )  # fmt: skip
+
+    def _interval(self) -> float:
+        return SECONDS_BETWEEN_LINES
+
+    def _write(self, snapshot: Snapshot) -> None:
+        print(snapshot.line(), file=sys.stderr, flush=True)
+
+
+class _EventReports(_Lines):
+    """The same as events, with one at the beginning."""
+
+    def __init__(self, events: Events, title: str, total: int, unit: str, initial: int) -> None:
+        super().__init__(title, total, unit, initial)
+        self._events = events
+        self._report()
+
+    def _interval(self) -> float:
+        return SECONDS_BETWEEN_EVENTS
+
+    def _write(self, snapshot: Snapshot) -> None:
+        self._events.send("progress", **asdict(snapshot))
 
 
 def _clock(seconds: float) -> str:

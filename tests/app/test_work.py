@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,24 +51,44 @@ def test_a_result_is_kept_by_what_it_was_made_of(own_cache: Path) -> None:
     assert [path.name for path in task.folder.parent.iterdir()] == [task.folder.name]
 
 
-def test_progress_and_complaints_are_read_from_its_words(tmp_path: Path) -> None:
-    def work(words: str, code: int) -> Work:
-        script = f"import sys; sys.stderr.write({words!r}); sys.exit({code})"
-        log = open(tmp_path / "log", "w+b")  # noqa: SIM115 - the work keeps it
-        made = Work(subprocess.Popen([sys.executable, "-c", script], stderr=log), log)
-        made.process.wait()
-        return made
+def ended(events: str, log: str, code: int) -> Work:
+    """The work of a process that sent ``events``, wrote ``log`` and exited with ``code``."""
+    script = f"import sys; sys.stdout.write({events!r}); sys.stderr.write({log!r}); sys.exit({code})"
+    files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=files[0], stderr=files[1])
+    process.wait()
+    return Work(process, *files)
 
-    good = work("check: 1,200/2,400 checks (50%)  7 checks/s, 0:01 so far\nsome warning\n", 0)
-    assert good.state() == "done"
-    assert good.progress().share == 0.5
-    assert good.progress().text.startswith("1,200 of 2,400 checks (50%)")
-    bad = work("check: 1/2 checks (50%)\nsaebench: the disk is full; free some space\n", 2)
-    assert bad.state() == "failed"
-    assert bad.error_message() == "The disk is full; free some space."
-    assert "ValueError" in work("Traceback\nValueError: x\n", 1).error_message()
-    bad.stop()
-    assert bad.state() == "stopped"
+
+HALF = (
+    json.dumps({"event": "progress", "label": "check", "done": 1200, "total": 2400, "unit": "checks"}) + "\n"
+)
+
+
+def test_the_last_progress_event_gives_the_share_and_the_text() -> None:
+    earlier = HALF.replace("1200", "10")
+    work = ended(f'{earlier}{HALF}{{"event": "prog', "a warning of a library\n", 0)
+    assert work.state() == "done"
+    assert work.progress().share == 0.5
+    assert work.progress().text.startswith("1,200 of 2,400 checks, ")
+    assert work.result() == {}
+
+
+def test_an_error_event_gives_the_sentence_of_a_failure() -> None:
+    error = json.dumps({"event": "error", "message": "the disk is full; free some space"})
+    work = ended(f"{HALF}{error}\n", "saebench: something else\n", 2)
+    assert work.state() == "failed"
+    assert work.error_message() == "The disk is full; free some space."
+    work.stop()
+    assert work.state() == "stopped"
+
+
+def test_a_crash_without_an_error_event_names_the_last_line_of_its_log() -> None:
+    assert "ValueError: x" in ended(HALF, "Traceback\nValueError: x\n", 1).error_message()
+
+
+def test_a_result_event_is_read_back() -> None:
+    assert ended('{"event": "result", "generation": 3}\n', "", 0).result() == {"generation": 3}
 
 
 def test_work_that_is_stopped_ends(tmp_path: Path) -> None:
@@ -75,7 +97,7 @@ def test_work_that_is_stopped_ends(tmp_path: Path) -> None:
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=log)
         assert process.stdout is not None
         process.stdout.readline()
-        work = Work(process, log)
+        work = Work(process, log, log)
         assert work.state() == "running"
         work.stop()
         assert work.state() == "stopped"
@@ -84,7 +106,8 @@ def test_work_that_is_stopped_ends(tmp_path: Path) -> None:
 
 def test_a_worker_ends_with_its_server() -> None:
     child = (
-        "import signal, sys, threading, time; from saebench_app import worker; worker.LOOKS_APART = 0.05\n"
+        "import signal, sys, threading, time; from saebench_app import worker\n"
+        "worker.SECONDS_BETWEEN_CHECKS = 0.05\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's job may be born without
         "threading.Thread(target=worker._end_with, args=(int(sys.argv[1]),), daemon=True).start()\n"
         "time.sleep(60)"
@@ -102,14 +125,29 @@ def test_a_worker_ends_with_its_server() -> None:
         time.sleep(0.05)
 
 
-def test_what_a_worker_cannot_do_is_a_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(worker, "_end_with", lambda server: None)
-    monkeypatch.setattr("saebench.core.progress.SECONDS_BETWEEN_LINES", 1.0)
-    assert worker.main("0", "check", '{"store": "/no/such"}', str(tmp_path / "result")) == 2
-    assert "saebench: /no/such is not a feature store" in capsys.readouterr().err
+def run_worker(kind: str, arguments: dict[str, object], folder: Path) -> tuple[int, list[dict[str, object]]]:
+    """The exit code of a worker and the events that it sent."""
+    command = [sys.executable, "-m", "saebench_app.worker", str(os.getpid()), kind]
+    ran = subprocess.run([*command, json.dumps(arguments), str(folder)], stdout=subprocess.PIPE)
+    return ran.returncode, [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+def test_a_worker_sends_an_error_event_for_what_a_person_must_change(tmp_path: Path) -> None:
+    code, events = run_worker("check", {"store": "/no/such"}, tmp_path / "result")
+    assert code == 2
+    assert [event["event"] for event in events] == ["error"]
+    assert str(events[0]["message"]).startswith("/no/such is not a feature store")
     assert not (tmp_path / "result").exists()
+
+
+def test_a_worker_sends_progress_then_its_result(small_store: Path, tmp_path: Path) -> None:
+    code, events = run_worker("check", {"store": str(small_store)}, tmp_path / "result")
+    assert code == 0
+    first, last, result = events[0], events[-2], events[-1]
+    assert (first["event"], first["label"], first["unit"]) == ("progress", "check", "checks")
+    assert last["done"] == last["total"] == first["total"]
+    assert result == {"event": "result", "folder": str(tmp_path / "result")}
+    assert (tmp_path / "result" / FACTS).exists()
 
 
 def test_the_store_page_checks_the_store(visit: Visit, two: Path, own_cache: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 from saebench.core import progress as module
-from saebench.core.progress import progress
+from saebench.core.progress import Snapshot, progress, send_events
 
 
 def work(**options: object) -> None:
@@ -71,3 +74,35 @@ def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert "\r" in err
     assert "200/200" in err
     assert "loss 1.5" in err
+
+
+@pytest.fixture
+def stream() -> Iterator[io.StringIO]:
+    """Where this process sends events."""
+    stream = io.StringIO()
+    send_events(stream)
+    yield stream
+    send_events(None)
+
+
+def test_a_process_that_sends_events_writes_json_lines_and_shows_nothing(
+    stream: io.StringIO, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work()
+    work(quiet=True)
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [event["done"] for event in events] == [0, 200, 0, 200]
+    assert {event.pop("event") for event in events} == {"progress"}
+    last = Snapshot(**events[1])
+    assert (last.label, last.total, last.unit, last.note) == ("harvest", 200, "tok", "loss 1.5")
+    assert last.share == 1.0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_events_of_long_work_come_at_intervals(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_EVENTS", 0.0)
+    with progress("train", total=3, unit="step", initial=1) as bar:
+        bar.update(1)
+        bar.update(1)
+    done = [json.loads(line)["done"] for line in stream.getvalue().splitlines()]
+    assert done == [1, 2, 3, 3]

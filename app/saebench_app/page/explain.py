@@ -176,12 +176,12 @@ def _begin(here: Here) -> None:
             "By rules, without a model", list(LIMITS), key="limit", format_func=LIMITS.__getitem__, width=260
         )
     task = Task("explain", {"store": str(store), "sae": sae, "limit": limit or None}, (str(store), sae))
-    newer = here.store.newer_generation()
-    done = "" if newer is None else f"The explanations are in generation {newer} of the store."
-    working(task, "Find rules", note="stopped, it goes on from there the next time", done=done)
     work = work_on(task)
-    if newer is not None and work is not None and work.state() == "done":
-        st.button(f"Show generation {newer} here", on_click=move_to_newest, type="primary")
+    made = None if work is None else work.result().get("generation")
+    done = "" if made is None else f"The explanations are in generation {made} of the store."
+    working(task, "Find rules", note="a stopped search continues where it stopped", done=done)
+    if made is not None and made > here.store.generation:
+        st.button(f"Show generation {made} here", on_click=move_to_newest, type="primary")
     with st.expander("Ask a language model"):
         st.code(
             f"saebench explain {store} --sae {sae} --provider hf --model smollm2 --limit 20\n"
