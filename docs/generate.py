@@ -16,8 +16,9 @@ from typing import Any
 
 import saebench as sb
 from saebench.cli import app
-from saebench.config import ALIASES, ARCHITECTURES, SaeSpec, architecture
 from saebench.core.settings import field_docs
+from saebench.saes.registry import ALIASES, ARCHITECTURES, architecture
+from saebench.saes.spec import SaeSpec
 from saebench.store import schema
 
 ROOT = Path(__file__).parents[1]

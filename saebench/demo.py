@@ -10,26 +10,24 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import saebench
-from saebench.config import (
-    DEMO_HOOK,
-    DemoConfig,
-    EvalConfig,
-    HarvestConfig,
-    IndexConfig,
-    TrainConfig,
-    architecture,
-)
+from saebench.activations.settings import DEMO_HOOK, HarvestConfig
+from saebench.core.bounds import AtLeast, Seed
 from saebench.core.errors import UserError
 from saebench.core.files import directory_lock, read_json, write_json_atomic
-from saebench.core.settings import accepts_settings, to_flat
+from saebench.core.settings import Settings, accepts_settings, to_flat
+from saebench.evaluation.settings import EvalConfig
+from saebench.saes.registry import architecture
+from saebench.saes.spec import SaeSpec
+from saebench.store.settings import IndexConfig
+from saebench.training.settings import TrainConfig
 
 if TYPE_CHECKING:
     from saebench.evaluation.compare import Comparison
     from saebench.store.query import FeatureStore
-    from saebench.training.sweep import Plan
+    from saebench.training.grid import Plan
 
 DIARY = "demo.json"
 STAGES = ("harvest", "train", "eval", "index")
@@ -43,6 +41,50 @@ SHOWN_TOKENS = 6
 MIDDLING: dict[str, tuple[float | None, float | None]] = {"density": (2e-4, 5e-3), "entropy_tok": (3.0, 5.0)}
 """Features worth showing first: neither rare nor everywhere, and on a handful of different tokens."""
 _MAY_CHANGE = {"out", "explore", "port", "device", "quiet"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(Settings):
+    """Walk the whole road on a small scale: harvest, train, eval, index, and how to look at the features."""
+
+    all: bool = False
+    """Train all main architectures on the same rows, in one pass, and compare them."""
+    out: Path = Path("demo")
+    """Directory for the cache, the run and the feature store; run again to go on after an interruption."""
+    model: str = "demo"
+    """'demo', 'smollm2', a local Hugging Face folder, or a hub name."""
+    text: str = "sotu"
+    """'sotu', a local .txt, .jsonl or .parquet file, or the hub name of a data set."""
+    hook: str | None = None
+    """Where to read activations; by default the residual stream in the middle of the model."""
+    harvest_tokens: Annotated[int, AtLeast(1)] = 600_000
+    """Rows to harvest; fewer when the text ends first."""
+    ctx: Annotated[int, AtLeast(2)] = 128
+    """Tokens in a context."""
+    d_sae: int = 2048
+    """Number of latents."""
+    k: int = 32
+    """Active latents a token."""
+    tokens: Annotated[int | None, AtLeast(1)] = None
+    """Rows to train on; by default 3,200,000, and half of that with --all."""
+    batch_size: Annotated[int, AtLeast(1)] = 4096
+    """Rows in a training step."""
+    eval_tokens: Annotated[int, AtLeast(2)] = 30_000
+    """Held-out rows to measure on, at most."""
+    seed: Seed = 0
+    """Seeds the initial weights and the order of the rows."""
+    explore: bool = False
+    """Open the explorer at the end."""
+    port: int = 8501
+    """Port of the explorer."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda' or 'cuda:1'."""
+    quiet: bool = False
+    """No progress display."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        SaeSpec(d_sae=self.d_sae, k=self.k)
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,16 @@ import numpy as np
 import pytest
 
 import saebench
+from saebench.activations.settings import HarvestConfig, ImportConfig
 from saebench.cli import app, commands, main
 from saebench.cli.output import cell, pairs, table
-from saebench.config import (
-    DemoConfig,
-    EvalConfig,
-    HarvestConfig,
-    ImportConfig,
-    IndexConfig,
-    TrainConfig,
-    architecture,
-)
 from saebench.core.settings import field_docs, whole_number
-from saebench.training.sweep import plan
+from saebench.demo import DemoConfig
+from saebench.evaluation.settings import EvalConfig
+from saebench.saes.registry import architecture
+from saebench.store.settings import IndexConfig
+from saebench.training.grid import plan
+from saebench.training.settings import TrainConfig
 
 COMMAND = [sys.executable, "-m", "saebench.cli"]
 SMALL = "--d-sae 16 --k 3 --tokens 2e3 --batch-size 256 --device cpu --quiet".split()

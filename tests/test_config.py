@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench.config import (
-    ARCHITECTURES,
-    EvalConfig,
-    HarvestConfig,
-    ImportConfig,
-    IndexConfig,
-    TrainConfig,
-    architecture,
-)
+from saebench import config
+from saebench.activations.settings import HarvestConfig, ImportConfig
+from saebench.core.bounds import Above, AtLeast, AtMost, Below, Bound, _bounds
 from saebench.core.errors import UserError
-from saebench.core.settings import accepts_settings, from_flat, to_flat
+from saebench.core.settings import Settings, accepts_settings, from_flat, to_flat
+from saebench.evaluation.settings import EvalConfig
+from saebench.saes.registry import ARCHITECTURES, architecture
+from saebench.store.settings import IndexConfig
+from saebench.training.settings import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 NAMES = st.text("abc/_.-", min_size=1).filter(lambda name: name.strip("/."))
@@ -90,7 +90,7 @@ def test_every_field_says_what_it_is(config_class: type) -> None:
         (TrainConfig, {"tokens": 1.5}, "'tokens' in the file is 1.5"),
         (TrainConfig, {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         (TrainConfig, {"lr": "fast"}, "'lr' in the file is 'fast'"),
-        (TrainConfig, {"lr": float("nan")}, "lr is nan; it must be 'auto' or a positive number"),
+        (TrainConfig, {"lr": float("nan")}, "lr is nan; it must be 'auto' or above 0"),
         (TrainConfig, {"warmup": float("nan")}, "warmup is nan; it must be at least 0"),
         (TrainConfig, {"warmup": 0.9}, "warmup 0.9 and decay 0.3 are shares of one run and exceed it"),
         (TrainConfig, {"sae": "no such"}, "--sae no such is not an architecture; there is topk"),
@@ -161,8 +161,14 @@ def test_an_architecture_that_is_not_there_is_a_users_error() -> None:
         architecture("none")
 
 
+ALL_SETTINGS = [
+    home for home in sorted(set(config._HOMES.values())) if home.endswith(("settings", "demo", "spec"))
+]
+"""Modules that define dataclasses of settings."""
+
+
 def test_settings_load_without_torch_or_pydantic() -> None:
-    code = "import sys, saebench.config; print(sorted({'torch', 'pydantic'} & set(sys.modules)))"
+    code = f"import sys, {', '.join(ALL_SETTINGS)}; print(sorted({{'torch', 'pydantic'}} & set(sys.modules)))"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )
@@ -174,3 +180,54 @@ def test_more_shards_than_a_process_can_map_are_refused_and_the_way_out_is_taken
         HarvestConfig(out=Path("c"), tokens=2_000_000_000)
     enough = int(str(refused.value).rsplit(" ", 1)[1])
     assert HarvestConfig(out=Path("c"), tokens=2_000_000_000, shard_rows=enough).shard_rows == enough
+
+
+SETTINGS_CLASSES = [
+    value
+    for home in ALL_SETTINGS
+    for value in vars(importlib.import_module(home)).values()
+    if isinstance(value, type) and issubclass(value, Settings) and value.__module__ == home
+]
+SPECS = [architecture(name).Spec for name in ARCHITECTURES]
+BOUNDED = [
+    (config_class, name, bounds)
+    for config_class in [*SETTINGS_CLASSES, *SPECS]
+    for name, (bounds, _) in _bounds(config_class).items()
+]
+
+
+@pytest.mark.parametrize(
+    ("config_class", "name", "bounds"), BOUNDED, ids=[f"{c.__name__}-{n}" for c, n, _ in BOUNDED]
+)
+def test_value_outside_its_bounds_raises_also_when_the_class_is_called_directly(
+    config_class: type, name: str, bounds: tuple[Bound, ...]
+) -> None:
+    required = {f.name: Path() for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING}
+    for bound in bounds:
+        step = {AtLeast: -1, Above: 0, AtMost: 1, Below: 0}[type(bound)]
+        with pytest.raises(UserError, match=rf"{name} is .*; it must be .*{re.escape(str(bound))}"):
+            config_class(**required, **{name: bound.number + step})
+    with pytest.raises(UserError, match=f"{name} is nan; it must be "):
+        config_class(**required, **{name: float("nan")})
+    with pytest.raises(UserError, match=f"{name} is inf"):
+        config_class(**required, **{name: float("inf")})
+
+
+def test_none_and_the_words_of_a_type_have_no_bounds() -> None:
+    assert TrainConfig(cache=Path("c"), out=Path("r"), lr="auto", order_seed=None).lr == "auto"
+    with pytest.raises(UserError, match="lr is fast; it must be 'auto' or above 0"):
+        TrainConfig(cache=Path("c"), out=Path("r"), lr="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", config._HOMES)
+def test_old_name_in_config_gives_the_object_and_a_deprecation_warning(name: str) -> None:
+    with pytest.warns(
+        DeprecationWarning, match=rf"saebench.config.{name} is deprecated .*; use {config._HOMES[name]}"
+    ):
+        old = getattr(config, name)
+    assert old is getattr(importlib.import_module(config._HOMES[name]), name)
+
+
+def test_name_that_config_never_had_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'TrainCofig'"):
+        config.TrainCofig  # noqa: B018

@@ -13,7 +13,7 @@ import pytest
 
 import saebench as sb
 from saebench.cli import app
-from saebench.config import ALIASES, ARCHITECTURES
+from saebench.saes.registry import ALIASES, ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ import re
 import torch
 
 from saebench.activations.manifest import gradient_dtype
+from saebench.activations.settings import HarvestConfig
 from saebench.activations.shards import row_bytes
-from saebench.config import HarvestConfig
 from saebench.core.files import human_bytes, require_disk
 from saebench.sources.gradients import LOGIT_BYTES
 from saebench.sources.models import ModelInfo

@@ -26,9 +26,9 @@ from saebench.activations.manifest import (
     gradient_dtype,
 )
 from saebench.activations.packing import Batch, batches, pack
+from saebench.activations.settings import HarvestConfig
 from saebench.activations.shards import TORCH_DTYPES
 from saebench.activations.writer import CacheWriter, inspect_target
-from saebench.config import HarvestConfig
 from saebench.core.device import pick_device
 from saebench.core.errors import UserError
 from saebench.core.files import directory_lock

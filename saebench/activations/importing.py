@@ -18,9 +18,9 @@ from saebench.activations.manifest import (
     gradient_dtype,
     is_plain_name,
 )
+from saebench.activations.settings import ImportConfig
 from saebench.activations.shards import DATA_START, TORCH_DTYPES, row_bytes
 from saebench.activations.writer import CacheWriter, inspect_target
-from saebench.config import ImportConfig
 from saebench.core.errors import UserError
 from saebench.core.files import directory_lock, require_disk, sha256_file
 from saebench.core.progress import progress

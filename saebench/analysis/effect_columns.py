@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from saebench.analysis.attach import run_folder
 from saebench.analysis.contexts import draw_contexts
 from saebench.analysis.effects import LossEffects, loss_effects
-from saebench.config import EffectsConfig
+from saebench.analysis.settings import EffectsConfig
 from saebench.core.device import pick_device
 from saebench.core.errors import UserError
 from saebench.core.files import directory_lock

@@ -15,15 +15,16 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor
 
 from saebench.analysis.attach import AttachedSAE, Positions, Prompt, attach, check_features, check_positions
+from saebench.core.bounds import AtLeast, Seed
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
-from saebench.core.settings import at_least
+from saebench.core.settings import Settings
 from saebench.evaluation.faithfulness import cross_entropies, kl_divergences, replace_at
 from saebench.store.text import token_text
 
@@ -214,18 +215,18 @@ def steer(
 
 
 @dataclass(frozen=True)
-class Generation:
+class Generation(Settings):
     """How a text goes on; see `steer`."""
 
-    new_tokens: int
-    temperature: float
-    seed: int
+    new_tokens: Annotated[int, AtLeast(0)]
+    temperature: Annotated[float, AtLeast(0)]
+    seed: Seed
     on_token: Callable[[], object]
 
     def __post_init__(self) -> None:
         if not isinstance(self.new_tokens, int):
             raise UserError(f"new_tokens is {self.new_tokens!r:.60}; give a whole number")
-        at_least(self, new_tokens=0, temperature=0, seed=0)
+        super().__post_init__()
 
     def run(self, attached: AttachedSAE, prompt: Prompt, edit: Edit | None) -> list[int]:
         """The new token ids; deterministic."""

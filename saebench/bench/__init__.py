@@ -2,50 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from saebench.bench import cpu, gpu
-from saebench.bench import store as feature_store
-from saebench.bench.cpu import BenchReport
-from saebench.bench.gpu import GpuReport
-from saebench.bench.store import StoreReport
-from saebench.config import BenchConfig
-from saebench.core.files import require_writable_file, write_json_atomic
-from saebench.core.progress import progress
-from saebench.core.settings import accepts_settings
+from saebench.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from saebench.bench.cpu import BenchReport
+    from saebench.bench.gpu import GpuReport
+    from saebench.bench.run import bench
+    from saebench.bench.store import StoreReport
 
 __all__ = ["BenchReport", "GpuReport", "StoreReport", "bench"]
 
-
-@accepts_settings(BenchConfig)
-def bench(config: BenchConfig) -> BenchReport | GpuReport | StoreReport:
-    """Time training steps, on the GPU if there is one; see `saebench.bench.timing.take_turns` for how.
-
-    With ``store``, make a feature store instead and ask it; see `saebench.bench.store.measure`.
-
-    Raises:
-        UserError: there is no GPU and ``cpu`` was not asked for, ``out`` cannot be written, or the peers'
-            environment is broken.
-    """
-    if config.out is not None:
-        require_writable_file(config.out, what="the results")
-    measure, total = _what(config)
-    with progress("bench", total=total, unit="part", quiet=config.quiet) as bar:
-
-        def said(what: str) -> None:
-            bar.update(1, what)
-
-        report = measure(config, said)
-    if config.out is not None:
-        write_json_atomic(config.out, report.as_json())
-    return report
-
-
-def _what(config: BenchConfig) -> tuple[Callable[..., BenchReport | GpuReport | StoreReport], int]:
-    """``(measure, parts)``: what was asked for, and how often it says what it is at."""
-    if config.store:
-        return feature_store.measure, feature_store.N_PARTS
-    if config.cpu:
-        return cpu.measure, cpu.n_parts(config)
-    gpu.require_gpu()
-    return gpu.measure, gpu.n_parts(config)
+__getattr__ = lazy_names(
+    __name__, {"BenchReport": "cpu", "GpuReport": "gpu", "StoreReport": "store", "bench": "run"}
+)

@@ -17,10 +17,10 @@ from torch import Tensor
 import saebench
 from saebench.bench import peer
 from saebench.bench.provenance import commit, now
+from saebench.bench.settings import BenchConfig
 from saebench.bench.steps import LEARNING_RATE, encoder_product, error_of, step_of
 from saebench.bench.sweeping import SWEEP_PARTS, SweepGain, sweep_gains
 from saebench.bench.timing import Timed, Timing, take_turns
-from saebench.config import BenchConfig
 from saebench.core.settings import to_flat
 from saebench.saes.base import SAE, Batch
 

@@ -16,9 +16,9 @@ from saebench.bench.gpu_ours import ENCODERS, PURSUIT, STEPS, TOPK, product
 from saebench.bench.gpu_sizes import SIZES, Make, Size
 from saebench.bench.gpu_timing import CALL_SECONDS, MOST_REPEATS, free, peak_gib, reason, timed
 from saebench.bench.provenance import commit, now
+from saebench.bench.settings import BenchConfig
 from saebench.bench.steps import LEARNING_RATE
 from saebench.bench.timing import Timed, Timing, take_turns
-from saebench.config import BenchConfig
 from saebench.core.errors import UserError
 
 N_BATCHES = 4

@@ -14,8 +14,9 @@ from saebench.activations.loader import Rows
 from saebench.bench.gpu_sizes import Make, Once, Size
 from saebench.bench.gpu_timing import Graph
 from saebench.bench.steps import LEARNING_RATE
-from saebench.config import TrainConfig, architecture
 from saebench.saes.base import Batch
+from saebench.saes.registry import architecture
+from saebench.training.settings import TrainConfig
 from saebench.training.state import STEPS_BETWEEN_LOOKS, Trainee, fresh_state
 from saebench_kernels import gradient_topk_encode, mutual_choice_encode, topk_encode
 

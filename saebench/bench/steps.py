@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from saebench.bench.timing import Timed
-from saebench.config import architecture
 from saebench.saes.base import SAE, Batch
+from saebench.saes.registry import architecture
 from saebench.training.optimizer import make_optimizer, optimizer_step
 
 LEARNING_RATE = 3e-4

@@ -18,8 +18,8 @@ import torch
 
 import saebench
 from saebench.bench.cpu import processor
+from saebench.bench.settings import BenchConfig
 from saebench.bench.store_world import VOCAB, MadeUpCache, made_up_codes, made_up_sae
-from saebench.config import BenchConfig
 from saebench.core.settings import to_flat
 from saebench.store import publish, schema
 from saebench.store.build import Job, Options, write_sae

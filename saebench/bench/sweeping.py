@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from saebench.activations.importing import HELD_OUT_SHARE, import_activations
-from saebench.config import BenchConfig
+from saebench.bench.settings import BenchConfig
 from saebench.training import sweep, train
 
 SEEDS = (0, 1, 2, 3)

@@ -13,30 +13,22 @@ from typing import Annotated, Any, get_type_hints
 from cyclopts import App, CycloptsError, Group, MissingArgumentError, Parameter
 
 import saebench
+from saebench.activations.settings import HarvestConfig, ImportConfig
+from saebench.analysis.settings import EffectsConfig
+from saebench.bench.settings import BenchConfig
 from saebench.cli import commands, measuring
 from saebench.cli.flags import CONFIG_FLAG, check_settings, parameters, read_settings, value_in, values_in
 from saebench.cli.output import Result
-from saebench.config import (
-    BenchConfig,
-    CheckConfig,
-    CompareConfig,
-    DemoConfig,
-    EffectsConfig,
-    EvalConfig,
-    ExplainConfig,
-    ExportConfig,
-    HarvestConfig,
-    ImportConfig,
-    ImportSaeConfig,
-    IndexConfig,
-    RebuildConfig,
-    StoreExportConfig,
-    SynthConfig,
-    TrainConfig,
-    architecture,
-)
 from saebench.core.errors import UserError
 from saebench.core.settings import from_flat
+from saebench.demo import DemoConfig
+from saebench.evaluation.settings import CompareConfig, EvalConfig
+from saebench.explaining.settings import ExplainConfig
+from saebench.formats.settings import ExportConfig, ImportSaeConfig
+from saebench.saes.registry import architecture
+from saebench.store.settings import CheckConfig, IndexConfig, RebuildConfig, StoreExportConfig
+from saebench.synth.settings import SynthConfig
+from saebench.training.settings import TrainConfig
 
 Json = Annotated[
     bool,
@@ -152,7 +144,7 @@ def _station(
         flags.pop("config", None)
         source = settings_file or "the command line"
         if config_class is TrainConfig:
-            from saebench.training.sweep import settle
+            from saebench.training.grid import settle
 
             return _answer(act, settle(given, flags), source, as_json=as_json)
         return _answer(act, from_flat(config_class, {**given, **flags}, source=source), as_json=as_json)
@@ -172,7 +164,7 @@ def _station(
 
 def _specs(argv: Sequence[str], given: Mapping[str, Any]) -> list[type[Any]]:
     """The settings classes of the architectures that a training is asked for."""
-    from saebench.training.sweep import architectures, parse_grid, settle, words_of
+    from saebench.training.grid import architectures, parse_grid, settle, words_of
 
     flags: dict[str, Any] = {}
     if words := values_in(argv, "--sweep"):

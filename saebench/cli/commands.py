@@ -13,26 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 
 import saebench
+from saebench.activations.settings import HarvestConfig, ImportConfig
+from saebench.analysis.settings import EffectsConfig
 from saebench.cli.output import Result, pairs, table
-from saebench.config import (
-    CheckConfig,
-    CompareConfig,
-    DemoConfig,
-    EffectsConfig,
-    EvalConfig,
-    ExplainConfig,
-    ExportConfig,
-    HarvestConfig,
-    ImportConfig,
-    ImportSaeConfig,
-    IndexConfig,
-    RebuildConfig,
-    StoreExportConfig,
-    SynthConfig,
-)
 from saebench.core.errors import UserError
 from saebench.core.files import human_bytes
 from saebench.core.formatting import visible
+from saebench.demo import DemoConfig
+from saebench.evaluation.settings import CompareConfig, EvalConfig
+from saebench.explaining.settings import ExplainConfig
+from saebench.formats.settings import ExportConfig, ImportSaeConfig
+from saebench.store.settings import CheckConfig, IndexConfig, RebuildConfig, StoreExportConfig
+from saebench.synth.settings import SynthConfig
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
@@ -103,8 +95,8 @@ def cache_import(config: ImportConfig) -> Result:
 
 
 def train(settings: Mapping[str, Any], source: str) -> Result:
+    from saebench.training.grid import parse_grid, plan, words_of
     from saebench.training.loop import train_all
-    from saebench.training.sweep import parse_grid, plan, words_of
 
     words = words_of(settings)
     runs = train_all(plan(settings, parse_grid(words), source=source))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from saebench.bench.settings import BenchConfig
 from saebench.cli.output import Result, pairs, table
-from saebench.config import BenchConfig
 
 if TYPE_CHECKING:
     from saebench.bench import BenchReport, GpuReport, StoreReport

@@ -14,7 +14,15 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, TypeVar
 
+from saebench.core.bounds import check_bounds
 from saebench.core.errors import UserError
+
+
+class Settings:
+    """Base of every dataclass of settings: a value outside the bounds of its field raises a UserError."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 def field_docs(config_class: type[Any]) -> dict[str, str]:
@@ -143,18 +151,3 @@ def whole_number(text: str) -> int:
         return int(number)
     except (InvalidOperation, ValueError, OverflowError):
         raise ValueError(f'"{text}" is not a whole number') from None
-
-
-def at_least(config: Any, **smallest: float) -> None:
-    """Raise a UserError for the first named field of ``config`` that is below its bound, infinite or NaN.
-
-    Seeds must also fit the 64 bits that random generators take.
-    """
-    for name, bound in smallest.items():
-        value = getattr(config, name)
-        if not value >= bound:
-            raise UserError(f"{name} is {value}; it must be at least {bound}")
-        if value == float("inf"):
-            raise UserError(f"{name} is infinite; give a finite number")
-        if name.endswith("seed") and value >= 2**63:
-            raise UserError(f"{name} is {value}; it must be below 2**63")

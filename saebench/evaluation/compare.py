@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saebench.config import CompareConfig
 from saebench.core.errors import UserError
 from saebench.core.files import (
     atomic_file,
@@ -22,6 +21,7 @@ from saebench.core.files import (
 )
 from saebench.core.settings import accepts_settings
 from saebench.evaluation.report import inference_label
+from saebench.evaluation.settings import CompareConfig
 from saebench.runs.run_file import RUN_FILE, read_run
 from saebench.saes.base import read_description
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saebench.config import EvalConfig
 from saebench.core.device import pick_device
 from saebench.core.errors import UserError
 from saebench.core.files import require_writable, write_json_atomic
@@ -28,6 +27,7 @@ from saebench.evaluation.samples import (
     read_origin,
     text_contexts,
 )
+from saebench.evaluation.settings import EvalConfig
 from saebench.saes.base import load
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from saebench.saes.base import read_description
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
-    from saebench.config import EvalConfig
+    from saebench.evaluation.settings import EvalConfig
     from saebench.sources.models import Model
 
 DEFAULT_CTX = 128

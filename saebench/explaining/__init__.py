@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from saebench.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from saebench.explaining.grammar import apply_rule, describe
@@ -13,8 +14,4 @@ _HOMES = {"apply_rule": "grammar", "describe": "grammar", "explain": "run"}
 
 __all__ = ["apply_rule", "describe", "explain"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'saebench.explaining' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"saebench.explaining.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(__name__, _HOMES)

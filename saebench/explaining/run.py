@@ -6,12 +6,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from saebench.config import ExplainConfig
 from saebench.core.errors import UserError
 from saebench.core.progress import progress
 from saebench.core.settings import accepts_settings, to_flat
 from saebench.explaining.journal import WORK, discard, open_journal
 from saebench.explaining.provider import Provider, shown_name
+from saebench.explaining.settings import ExplainConfig
 from saebench.explaining.tables import publish_records
 from saebench.store.extras import origin
 from saebench.store.feature_spec import feature_numbers

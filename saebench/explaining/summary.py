@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from saebench.config import ExplainConfig
 from saebench.explaining.provider import shown_name
+from saebench.explaining.settings import ExplainConfig
 from saebench.store.explanations import summary
 
 if TYPE_CHECKING:

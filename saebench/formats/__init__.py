@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from saebench.config import ExportConfig, ImportSaeConfig
 from saebench.core.errors import UserError
 from saebench.core.files import is_leftover, require_writable
 from saebench.core.settings import accepts_settings
+from saebench.formats.settings import ExportConfig, ImportSaeConfig
 
 
 @dataclass(frozen=True, kw_only=True)

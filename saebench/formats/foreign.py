@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saebench.config import architecture
 from saebench.core.errors import UserError
 from saebench.core.settings import from_flat
 from saebench.core.tensors import check_tensors, read_safetensors
 from saebench.saes.base import SAE
+from saebench.saes.registry import architecture
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from saebench.config import architecture
 from saebench.core.errors import UserError
 from saebench.core.settings import from_flat
 from saebench.core.tensors import check_tensors, read_safetensors
 from saebench.runs.run_file import RUN_FILE, read_run
+from saebench.saes.registry import architecture
 
 if TYPE_CHECKING:
     from saebench.saes.base import SAE

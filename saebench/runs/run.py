@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saebench.config import SaeSpec, TrainConfig
 from saebench.core.errors import UserError
 from saebench.core.files import is_leftover, remove_leftovers, write_json_atomic
 from saebench.runs.run_file import RUN_FILE, read_run
 from saebench.saes.base import SAE, SPEC_FILE, load
+from saebench.saes.spec import SaeSpec
+from saebench.training.settings import TrainConfig
 
 OF_THE_CALL = {"resume", "quiet", "out", "sweep"}
 """Settings of one call of ``train``; they are not written into ``run.json``."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+from saebench.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from saebench.saes.base import SAE, LossTerms, load
 
 __all__ = ["SAE", "LossTerms", "load"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from saebench.saes import base
-
-        return getattr(base, name)
-    raise AttributeError(f"module 'saebench.saes' has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, dict.fromkeys(__all__, "base"))

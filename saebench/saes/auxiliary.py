@@ -6,31 +6,26 @@ Shapes: N rows, D = d_in, A candidate latents, K kept a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from saebench.config import SaeSpec
-from saebench.core.settings import at_least
+from saebench.core.bounds import AtLeast
 from saebench.saes.base import SAE
+from saebench.saes.spec import SaeSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuxSpec(SaeSpec):
     """Settings of the architectures that revive dead latents with AuxK."""
 
-    k_aux: int | None = None
+    k_aux: Annotated[int | None, AtLeast(1)] = None
     """Dead latents that AuxK picks for each token; d_in / 2 by default."""
-    aux_coefficient: float = 1 / 32
+    aux_coefficient: Annotated[float, AtLeast(0)] = 1 / 32
     """Weight of the AuxK loss; 0 switches it off."""
-    dead_tokens: int = 10_000_000
+    dead_tokens: Annotated[int, AtLeast(1)] = 10_000_000
     """A latent is dead when it has not fired for this many tokens, or for 10% of the run if that is less."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, aux_coefficient=0, dead_tokens=1)
-        if self.k_aux is not None:
-            at_least(self, k_aux=1)
 
 
 def aux_k(

@@ -13,13 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from saebench.config import SaeSpec, architecture
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
 from saebench.core.files import read_json, write_bytes_atomic, write_json_atomic
 from saebench.core.settings import from_flat, to_flat
 from saebench.core.tensors import check_tensors, read_safetensors
 from saebench.runs.run_file import RUN_FILE
+from saebench.saes.registry import architecture
+from saebench.saes.spec import SaeSpec
 
 SPEC_FILE = "sae.json"
 WEIGHTS_FILE = "sae.safetensors"

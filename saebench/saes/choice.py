@@ -10,12 +10,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from saebench.config import SaeSpec
 from saebench.core.codes import SparseCodes
 from saebench.saes.auxiliary import AuxSpec, aux_k, default_k_aux
 from saebench.saes.base import SAE, Batch, LossTerms
 from saebench.saes.functions import decode_codes, encode_chosen
 from saebench.saes.fused_loss import Revival, fused_loss
+from saebench.saes.spec import SaeSpec
 from saebench_kernels import is_fused
 from saebench_kernels.center import center
 

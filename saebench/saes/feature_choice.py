@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from saebench.config import SaeSpec
+from saebench.core.bounds import AtLeast, AtMost
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
-from saebench.core.settings import at_least
 from saebench.saes.auxiliary import aux_k, default_k_aux
 from saebench.saes.base import Batch, LossTerms
 from saebench.saes.fused_loss import Revival
 from saebench.saes.mutual_choice import MutualChoiceSAE, MutualChoiceSpec, just_below, rate_after
+from saebench.saes.spec import SaeSpec
 from saebench.saes.zipf import ZipfLaw, budgets_by_rank, fit_zipf
 from saebench_kernels import feature_choice_encode
 
@@ -37,33 +37,27 @@ class FeatureChoiceSpec(MutualChoiceSpec):
 
     budgets: Literal["zipf", "uniform"] = "zipf"
     """Matches of a latent in a batch: by Zipf's law of its rank in firing frequency, or the same for all."""
-    mutual_share: float = 0.75
+    mutual_share: Annotated[float, AtLeast(0)] = 0.75
     """Share of the run, at its start, that is trained by mutual choice; frequencies are learned there."""
-    zipf_exponent: float | Literal["fit"] = "fit"
+    zipf_exponent: Annotated[float | Literal["fit"], AtLeast(0)] = "fit"
     """Exponent of Zipf's law; 'fit' takes it from the frequencies that mutual choice found."""
-    zipf_shift: float | Literal["fit"] = "fit"
+    zipf_shift: Annotated[float | Literal["fit"], AtLeast(0)] = "fit"
     """What is added to a rank (Zipf-Mandelbrot); 0 is Zipf's law proper, 'fit' as above."""
     zipf_weights: Literal["density", "rank"] = "density"
     """What a latent counts in that fit: its frequency, so that all matches weigh the same, or 1."""
-    floor: int = 1
+    floor: Annotated[int, AtLeast(0)] = 1
     """Least matches of any latent in a batch; k times the batch must be enough for all."""
-    gamma: float = 0.5
+    gamma: Annotated[float, AtLeast(0), AtMost(1)] = 0.5
     """A latent is under-used, and helped by the auxiliary loss, below this share of its expected frequency;
     0 helps dead latents only, as AuxK does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, mutual_share=0, floor=0, gamma=0)
         if self.mutual_share >= 1:
             raise UserError(
                 f"mutual_share is {self.mutual_share}, which leaves no step for feature choice; "
                 "give less than 1, or train --sae mutual-choice"
             )
-        if self.gamma > 1:
-            raise UserError(f"gamma is {self.gamma}; it is a share of a frequency, at most 1")
-        for name in ("zipf_exponent", "zipf_shift"):
-            if getattr(self, name) != "fit":
-                at_least(self, **{name: 0})
         if self.zipf_exponent != "fit" and self.zipf_exponent > LARGEST_EXPONENT:
             raise UserError(
                 f"zipf_exponent is {self.zipf_exponent}; give 'fit' or at most {LARGEST_EXPONENT:g}, where "

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from saebench.config import SaeSpec
+from saebench.core.bounds import AtLeast
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
-from saebench.core.settings import at_least
 from saebench.saes.auxiliary import AuxSpec
 from saebench.saes.base import Batch, LossTerms
 from saebench.saes.choice import ChoiceSAE
+from saebench.saes.spec import SaeSpec
 from saebench_kernels import gradient_topk_encode, rounded, topk_encode
 
 SAMPLED_ROWS = 256
@@ -36,12 +36,8 @@ class GradientSpec(AuxSpec):
 
     name: ClassVar[str] = "gradient"
 
-    beta: float = 1.0
+    beta: Annotated[float, AtLeast(0)] = 1.0
     """Weight of a latent's effect on the model's loss in the choice; 0 chooses as TopK does."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, beta=0)
 
 
 class GradientSAE(ChoiceSAE):

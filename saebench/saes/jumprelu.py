@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from saebench.core.bounds import Above, AtMost
 from saebench.core.codes import SparseCodes
-from saebench.core.errors import UserError
 from saebench.saes.base import Batch, LossTerms
 from saebench.saes.entries import at_entries
 from saebench.saes.functions import decode_codes
@@ -31,13 +31,8 @@ class JumpReluSpec(TargetL0Spec):
 
     name: ClassVar[str] = "jumprelu"
 
-    bandwidth: float = 0.5
+    bandwidth: Annotated[float, Above(0), AtMost(2)] = 0.5
     """Width of the window around a threshold whose pre-activations move it, as a share of the threshold."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.bandwidth <= 2:
-            raise UserError(f"bandwidth is {self.bandwidth}; it must be above 0 and at most 2")
 
 
 class JumpReluSAE(TargetL0SAE):

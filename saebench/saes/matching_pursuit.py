@@ -6,11 +6,12 @@ Shapes: N rows, D = d_in, M = d_sae atoms, K picks a row, A dead atoms.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from saebench.core.bounds import AtLeast
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
 from saebench.saes.auxiliary import AuxSpec, share_left
@@ -42,7 +43,7 @@ class MatchingPursuitSpec(AuxSpec):
     """Stop a token after it has picked one of its atoms again, as the authors' toy code and SAELens do."""
     orthogonal: bool = False
     """Solve for all coefficients again after every pick (orthogonal matching pursuit)."""
-    k_aux: int | None = None
+    k_aux: Annotated[int | None, AtLeast(1)] = None
     """Picks among the dead atoms that explain each token's residual in the auxiliary loss; k by default."""
 
     def __post_init__(self) -> None:

@@ -14,11 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saebench.config import SaeSpec
 from saebench.core.codes import SparseCodes
 from saebench.saes.auxiliary import AuxSpec
 from saebench.saes.base import PROBE_ROWS, Batch, LossTerms
 from saebench.saes.choice import ChoiceSAE
+from saebench.saes.spec import SaeSpec
 from saebench_kernels import mutual_choice_encode, threshold_encode
 
 STATISTICS_RATE = 0.01

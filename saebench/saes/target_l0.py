@@ -6,13 +6,13 @@ Shapes: N rows, D = d_in, M = d_sae latents, S entries kept, C candidates.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from saebench.core.bounds import AtLeast
 from saebench.core.codes import SparseCodes
-from saebench.core.settings import at_least
 from saebench.saes.auxiliary import AuxSpec
 from saebench.saes.base import PROBE_ROWS, Batch, LossTerms
 from saebench.saes.choice import ChoiceSAE
@@ -34,12 +34,8 @@ SLACKS = (0.0, *(0.05 * 2**i for i in range(12)))
 class TargetL0Spec(AuxSpec):
     """Settings of the architectures whose k is reached by steering a penalty."""
 
-    revival: float = 0.02
+    revival: Annotated[float, AtLeast(0)] = 0.02
     """Share of itself that the threshold of a dead latent loses with every step; 0 switches it off."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, revival=0)
 
 
 class TargetL0SAE(ChoiceSAE):

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from saebench.core.bounds import AtLeast, AtMost
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
-from saebench.core.settings import at_least
 from saebench.saes.auxiliary import AuxSpec
 from saebench.saes.base import Batch, LossTerms
 from saebench.saes.choice import ChoiceSAE
@@ -35,14 +35,11 @@ class TopKSpec(AuxSpec):
     """Also reconstruct from the 4 k largest, with weight 1/8, so that the SAE can be read with other k."""
     k_start: int | None = None
     """Begin training with this k and lower it linearly to k; by default k from the start."""
-    k_anneal: float = 0.2
+    k_anneal: Annotated[float, AtLeast(0), AtMost(1)] = 0.2
     """Share of the run over which k falls from k_start to k."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, k_anneal=0)
-        if self.k_anneal > 1:
-            raise UserError(f"k_anneal is {self.k_anneal}; it is a share of the run, at most 1")
         if self.k_start is not None and not self.k <= self.k_start <= self.d_sae:
             raise UserError(
                 f"k_start is {self.k_start}; k falls from it, so it must lie between k = {self.k} and "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from saebench.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from saebench.store.annotations import Annotations
@@ -35,8 +36,4 @@ __all__ = [
     "store_info",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'saebench.store' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"saebench.store.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(__name__, _HOMES)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from saebench.config import IndexConfig
 from saebench.core.device import pick_device
 from saebench.core.errors import UserError
 from saebench.core.files import directory_lock, read_json, require_disk, require_writable
@@ -23,6 +22,7 @@ from saebench.store.encode import ENCODED, Encoder, encode
 from saebench.store.examples import per_decile
 from saebench.store.extras import keep_extras
 from saebench.store.logits import find_unembedding
+from saebench.store.settings import IndexConfig
 from saebench.store.sorted_spill import BYTES_PER_ENTRY, SortedSpill
 from saebench.store.tables import (
     Build,

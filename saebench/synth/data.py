@@ -15,10 +15,10 @@ from typing import Any
 
 from saebench.activations.cache import ActivationCache, open_cache
 from saebench.activations.importing import HELD_OUT_SHARE, import_activations
-from saebench.config import SyntheticData
 from saebench.core.errors import UserError
 from saebench.core.files import read_json, require_disk, write_json_atomic
 from saebench.evaluation.synthetic import ReadoutWorld, SuperpositionWorld, TreeWorld, World, ZipfWorld
+from saebench.synth.settings import SyntheticData
 
 DESCRIPTION = "data.json"
 SMALL_LEVELS = (0, 4, 8)

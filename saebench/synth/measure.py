@@ -10,7 +10,6 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from saebench.config import SyntheticData
 from saebench.core.codes import SparseCodes
 from saebench.evaluation.reconstruction import ReconstructionMeter
 from saebench.evaluation.synthetic import GroundTruth, recovery_metrics
@@ -25,6 +24,7 @@ from saebench.evaluation.synthetic.specifics import (
 )
 from saebench.evaluation.synthetic.truth import join_codes
 from saebench.saes.base import SAE
+from saebench.synth.settings import SyntheticData
 
 ROWS_AT_ONCE = 4096
 COMMON = ("explained_variance", "mcc_hungarian", "uniqueness", "precision", "recall", "f1", "l0", "dead")

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import saebench
-from saebench.config import SynthConfig
 from saebench.core.files import write_bytes_atomic, write_json_atomic
 from saebench.evaluation.inference_mode import ORACLE
 from saebench.synth.claims import Claim
 from saebench.synth.scores import L0_TOLERANCE, Score
+from saebench.synth.settings import SynthConfig
 
 RESULTS_JSON, RESULTS_MARKDOWN = "results.json", "results.md"
 HEADINGS = {

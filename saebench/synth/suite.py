@@ -9,20 +9,22 @@ from pathlib import Path
 
 import torch
 
-from saebench.config import SaeSpec, SynthConfig, TrainConfig
 from saebench.core.device import pick_device
 from saebench.core.errors import UserError
 from saebench.core.files import directory_lock
 from saebench.core.settings import accepts_settings, to_flat
 from saebench.saes.base import SPEC_FILE, load, read_description
+from saebench.saes.spec import SaeSpec
 from saebench.synth.claims import claims
 from saebench.synth.data import DataSet, claim_directory, data_sets, make_cache
 from saebench.synth.measure import measure
 from saebench.synth.report import SynthReport, provenance, write_report
 from saebench.synth.scores import Score
+from saebench.synth.settings import SynthConfig
 from saebench.synth.variants import Variant, variants
+from saebench.training.grid import Plan
 from saebench.training.loop import train_all
-from saebench.training.sweep import Plan
+from saebench.training.settings import TrainConfig
 
 STEPS_BETWEEN_CHECKPOINTS = 500
 ROW_ORDER_SEED = 0

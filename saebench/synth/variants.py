@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from saebench.config import ALIASES, ARCHITECTURES, SaeSpec, architecture
 from saebench.core.settings import from_flat
+from saebench.saes.registry import ALIASES, ARCHITECTURES, architecture
+from saebench.saes.spec import SaeSpec
 from saebench.synth.data import DataSet
 
 BETAS = (0.3, 1.0, 3.0, 10.0)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from saebench.activations.cache import ActivationCache, open_cache
 from saebench.activations.loader import Loader
-from saebench.config import SaeSpec, TrainConfig, architecture
 from saebench.core.device import pick_device
 from saebench.core.errors import UserError
 from saebench.core.files import directory_lock, human_bytes, require_disk
@@ -28,10 +27,13 @@ from saebench.runs import run
 from saebench.runs.run import Run
 from saebench.runs.run_file import FORMAT_VERSION
 from saebench.saes.base import Batch
+from saebench.saes.registry import architecture
+from saebench.saes.spec import SaeSpec
 from saebench.training import state
+from saebench.training.grid import Plan, grid_of, plan
 from saebench.training.interrupts import StopRequest
+from saebench.training.settings import TrainConfig
 from saebench.training.state import Trainee, compute_dtype
-from saebench.training.sweep import Plan, grid_of, plan
 
 SAMPLE_ROWS = 65_536
 SAMPLE_BYTES = 1 << 28

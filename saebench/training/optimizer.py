@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from saebench.config import TrainConfig
 from saebench.saes.base import SAE
+from saebench.training.settings import TrainConfig
 from saebench_kernels import is_fused, kept_copy
 
 

@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-from saebench.config import TrainConfig
 from saebench.core.errors import UserError
 from saebench.core.files import atomic_file, finite, sentence_for_os_errors, sha256_json
+from saebench.training.settings import TrainConfig
 
 Metrics = dict[str, float]
 

@@ -20,15 +20,17 @@ import torch
 from torch import Tensor
 
 from saebench.activations.loader import Rows
-from saebench.config import SaeSpec, TrainConfig, architecture
 from saebench.core.errors import UserError
 from saebench.runs import run
 from saebench.saes.base import MIN_DEAD_STEPS, SAE, Batch
+from saebench.saes.registry import architecture
+from saebench.saes.spec import SaeSpec
 from saebench.training import checkpoint
 from saebench.training.checkpoint import TrainState
 from saebench.training.cuda_graph import Steps, Taken
 from saebench.training.metrics import step_metrics
 from saebench.training.optimizer import learning_rate, make_optimizer, optimizer_step, peak_learning_rate
+from saebench.training.settings import TrainConfig
 from saebench.training.sinks import Sink, open_sinks
 from saebench_kernels.center import center
 

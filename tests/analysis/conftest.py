@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from saebench.activations.cache import ActivationCache
-from saebench.config import architecture
 from saebench.saes.base import SAE, Batch
+from saebench.saes.registry import architecture
 from saebench.sources.models import Model, load_model
 
 D_SAE, K = 96, 6

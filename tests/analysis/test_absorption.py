@@ -14,11 +14,11 @@ from torch import Tensor
 from saebench.activations.cache import ActivationCache
 from saebench.analysis import absorption
 from saebench.analysis.absorption import absorbed
-from saebench.config import architecture
 from saebench.core.errors import UserError
 from saebench.evaluation.synthetic import TreeWorld
 from saebench.evaluation.synthetic.tree import CHILDREN
 from saebench.saes.base import SAE
+from saebench.saes.registry import architecture
 
 PLANTED = {(parent, child) for parent, children in enumerate(CHILDREN) for child in children}
 N_HELD_OUT = 2000

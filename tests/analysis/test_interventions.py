@@ -14,9 +14,9 @@ from torch import Tensor
 from saebench.analysis import interventions, prompts
 from saebench.analysis.attach import attach
 from saebench.analysis.interventions import Edit, ablate, latent_values, steer
-from saebench.config import ARCHITECTURES
 from saebench.core.errors import UserError
 from saebench.saes.base import SAE, load
+from saebench.saes.registry import ARCHITECTURES
 from saebench.sources.models import Model
 
 TEXT = "The Congress of the United States"

@@ -18,9 +18,9 @@ from torch import Tensor
 from saebench.activations.cache import ActivationCache
 from saebench.analysis import correlations, matching
 from saebench.analysis.matching import WAYS, match, splits
-from saebench.config import architecture
 from saebench.core.errors import UserError
 from saebench.saes.base import SAE, load
+from saebench.saes.registry import architecture
 
 
 def sae_of(W_dec_MD: Tensor) -> SAE:

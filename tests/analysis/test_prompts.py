@@ -12,9 +12,9 @@ from torch import Tensor
 
 from saebench.activations.cache import ActivationCache
 from saebench.analysis.prompts import compare_prompts, features_of
-from saebench.config import ARCHITECTURES
 from saebench.core.errors import UserError
 from saebench.saes.base import SAE, load
+from saebench.saes.registry import ARCHITECTURES
 from saebench.sources.models import Model
 
 TEXT, OTHER = "The Congress of the United States", "the people, and their peace"

@@ -7,8 +7,8 @@ from saebench.bench import gpu, gpu_peers
 from saebench.bench.gpu import PRODUCT, GpuRatio, GpuReport
 from saebench.bench.gpu_ours import ENCODERS, PURSUIT, STEPS, TOPK
 from saebench.bench.gpu_sizes import SIZES, Size
+from saebench.bench.settings import BenchConfig
 from saebench.cli.measuring import of_gpu
-from saebench.config import BenchConfig
 
 SECONDS = {PRODUCT: 1e-3, TOPK: 2e-3, "topk encode": 1.5e-3, PURSUIT: 20e-3}
 SIZE = Size(name="S1", batch_size=8, d_in=4, d_sae=16, k=2)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from saebench.bench import store
+from saebench.bench.settings import BenchConfig
 from saebench.bench.store_world import MadeUpCache, made_up_codes
 from saebench.cli import main
-from saebench.config import BenchConfig
 from saebench.store import check_store
 
 SMALL = {"store": True, "store_activations": 40_000, "store_features": 256, "k": 8, "d_in": 16, "threads": 1}

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from saebench.activations.cache import ActivationCache
-from saebench.config import EvalConfig
 from saebench.core.errors import UserError
 from saebench.evaluation import evaluate, reconstruction_metrics
+from saebench.evaluation.settings import EvalConfig
 from saebench.saes.base import SAE, Batch
 from saebench.saes.topk import TopKSAE, TopKSpec
 

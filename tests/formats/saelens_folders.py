@@ -8,8 +8,8 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from saebench.config import architecture
 from saebench.saes.base import Batch
+from saebench.saes.registry import architecture
 
 D_IN, D_SAE, K = 12, 40, 5
 

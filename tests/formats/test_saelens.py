@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saebench.cli import main
-from saebench.config import ARCHITECTURES, architecture
 from saebench.core.errors import UserError
 from saebench.evaluation import evaluate
 from saebench.formats import export_sae, import_sae
 from saebench.saes.base import Batch, load
+from saebench.saes.registry import ARCHITECTURES, architecture
 from saebench.store import index
 from saebench.training import train
 from tests.conftest import TINY_HOOKS

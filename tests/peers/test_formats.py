@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from saebench.config import ARCHITECTURES
 from saebench.formats import export_sae, import_sae
 from saebench.saes.base import load
+from saebench.saes.registry import ARCHITECTURES
 from tests.formats.saelens_folders import dense_codes, dense_pursuit, random_sae, rows, write_folder
 
 pytestmark = pytest.mark.peers

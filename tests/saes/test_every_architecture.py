@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saebench.config import ARCHITECTURES, architecture
 from saebench.core.errors import UserError
 from saebench.saes.base import Batch, load
+from saebench.saes.registry import ARCHITECTURES, architecture
 
 D_IN, D_SAE, K = 12, 40, 5
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

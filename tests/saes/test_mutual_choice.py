@@ -5,12 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench.config import TrainConfig, architecture
 from saebench.core.errors import UserError
 from saebench.saes.base import Batch, load
 from saebench.saes.feature_choice import FeatureChoiceSAE, FeatureChoiceSpec
 from saebench.saes.mutual_choice import MutualChoiceSAE, MutualChoiceSpec
+from saebench.saes.registry import architecture
 from saebench.saes.topk import TopKSAE, TopKSpec
+from saebench.training.settings import TrainConfig
 
 
 def make_sae(d_in=12, d_sae=40, k=5, seed=0, sae_class=MutualChoiceSAE, **options):

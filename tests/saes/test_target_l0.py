@@ -5,13 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench.config import TrainConfig, architecture
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
 from saebench.saes.base import Batch, LossTerms
 from saebench.saes.entries import at_entries
+from saebench.saes.registry import architecture
 from saebench.saes.target_l0 import AVERAGED_STEPS, INTEGRAL_GAIN, LARGEST_LOG, PROPORTIONAL_GAIN
 from saebench.training.optimizer import learning_rate, make_optimizer, optimizer_step
+from saebench.training.settings import TrainConfig
 
 NAMES = ("relu", "gated", "jumprelu")
 every_one = pytest.mark.parametrize("name", NAMES)

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench.config import IndexConfig
 from saebench.core.errors import UserError
 from saebench.core.files import directory_lock
 from saebench.store import build as build_module
@@ -17,6 +16,7 @@ from saebench.store import index, open_store, publish, schema, tables
 from saebench.store.build import build_store, check_fit, forecast
 from saebench.store.check import check_store
 from saebench.store.corpus import Corpus
+from saebench.store.settings import IndexConfig
 from tests.store import reference
 from tests.store.small_store import (
     D_SAE,

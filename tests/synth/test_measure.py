@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from saebench.config import architecture
 from saebench.evaluation.synthetic import ReadoutWorld, TreeWorld, ZipfWorld
+from saebench.saes.registry import architecture
 from saebench.synth.measure import COMMON, SPECIFIC, measure, read
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from saebench.config import ARCHITECTURES, architecture
+from saebench.saes.registry import ARCHITECTURES, architecture
 from saebench.synth.data import data_sets
 from saebench.synth.variants import BETAS, variants
 

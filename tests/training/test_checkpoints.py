@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from saebench.analysis.matching import match
-from saebench.config import ARCHITECTURES
 from saebench.core.errors import UserError
 from saebench.evaluation.samples import read_origin
 from saebench.saes.base import load
+from saebench.saes.registry import ARCHITECTURES
 from saebench.training import train
 from saebench.training.checkpoint import latest_checkpoint
 from tests.training.test_every_architecture import FIXED, all_settings, cache_with_gradients  # noqa: F401

@@ -10,12 +10,13 @@ import torch
 
 from saebench.activations.cache import open_cache
 from saebench.cli import main
-from saebench.config import ARCHITECTURES, TrainConfig, architecture
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
 from saebench.saes.base import load
+from saebench.saes.registry import ARCHITECTURES, architecture
 from saebench.saes.topk import TopKSAE, TopKSpec
 from saebench.training import loop, train
+from saebench.training.settings import TrainConfig
 
 
 def metrics_of(run):

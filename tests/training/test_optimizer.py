@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saebench.config import TrainConfig
 from saebench.saes.base import Batch
 from saebench.saes.topk import TopKSAE, TopKSpec
 from saebench.training.optimizer import learning_rate, make_optimizer, optimizer_step, peak_learning_rate
+from saebench.training.settings import TrainConfig
 
 
 def config(**settings):

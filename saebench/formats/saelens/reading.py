@@ -9,18 +9,19 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from saebench.config import SaeSpec
+from saebench.core.bounds import AtLeast
 from saebench.core.errors import UserError
 from saebench.core.files import read_json
-from saebench.core.settings import at_least, from_flat
+from saebench.core.settings import Settings, from_flat
 from saebench.formats import folding
 from saebench.formats.folding import Weights
 from saebench.formats.foreign import Foreign, read_tensors
 from saebench.formats.saelens.names import CONFIG_FILE, SCALE_FILE, WEIGHTS_FILE
+from saebench.saes.spec import SaeSpec
 
 FINE_TUNED = "scaling_factor"
 """A tensor in some old files; all ones unless the SAE was fine-tuned."""
@@ -44,23 +45,20 @@ _ORIGIN = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Config:
+class _Config(Settings):
     """The settings in ``cfg.json`` on which it depends what an SAE computes, with the defaults of 6.54."""
 
     architecture: str
-    d_in: int
-    d_sae: int
+    d_in: Annotated[int, AtLeast(1)]
+    d_sae: Annotated[int, AtLeast(1)]
     apply_b_dec_to_input: bool = True
     normalize_activations: str = "none"
     k: float | None = None
     rescale_acts_by_decoder_norm: bool | None = None
-    residual_threshold: float = 1e-2
+    residual_threshold: Annotated[float, AtLeast(0)] = 1e-2
     max_iterations: int | None = None
     stop_on_duplicate_support: bool = True
     metadata: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        at_least(self, d_in=1, d_sae=1, residual_threshold=0)
 
     @property
     def chooses_by_norm(self) -> bool:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saebench.config import StoreExportConfig
 from saebench.core.errors import UserError
 from saebench.core.files import (
     TEMPORARY_SUFFIX,
@@ -22,6 +21,7 @@ from saebench.core.files import (
 )
 from saebench.core.settings import accepts_settings
 from saebench.store.feature_spec import feature_numbers
+from saebench.store.settings import StoreExportConfig
 
 if TYPE_CHECKING:
     from saebench.store.query import FeatureStore

@@ -12,7 +12,7 @@ from saebench.activations.loader import Loader
 from saebench.core.errors import UserError
 from saebench.saes.topk import TopKSAE
 from saebench.training import sweep, train
-from saebench.training.sweep import parse_grid, plan, settle, words_of
+from saebench.training.grid import parse_grid, plan, settle, words_of
 
 GRID = {"k": [3, 4], "lr": [1e-3, 3e-3]}
 

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from saebench.config import SaeSpec, TrainConfig, architecture
 from saebench.core.errors import UserError
 from saebench.core.settings import from_flat, whole_number
+from saebench.saes.registry import architecture
+from saebench.saes.spec import SaeSpec
+from saebench.training.settings import TrainConfig
 
 Plan = tuple[TrainConfig, SaeSpec]
 Grid = dict[str, list[Any]]

@@ -1,0 +1,106 @@
+"""Settings of harvesting and importing activations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from saebench.core.bounds import AtLeast
+from saebench.core.errors import UserError
+from saebench.core.settings import Settings
+
+StoredDtype = Literal["bf16", "fp16", "fp32"]
+
+DEMO_HOOK = "blocks.2.hook_resid_post"
+MAX_SHARDS = 8192
+"""Shards of a column; a reader maps each, and Linux gives a process 65,530 mappings for all columns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestConfig(Settings):
+    """Run a model over text and keep its activations at one or more hooks."""
+
+    out: Path
+    """Directory of the activation cache."""
+    model: str = "demo"
+    """'demo', 'smollm2', a local Hugging Face folder, or a hub name."""
+    text: str = "sotu"
+    """'sotu', a local .txt, .jsonl or .parquet file, or the hub name of a data set."""
+    hook: tuple[str, ...] = (DEMO_HOOK,)
+    """Where to read activations, TransformerLens name; repeat for several hooks in one pass."""
+    tokens: Annotated[int, AtLeast(1)] = 2_000_000
+    """Rows to keep for each hook (one row is one token); fewer when the text ends first."""
+    ctx: Annotated[int, AtLeast(2)] = 128
+    """Tokens in a context."""
+    gradients: bool = False
+    """Also keep the gradient of the model's loss at every row; a gradient SAE needs it."""
+    dtype: StoredDtype = "bf16"
+    """Type in which activations are stored (and gradients, which are bf16 where these are fp16)."""
+    batch_size: Annotated[int, AtLeast(1)] = 32
+    """Contexts in one forward pass."""
+    keep_first: bool = False
+    """Keep position 0 of every context (an attention sink of huge norm in most models)."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Begin every context with the BOS token; 'auto' does what the model's tokenizer does by itself."""
+    revision: str | None = None
+    """Revision of a model from the hub."""
+    column: str = "text"
+    """Column of the text that holds the documents."""
+    split: str = "train"
+    """Split of a data set from the hub."""
+    shard_rows: int = 65_536
+    """Rows in a shard file; a multiple of 32,768."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda' or 'cuda:1'."""
+    quiet: bool = False
+    """No progress display."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradients and not self.keep_first and self.ctx == 2:
+            raise UserError(
+                "--ctx 2 leaves no row with a gradient: position 0 is dropped and the last one predicts "
+                "nothing; raise --ctx or pass --keep-first"
+            )
+        if not self.hook:
+            raise UserError("no hook was named; pass --hook, for example --hook blocks.2.hook_resid_post")
+        if len(set(self.hook)) != len(self.hook):
+            raise UserError(f"--hook names the same hook twice: {', '.join(self.hook)}")
+        _check_shard_rows(self.shard_rows)
+        if self.tokens > MAX_SHARDS * self.shard_rows:
+            enough = 32_768 * math.ceil(self.tokens / MAX_SHARDS / 32_768)
+            raise UserError(
+                f"{self.tokens:,} tokens in shards of {self.shard_rows:,} rows are more files than one "
+                f"process can map; pass --shard-rows {enough}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig(Settings):
+    """Make an activation cache of an array that exists already."""
+
+    source: Path
+    """A .npy file or a .safetensors file with one tensor, of shape [n, d_in]."""
+    out: Path
+    """Directory of the activation cache."""
+    gradients: Path | None = None
+    """A file of the same kind and shape: the gradient of the model's loss at each row."""
+    hook: str = "imported"
+    """The name under which the rows are found again."""
+    dtype: StoredDtype | None = None
+    """Type in which to store; by default the array's own when it is one of these, else fp32."""
+    shard_rows: int = 65_536
+    """Rows in a shard file; a multiple of 32,768."""
+    quiet: bool = False
+    """No progress display."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_shard_rows(self.shard_rows)
+
+
+def _check_shard_rows(shard_rows: int) -> None:
+    if shard_rows < 1 or shard_rows % 32_768:
+        raise UserError(f"shard_rows is {shard_rows}; it must be a multiple of 32,768")

@@ -1,0 +1,48 @@
+"""Settings of the synthetic suite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from saebench.core.bounds import AtLeast
+from saebench.core.errors import UserError
+from saebench.core.settings import Settings
+from saebench.saes.registry import ALIASES, ARCHITECTURES
+
+SyntheticData = Literal["tree", "zipf", "readout", "superposition"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthConfig(Settings):
+    """Train SAEs on data whose features are known, compare them with the truth, test the papers' claims."""
+
+    out: Path = Path("synth")
+    """Directory for the data, the runs and the results; run again to go on after an interruption."""
+    full: bool = False
+    """The whole suite: more rows, and all nine levels of the tree; about an hour on 2 CPU cores."""
+    data: tuple[SyntheticData, ...] = ("tree", "zipf", "readout", "superposition")
+    """Which data; repeat for several."""
+    architectures: tuple[str, ...] = ()
+    """Which architectures; repeat for several. All by default."""
+    seeds: Annotated[int, AtLeast(1)] = 3
+    """SAEs of each kind, which differ in their initial weights."""
+    tokens: Annotated[int | None, AtLeast(10_000)] = None
+    """Rows to train each SAE on; by default what the suite takes for each data."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda' or 'cuda:1'."""
+    quiet: bool = False
+    """No progress display."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.architectures:
+            if ALIASES.get(name, name) not in ARCHITECTURES:
+                known = ", ".join(ARCHITECTURES)
+                raise UserError(f"--architectures {name} is not an architecture; there is {known}")
+        for flag, values in (("data", self.data), ("architectures", self.architectures)):
+            if len(set(values)) != len(values):
+                raise UserError(f"--{flag} names the same thing twice: {', '.join(values)}")
+        if not self.data:
+            raise UserError("no data was named; leave --data out for all of them")

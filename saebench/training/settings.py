@@ -1,0 +1,82 @@
+"""Settings of a training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from saebench.core.bounds import Above, AtLeast, Seed
+from saebench.core.errors import UserError
+from saebench.core.settings import Settings
+from saebench.saes.registry import ALIASES, ARCHITECTURES
+
+ComputeDtype = Literal["auto", "bf16", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Settings):
+    """Train a sparse autoencoder on cached activations."""
+
+    cache: Path
+    """Directory of the activation cache."""
+    out: Path
+    """Directory of the run."""
+    hook: str | None = None
+    """Which hook of the cache; the first by default."""
+    sae: str = "topk"
+    """Architecture."""
+    tokens: Annotated[int, AtLeast(1)] = 5_000_000
+    """Rows to train on, over as many epochs as that takes."""
+    batch_size: Annotated[int, AtLeast(1)] = 4096
+    """Rows in a step."""
+    lr: Annotated[float | Literal["auto"], Above(0)] = "auto"
+    """Peak learning rate; 'auto' goes by width: 1.6e-3 / sqrt(d_sae / 4096)."""
+    warmup: Annotated[float, AtLeast(0)] = 0.05
+    """Share of the steps in which the learning rate rises from 0."""
+    decay: Annotated[float, AtLeast(0)] = 0.3
+    """Share of the steps, at the end, in which it falls to 0."""
+    grad_clip: Annotated[float, AtLeast(0)] = 1.0
+    """Largest norm of the whole gradient; 0 switches clipping off."""
+    normalize: bool = True
+    """Train on inputs of unit mean variance per dimension; folded into the saved weights."""
+    seed: Seed = 0
+    """Seeds the initial weights, and the order of the rows unless order_seed does."""
+    order_seed: Seed | None = None
+    """Seeds the order of the rows; by default the seed does."""
+    sweep: tuple[str, ...] = ()
+    """NAME=VALUE,VALUE,...: train one SAE for each value in one pass over the cache, each in a directory of
+    its own in --out; repeat for a grid, like --sweep sae=topk,relu --sweep k=16,32."""
+    dtype: ComputeDtype = "auto"
+    """Type of the matrix products; weights stay fp32. 'auto' is bf16 on a GPU and fp32 on a CPU."""
+    checkpoint_every: Annotated[int, AtLeast(1)] = 1000
+    """Steps between checkpoints."""
+    log_every: Annotated[int, AtLeast(1)] = 50
+    """Steps between lines of metrics."""
+    resume: bool = False
+    """Go on where an interrupted run of the same settings stopped."""
+    memory: Annotated[float, AtLeast(0.01)] = 1.0
+    """GiB of memory that the shuffling reader may use."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files into the run directory."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda' or 'cuda:1'."""
+    quiet: bool = False
+    """No progress display."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "sae", ALIASES.get(self.sae, self.sae))
+        if self.sae not in ARCHITECTURES:
+            raise UserError(f"--sae {self.sae} is not an architecture; there is {', '.join(ARCHITECTURES)}")
+        if self.tokens < self.batch_size:
+            raise UserError(
+                f"tokens is {self.tokens:,} but one step takes batch_size = {self.batch_size:,}; "
+                "lower --batch-size or raise --tokens"
+            )
+        if self.warmup + self.decay > 1:
+            raise UserError(
+                f"warmup {self.warmup} and decay {self.decay} are shares of one run and exceed it"
+            )
