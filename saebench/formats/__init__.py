@@ -39,7 +39,7 @@ def export_sae(config: ExportConfig) -> Translation:
         UserError: no finished SAE there, one that the format cannot hold, or a folder that is not empty.
     """
     from saebench.formats import saelens
-    from saebench.formats.origin import origin_of
+    from saebench.formats.saelens.origin import origin_of
     from saebench.saes.base import load
 
     sae = load(config.run)
