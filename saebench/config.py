@@ -6,9 +6,13 @@ Names imported from here still work in this version, with a DeprecationWarning.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, Literal
 
 from saebench.core.deprecation import warn_renamed
+
+ForeignFormat = Literal["saelens"]
+StoreFormat = Literal["parquet", "html", "delphi", "neuronpedia"]
+"""Types of settings whose values are the names of a registry now."""
 
 _HOMES = {
     "ALIASES": "saebench.saes.registry",
@@ -23,7 +27,6 @@ _HOMES = {
     "EvalConfig": "saebench.evaluation.settings",
     "ExplainConfig": "saebench.explaining.settings",
     "ExportConfig": "saebench.formats.settings",
-    "ForeignFormat": "saebench.formats.settings",
     "HarvestConfig": "saebench.activations.settings",
     "ImportConfig": "saebench.activations.settings",
     "ImportSaeConfig": "saebench.formats.settings",
@@ -32,7 +35,6 @@ _HOMES = {
     "RebuildConfig": "saebench.store.settings",
     "SaeSpec": "saebench.saes.spec",
     "StoreExportConfig": "saebench.store.settings",
-    "StoreFormat": "saebench.store.settings",
     "StoredDtype": "saebench.activations.settings",
     "SynthConfig": "saebench.synth.settings",
     "SyntheticData": "saebench.synth.settings",

@@ -93,7 +93,7 @@ def test_every_field_says_what_it_is(config_class: type) -> None:
         (TrainConfig, {"lr": float("nan")}, "lr is nan; it must be 'auto' or above 0"),
         (TrainConfig, {"warmup": float("nan")}, "warmup is nan; it must be at least 0"),
         (TrainConfig, {"warmup": 0.9}, "warmup 0.9 and decay 0.3 are shares of one run and exceed it"),
-        (TrainConfig, {"sae": "no such"}, "--sae no such is not an architecture; there is topk"),
+        (TrainConfig, {"sae": "no such"}, "--sae no such is not an SAE architecture; there is topk"),
         (EvalConfig, {"text": "a.txt"}, "--text a.txt needs a model to read it; add --model"),
         (EvalConfig, {"rows": "some"}, "'rows' in the file is 'some': input should be 'held-out' or 'all'"),
         (IndexConfig, {"seed": -1}, "seed is -1; it must be at least 0"),

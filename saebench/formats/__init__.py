@@ -1,4 +1,4 @@
-"""SAEs of other libraries: one file a format, both ways."""
+"""SAEs of other libraries, read and written: one package for each form, registered in registry.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from saebench.core.errors import UserError
 from saebench.core.files import is_leftover, require_writable
 from saebench.core.settings import accepts_settings
+from saebench.formats.registry import Format, formats
 from saebench.formats.settings import ExportConfig, ImportSaeConfig
 
 
@@ -38,22 +39,21 @@ def export_sae(config: ExportConfig) -> Translation:
     Raises:
         UserError: no finished SAE there, one that the format cannot hold, or a folder that is not empty.
     """
-    from saebench.formats import saelens
-    from saebench.formats.saelens.origin import origin_of
     from saebench.saes.base import load
 
+    form: Format = formats.load(config.format)
     sae = load(config.run)
-    written = saelens.convert(sae)
+    converted = form.convert(sae)
     _make_empty(config.out)
-    saelens.write(written, config.out, sae, origin_of(config.run))
+    form.write(converted, config.out, sae, config.run)
     return Translation(
         path=config.out,
         sae=sae.spec.name,
-        architecture=written.architecture,
+        architecture=converted.architecture,
         d_in=sae.d_in,
         d_sae=sae.d_sae,
         k=sae.k,
-        notes=(written.note,) if written.note else (),
+        notes=(converted.note,) if converted.note else (),
     )
 
 
@@ -70,9 +70,8 @@ def import_sae(config: ImportSaeConfig) -> Translation:
         UserError: no SAE there, a damaged one, one that none of ours computes, or a folder that is not
             empty.
     """
-    from saebench.formats import saelens
-
-    foreign = saelens.read(config.source, k=config.k)
+    form: Format = formats.load(config.format)
+    foreign = form.read(config.source, k=config.k)
     sae = foreign.build(source=str(config.source))
     origin = {"format": config.format, **foreign.facts}
     _make_empty(config.out)

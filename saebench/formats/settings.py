@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from saebench.core.bounds import AtLeast
 from saebench.core.settings import Settings
-
-ForeignFormat = Literal["saelens"]
+from saebench.formats.registry import formats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +19,14 @@ class ExportConfig(Settings):
     """A run directory, or a folder with sae.json and sae.safetensors."""
     out: Path
     """Directory to write; it must be empty or not exist."""
-    format: ForeignFormat = "saelens"
-    """Whose form: 'saelens'."""
+    format: str = "saelens"
+    """Whose form: 'saelens', or one that another installed package adds."""
     quiet: bool = False
     """No progress display, as everywhere; an export has none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        formats.canonical(self.format, flag="--format")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +37,13 @@ class ImportSaeConfig(Settings):
     """The other library's folder."""
     out: Path
     """Directory to write; it must be empty or not exist."""
-    format: ForeignFormat = "saelens"
-    """Whose form: 'saelens'."""
+    format: str = "saelens"
+    """Whose form: 'saelens', or one that another installed package adds."""
     k: Annotated[int | None, AtLeast(1)] = None
     """Active latents a token, for an SAE that does not say it (a note: what is computed stays the same)."""
     quiet: bool = False
     """No progress display, as everywhere; an import has none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        formats.canonical(self.format, flag="--format")

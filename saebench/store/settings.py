@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from saebench.core.bounds import AtLeast, Seed
 from saebench.core.errors import UserError
 from saebench.core.settings import Settings
-
-StoreFormat = Literal["parquet", "html", "delphi", "neuronpedia"]
+from saebench.store.export_registry import store_exports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +85,9 @@ class StoreExportConfig(Settings):
     """Directory of the feature store."""
     out: Path
     """Directory to write; it must be empty or not exist."""
-    format: StoreFormat = "parquet"
-    """'parquet' (the tables), 'html' (one page), 'delphi' (its latent cache), 'neuronpedia' (its JSON)."""
+    format: str = "parquet"
+    """'parquet' (the tables), 'html' (one page), 'delphi' (its latent cache), 'neuronpedia' (its JSON),
+    or one that another installed package adds."""
     sae: str | None = None
     """Which SAE of the store; the first by default."""
     features: tuple[str | int, ...] = ()
@@ -99,5 +99,6 @@ class StoreExportConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        store_exports.canonical(self.format, flag="--format")
         if self.features and self.list is not None:
             raise UserError(f"both features and the list {self.list!r} were named; give one of them")

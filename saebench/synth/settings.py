@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from saebench.core.bounds import AtLeast
 from saebench.core.errors import UserError
 from saebench.core.settings import Settings
-from saebench.saes.registry import ALIASES, ARCHITECTURES
+from saebench.saes.registry import architectures
 
 SyntheticData = Literal["tree", "zipf", "readout", "superposition"]
 
@@ -38,9 +38,7 @@ class SynthConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.architectures:
-            if ALIASES.get(name, name) not in ARCHITECTURES:
-                known = ", ".join(ARCHITECTURES)
-                raise UserError(f"--architectures {name} is not an architecture; there is {known}")
+            architectures.canonical(name, flag="--architectures")
         for flag, values in (("data", self.data), ("architectures", self.architectures)):
             if len(set(values)) != len(values):
                 raise UserError(f"--{flag} names the same thing twice: {', '.join(values)}")

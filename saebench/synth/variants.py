@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saebench.core.settings import from_flat
-from saebench.saes.registry import ALIASES, ARCHITECTURES, architecture
+from saebench.saes.registry import ARCHITECTURES, architecture, architectures
 from saebench.saes.spec import SaeSpec
 from saebench.synth.data import DataSet
 
@@ -44,7 +44,7 @@ def variants(names: Sequence[str], data: DataSet) -> list[Variant]:
     of at most k picks is trained beside it. All other settings are the defaults: nothing is tuned.
     """
     made = []
-    for name in dict.fromkeys(ALIASES.get(name, name) for name in names or ARCHITECTURES):
+    for name in dict.fromkeys(map(architectures.canonical, names or ARCHITECTURES)):
         sae_class = architecture(name)
         if sae_class.uses_gradients:
             if data.world.readout_weights() is not None:

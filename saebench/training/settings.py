@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from saebench.core.bounds import Above, AtLeast, Seed
 from saebench.core.errors import UserError
 from saebench.core.settings import Settings
-from saebench.saes.registry import ALIASES, ARCHITECTURES
+from saebench.saes.registry import architectures
 
 ComputeDtype = Literal["auto", "bf16", "fp32"]
 
@@ -68,9 +68,7 @@ class TrainConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "sae", ALIASES.get(self.sae, self.sae))
-        if self.sae not in ARCHITECTURES:
-            raise UserError(f"--sae {self.sae} is not an architecture; there is {', '.join(ARCHITECTURES)}")
+        object.__setattr__(self, "sae", architectures.canonical(self.sae, flag="--sae"))
         if self.tokens < self.batch_size:
             raise UserError(
                 f"tokens is {self.tokens:,} but one step takes batch_size = {self.batch_size:,}; "

@@ -219,5 +219,5 @@ def test_the_threshold_is_saved_and_scaled_with_the_codes(tmp_path):
 def test_batchtopk_is_another_name_for_it():
     assert architecture("batchtopk") is MutualChoiceSAE
     assert TrainConfig(cache="c", out="o", sae="batchtopk").sae == "mutual-choice"
-    with pytest.raises(UserError, match="--sae batchk is not an architecture"):
+    with pytest.raises(UserError, match="--sae batchk is not an SAE architecture"):
         TrainConfig(cache="c", out="o", sae="batchk")

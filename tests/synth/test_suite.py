@@ -108,7 +108,7 @@ def test_an_sae_that_diverges_is_told_and_the_rest_is_measured(tmp_path, monkeyp
         ({"tokens": 20_000}, "made with tokens 10000 and this call says 20000; choose another --out"),
         ({"data": ("zipf", "wood")}, 'Invalid value "wood" for --data'),
         ({"data": ("zipf", "zipf")}, "--data names the same thing twice: zipf, zipf"),
-        ({"architectures": ("sparse",)}, "--architectures sparse is not an architecture; there is topk"),
+        ({"architectures": ("sparse",)}, "--architectures sparse is not an SAE architecture; there is topk"),
         ({"seeds": 0}, "seeds is 0; it must be at least 1"),
         ({"tokens": 999}, "tokens is 999; it must be at least 10000"),
     ],

@@ -5,7 +5,7 @@ Shapes: M = d_sae latents, D = d_in. SAELens keeps ``W_enc`` [D, M].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from saebench.core.errors import UserError
 from saebench.core.files import write_bytes_atomic, write_json_atomic
 from saebench.core.settings import to_flat
 from saebench.formats.saelens.names import CONFIG_FILE, VERSION, WEIGHTS_FILE
+from saebench.formats.saelens.origin import origin_of
 from saebench.saes.base import SAE
 
 
@@ -43,8 +44,8 @@ def convert(sae: SAE) -> Written:
     return _WRITERS[sae.spec.name](sae)
 
 
-def write(written: Written, directory: Path, sae: SAE, metadata: Mapping[str, Any]) -> None:
-    """Write the folder of a converted ``sae``; ``metadata`` says what it was trained on."""
+def write(written: Written, directory: Path, sae: SAE, run: Path) -> None:
+    """Write the folder of a converted ``sae``; ``run`` says what it was trained on."""
     from safetensors.torch import save as serialize
 
     config = {
@@ -62,7 +63,7 @@ def write(written: Written, directory: Path, sae: SAE, metadata: Mapping[str, An
             "sae_lens_training_version": None,
             "training_architecture": written.trained_as or written.architecture,
             "training_architecture_details": to_flat(sae.spec),
-            **metadata,
+            **origin_of(run),
         },
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in written.tensors.items()}

@@ -1,9 +1,8 @@
-"""What a store knows of an SAE, in forms that others read: one file a format."""
+"""Exports of feature stores: one file for each form, registered in saebench/store/export_registry.py."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from saebench.core.files import (
     sync_directory,
 )
 from saebench.core.settings import accepts_settings
+from saebench.store.export_registry import StoreExporter, store_exports
 from saebench.store.feature_spec import feature_numbers
 from saebench.store.settings import StoreExportConfig
 
@@ -58,12 +58,12 @@ def export_store(config: StoreExportConfig) -> StoreExport:
     """
     from saebench.store.query import open_store
 
-    module = importlib.import_module(f"saebench.store.exports.{config.format}")
+    exporter: StoreExporter = store_exports.load(config.format)
     with open_store(config.store, config.sae) as store:
         features = chosen_features(store, config)
-        module.check(store, features)
+        exporter.check(store, features)
         with new_directory(config.out) as directory:
-            notes: tuple[str, ...] = module.write(store, features, directory)
+            notes = exporter.write(store, features, directory)
             found = sorted(path for path in directory.rglob("*") if path.is_file())
             files = tuple(str(path.relative_to(directory)) for path in found)
             n_bytes = sum(path.stat().st_size for path in found)

@@ -326,7 +326,7 @@ def test_a_full_disk_leaves_nothing(store, tmp_path, monkeypatch, format):
         ({"features": [1], "list": "mine"}, "both features and the list 'mine'"),
         ({"list": "other"}, "there is no list 'other'; there is mine"),
         ({"sae": "smal"}, "did you mean small"),
-        ({"format": "csv"}, "'format' in the call of export_store is 'csv'"),
+        ({"format": "csv"}, "--format csv is not a form of store exports; there is parquet, html"),
         ({"store": "nowhere"}, "not a feature store"),
     ],
 )
