@@ -271,7 +271,8 @@ def _flags(arguments: Sequence[Any]) -> str:
     rows = []
     for argument in arguments:
         default = argument.field_info.default
-        named = ", ".join(f"`{name}`" for name in argument.names if not name.startswith("--no-"))
+        negative = default is True  # what is on by default is switched off with --no-...
+        named = ", ".join(f"`{name}`" for name in argument.names if name.startswith("--no-") == negative)
         required = default is inspect.Parameter.empty
         shown = "required" if required else _default(default)
         rows.append((named or f"`{argument.name}`", shown, _prose(argument.parameter.help or "")))

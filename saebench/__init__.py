@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from saebench.store.query import FeatureStore
     from saebench.training import sweep, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "ActivationCache": "saebench.activations.cache",

@@ -1,8 +1,8 @@
-"""The README's tables of what a GPU takes, from the newest results in kernels/saebench_kernels/results/.
+"""The tables of GPU times in the documentation, from the newest results in kernels/saebench_kernels/results/.
 
     python -m saebench.bench.results [kernels/saebench_kernels/results/FILE.json]
 
-writes them into README.md, between two comments.
+writes them into docs/performance.md, between two comments.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from saebench.core.errors import UserError
 from saebench.core.files import read_json, write_bytes_atomic
 
 RESULTS = Path("kernels/saebench_kernels/results")
+PAGE = Path("docs/performance.md")
 BEGIN, END = "<!-- saebench bench: begin -->", "<!-- saebench bench: end -->"
 MET = {None: "", True: "met", False: "missed"}
 _SAME = ("saebench", "torch", "triton")
@@ -53,20 +54,19 @@ def rewrite(text: str, made: str) -> str:
         UserError: the comments are not there, once each and in their order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
-        raise UserError(f"README.md needs the lines {BEGIN} and {END}, once each and in this order")
+        raise UserError(f"{PAGE} needs the lines {BEGIN} and {END}, once each and in this order")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     return f"{before}{BEGIN}\n{made + chr(10) if made else ''}{END}{after}"
 
 
 def main(words: list[str]) -> None:
-    """Render the named or the newest results into the README of the working directory."""
+    """Render the named or the newest results into docs/performance.md of the working directory."""
     path = Path(words[0]) if words else newest(RESULTS)
     if path is None:
         raise UserError(f"there is no JSON in {RESULTS}; make one with saebench bench --out")
-    readme = Path("README.md")
-    text = rewrite(readme.read_text(encoding="utf-8"), render(_read(path)))
-    write_bytes_atomic(readme, text.encode())
+    text = rewrite(PAGE.read_text(encoding="utf-8"), render(_read(path)))
+    write_bytes_atomic(PAGE, text.encode())
 
 
 def _read(path: Path) -> dict[str, Any]:

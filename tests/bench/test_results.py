@@ -1,4 +1,4 @@
-"""The README's tables are those of the newest results, and nothing else."""
+"""The tables in docs/performance.md show the newest results of the GPU bench."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from saebench.core.errors import UserError
 from saebench.core.files import write_json_atomic
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / results.PAGE).read_text(encoding="utf-8")
 
 
 def timing(milliseconds):
@@ -40,13 +40,13 @@ def report(date="2026-01-02T03:04:05+00:00"):
     ).as_json()  # fmt: skip
 
 
-def test_the_readme_shows_the_newest_results():
+def test_performance_page_shows_newest_results():
     path = results.newest(ROOT / results.RESULTS)
     made = "" if path is None else results.render(json.loads(path.read_text(encoding="utf-8")))
-    assert results.rewrite(README, made) == README, "run python -m saebench.bench.results"
+    assert results.rewrite(PAGE, made) == PAGE, "run python -m saebench.bench.results"
 
 
-def test_all_that_was_measured_is_shown():
+def test_every_row_and_ratio_is_shown():
     lines = results.render(report()).splitlines()
     assert lines[0].startswith(
         "One a card, 2026-01-02, commit `abc`; saebench 1, torch 2, sae-lens 6. Batches"
@@ -57,10 +57,11 @@ def test_all_that_was_measured_is_shown():
     assert "| slow / topk | 3.50 (at least 3.6: missed) |  |" in lines
 
 
-def test_the_newest_counts_and_what_was_there_goes(tmp_path, monkeypatch):
+def test_newest_results_replace_what_was_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n"
-    (tmp_path / "README.md").write_text(text)
+    (tmp_path / results.PAGE).parent.mkdir()
+    (tmp_path / results.PAGE).write_text(text)
     with pytest.raises(UserError, match="no JSON in"):
         results.main([])
     (tmp_path / results.RESULTS).mkdir(parents=True)
@@ -70,21 +71,21 @@ def test_the_newest_counts_and_what_was_there_goes(tmp_path, monkeypatch):
     write_json_atomic(tmp_path / results.RESULTS / "b.json", older)
     for _ in range(2):
         results.main([])
-        made = (tmp_path / "README.md").read_text()
+        made = (tmp_path / results.PAGE).read_text()
         assert made == f"before\n{results.BEGIN}\n{results.render(newer)}\n{results.END}\nafter\n"
     results.main([str(results.RESULTS / "b.json")])
-    assert "an older card" in (tmp_path / "README.md").read_text()
+    assert "an older card" in (tmp_path / results.PAGE).read_text()
 
 
 @pytest.mark.parametrize(
     "text", ["", results.BEGIN, f"{results.END}{results.BEGIN}", 2 * (results.BEGIN + results.END)]
 )
-def test_without_its_place_nothing_is_written(text):
+def test_page_without_markers_is_refused(text):
     with pytest.raises(UserError, match="once each"):
         results.rewrite(text, "x")
 
 
-def test_another_json_is_refused(tmp_path):
+def test_json_that_is_not_a_report_is_refused(tmp_path):
     wrong = copy.deepcopy(report())
     del wrong["ratios"]
     write_json_atomic(tmp_path / "a.json", wrong)
