@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.store import publish
-from saebench.store.explanations import KEY, replace_explanations
+from saebench.store.explanation_tables import KEY, replace_explanations
 from saebench.store.extras import publish_extra
 from saebench.store.schema import EXPL_ITEM, EXPL_SCORE, EXPLANATION, Table
 

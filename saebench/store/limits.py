@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 LONGEST_PATTERN = 500
 
 
+class TimeLimitError(UserError):
+    """A query was stopped because it reached the time limit."""
+
+
 @contextlib.contextmanager
 def time_limit(cursor: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[None]:
-    """Interrupt what ``cursor`` runs in the body once ``seconds`` are over.
+    """Interrupt what ``cursor`` runs in the body after ``seconds``.
 
     Raises:
-        UserError: they were.
+        TimeLimitError: it was interrupted.
     """
     import duckdb
 
@@ -36,7 +40,7 @@ def time_limit(cursor: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[No
     try:
         yield
     except duckdb.InterruptException:
-        raise UserError(
+        raise TimeLimitError(
             f"the question took longer than {seconds:g} s and was stopped; ask for less, "
             "or set the store's time_limit to more"
         ) from None

@@ -96,7 +96,7 @@ def test_whatever_a_column_holds_is_shown(visit: Visit, small_store: Path) -> No
 def test_a_question_that_takes_too_long_is_stopped(
     visit: Visit, small_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saebench.store.query.FeatureStore.time_limit", 0.2)
+    monkeypatch.setattr("saebench.store.connection.StoreConnection.time_limit", 0.2)
     query = "SELECT count(*) FROM range(100000000) a, range(100000) b WHERE hash(a.range + b.range) = 1"
     app = visit(small_store, "sql", query=query)
     refused = shown(app, "refused")

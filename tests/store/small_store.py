@@ -101,12 +101,15 @@ def small_options(**changes: object) -> Options:
     return Options(**settings | changes)
 
 
-def build_small_store(path: Path, *, text: bool = True, name: str = "small", seed: int = 0) -> Path:
+def build_small_store(
+    path: Path, *, text: bool = True, name: str = "small", seed: int = 0, metrics: Path | None = None
+) -> Path:
     """Build the small world's store at ``path``, or add an SAE of random weights ``seed`` to it."""
     build_store(
         Path(path), small_sae(seed), SmallCache(text=text), small_options(name=name),
         W_U_DV=small_unembedding() if text else None,
         no_logits="" if text else "the cache has no tokens, so there is nothing to name logits by",
         evaluation={"sae": "topk", "d_sae": D_SAE, "k": K, "explained_variance": 0.5, "l0": 4.0},
+        metrics=metrics,
     )  # fmt: skip
     return Path(path)

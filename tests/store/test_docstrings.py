@@ -8,17 +8,14 @@ import importlib
 import pytest
 
 import saebench as sb
-from saebench.store import intervals, open_store
+from saebench.store import FeatureStore, intervals, open_store
 from saebench.store.annotations import Annotations
-from saebench.store.cross_sae import CrossSaeQueries
-from saebench.store.drilldown import DrillDown
 from tests.store.small_store import build_small_store
 
 EXAMPLES = [
     test
     for thing in (
-        DrillDown,
-        CrossSaeQueries,
+        FeatureStore,
         Annotations,
         sb.export_store,
         intervals.wilson,
@@ -31,12 +28,15 @@ EXAMPLES = [
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    with open_store(build_small_store(tmp_path_factory.mktemp("examples") / "store")) as opened:
+    directory = tmp_path_factory.mktemp("examples")
+    metrics = directory / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n')
+    with open_store(build_small_store(directory / "store", metrics=metrics)) as opened:
         yield opened
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) >= 11
+    assert len(EXAMPLES) >= 30
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda test: test.name)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from saebench.core.errors import UserError
 from saebench.store import open_store
 from saebench.store.build import build_store
-from saebench.store.drilldown import PLACE_ORDERS, TOKEN_ORDERS
-from saebench.store.limits import LONGEST_PATTERN, check_pattern, time_limit
+from saebench.store.limits import LONGEST_PATTERN, TimeLimitError, check_pattern, time_limit
+from saebench.store.readers.activations import ACTIVATION_ORDERS
+from saebench.store.readers.summaries import TOKEN_FEATURE_ORDERS
 from saebench.store.text import token_text
 from tests.store.small_store import D_SAE, N_CONTEXTS, VOCAB, SmallCache, small_options, small_sae
 
@@ -58,7 +59,7 @@ bounds = st.tuples(st.floats(-1, 25, width=32), st.floats(-1, 25, width=32)).map
 
 @settings(max_examples=30, deadline=None)
 @given(feature=features, between=bounds, token=st.sampled_from([None, *TEXTS, 7]),
-       limit=st.integers(0, 30) | st.none(), order=st.sampled_from(sorted(PLACE_ORDERS)))  # fmt: skip
+       limit=st.integers(0, 30) | st.none(), order=st.sampled_from(sorted(ACTIVATION_ORDERS)))  # fmt: skip
 def test_activations_filtered(store, truth, contexts, feature, between, token, limit, order):
     def wanted_token(ctx, pos):
         at = contexts[ctx]["tokens"][pos]
@@ -82,6 +83,7 @@ def test_examples_are_drawn_from_the_interval(store, truth, contexts, feature, b
     inside = {at: v for at, v in truth[feature].items() if between[0] <= v <= between[1]}
     assert len(drawn) == min(n, len(inside))
     assert drawn["value"].is_monotonic_decreasing
+    labels = dict(store.sql("SELECT doc, label FROM document").itertuples(index=False, name=None))
     places = list(zip(drawn["ctx"], drawn["pos"], strict=True))
     assert len(set(places)) == len(places)
     again = store.examples_between(feature, *between, n=n, seed=seed, window=window)
@@ -89,7 +91,7 @@ def test_examples_are_drawn_from_the_interval(store, truth, contexts, feature, b
     for row in drawn.itertuples():
         context = contexts[row.ctx]
         assert inside[row.ctx, row.pos] == row.value
-        assert (row.doc, row.label) == (context["docs"][row.pos], store._labels([row.doc])[row.doc])
+        assert (row.doc, row.label) == (context["docs"][row.pos], labels[row.doc])
         stop = row.start + len(row.tokens)
         assert row.start <= row.pos < stop <= context["n_tokens"]
         assert len(row.tokens) == min(window, context["n_tokens"])
@@ -146,7 +148,7 @@ def test_what_fires_over_a_context(request, truth, kind):
             assert here["value"].is_monotonic_decreasing
 
 
-@pytest.mark.parametrize("order_by", sorted(TOKEN_ORDERS))
+@pytest.mark.parametrize("order_by", sorted(TOKEN_FEATURE_ORDERS))
 def test_features_on_a_token(store, truth, contexts, order_by):
     for token, text in enumerate(TEXTS):
         found = store.features_on(token, order_by=order_by, limit=None)
@@ -244,9 +246,9 @@ def test_what_explodes_is_stopped_and_the_next_question_answered(store):
 
 def test_a_scan_that_takes_too_long_says_why(store, monkeypatch):
     def stopped(*args, **kwargs):
-        raise UserError("the question took longer than 5 s and was stopped")
+        raise TimeLimitError("the question took longer than 5 s and was stopped")
 
-    monkeypatch.setattr(store, "_frame", stopped)
+    monkeypatch.setattr(store._connection, "frame", stopped)
     with pytest.raises(UserError, match="no table act_by_ctx and all of act was read; name some features"):
         store.firing_at(0, 1)
 

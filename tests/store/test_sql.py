@@ -170,7 +170,7 @@ def test_the_connection_itself_is_locked(store):
     """Should the check of the parsed query ever miss something, DuckDB refuses it as well."""
     import duckdb
 
-    connection = store._console._connection
+    connection = store._cross_sae.console._connection
     for query in (
         "SELECT * FROM read_csv('/etc/passwd')", "COPY sae.feature TO 'stolen.csv'", "ATTACH 'x.duckdb'",
         "DELETE FROM sae.act", "DROP TABLE sae2.act", "SET enable_external_access = true", "SET threads = 64",
@@ -191,7 +191,7 @@ def test_a_question_without_end_is_stopped(pair):
 
 def test_memory_is_bounded(store):
     query = "SELECT current_setting('memory_limit'), current_setting('temp_directory')"
-    assert store._console._connection.execute(query).fetchall() == [("1.0 GiB", "")]
+    assert store._cross_sae.console._connection.execute(query).fetchall() == [("1.0 GiB", "")]
 
 
 def test_negative_limits_are_refused(store):

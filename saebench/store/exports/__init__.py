@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from saebench.core.errors import UserError
 from saebench.core.files import (
@@ -87,7 +87,7 @@ def chosen_features(store: FeatureStore, config: StoreExportConfig) -> list[int]
     else:
         return None
     for feature in wanted:
-        store._known(feature)
+        store.require_feature(feature)
     return list(dict.fromkeys(wanted))
 
 
@@ -122,12 +122,3 @@ def new_directory(out: Path) -> Iterator[Path]:
             sync_directory(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def record_batches(
-    store: FeatureStore, query: str, values: list[Any], *, rows: int = 122_880
-) -> Iterator[Any]:
-    """An Arrow reader over the answer, in the order of the query, ``rows`` at a time."""
-    with store._reading(), store._cursor() as cursor:
-        yield cursor.sql(query, params=values).to_arrow_reader(rows)

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from saebench.core.errors import UserError
 from saebench.core.files import write_json_atomic
+from saebench.store.scan import read_contexts
 
 if TYPE_CHECKING:
     from saebench.store.query import FeatureStore
@@ -30,7 +32,7 @@ SPLITS = 5
 
 
 def check(store: FeatureStore, features: list[int] | None) -> None:
-    store._require("context")
+    store.require("context")
     largest = np.finfo(np.float16).max
     worst = store.features(
         ["feature", "max_act"], among=features, order_by="max_act", descending=True, limit=1
@@ -48,7 +50,7 @@ def write(store: FeatureStore, features: list[int] | None, directory: Path) -> t
     info = store.info()
     folder = directory / module_name(info["hook_name"])
     folder.mkdir()
-    tokens = _tokens(store)
+    tokens, lengths = _tokens(store)
     n_splits = min(info["d_sae"], max(SPLITS, math.ceil(info["n_activations"] / PER_SPLIT)))
     edges = [info["d_sae"] * i // n_splits for i in range(n_splits + 1)]
     for first, end in itertools.pairwise(edges):
@@ -68,11 +70,8 @@ def write(store: FeatureStore, features: list[int] | None, directory: Path) -> t
         "cache_ctx_len": ctx_len, "n_tokens": int(tokens.size), "n_splits": n_splits,
     })  # fmt: skip
     notes = ["delphi takes its tokenizer from model_name in config.json; change it to where yours is."]
-    lengths = store._rows("SELECT min(n_tokens), max(n_tokens) FROM txt.context")[0]
-    if lengths[0] != lengths[1]:
-        notes.append(
-            f"Contexts shorter than {lengths[1]} tokens end in token 0, which delphi takes for text."
-        )
+    if lengths.min() != lengths.max():
+        notes.append(f"Contexts shorter than {ctx_len} tokens end in token 0, which delphi takes for text.")
     return tuple(notes)
 
 
@@ -81,16 +80,13 @@ def module_name(hook: str) -> str:
     return re.sub(r"[^\w.-]", "_", hook).lstrip(".") or "hook"
 
 
-def _tokens(store: FeatureStore) -> np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]:
-    """[contexts, longest], uint16 where the vocabulary fits."""
-    n_contexts, longest = store._rows("SELECT count(*), max(n_tokens) FROM txt.context")[0]
-    dtype = np.uint16 if len(store._vocab) <= 2**16 else np.uint32
-    tokens = np.zeros((n_contexts, longest), dtype=dtype)
-    for start in range(0, n_contexts, 10_000):
-        query = "SELECT ctx, tokens FROM txt.context WHERE ctx BETWEEN ? AND ?"
-        for ctx, row in store._rows(query, [start, start + 9_999]):
-            tokens[ctx, : len(row)] = row
-    return tokens
+def _tokens(store: FeatureStore) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]:
+    """``(tokens, lengths)``: [contexts, longest], uint16 where the vocabulary fits, and [contexts]."""
+    tokens_X, _, lengths = read_contexts(store)
+    dtype = np.uint16 if len(store.vocab) <= 2**16 else np.uint32
+    tokens = np.zeros((len(lengths), lengths.max()), dtype=dtype)
+    tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = tokens_X
+    return tokens, lengths
 
 
 def _activations(store: FeatureStore, features: list[int] | None, first: int, end: int) -> tuple[Any, Any]:
@@ -100,8 +96,6 @@ def _activations(store: FeatureStore, features: list[int] | None, first: int, en
     if features is not None:
         query += " AND feature IN (SELECT unnest(?::UBIGINT[]))"
         values.append(features)
-    frame = store._frame(query, values)
-    latent = frame["feature"].to_numpy() - first
-    return np.stack([frame["ctx"].to_numpy(), frame["pos"].to_numpy(), latent], axis=1), frame[
-        "value"
-    ].to_numpy()
+    found = store.arrow(query, values)
+    ctx, pos, feature = (found[name].to_numpy().astype(np.int64) for name in ("ctx", "pos", "feature"))
+    return np.stack([ctx, pos, feature - first], axis=1), found["value"].to_numpy()

@@ -23,13 +23,13 @@ SHOWN_NEIGHBORS = 10
 
 
 def check(store: FeatureStore, features: list[int] | None) -> None:
-    store._require("context")
-    store._require("logit")
+    store.require("context")
+    store.require("logit")
 
 
 def write(store: FeatureStore, features: list[int] | None, directory: Path) -> tuple[str, ...]:
     info = store.info()
-    (ctx_len,) = store._rows("SELECT max(n_tokens) FROM txt.context")[0]
+    ctx_len = store.arrow("SELECT max(n_tokens) AS longest FROM txt.context")["longest"][0].as_py()
     wanted = range(info["d_sae"]) if features is None else features
     for number, start in enumerate(range(0, len(wanted), PER_BATCH)):
         write_json_atomic(directory / f"batch-{number}.json", {
@@ -96,8 +96,7 @@ def _activations(store: FeatureStore, feature: int, row: dict[str, Any]) -> list
 
 def _tenths(store: FeatureStore, feature: int) -> dict[str, tuple[float, float, float]]:
     """Group -> its smallest and largest activation, and the share of the firings in it."""
-    acts = [value for (value,) in store._rows(
-        "SELECT value FROM sae.act WHERE feature = ? ORDER BY value", [feature])]  # fmt: skip
+    acts = sorted(store.activations(feature)["value"].tolist())
     n, found = len(acts), {}
     for tenth, decile in enumerate(DECILES):
         low, high = -(-tenth * n // 10), -(-(tenth + 1) * n // 10)

@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saebench.store.exports import record_batches
-
 if TYPE_CHECKING:
     from saebench.store.query import FeatureStore
 
@@ -36,7 +34,7 @@ def write(store: FeatureStore, features: list[int] | None, directory: Path) -> t
             left_out.append(table)
             continue
         name = table if alias == "sae" or table != "meta" else f"{alias}_meta"
-        with record_batches(store, query, values) as reader:
+        with store.record_batches(query, values, rows=ROW_GROUP) as reader:
             path = directory / f"{name}.parquet"
             with pyarrow.parquet.ParquetWriter(path, reader.schema, compression="zstd") as writer:
                 for batch in reader:
@@ -46,12 +44,12 @@ def write(store: FeatureStore, features: list[int] | None, directory: Path) -> t
 
 def _tables(store: FeatureStore) -> list[tuple[str, str, set[str]]]:
     """(file, table, columns) of what is attached."""
-    rows = store._rows(
+    found = store.arrow(
         "SELECT database_name, table_name, list(column_name) FROM duckdb_columns() WHERE NOT internal "
         "AND database_name NOT IN ('memory', 'system', 'temp') GROUP BY ALL ORDER BY ALL"
     )
     return [
         (alias, table, set(columns))
-        for alias, table, columns in rows
+        for alias, table, columns in zip(*(column.to_pylist() for column in found.columns), strict=True)
         if _NAME.fullmatch(alias) and _NAME.fullmatch(table)
     ]

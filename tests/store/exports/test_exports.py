@@ -31,7 +31,7 @@ def store(tmp_path_factory):
 
 def rows_of(store, table, file):
     alias = "sae" if file == "sae" else "txt"
-    return store._rows(f"SELECT * FROM {alias}.{table}")
+    return store._connection.rows(f"SELECT * FROM {alias}.{table}")
 
 
 # Parquet

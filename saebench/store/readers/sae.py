@@ -1,0 +1,60 @@
+"""SaeReader: what holds for the SAE as a whole: what was indexed, and how it was trained."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from saebench.store.connection import StoreConnection
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class SaeReader:
+    """Owns the tables meta and train_metric."""
+
+    def __init__(self, connection: StoreConnection) -> None:
+        self._connection = connection
+
+    def info(self) -> dict[str, Any]:
+        """What was indexed and how much of it.
+
+        Keys: name, sae (architecture), d_in, d_sae, k, hook_name, model, text, n_tokens, n_contexts,
+        n_documents, n_activations, n_dead, n_dense, eval (the run's eval.json or None), missing (table ->
+        why it is absent, one sentence), sae_hash, cache_hash, generation.
+
+        >>> store.info()["sae"]
+        'topk'
+        """
+        dead, dense = self._n_dead_and_dense
+        generation = self._connection.manifest.generation
+        return {**self._connection.meta, "n_dead": dead, "n_dense": dense, "generation": generation}
+
+    @functools.cached_property
+    def _n_dead_and_dense(self) -> tuple[int, int]:
+        """Counted once: a generation does not change."""
+        query = "SELECT count(*) FILTER (dead), count(*) FILTER (dense) FROM sae.feature"
+        dead, dense = self._connection.rows(query)[0]
+        return int(dead), int(dense)
+
+    def train_metrics(self) -> pd.DataFrame:
+        """The metrics of the training run, one row per value. Columns step, name, value.
+
+        Raises:
+            UserError: a store without them; the sentence says why.
+        """
+        self._connection.require("train_metric")
+        return self._connection.frame("SELECT step, name, value FROM sae.train_metric ORDER BY step, name")
+
+    def metrics_wide(self) -> pd.DataFrame:
+        """The metrics of the training run, one row per reported step and one column per metric.
+
+        >>> store.metrics_wide()["step"].is_monotonic_increasing
+        True
+
+        Raises:
+            UserError: a store without them; the sentence says why.
+        """
+        wide = self.train_metrics().pivot(index="step", columns="name", values="value")
+        return wide.rename_axis(columns=None).reset_index()
