@@ -30,7 +30,7 @@ from saebench.activations.manifest import (
     LABELS_FILE,
     VOCAB_FILE,
     ColumnType,
-    read_manifest,
+    read_cache_manifest,
 )
 from saebench.activations.mapping import map_files
 from saebench.activations.shards import TORCH_DTYPES, check_shard, row_bytes, shard_path
@@ -47,7 +47,7 @@ class ActivationCache:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._manifest = read_manifest(self.path)
+        self._manifest = read_cache_manifest(self.path)
         self._tensors: dict[str, Tensor] = {}
         self._check_files()
 

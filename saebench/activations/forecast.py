@@ -5,8 +5,6 @@ Shapes: B contexts, T positions, V vocabulary.
 
 from __future__ import annotations
 
-import re
-
 import torch
 
 from saebench.activations.manifest import gradient_dtype
@@ -14,6 +12,7 @@ from saebench.activations.settings import HarvestConfig
 from saebench.activations.shards import row_bytes
 from saebench.core.files import human_bytes, require_disk
 from saebench.sources.gradients import LOGIT_BYTES
+from saebench.sources.hook_names import layer_of
 from saebench.sources.models import ModelInfo
 
 _FLOPS_PER_SECOND = {"cpu": 4e10, "cuda": 2e13}  # a core, a GPU
@@ -57,9 +56,9 @@ def _block_weights(info: ModelInfo) -> int:
 
 def _layers(config: HarvestConfig, info: ModelInfo) -> tuple[int, int]:
     """The first layer with a hook, and the number of layers that run."""
-    found = [re.match(r"blocks\.(\d+)", hook) for hook in config.hook]
-    first = min(int(match[1]) if match else 0 for match in found)
-    end = max(int(match[1]) + 1 if match else info.n_layers for match in found)
+    layers = [layer_of(hook) for hook in config.hook]
+    first = min(layer or 0 for layer in layers)
+    end = max(info.n_layers if layer is None else layer + 1 for layer in layers)
     return first, info.n_layers if config.gradients else end
 
 

@@ -11,23 +11,24 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from saebench.activations.batch_columns import (
+    activation_columns,
+    column_types,
+    context_columns,
+    require_finite,
+    row_columns,
+    stored_types,
+)
 from saebench.activations.cache import ActivationCache, open_cache, vocab_bytes
 from saebench.activations.forecast import forecast
 from saebench.activations.manifest import (
-    GRADIENT_PREFIX,
-    HOOK_PREFIX,
     LABELS_FILE,
     VOCAB_FILE,
-    ColumnType,
-    gradient_dtype,
 )
-from saebench.activations.packing import Batch, batches, pack
+from saebench.activations.packing import ContextBatch, batches, pack
 from saebench.activations.settings import HarvestConfig
-from saebench.activations.shards import TORCH_DTYPES
 from saebench.activations.writer import CacheWriter, inspect_target
 from saebench.core.device import pick_device
 from saebench.core.errors import UserError
@@ -37,7 +38,7 @@ from saebench.core.progress import progress
 from saebench.core.settings import accepts_settings
 from saebench.sources.models import Model, ModelInfo, load_model, peek_model
 from saebench.sources.text import Document, read_documents, text_fingerprint
-from saebench.sources.tokenizer import Tokens
+from saebench.sources.tokenizer import ModelTokenizer
 
 _BATCHES_AHEAD = 4
 
@@ -72,7 +73,7 @@ def harvest(config: HarvestConfig) -> ActivationCache:
     device = pick_device(config.device)
     fp16_gradients = config.gradients and config.dtype == "fp16"  # they underflow on their way back
     compute = "fp32" if device.type == "cpu" or fp16_gradients else config.dtype
-    tokens = Tokens(info)
+    tokens = ModelTokenizer(info)
     bos = _bos(config, info, tokens)
     if info.n_ctx is not None and config.ctx > info.n_ctx:
         raise UserError(
@@ -103,7 +104,7 @@ def harvest(config: HarvestConfig) -> ActivationCache:
         if state == "complete":  # another process finished it just now
             return open_cache(config.out)
         model = load_model(config.model, revision=config.revision, device=device, dtype=compute)
-        columns = _columns(config, model)
+        columns = column_types(config, model)
         with CacheWriter(
             config.out,
             kind="harvest",
@@ -127,7 +128,7 @@ def harvest(config: HarvestConfig) -> ActivationCache:
 def _write_rows(
     config: HarvestConfig,
     model: Model,
-    tokens: Tokens,
+    tokens: ModelTokenizer,
     bos: int | None,
     documents: Iterator[Document],
     writer: CacheWriter,
@@ -145,19 +146,19 @@ def _write_rows(
         contextlib.closing(batches_ahead) as made,
         progress("harvest", total=config.tokens, unit="tok", initial=kept, quiet=config.quiet) as bar,
     ):
-        pending: tuple[Batch, dict[str, Tensor]] | None = None
+        pending: tuple[ContextBatch, dict[str, Tensor]] | None = None
         for batch in made:
             last_document = max(last_document, *(int(context.docs.max()) for context in batch.contexts))
             first_context = writer.contexts.position
-            writer.contexts.append(_context_columns(batch))
+            writer.contexts.append(context_columns(batch))
             if writer.rows.position + batch.n_rows <= kept:
                 writer.rows.skip(batch.n_rows)
                 continue
-            computed = _compute(config, model, batch)
+            computed = activation_columns(config, model, batch)
             if pending is not None:
                 _store(config, writer, *pending)
                 bar.update(pending[0].n_rows)
-            pending = batch, {**computed, **_row_columns(batch, first_context)}
+            pending = batch, {**computed, **row_columns(batch, first_context)}
         if pending is not None:
             _store(config, writer, *pending)
             bar.update(pending[0].n_rows)
@@ -173,8 +174,12 @@ def _documents(config: HarvestConfig) -> Iterator[Document]:
 
 
 def _batches(
-    config: HarvestConfig, tokens: Tokens, bos: int | None, documents: Iterator[Document], labels: list[str]
-) -> Iterator[Batch]:
+    config: HarvestConfig,
+    tokens: ModelTokenizer,
+    bos: int | None,
+    documents: Iterator[Document],
+    labels: list[str],
+) -> Iterator[ContextBatch]:
     def labeled() -> Iterator[Document]:
         for document in documents:
             labels.append(document.label)
@@ -191,96 +196,16 @@ def _batches(
     )
 
 
-def _compute(config: HarvestConfig, model: Model, batch: Batch) -> dict[str, Tensor]:
-    """Columns [N, D] of every hook in the types they are stored in, still on the model's device."""
-    tokens_BT = torch.from_numpy(batch.tokens_BT)
-    index_N = torch.from_numpy(np.flatnonzero(batch.keep_BT)).to(model.device)
-    gradients: dict[str, Tensor] = {}
-    if config.gradients:
-        length_B = torch.tensor([len(context) for context in batch.contexts])
-        activations, gradients = model.gradients(tokens_BT, length_B, config.hook)
-    else:
-        activations = model.run_to(tokens_BT, config.hook)
-    found = {HOOK_PREFIX + hook: value for hook, value in activations.items()}
-    found |= {GRADIENT_PREFIX + hook: value for hook, value in gradients.items()}
-    return {
-        name: found[name].flatten(0, 1)[index_N].to(TORCH_DTYPES[dtype])
-        for name, dtype in _stored_types(config).items()
-    }
-
-
-def _stored_types(config: HarvestConfig) -> dict[str, str]:
-    """The columns of activations, then of gradients, and the type of each."""
-    types = {HOOK_PREFIX + hook: str(config.dtype) for hook in config.hook}
-    if config.gradients:
-        types |= {GRADIENT_PREFIX + hook: gradient_dtype(config.dtype) for hook in config.hook}
-    return types
-
-
-def _store(config: HarvestConfig, writer: CacheWriter, batch: Batch, rows: Mapping[str, Tensor]) -> None:
+def _store(
+    config: HarvestConfig, writer: CacheWriter, batch: ContextBatch, rows: Mapping[str, Tensor]
+) -> None:
     here = {name: column.cpu() for name, column in rows.items()}
-    for name in _stored_types(config):
-        _require_finite(config, name, here[name], here["ctx"], here["pos"])
+    for name in stored_types(config):
+        require_finite(config, name, here[name], here["ctx"], here["pos"])
     writer.rows.append(here)
 
 
-def _require_finite(config: HarvestConfig, name: str, rows_ND: Tensor, ctx_N: Tensor, pos_N: Tensor) -> None:
-    bad_N = ~torch.isfinite(rows_ND).all(dim=1)
-    if bad_N.any():
-        row = int(bad_N.nonzero()[0])
-        kind, _, hook = name.partition("/")
-        way_out = "try --dtype fp32" if config.dtype != "fp32" else "the model itself computes them"
-        raise UserError(
-            f"{'gradients' if kind == 'gradient' else 'activations'} at {hook} hold NaN or infinity "
-            f"(context {int(ctx_N[row])}, position {int(pos_N[row])}); {way_out}"
-        )
-
-
-def _row_columns(batch: Batch, first_context: int) -> dict[str, Tensor]:
-    """The columns beside the activations, [N] each."""
-    docs_BT = np.zeros_like(batch.tokens_BT)
-    for row, context in zip(docs_BT, batch.contexts, strict=True):
-        row[: len(context)] = context.docs
-    b, t = np.nonzero(batch.keep_BT)
-    held_out_B = np.array([context.held_out for context in batch.contexts])
-    columns = {
-        "token": batch.tokens_BT[b, t],
-        "doc": docs_BT[b, t],
-        "ctx": (b + first_context).astype(np.int32),
-        "pos": t.astype(np.int32),
-        "held_out": held_out_B[b],
-    }
-    return {name: torch.from_numpy(column) for name, column in columns.items()}
-
-
-def _context_columns(batch: Batch) -> dict[str, Tensor]:
-    lengths = [len(context) for context in batch.contexts]
-    return {
-        "context_tokens": torch.from_numpy(batch.tokens_BT),
-        "context_len": torch.tensor(lengths, dtype=torch.int32),
-    }
-
-
-def _columns(config: HarvestConfig, model: Model) -> dict[str, ColumnType]:
-    widths = {hook: model.hook_dim(hook) for hook in config.hook}
-    values = {
-        name: ColumnType(dtype, (widths[name.partition("/")[2]],))
-        for name, dtype in _stored_types(config).items()
-    }
-    int32 = ColumnType("int32")
-    return {
-        **values,
-        "token": int32,
-        "doc": int32,
-        "ctx": int32,
-        "pos": int32,
-        "held_out": ColumnType("bool"),
-        "context_tokens": ColumnType("int32", (config.ctx,)),
-        "context_len": int32,
-    }
-
-
-def _bos(config: HarvestConfig, info: ModelInfo, tokens: Tokens) -> int | None:
+def _bos(config: HarvestConfig, info: ModelInfo, tokens: ModelTokenizer) -> int | None:
     """The token with which every context begins, or None."""
     if config.bos == "never" or (config.bos == "auto" and not tokens.adds_bos()):
         return None

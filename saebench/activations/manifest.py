@@ -61,7 +61,7 @@ class ColumnType:
 
 
 @dataclass(frozen=True)
-class Column:
+class CacheColumn:
     type: ColumnType
     shards: tuple[Shard, ...]
 
@@ -78,7 +78,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CacheManifest:
     """A checked manifest; ``raw`` is the JSON itself."""
 
     raw: dict[str, Any]
@@ -87,11 +87,11 @@ class Manifest:
     n_contexts: int
     shard_rows: int
     hooks: tuple[str, ...]
-    columns: dict[str, Column]
+    columns: dict[str, CacheColumn]
     files: dict[str, tuple[int, str]]
 
 
-def read_manifest(cache: Path) -> Manifest:
+def read_cache_manifest(cache: Path) -> CacheManifest:
     """Read and check the manifest of the cache in directory ``cache``; touches no other file.
 
     Raises:
@@ -124,13 +124,13 @@ def read_manifest(cache: Path) -> Manifest:
     return manifest
 
 
-def _parse(raw: dict[str, Any]) -> Manifest:
+def _parse(raw: dict[str, Any]) -> CacheManifest:
     columns = {}
     for name, value in raw["columns"].items():
         shards = tuple(Shard(_count(shard["rows"]), str(shard["sha256"])) for shard in value["shards"])
         shape = tuple(_count(size) for size in value["row_shape"])
-        columns[name] = Column(ColumnType(value["dtype"], shape), shards)
-    return Manifest(
+        columns[name] = CacheColumn(ColumnType(value["dtype"], shape), shards)
+    return CacheManifest(
         raw=raw,
         kind=raw["kind"],
         n_rows=_count(raw["n_rows"]),
@@ -148,7 +148,7 @@ def _count(value: object) -> int:
     return value
 
 
-def _contradiction(manifest: Manifest) -> str | None:
+def _contradiction(manifest: CacheManifest) -> str | None:
     """Why the manifest cannot be true, or None."""
     if manifest.kind not in ("harvest", "import"):
         return f"kind is {manifest.kind!r}"

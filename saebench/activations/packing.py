@@ -32,7 +32,7 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Batch:
+class ContextBatch:
     """Contexts for one forward pass, and which of their positions become rows.
 
     ``tokens_BT`` int32, 0 beyond each context's length; ``keep_BT`` bool.
@@ -106,7 +106,7 @@ def batches(
     keep_first: bool,
     keep_last: bool = True,
     max_rows: int,
-) -> Iterator[Batch]:
+) -> Iterator[ContextBatch]:
     """Group contexts into batches, until exactly ``max_rows`` rows are kept (the last context is cut).
 
     Without ``keep_first`` position 0 of each context is no row, without ``keep_last`` its last one.
@@ -129,11 +129,11 @@ def batches(
         yield _batch(gathered, ctx, first, last)
 
 
-def _batch(contexts: list[Context], ctx: int, first: int, last: int) -> Batch:
+def _batch(contexts: list[Context], ctx: int, first: int, last: int) -> ContextBatch:
     tokens_BT = np.zeros((len(contexts), ctx), np.int32)
     for row, context in zip(tokens_BT, contexts, strict=True):
         row[: len(context)] = context.tokens
     lengths = np.array([len(context) for context in contexts])
     positions = np.arange(ctx)
     keep_BT = (positions >= first) & (positions < lengths[:, None] - last)
-    return Batch(contexts, tokens_BT, keep_BT)
+    return ContextBatch(contexts, tokens_BT, keep_BT)

@@ -24,10 +24,10 @@ from saebench.activations.manifest import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST_NAME,
-    Column,
+    CacheColumn,
     ColumnType,
     Shard,
-    read_manifest,
+    read_cache_manifest,
 )
 from saebench.activations.shards import TORCH_DTYPES, check_shard, shard_path, write_shard
 from saebench.core.errors import UserError
@@ -55,7 +55,7 @@ def inspect_target(path: Path, identity: Mapping[str, Any]) -> State:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; choose another --out")
     if (path / MANIFEST_NAME).exists():
-        _require_same(path, read_manifest(path).raw["made_from"], identity)
+        _require_same(path, read_cache_manifest(path).raw["made_from"], identity)
         return "complete"
     if (path / JOURNAL_NAME).exists():
         _require_same(path, _read_journal(path)[0], identity)
@@ -244,9 +244,9 @@ class ColumnGroup:
             self._submitted += 1
         self._buffers, self._filled = {}, 0
 
-    def columns(self) -> dict[str, Column]:
+    def columns(self) -> dict[str, CacheColumn]:
         return {
-            name: Column(column_type, tuple(shard[name] for shard in self.shards))
+            name: CacheColumn(column_type, tuple(shard[name] for shard in self.shards))
             for name, column_type in self._types.items()
         }
 

@@ -30,7 +30,7 @@ Positions = int | slice | Iterable[int] | None
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TokenizedPrompt:
     """A text as the model reads it."""
 
     ids: tuple[int, ...]
@@ -57,8 +57,8 @@ class AttachedSAE:
     vocab: list[bytes]
     """The bytes of each token id."""
 
-    def read(self, text: str, *, room: int = 0) -> Prompt:
-        """Tokenize ``text`` as a harvest does; ``room`` tokens more must fit into the model's context.
+    def read(self, text: str, *, new_tokens: int = 0) -> TokenizedPrompt:
+        """Tokenize ``text`` as a harvest does; ``new_tokens`` more must fit into the model's context.
 
         Raises:
             UserError: no text, an empty one, or one that is too long.
@@ -74,13 +74,15 @@ class AttachedSAE:
         if self.bos is not None:
             ids = [self.bos, *ids]
         limit = self.model.info.n_ctx
-        if limit is not None and len(ids) + room > limit:
-            more, way_out = (f" and {room} new ones", " or lower new_tokens") if room else ("", "")
+        if limit is not None and len(ids) + new_tokens > limit:
+            more, way_out = (
+                (f" and {new_tokens} new ones", " or lower new_tokens") if new_tokens else ("", "")
+            )
             raise UserError(
                 f"text has {len(ids)} tokens{more}, but {self.model.name} reads at most {limit}; "
                 f"shorten it{way_out}"
             )
-        return Prompt(tuple(ids), tuple(token_text(self.vocab[id]) for id in ids))
+        return TokenizedPrompt(tuple(ids), tuple(token_text(self.vocab[id]) for id in ids))
 
     def text(self, ids: Iterable[int]) -> str:
         """The decoded bytes of tokens; what is no whole character becomes a replacement character."""
@@ -216,9 +218,9 @@ def _listed(numbers: Any, name: str) -> list[int]:
 def _bos(model: Model, origin: Origin, bos: bool | None) -> int | None:
     """The token with which prompts begin, or None."""
     if bos is None and origin.cache is not None and origin.cache.exists():
-        from saebench.activations.manifest import read_manifest
+        from saebench.activations.manifest import read_cache_manifest
 
-        bos = read_manifest(origin.cache).raw["made_from"]["settings"].get("bos")
+        bos = read_cache_manifest(origin.cache).raw["made_from"]["settings"].get("bos")
     if bos is None:
         bos = model.tokens.adds_bos()
     if bos and model.tokens.bos is None:

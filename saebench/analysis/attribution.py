@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saebench.analysis.attach import AttachedSAE, Prompt, attach, check_positions
-from saebench.analysis.interventions import Edit, logits_of
+from saebench.analysis.attach import AttachedSAE, TokenizedPrompt, attach, check_positions
+from saebench.analysis.edits import LatentEdit, logits_of
 from saebench.core.errors import UserError
 from saebench.store.text import token_text
 from saebench_kernels import gathered_dots
@@ -127,7 +127,7 @@ def logit_attribution(
     if check:
         latents["effect"] = float("nan")
         for row in range(min(check, len(latents))):
-            edit = Edit([int(latents.at[row, "feature"])], "clamp", 0.0, [int(latents.at[row, "pos"])])
+            edit = LatentEdit([int(latents.at[row, "feature"])], "clamp", 0.0, [int(latents.at[row, "pos"])])
             with torch.no_grad():
                 latents.loc[row, "effect"] = clean - float(score(logits_of(attached, prompt.ids, edit)))
         tried = latents.head(check)
@@ -153,7 +153,7 @@ class _Score:
         return last_V[..., self.target] - other
 
 
-def _gradient(attached: AttachedSAE, prompt: Prompt, score: _Score) -> Tensor:
+def _gradient(attached: AttachedSAE, prompt: TokenizedPrompt, score: _Score) -> Tensor:
     """[T, D]: dL/dx at the hook; with the error held fixed it is also the gradient at decode(z)."""
     _, gradients = attached.model.gradients(
         prompt.ids_1T, torch.tensor([len(prompt)]), [attached.hook], of=score
@@ -161,7 +161,7 @@ def _gradient(attached: AttachedSAE, prompt: Prompt, score: _Score) -> Tensor:
     return gradients[attached.hook][0]
 
 
-def _direct(attached: AttachedSAE, prompt: Prompt, score: _Score) -> Tensor:
+def _direct(attached: AttachedSAE, prompt: TokenizedPrompt, score: _Score) -> Tensor:
     """[T, D]: u / s at the position of the score, 0 elsewhere."""
     direction_D = score.of(attached.model.unembedding())
     scale = attached.model.final_scale(prompt.ids_1T)[0, score.position]
@@ -171,7 +171,9 @@ def _direct(attached: AttachedSAE, prompt: Prompt, score: _Score) -> Tensor:
 
 
 @torch.no_grad()
-def _latents(attached: AttachedSAE, prompt: Prompt, slope_TD: Tensor, positions: range) -> pd.DataFrame:
+def _latents(
+    attached: AttachedSAE, prompt: TokenizedPrompt, slope_TD: Tensor, positions: range
+) -> pd.DataFrame:
     """The report: z_i d_i . slope of every latent that fires at ``positions``."""
     import pandas as pd
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Place:
+class CacheContext:
     """A context of a cache: its number, its tokens [T], and the positions that are rows."""
 
     ctx: int
@@ -26,7 +26,7 @@ class Place:
     positions: Tensor
 
 
-def draw_contexts(cache: ActivationCache, n: int, *, rows: str, seed: int) -> list[Place]:
+def draw_contexts(cache: ActivationCache, n: int, *, rows: str, seed: int) -> list[CacheContext]:
     """The first ``n`` contexts of a random order, or of those of them that are held out.
 
     Raises:
@@ -50,7 +50,7 @@ def draw_contexts(cache: ActivationCache, n: int, *, rows: str, seed: int) -> li
             "cache of more documents, or rows='all' (--rows all)"
         )
     return [
-        Place(
+        CacheContext(
             ctx := int(order_C[i]),
             cache.context_tokens[ctx, : int(cache.context_len[ctx])].long(),
             cache.pos[starts_C[i] : ends_C[i]].long(),

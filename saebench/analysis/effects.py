@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saebench.analysis.attach import AttachedSAE, attach, check_features, open_for
-from saebench.analysis.contexts import Place, draw_contexts
+from saebench.analysis.contexts import CacheContext, draw_contexts
 from saebench.core.errors import UserError
 from saebench.core.progress import progress
 from saebench.saes.base import SAE
@@ -135,7 +135,7 @@ class _Read:
     """A context as the model and the SAE see it."""
 
     attached: AttachedSAE
-    place: Place
+    place: CacheContext
     x_1TD: Tensor
     logp_TV: Tensor
     """Log-probabilities of the predictions that a latent could change."""
@@ -147,7 +147,7 @@ class _Read:
     """- z d . dL/dx of each entry."""
 
     @classmethod
-    def of(cls, attached: AttachedSAE, place: Place) -> _Read:
+    def of(cls, attached: AttachedSAE, place: CacheContext) -> _Read:
         sae, ids_1T, length = attached.sae, place.ids_T[None], torch.tensor([len(place.ids_T)])
         seen: list[Tensor] = []
 

@@ -10,19 +10,20 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saebench.analysis.decoder_scatter import MOST_POINTS as MOST_POINTS
+from saebench.analysis.decoder_scatter import decoder_scatter
 from saebench.analysis.plot_style import (
     COLD,
     HEAT,
     HOT,
     KINDS,
-    SCALE,
     TEXT,
     counts,
     note,
+    require_columns,
     styled,
     token_label,
 )
-from saebench.core.deprecation import renamed_arguments
 from saebench.core.errors import UserError
 from saebench.runs.metrics_log import read_metrics
 
@@ -49,9 +50,6 @@ SIMILARITY_BINS = 50
 SCORE_STEPS = 200
 SCORERS = ("rule", "detection", "fuzzing", "best token", "shuffled")
 BASELINES = ("best token", "shuffled")
-MOST_POINTS = 200_000
-"""Points that a map draws one by one; of more it shows how many there are in each place."""
-MAP_CELLS = 160
 MOST_TOKENS = 512
 MEASURES = ("fvu", "l0", "dead")
 PANELS = 3
@@ -71,7 +69,7 @@ def histogram(bins: pd.DataFrame) -> go.Figure:
     """
     import plotly.graph_objects as go
 
-    _require(bins, "bins", "what store.histogram(feature) gives", "lo", "hi", "count")
+    require_columns(bins, "bins", "what store.histogram(feature) gives", "lo", "hi", "count")
     lo, hi, count = (bins[name].to_numpy() for name in ("lo", "hi", "count"))
     bars = go.Bar(
         x=(lo + hi) / 2, y=count, width=hi - lo, marker={"color": HOT, "line": {"width": 0}},
@@ -103,7 +101,7 @@ def density_histogram(features: pd.DataFrame | Mapping[str, pd.DataFrame]) -> go
     several = isinstance(features, Mapping)
     named = features if isinstance(features, Mapping) else {"": features}
     for frame in named.values():
-        _require(frame, "features", "what store.features() gives", "density")
+        require_columns(frame, "features", "what store.features() gives", "density")
     densities = {name: frame["density"].to_numpy(dtype="float64") for name, frame in named.items()}
     logs = {name: np.log10(density[density > 0]) for name, density in densities.items()}
     together = np.concatenate(list(logs.values())) if logs else np.empty(0)
@@ -155,7 +153,7 @@ def score_distribution(scores: pd.DataFrame) -> go.Figure:
     import numpy as np
     import plotly.graph_objects as go
 
-    _require(scores, "scores", "what store.all_explanation_scores(provider) gives", "scorer", "value")
+    require_columns(scores, "scores", "what store.all_explanation_scores(provider) gives", "scorer", "value")
     figure, at = go.Figure(), np.linspace(0, 1, SCORE_STEPS + 1)
     known = [name for name in SCORERS if (scores["scorer"] == name).any()]
     known += sorted(set(scores["scorer"]) - set(SCORERS))
@@ -191,7 +189,9 @@ def prompt_heatmap(found: pd.DataFrame, top: int = 20, *, keep_first: bool = Fal
     """
     import plotly.graph_objects as go
 
-    _require(found, "found", "what features_of(text, ...) gives", "pos", "token", "feature", "value", "first")
+    require_columns(
+        found, "found", "what features_of(text, ...) gives", "pos", "token", "feature", "value", "first"
+    )
     if top < 1:
         raise UserError(f"top is {top}; it must be at least 1")
     shown = found if keep_first else found[~found["first"]]
@@ -218,103 +218,6 @@ def prompt_heatmap(found: pd.DataFrame, top: int = 20, *, keep_first: bool = Fal
     return figure.update_layout(
         xaxis={"tickvals": list(range(len(columns))), "ticktext": names, "showgrid": False, "tickangle": -60},
         yaxis={"type": "category", "autorange": "reversed", "showgrid": False},
-    )
-
-
-@renamed_arguments(colour="color")
-def decoder_scatter(
-    points: pd.DataFrame, color: str = "cluster", features: pd.DataFrame | None = None
-) -> go.Figure:
-    """The map of `decoder_map`, each latent a point, colored by its cluster or by a number.
-
-    >>> points = sb.decoder_map(run, n_clusters=3)
-    >>> figure = sb.figures.decoder_scatter(points, "density", store.features())
-    >>> len(figure.data[0].x) == len(points)
-    True
-
-    Args:
-        points: columns feature, x, y, cluster, as `decoder_map` gives them.
-        color: 'cluster', or a column of numbers of ``points`` or ``features``; density is shown by its
-            logarithm.
-        features: as `FeatureStore.features` gives them; top_token is shown with each point.
-
-    Each point's customdata is its feature. Of more than 200,000 points it shows how many there are in each
-    cell of a grid, or the mean of the numbers there.
-    """
-    import numpy as np
-    import plotly.graph_objects as go
-
-    _require(points, "points", "what decoder_map(sae) gives", "feature", "x", "y", "cluster")
-    if features is not None:
-        _require(features, "features", "what store.features() gives", "feature")
-        more = features[[name for name in features if name == "feature" or name not in points]]
-        points = points.merge(more, on="feature", how="left")
-    if color not in points or not np.issubdtype(points[color].dtype, np.number):
-        numbers = [str(name) for name in points.select_dtypes("number") if name not in ("feature", "x", "y")]
-        raise UserError(f"color is {color!r}; give one of {', '.join(numbers)}")
-    if len(points) > MOST_POINTS:
-        return _map_cells(points, color)
-    texts = points.get("top_token", [""] * len(points))
-    token = [token_label(text) if isinstance(text, str) else "" for text in texts]
-    points = points.assign(
-        _hover=[f"feature {f}<br>{t}" for f, t in zip(points["feature"], token, strict=True)]
-    )
-    common = {"mode": "markers", "hovertemplate": "%{text}<extra></extra>"}
-    figure = go.Figure()
-    if color == "cluster":
-        for (cluster, group), kind in zip(points.groupby("cluster"), itertools.cycle(KINDS), strict=False):
-            figure.add_trace(
-                go.Scattergl(x=group["x"], y=group["y"], text=group["_hover"], name=f"{cluster}",
-                             customdata=group["feature"].tolist(),
-                             marker={"color": kind, "size": 5, "opacity": 0.75}, **common)
-            )  # fmt: skip
-        figure.update_layout(legend={"title": {"text": "cluster"}, "itemsizing": "constant"})
-    else:
-        values, name = points[color].to_numpy(dtype="float64"), color
-        if color == "density":
-            values, name = np.log10(np.where(values > 0, values, np.nan)), "log10 density"
-        bar = {"title": {"text": name}, "thickness": 12, "outlinewidth": 0}
-        marker = {"color": values, "colorscale": SCALE, "size": 5, "opacity": 0.8, "colorbar": bar}
-        figure.add_trace(
-            go.Scattergl(x=points["x"], y=points["y"], text=points["_hover"],
-                         customdata=points["feature"].tolist(), marker=marker, **common)
-        )  # fmt: skip
-    return _bare(figure).update_layout(showlegend=color == "cluster")
-
-
-def _map_cells(points: pd.DataFrame, color: str) -> go.Figure:
-    """The map as a grid: how many points are in each cell, or the mean of their numbers."""
-    import numpy as np
-    import plotly.graph_objects as go
-
-    x, y = (points[name].to_numpy(dtype="float64") for name in ("x", "y"))
-    count, x_edges, y_edges = np.histogram2d(x, y, MAP_CELLS)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        if color == "cluster":
-            shown, name = np.log10(count), "log10 latents"
-        else:
-            values = points[color].to_numpy(dtype="float64")
-            known = np.isfinite(values)
-            cells = (x_edges, y_edges)
-            total = np.histogram2d(x[known], y[known], cells, weights=values[known])[0]
-            shown = total / np.histogram2d(x[known], y[known], cells)[0]
-            name = color
-            if color == "density":
-                shown, name = np.log10(shown), "log10 density"
-    heat = go.Heatmap(
-        x=(x_edges[1:] + x_edges[:-1]) / 2, y=(y_edges[1:] + y_edges[:-1]) / 2,
-        z=np.where((count > 0) & np.isfinite(shown), shown, np.nan).T, colorscale=SCALE, customdata=count.T,
-        hovertemplate="%{customdata:,} latents<br>" + name + " %{z:.3g}<extra></extra>", hoverongaps=False,
-        colorbar={"title": {"text": name}, "thickness": 12, "outlinewidth": 0},
-    )  # fmt: skip
-    return _bare(go.Figure(heat))
-
-
-def _bare(figure: go.Figure) -> go.Figure:
-    """A map's looks: no axes, equal scales."""
-    bare = {"showgrid": False, "zeroline": False, "showticklabels": False, "showline": False}
-    return styled(figure, "", "", height=520).update_layout(
-        xaxis=bare, yaxis={**bare, "scaleanchor": "x", "scaleratio": 1}
     )
 
 
@@ -447,9 +350,3 @@ def _courses(runs: Any) -> list[tuple[str, pd.DataFrame]]:
         return list(runs.items())
     folders = [Path(runs)] if isinstance(runs, str | PathLike) else [Path(run) for run in runs]
     return [(folder.resolve().name, read_metrics(folder)) for folder in dict.fromkeys(folders)]
-
-
-def _require(frame: pd.DataFrame, name: str, origin: str, *columns: str) -> None:
-    missing = [column for column in columns if column not in getattr(frame, "columns", ())]
-    if missing:
-        raise UserError(f"{name} has no column {missing[0]!r}; give {origin}")

@@ -12,7 +12,7 @@ Shapes: B = 1 context, T positions, P edited ones, D = d_in, F latents, V vocabu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,12 +20,19 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from torch import Tensor
 
-from saebench.analysis.attach import AttachedSAE, Positions, Prompt, attach, check_features, check_positions
+from saebench.analysis.attach import (
+    AttachedSAE,
+    Positions,
+    TokenizedPrompt,
+    attach,
+    check_features,
+    check_positions,
+)
+from saebench.analysis.edits import MODES, LatentEdit, logits_of
 from saebench.core.bounds import AtLeast, Seed
-from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
 from saebench.core.settings import Settings
-from saebench.evaluation.faithfulness import cross_entropies, kl_divergences, replace_at
+from saebench.evaluation.faithfulness import cross_entropies, kl_divergences
 from saebench.store.text import token_text
 
 if TYPE_CHECKING:
@@ -34,12 +41,6 @@ if TYPE_CHECKING:
     from saebench.saes.base import SAE
     from saebench.sources.models import Model
 
-MODES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "add": lambda values, strength: values + strength,
-    "clamp": lambda values, strength: torch.full_like(values, strength),
-    "scale": lambda values, strength: values * strength,
-}
-"""How a latent's value becomes another one."""
 NEXT_SHOWN = 10
 """Likeliest next tokens that are reported, of the clean and of the steered predictions each."""
 
@@ -55,45 +56,6 @@ class Steering:
     next_tokens: pd.DataFrame
     """strength, token, text, logp_clean, logp_steered, difference: for each strength the tokens that are
     among the 10 likeliest to follow the prompt with or without it, those that gain most first."""
-
-
-@dataclass(frozen=True)
-class Edit:
-    """What is done to the values of ``features``, and where."""
-
-    features: list[int]
-    mode: str
-    strength: float
-    positions: list[int]
-    onwards: range | None = None
-    """Positions behind the prompt that are edited as well, as they are generated."""
-
-    def spliced(self, attached: AttachedSAE, length: int) -> dict[str, Callable[[Tensor], Tensor]]:
-        """The edit for `Model.logits` over one context of ``length`` tokens."""
-        keep_BT = torch.zeros(1, length, dtype=torch.bool)
-        keep_BT[0, self.positions] = True
-        if self.onwards is not None:
-            keep_BT[0, [position for position in self.onwards if position < length]] = True
-        return {attached.hook: replace_at(keep_BT, lambda x_PD: self.apply(attached.sae, x_PD))}
-
-    def apply(self, sae: SAE, x_PD: Tensor) -> Tensor:
-        """x + decode(z') - decode(z) of rows, [P, D] float32; decoding is linear but for b_dec."""
-        codes = sae.encode(x_PD.to(sae.W_dec.device))
-        values_PF = latent_values(codes, self.features)
-        change_PF = MODES[self.mode](values_PF, self.strength) - values_PF
-        return x_PD.float() + (change_PF @ sae.W_dec[self.features]).to(x_PD.device)
-
-
-def latent_values(codes: SparseCodes, features: Sequence[int]) -> Tensor:
-    """The values [N, F] of a few latents in ``codes`` of N rows; repeated picks are added up."""
-    slot_M = torch.full((codes.d_sae,), -1, device=codes.values.device)
-    slot_M[list(features)] = torch.arange(len(features), device=slot_M.device)
-    row, index, value = codes.coo()
-    slot = slot_M[index.long()]
-    found = slot >= 0
-    values = value.new_zeros(codes.n_rows * len(features))
-    values.index_add_(0, row[found] * len(features) + slot[found], value[found])
-    return values.view(codes.n_rows, len(features))
 
 
 @torch.no_grad()
@@ -132,7 +94,9 @@ def ablate(
     """
     attached = attach(sae, model, hook, bos)
     prompt = attached.read(text)
-    edit = Edit(check_features(features, attached.sae), "clamp", 0.0, check_positions(positions, len(prompt)))
+    edit = LatentEdit(
+        check_features(features, attached.sae), "clamp", 0.0, check_positions(positions, len(prompt))
+    )
     if not edit.positions:
         raise _nothing_to_edit(positions, len(prompt))
     clean_BTV, edited_BTV = (logits_of(attached, prompt.ids, one) for one in (None, edit))
@@ -192,7 +156,7 @@ def steer(
         raise UserError(f"mode is {mode!r}; give {', '.join(map(repr, MODES))}")
     generation = Generation(new_tokens, temperature, seed, on_token or _nothing)
     attached = attach(sae, model, hook, bos)
-    prompt = attached.read(text, room=new_tokens)
+    prompt = attached.read(text, new_tokens=new_tokens)
     chosen = check_features(features, attached.sae)
     at, onwards = check_positions(positions, len(prompt)), _onwards(positions, len(prompt), new_tokens)
     if not at and not onwards:
@@ -201,7 +165,7 @@ def steer(
     clean = attached.text(generation.run(attached, prompt, None))
     effects, texts, nexts = [], [], []
     for value in strengths:
-        edit = Edit(chosen, mode, value, at, onwards)
+        edit = LatentEdit(chosen, mode, value, at, onwards)
         edited_BTV = logits_of(attached, prompt.ids, edit)
         effects.append(_effects(prompt, clean_BTV, edited_BTV, edit))
         nexts.append(_next_tokens(attached, clean_BTV[0, -1], edited_BTV[0, -1]))
@@ -228,7 +192,7 @@ class Generation(Settings):
             raise UserError(f"new_tokens is {self.new_tokens!r:.60}; give a whole number")
         super().__post_init__()
 
-    def run(self, attached: AttachedSAE, prompt: Prompt, edit: Edit | None) -> list[int]:
+    def run(self, attached: AttachedSAE, prompt: TokenizedPrompt, edit: LatentEdit | None) -> list[int]:
         """The new token ids; deterministic."""
         generator = torch.Generator().manual_seed(self.seed)
         ids = list(prompt.ids)
@@ -245,23 +209,9 @@ class Generation(Settings):
         return ids[len(prompt) :]
 
 
-def logits_of(attached: AttachedSAE, ids: Sequence[int], edit: Edit | None = None) -> Tensor:
-    """[1, T, V] of a prompt, edited or not; raises a UserError when they are not finite."""
-    edits = edit.spliced(attached, len(ids)) if edit is not None else None
-    logits_BTV = attached.model.logits(torch.tensor([ids]), edit=edits)
-    if not logits_BTV.isfinite().all():
-        if edit is None:
-            raise UserError(
-                f"the predictions of {attached.model.name} hold NaN or infinity on this text; "
-                "load the model in fp32, or get its weights again"
-            )
-        raise UserError(
-            f"with strength {edit.strength:g} the predictions hold NaN or infinity; give a smaller one"
-        )
-    return logits_BTV
-
-
-def _effects(prompt: Prompt, clean_BTV: Tensor, edited_BTV: Tensor, edit: Edit) -> pd.DataFrame:
+def _effects(
+    prompt: TokenizedPrompt, clean_BTV: Tensor, edited_BTV: Tensor, edit: LatentEdit
+) -> pd.DataFrame:
     """The report of `ablate` on an edit."""
     import pandas as pd
 

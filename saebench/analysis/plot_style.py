@@ -11,9 +11,11 @@ import html
 import math
 from typing import TYPE_CHECKING, Any
 
+from saebench.core.errors import UserError
 from saebench.core.formatting import visible
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
 
 HOT, COLD = "#e8770c", "#2f7fc1"
@@ -60,3 +62,9 @@ def note(figure: go.Figure, text: str) -> None:
 def token_label(token: str) -> str:
     """A token as a label: white space shown, nothing that Plotly would take for markup."""
     return html.escape(visible(token, spaces="all"), quote=False)
+
+
+def require_columns(frame: pd.DataFrame, name: str, origin: str, *columns: str) -> None:
+    missing = [column for column in columns if column not in getattr(frame, "columns", ())]
+    if missing:
+        raise UserError(f"{name} has no column {missing[0]!r}; give {origin}")

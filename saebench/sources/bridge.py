@@ -10,7 +10,7 @@ import torch
 from saebench.core.errors import UserError
 
 
-def boot(folder: str, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+def load_bridge(folder: str, name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The TransformerBridge of the model in ``folder``, called ``name``, frozen and without dropout.
 
     Raises:
@@ -23,7 +23,7 @@ def boot(folder: str, name: str, device: torch.device, dtype: torch.dtype) -> An
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         bridge = TransformerBridge.boot_transformers(
-            folder, device=device, dtype=dtype, model_class=_Complete(folder, name)
+            folder, device=device, dtype=dtype, model_class=_AllWeights(folder, name)
         )
     except UserError:
         raise
@@ -40,7 +40,7 @@ def boot(folder: str, name: str, device: torch.device, dtype: torch.dtype) -> An
     return bridge.requires_grad_(False)
 
 
-class _Complete:
+class _AllWeights:
     """A model's transformers class that refuses gaps in the weights, which are else filled at random."""
 
     def __init__(self, folder: str, name: str) -> None:

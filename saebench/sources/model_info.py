@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saebench.core.errors import UserError
 from saebench.core.files import sha256_file
+from saebench.sources.hook_names import is_rare, layer_of, unknown_hook
 
 _DESCRIPTION_FILES = ["*.json", "*.model", "*.txt"]
 _WEIGHT_FILES = ["*.safetensors"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _HASHED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
-
-_RARE_HOOK = re.compile(  # names that some models have; the loaded model is their judge
-    r"blocks\.\d+\.(hook_(in|out|attn_in|mlp_in)|[a-z]\w*(\.\w+)*\.hook_\w+)"
-    r"|hook_(embed|pos_embed|tokens)|(embed|pos_embed|ln_final|unembed|rotary_emb)\.hook_\w+"
-)
-_BLOCK_HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -72,22 +65,14 @@ class ModelInfo:
             UserError: a layer beyond the last, or a name unlike any; the nearest names are offered.
         """
         usual = self.usual_hooks()
-        found = _BLOCK_HOOK.fullmatch(hook)
-        if found and int(found[1]) >= self.n_layers:
+        layer = layer_of(hook)
+        if layer is not None and layer >= self.n_layers:
             raise UserError(
                 f"--hook {hook} is beyond the {self.n_layers} layers of {self.name}, "
                 f"blocks.0 to blocks.{self.n_layers - 1}"
             )
-        if hook not in usual and not _RARE_HOOK.fullmatch(hook):
+        if hook not in usual and not is_rare(hook):
             raise UserError(unknown_hook(hook, list(usual), self.name))
-
-
-def unknown_hook(hook: str, known: list[str], model: str) -> str:
-    """The sentence for a hook that ``model`` has not."""
-    near = difflib.get_close_matches(hook, known, n=3, cutoff=0.5)
-    if not near:
-        near = [known[0], known[-1]]
-    return f"--hook {hook} is not a hook of {model}; did you mean {' or '.join(near)}?"
 
 
 def peek_model(name: str, *, revision: str | None = None) -> ModelInfo:

@@ -15,22 +15,23 @@ from einops import rearrange
 from torch import Tensor
 
 from saebench.core.errors import UserError
-from saebench.sources.bridge import boot
+from saebench.sources.bridge import load_bridge
 from saebench.sources.gradients import contexts_at_once, gradients_of, summed_cross_entropy
-from saebench.sources.model_info import ModelInfo, fetch_weights, peek_model, unknown_hook
-from saebench.sources.tokenizer import Tokens
+from saebench.sources.hook_names import (
+    is_between_blocks,
+    is_residual,
+    layers_needed,
+    needs_change_in_place,
+    unknown_hook,
+)
+from saebench.sources.model_info import ModelInfo, fetch_weights, peek_model
+from saebench.sources.tokenizer import ModelTokenizer
 
 __all__ = ["Model", "ModelInfo", "load_model", "peek_model"]
 
 Edit = Callable[[Tensor], Tensor]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_RESIDUAL = re.compile(r"blocks\.\d+\.(hook_resid_(pre|mid|post)|hook_(attn|mlp)_out|hook_in|hook_out)")
-_BETWEEN_BLOCKS = re.compile(r"blocks\.\d+\.hook_(resid_(pre|post)|in|out)")
-_ALSO_SKIPS = re.compile(r"blocks\.\d+\.hook_resid_mid")
-"""The bridge shows this one as the input of the MLP's norm alone, but the skip connection reads the same
-tensor: a change in place reaches both."""
-
 _SWITCHED_OFF = re.compile(r"Cannot add hook (\S+) because (\S+) is False")
 
 
@@ -41,7 +42,7 @@ class Model:
     (attn.hook_z) appear flat, [B, T, n_heads * d_head].
     """
 
-    def __init__(self, info: ModelInfo, bridge: Any, tokens: Tokens) -> None:
+    def __init__(self, info: ModelInfo, bridge: Any, tokens: ModelTokenizer) -> None:
         self.info = info
         self.tokens = tokens
         self._bridge = bridge
@@ -96,7 +97,7 @@ class Model:
 
     def residual_hook(self, hook: str) -> bool:
         """True when ``hook`` is the residual stream, or what is added to it: what the unembedding reads."""
-        return _RESIDUAL.fullmatch(hook) is not None
+        return is_residual(hook)
 
     @torch.no_grad()
     def run_to(self, tokens_BT: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
@@ -115,7 +116,7 @@ class Model:
 
             return store
 
-        layers = [_layers_needed(hook) for hook in hooks]
+        layers = [layers_needed(hook) for hook in hooks]
         stop = None if None in layers else max(layer for layer in layers if layer is not None)
         listeners = [(hook, keep(hook)) for hook in hooks]
         if stop == self.n_layers:  # the bridge stops before a layer, and there is none after the last
@@ -131,7 +132,7 @@ class Model:
             def hook(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
                 flat_BTD = rearrange(value, "b t ... -> b t (...)")
                 new = function(flat_BTD).to(value.dtype).view_as(value)
-                return value.copy_(new) if _ALSO_SKIPS.fullmatch(name) else new
+                return value.copy_(new) if needs_change_in_place(name) else new
 
             return hook
 
@@ -150,7 +151,7 @@ class Model:
         In the residual stream between blocks the model runs once up to the hook and F times from there on.
         """
         self.check_hook(hook)
-        if _BETWEEN_BLOCKS.fullmatch(hook):
+        if is_between_blocks(hook):
 
             def branch(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
                 return x_FTD.to(value)
@@ -212,7 +213,7 @@ class Model:
             def store(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
                 if not value.is_floating_point():
                     found[hook] = value
-                elif _ALSO_SKIPS.fullmatch(hook):
+                elif needs_change_in_place(hook):
                     found[hook] = value if value.requires_grad else value.requires_grad_()
                 else:  # a tensor of its own, so that only what reads the hook counts, as with an edit
                     found[hook] = (
@@ -323,19 +324,12 @@ def load_model(
             causal or that TransformerLens does not know, or too little memory on the GPU.
     """
     info = peek_model(name, revision=revision)
-    tokens = Tokens(info)
+    tokens = ModelTokenizer(info)
     folder = fetch_weights(info)
-    bridge = boot(str(folder), name, torch.device(device), _DTYPES[dtype])
+    bridge = load_bridge(str(folder), name, torch.device(device), _DTYPES[dtype])
     if getattr(bridge.cfg, "attention_dir", "causal") != "causal":
         raise UserError(f"model {name} reads its text in both directions; a causal language model is needed")
     return Model(info, bridge, tokens)
-
-
-def _layers_needed(hook: str) -> int | None:
-    """How many layers must run before ``hook`` has fired; None for all and what follows them."""
-    if found := re.match(r"blocks\.(\d+)\.", hook):
-        return int(found[1]) + 1
-    return 0 if hook.startswith(("embed.", "pos_embed.", "hook_embed", "hook_pos_embed")) else None
 
 
 def _stop_here(value: Tensor, hook_point: object = None, **_: object) -> None:

@@ -12,7 +12,7 @@ from saebench.sources.model_info import ModelInfo
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class Tokens:
+class ModelTokenizer:
     """The tokenizer of one model; ``separator`` is the id that stands between documents (end of text)."""
 
     def __init__(self, info: ModelInfo) -> None:

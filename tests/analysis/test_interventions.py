@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from saebench.analysis import interventions, prompts
+from saebench.analysis import edits, prompts
 from saebench.analysis.attach import attach
-from saebench.analysis.interventions import Edit, ablate, latent_values, steer
+from saebench.analysis.edits import LatentEdit, latent_values
+from saebench.analysis.interventions import ablate, steer
 from saebench.core.errors import UserError
 from saebench.saes.base import SAE, load
 from saebench.saes.registry import ARCHITECTURES
@@ -59,7 +60,7 @@ def test_spliced_with_its_error_and_not_edited_it_leaves_the_logits(
     make_sae: Callable[[str], SAE], tiny_model: Model, hook: str, name: str
 ) -> None:
     attached = attach(make_sae(name), tiny_model, hook)
-    edit = Edit(list(range(attached.sae.d_sae)), "scale", 1.0, list(range(ids(tiny_model).shape[1])))
+    edit = LatentEdit(list(range(attached.sae.d_sae)), "scale", 1.0, list(range(ids(tiny_model).shape[1])))
     with torch.no_grad():
         spliced = tiny_model.logits(ids(tiny_model), edit=edit.spliced(attached, ids(tiny_model).shape[1]))
     torch.testing.assert_close(spliced, tiny_model.logits(ids(tiny_model)), rtol=0, atol=1e-5)
@@ -78,7 +79,7 @@ def test_an_edit_adds_the_difference_of_the_two_reconstructions(
         torch.testing.assert_close(latent_values(sae.encode(x_PD), features), z[:, features], rtol=0, atol=0)
         edited = z.clone()
         edited[:, features] = MODES[mode](z[:, features], 1.7)
-        got = Edit(features, mode, 1.7, []).apply(sae, x_PD)
+        got = LatentEdit(features, mode, 1.7, []).apply(sae, x_PD)
         torch.testing.assert_close(got - x_PD, (edited - z) @ sae.W_dec, rtol=0, atol=1e-5)
 
 
@@ -183,8 +184,8 @@ def test_open_positions_hold_for_generated_tokens_too(
     run: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch, positions: Any, edited: set[int]
 ) -> None:
     kept: list[Tensor] = []
-    real = interventions.replace_at
-    monkeypatch.setattr(interventions, "replace_at", lambda keep, new: kept.append(keep) or real(keep, new))
+    real = edits.replace_at
+    monkeypatch.setattr(edits, "replace_at", lambda keep, new: kept.append(keep) or real(keep, new))
     text = "etc:"
     assert len(tiny_model.tokens.encode(text)) == 4
     monkeypatch.setattr(tiny_model.tokens, "separator", -1)  # nothing ends the text early

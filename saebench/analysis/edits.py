@@ -1,0 +1,86 @@
+"""Edits of latents inside a model: an SAE is spliced in at its hook, and its error term is kept.
+
+With codes z of an activation x and z' after the edit,
+
+    x' = x + decode(z') - decode(z),
+
+so what the SAE does not explain passes unchanged, and no edit leaves the model's logits as they are.
+
+Shapes: B = 1 context, T positions, P edited positions, N rows, D = d_in, F latents, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saebench.analysis.attach import AttachedSAE
+from saebench.core.codes import SparseCodes
+from saebench.core.errors import UserError
+from saebench.evaluation.faithfulness import replace_at
+from saebench.saes.base import SAE
+
+MODES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "add": lambda values, strength: values + strength,
+    "clamp": lambda values, strength: torch.full_like(values, strength),
+    "scale": lambda values, strength: values * strength,
+}
+"""How a latent's value becomes another one."""
+
+
+@dataclass(frozen=True)
+class LatentEdit:
+    """What is done to the values of ``features``, and where."""
+
+    features: list[int]
+    mode: str
+    strength: float
+    positions: list[int]
+    onwards: range | None = None
+    """Positions behind the prompt that are edited as well, as they are generated."""
+
+    def spliced(self, attached: AttachedSAE, length: int) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The edit for `Model.logits` over one context of ``length`` tokens."""
+        keep_BT = torch.zeros(1, length, dtype=torch.bool)
+        keep_BT[0, self.positions] = True
+        if self.onwards is not None:
+            keep_BT[0, [position for position in self.onwards if position < length]] = True
+        return {attached.hook: replace_at(keep_BT, lambda x_PD: self.apply(attached.sae, x_PD))}
+
+    def apply(self, sae: SAE, x_PD: Tensor) -> Tensor:
+        """x + decode(z') - decode(z) of rows, [P, D] float32; decoding is linear but for b_dec."""
+        codes = sae.encode(x_PD.to(sae.W_dec.device))
+        values_PF = latent_values(codes, self.features)
+        change_PF = MODES[self.mode](values_PF, self.strength) - values_PF
+        return x_PD.float() + (change_PF @ sae.W_dec[self.features]).to(x_PD.device)
+
+
+def latent_values(codes: SparseCodes, features: Sequence[int]) -> Tensor:
+    """The values [N, F] of a few latents in ``codes`` of N rows; repeated picks are added up."""
+    slot_M = torch.full((codes.d_sae,), -1, device=codes.values.device)
+    slot_M[list(features)] = torch.arange(len(features), device=slot_M.device)
+    row, index, value = codes.coo()
+    slot = slot_M[index.long()]
+    found = slot >= 0
+    values = value.new_zeros(codes.n_rows * len(features))
+    values.index_add_(0, row[found] * len(features) + slot[found], value[found])
+    return values.view(codes.n_rows, len(features))
+
+
+def logits_of(attached: AttachedSAE, ids: Sequence[int], edit: LatentEdit | None = None) -> Tensor:
+    """[1, T, V] of a prompt, edited or not; raises a UserError when they are not finite."""
+    edits = edit.spliced(attached, len(ids)) if edit is not None else None
+    logits_BTV = attached.model.logits(torch.tensor([ids]), edit=edits)
+    if not logits_BTV.isfinite().all():
+        if edit is None:
+            raise UserError(
+                f"the predictions of {attached.model.name} hold NaN or infinity on this text; "
+                "load the model in fp32, or get its weights again"
+            )
+        raise UserError(
+            f"with strength {edit.strength:g} the predictions hold NaN or infinity; give a smaller one"
+        )
+    return logits_BTV
