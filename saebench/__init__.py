@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+from saebench.core.deprecation import MovedModules
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache, open_cache
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from saebench.evaluation.compare import compare
     from saebench.explaining import explain
     from saebench.formats import export_sae, import_sae
-    from saebench.saes import load
+    from saebench.runs.run import load
     from saebench.saes.base import SAE
     from saebench.sources.models import load_model
     from saebench.store import export_store, index, open_store
@@ -62,7 +65,7 @@ _HOMES = {
     "import_sae": "saebench.formats",
     "index": "saebench.store",
     "index_effects": "saebench.analysis.effect_columns",
-    "load": "saebench.saes",
+    "load": "saebench.runs.run",
     "load_model": "saebench.sources.models",
     "logit_attribution": "saebench.analysis.attribution",
     "loss_effects": "saebench.analysis.effects",
@@ -122,6 +125,9 @@ __all__ = [  # noqa: RUF022
     "sweep",
     "train",
 ]
+
+
+sys.meta_path.append(MovedModules())
 
 
 def __getattr__(name: str) -> Any:

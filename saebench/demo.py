@@ -128,6 +128,8 @@ def demo(config: DemoConfig) -> DemoReport:
     Raises:
         UserError: ``out`` holds a demo of other settings, or anything that the stages refuse.
     """
+    from saebench.runs.run import Run
+    from saebench.saes.files import SPEC_FILE
     from saebench.training.loop import train_all
 
     cache, store = config.out / "cache", config.out / "store"
@@ -140,10 +142,10 @@ def demo(config: DemoConfig) -> DemoReport:
         with diary.stage("harvest", leaves=(cache / "manifest.json",)) as wanted:
             if wanted:
                 _harvest(config, cache)
-        with diary.stage("train", leaves=[run / "sae.json" for run in runs]) as wanted:
+        with diary.stage("train", leaves=[run / SPEC_FILE for run in runs]) as wanted:
             if wanted:
                 train_all(_plans(config, cache, named))
-        with diary.stage("eval", leaves=[run / "eval.json" for run in runs]) as wanted:
+        with diary.stage("eval", leaves=[Run(run).eval_file() for run in runs]) as wanted:
             for run in runs if wanted else ():
                 _evaluate(config, cache, run)
         with diary.stage("index", leaves=(store / "manifest.json",)) as wanted:
@@ -157,7 +159,7 @@ def demo(config: DemoConfig) -> DemoReport:
         cache=cache,
         runs=runs,
         store=store,
-        evaluation=read_json(runs[0] / "eval.json", what="the evaluation"),
+        evaluation=Run(runs[0]).evaluation() or {},
         comparison=saebench.compare(runs=runs) if config.all else None,
         seconds=diary.seconds,
         peak_memory_bytes=diary.peak_memory_bytes,

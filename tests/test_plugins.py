@@ -168,7 +168,7 @@ def test_package_adds_architecture_and_forms_that_work_like_built_in_ones(
 
 
 def test_without_the_package_the_error_lists_what_there_is(tmp_path: Path) -> None:
-    from saebench.saes.base import load
+    from saebench.runs.run import load
     from saebench.saes.topk import TopKSAE, TopKSpec
 
     TopKSAE(TopKSpec(d_sae=8, k=2), 4).save(tmp_path)

@@ -102,14 +102,13 @@ def require_free_port(host: str, port: int) -> None:
 
 def _require_runs(runs: Sequence[Path]) -> None:
     """Raises UserError when one of ``runs`` is no run; the page Train also shows unfinished ones."""
-    from saebench.runs.run_file import RUN_FILE
-    from saebench.saes.base import SPEC_FILE, read_description
+    from saebench.runs.run import Run
 
-    for run in runs:
-        if (run / SPEC_FILE).is_file():
-            read_description(run)
-        elif not (run / RUN_FILE).is_file():
-            raise UserError(f"{run} holds no finished SAE (no {SPEC_FILE}); name a run directory with --run")
+    for run in map(Run, runs):
+        if run.is_finished:
+            run.description()
+        elif not run.is_training_directory:
+            run.load()  # says what is missing
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:

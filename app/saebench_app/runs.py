@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from saebench.core.errors import UserError
+from saebench.runs.run import Run
 from saebench_app.session import Here, store_path
 
 if TYPE_CHECKING:
@@ -33,24 +34,24 @@ LOOK_SECONDS = 0.2
 """How often a page that waits for its turn looks whether it is still wanted."""
 
 
-def known_runs() -> list[Path]:
+def known_runs() -> list[Run]:
     """Folders that may hold the SAEs of the store: named ones first, then ``runs/*`` beside it."""
     named = [Path(run) for run in sys.argv[2:]]
     beside = store_path().parent / "runs"
     found = [path for path in sorted(beside.iterdir()) if path.is_dir()] if beside.is_dir() else []
-    return list(dict.fromkeys([*named, *found]))
+    return [Run(path) for path in dict.fromkeys([*named, *found])]
 
 
-def finished_runs() -> list[Path]:
-    """Those of the known runs that hold an SAE; whose, only its weights tell."""
-    return [run for run in known_runs() if (run / "sae.json").is_file()]
+def finished_runs() -> list[Run]:
+    """Those of the known runs that hold an SAE; which one it is, only its weights tell."""
+    return [run for run in known_runs() if run.is_finished]
 
 
-def run_of(here: Here) -> Path | None:
+def run_of(here: Here) -> Run | None:
     """The run whose weights were indexed as the SAE that is shown; None when no known folder holds them."""
     info = here.store.info()
     for run in known_runs():
-        if _may_be(run, info) and _hash(run, _stamp(run)) == info["sae_hash"]:
+        if run.may_be(info) and _is_indexed_as(run.path, run.weights_stamp(), info["sae_hash"]):
             return run
     return None
 
@@ -80,7 +81,7 @@ def live(here: Here) -> Live:
     if run is None:
         raise UserError(why_no_run(here))
     with st.spinner("Loading the language model and the SAE. This happens once."):
-        return _live(str(run), here.store.info()["sae_hash"], _stamp(run))
+        return _live(str(run), here.store.info()["sae_hash"], run.weights_stamp())
 
 
 def attached(here: Here) -> AttachedSAE:
@@ -124,48 +125,16 @@ def give_way() -> None:
         TURN.acquire()
 
 
-def _may_be(run: Path, info: dict[str, Any]) -> bool:
-    """Whether the description of ``run`` fits; hashing weights takes longer than reading it."""
-    from saebench.saes.base import SPEC_FILE, read_description
-
-    if not (run / SPEC_FILE).is_file():
-        return False
-    try:
-        found = read_description(run)
-    except UserError:
-        return False
-    d_sae = found["spec"].get("d_sae")
-    return (found["sae"], found["d_in"], d_sae) == (info["sae"], info["d_in"], info["d_sae"])
-
-
-def _stamp(run: Path) -> tuple[int, int]:
-    """Changes when the weights of ``run`` are written again."""
-    from saebench.saes.base import WEIGHTS_FILE
-
-    try:
-        state = (run / WEIGHTS_FILE).stat()
-    except OSError:
-        return 0, 0
-    return state.st_mtime_ns, state.st_size
-
-
 @st.cache_resource(max_entries=64, show_spinner=False)
-def _hash(run: Path, stamp: tuple[int, int]) -> str | None:
-    from saebench.saes.base import load
-    from saebench.store.build import hash_of
-
-    try:
-        return hash_of(load(run))
-    except UserError:
-        return None
+def _is_indexed_as(run: Path, stamp: tuple[int, int], sae_hash: str) -> bool:
+    return Run(run).is_indexed_as({"sae_hash": sae_hash})
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
 def _live(run: str, identity: str, stamp: tuple[int, int]) -> Live:
     from saebench.analysis.attach import attach
-    from saebench.evaluation.samples import read_origin
 
-    recorded = read_origin(Path(run)).model
+    recorded = Run(run).provenance.model
     model = "cache" if recorded is None else _model(recorded["name"], recorded["revision"])
     return Live(attach(run, model), identity)
 

@@ -7,7 +7,6 @@ or the result. The process ends when its server has ended.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -28,6 +27,8 @@ from saebench.core.progress import Events, send_events
 if TYPE_CHECKING:
     import pandas as pd
 
+    from saebench.runs.run import Run
+
 SECONDS_BETWEEN_CHECKS = 1.0
 """Between two checks whether the server still runs."""
 CLUSTERS = 8
@@ -46,24 +47,21 @@ def check(store: str) -> tuple[dict[str, Any], Tables]:
     return {"generation": generation, "findings": findings}, {}
 
 
-def run_with(runs: Sequence[str], sae: Mapping[str, Any]) -> str:
+def run_with(runs: Sequence[str], sae: Mapping[str, Any]) -> Run:
     """The run whose weights were indexed as ``sae``, of which name, d_sae and sae_hash are given.
 
     Raises:
         UserError: none of them.
     """
-    from saebench.saes.base import load, read_description
-    from saebench.store.build import hash_of
+    from saebench.runs.run import Run, find_run
 
-    for run in runs:
-        with contextlib.suppress(UserError):  # a run that cannot be read may be another SAE's
-            d_sae = read_description(Path(run))["spec"].get("d_sae")
-            if d_sae == sae["d_sae"] and hash_of(load(run)) == sae["sae_hash"]:
-                return run
-    raise UserError(
-        f"none of the runs that the explorer knows holds the weights of {sae['name']!r}; end it, and start "
-        "it again with --run DIR, the run directory that was indexed"
-    )
+    found = find_run(map(Run, runs), sae)
+    if found is None:
+        raise UserError(
+            f"none of the runs that the explorer knows holds the weights of {sae['name']!r}; stop it and "
+            "start it again with --run DIR, the run directory that was indexed"
+        )
+    return found
 
 
 def match(
@@ -71,7 +69,6 @@ def match(
 ) -> tuple[dict[str, Any], Tables]:
     from saebench.analysis.matching import match as pair
     from saebench.analysis.matching import splits
-    from saebench.saes.base import load
 
     run_a, run_b = run_with(runs, a), run_with(runs, b)
     made = pair(run_a, run_b, by, threshold=threshold)
@@ -80,7 +77,7 @@ def match(
         "by": made.by, "threshold": made.threshold, "mean_similarity": made.mean_similarity,
         "stability": made.stability, "n_rows": made.n_rows,
     }  # fmt: skip
-    if load(run_a).d_in == load(run_b).d_in:
+    if run_a.description()["d_in"] == run_b.description()["d_in"]:
         a_is_narrow = a["d_sae"] <= b["d_sae"]
         facts["narrow"] = "a" if a_is_narrow else "b"
         narrow, wide = (run_a, run_b) if a_is_narrow else (run_b, run_a)
@@ -137,7 +134,9 @@ def _open_events() -> Events:
     """Keep standard output for events: what a library prints goes to standard error."""
     stream = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    return send_events(stream)
+    events = send_events(stream)
+    assert events is not None
+    return events
 
 
 def keep(folder: Path, facts: Mapping[str, Any], tables: Tables) -> None:

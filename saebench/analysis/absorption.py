@@ -10,7 +10,7 @@ Shapes: N rows, D = d_in, M = d_sae, J candidates of each latent, E entries of c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,8 +39,8 @@ BLOCK_BYTES = 2**27
 
 @torch.no_grad()
 def absorbed(
-    sae: SAE | str | Path,
-    cache: ActivationCache | str | Path | None = None,
+    sae: SAE | str | PathLike[str],
+    cache: ActivationCache | str | PathLike[str] | None = None,
     *,
     hook: str | None = None,
     rows: int = 65_536,

@@ -9,6 +9,7 @@ import operator
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ from torch import Tensor
 from saebench.core.device import pick_device
 from saebench.core.errors import UserError
 from saebench.evaluation.measure import require_width
-from saebench.evaluation.samples import Origin, read_origin
-from saebench.saes.base import SAE, load
+from saebench.runs.provenance import Provenance, require_same_model
+from saebench.runs.run import Run
+from saebench.saes.base import SAE
 from saebench.store.text import token_text
 
 if TYPE_CHECKING:
@@ -90,12 +92,16 @@ class AttachedSAE:
 
 
 def attach(
-    sae: SAE | str | Path, model: Model | str = "cache", hook: str | None = None, bos: bool | None = None
+    sae: SAE | str | PathLike[str],
+    model: Model | str = "cache",
+    hook: str | None = None,
+    bos: bool | None = None,
 ) -> AttachedSAE:
     """Bring together what ``sae`` (a run directory, or an SAE in memory), ``model`` and ``hook`` name.
 
     ``model`` 'cache' is the one that the SAE was trained on, as its folder says; ``hook`` None is its hook
-    there; ``bos`` None begins prompts as the contexts of its cache began, or else as the tokenizer does.
+    there; ``bos`` None begins prompts as the contexts of the training began, or, where no model read any, as
+    the tokenizer does.
 
     Raises:
         UserError: no SAE, no such model or hook, a model that is not the one that the SAE was trained on, a
@@ -105,7 +111,8 @@ def attach(
 
     if not isinstance(model, str | Model):
         raise UserError(f"model is {model!r:.60}; give a name, or a model from saebench.load_model")
-    origin = Origin(None, None, None) if isinstance(sae, SAE) else read_origin(run_folder(sae))
+    run = None if isinstance(sae, SAE) else Run(run_folder(sae))
+    origin = Provenance() if run is None else run.provenance
     recorded = origin.model
     if hook is None and (hook := origin.hook_name) is None:
         raise UserError("nothing says at which hook this SAE was trained; name it with hook=...")
@@ -118,47 +125,51 @@ def attach(
         info = peek_model(name, revision=revision)
     else:
         info = model.info
-    if recorded is not None and info.hash != recorded["hash"]:
-        raise UserError(
-            f"the model {info.name} is not the one that {sae} was trained on (it hashes to "
-            f"{info.hash[:12]}..., the SAE says {recorded['hash'][:12]}...); name that model, or give "
-            "saebench.load(...) with model and hook: an SAE in memory is not compared"
-        )
+    require_same_model(
+        info, recorded, made=f"{sae} was trained on", says="the SAE says",
+        way_out="name that model, or give saebench.load(...) with model and hook: an SAE in memory is not "
+        "compared",
+    )  # fmt: skip
+    if bos is None and run is not None and (contexts := run.contexts()) is not None:
+        bos = contexts.bos
     info.check_hook(hook)
     device = pick_device("auto") if isinstance(model, str) else model.device
-    loaded = sae if isinstance(sae, SAE) else load(sae, device=device)
+    loaded = sae if isinstance(sae, SAE) else Run(sae).load(device=device)
     require_width(info.usual_hooks().get(hook, loaded.d_in), loaded, hook, info.name)
     if isinstance(model, str):
         model = load_model(info.name, revision=info.revision, device=device)
     require_width(model.hook_dim(hook), loaded, hook, info.name)
-    return AttachedSAE(loaded, model, hook, _bos(model, origin, bos), model.token_bytes())
+    return AttachedSAE(loaded, model, hook, _bos(model, bos), model.token_bytes())
 
 
-def read_sae(sae: SAE | str | Path, name: str) -> tuple[SAE, Origin]:
+def read_sae(sae: SAE | str | PathLike[str], name: str) -> tuple[SAE, Provenance]:
     """The SAE that the argument ``name`` is or leads to, and what is known of where it was trained.
 
     Raises:
         UserError: neither an SAE nor a folder that holds one.
     """
     if isinstance(sae, SAE):
-        return sae, Origin(None, None, None)
-    folder = run_folder(sae, name)
-    return load(folder, device=pick_device("auto")), read_origin(folder)
+        return sae, Provenance()
+    run = Run(run_folder(sae, name))
+    return run.load(device=pick_device("auto")), run.provenance
 
 
-def open_for(*saes: SAE | str | Path, cache: ActivationCache | str | Path | None) -> ActivationCache:
+def open_for(
+    *saes: SAE | str | PathLike[str], cache: ActivationCache | str | PathLike[str] | None
+) -> ActivationCache:
     """``cache``, or else the one that the first of ``saes`` whose folder says so was trained on."""
     from saebench.activations.cache import ActivationCache, open_cache
 
-    if isinstance(cache, ActivationCache):
-        return cache
+    runs = [Run(run_folder(sae)) for sae in saes if not isinstance(sae, SAE)]
     if cache is None:
-        folders = [run_folder(sae) for sae in saes if not isinstance(sae, SAE)]
-        known = (read_origin(folder).cache for folder in folders)
-        cache = next((path for path in known if path is not None), None)
-    if cache is None:
-        raise UserError("nothing says on which cache the SAE was trained; name it with cache=...")
-    return open_cache(cache)
+        own = next((run for run in runs if run.provenance.cache is not None), None)
+        if own is None:
+            raise UserError("nothing says on which cache the SAE was trained; name it with cache=...")
+        return own.open_cache()
+    opened = cache if isinstance(cache, ActivationCache) else open_cache(Path(cache))
+    for run in runs:
+        run.warn_of_other_model(opened)
+    return opened
 
 
 def run_folder(sae: object, name: str = "sae") -> Path:
@@ -215,12 +226,8 @@ def _listed(numbers: Any, name: str) -> list[int]:
         raise UserError(f"{name} is {numbers!r:.60}; give whole numbers") from None
 
 
-def _bos(model: Model, origin: Origin, bos: bool | None) -> int | None:
+def _bos(model: Model, bos: bool | None) -> int | None:
     """The token with which prompts begin, or None."""
-    if bos is None and origin.cache is not None and origin.cache.exists():
-        from saebench.activations.manifest import read_cache_manifest
-
-        bos = read_cache_manifest(origin.cache).raw["made_from"]["settings"].get("bos")
     if bos is None:
         bos = model.tokens.adds_bos()
     if bos and model.tokens.bos is None:

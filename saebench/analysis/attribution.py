@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,7 +46,7 @@ class Attribution:
 
 def logit_attribution(
     text: str,
-    sae: SAE | str | Path,
+    sae: SAE | str | PathLike[str],
     model: Model | str = "cache",
     hook: str | None = None,
     *,

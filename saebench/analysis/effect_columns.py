@@ -13,8 +13,9 @@ from saebench.core.device import pick_device
 from saebench.core.errors import UserError
 from saebench.core.files import directory_lock
 from saebench.core.settings import accepts_settings
-from saebench.evaluation.samples import read_origin
-from saebench.saes.base import SAE, load
+from saebench.runs.run import Run
+from saebench.saes.base import SAE
+from saebench.saes.files import weights_hash
 
 if TYPE_CHECKING:
     import duckdb
@@ -44,9 +45,10 @@ def index_effects(config: EffectsConfig) -> LossEffects:
     from saebench.activations.cache import open_cache
     from saebench.sources.models import load_model
 
-    cache = open_cache(config.cache or _trained_on(config.run))
+    run = Run(run_folder(config.run))
+    cache = open_cache(config.cache) if config.cache is not None else run.open_cache()
     device = pick_device(config.device)
-    sae = load(run_folder(config.run), device=device)
+    sae = run.load(device=device)
     name, info = _indexed(config, sae, cache)
     draw_contexts(cache, 1, rows=config.rows, seed=config.seed)  # complains before a model is loaded
     with directory_lock(config.store, what="the feature store"):
@@ -89,21 +91,13 @@ def publish_effects(
     publish_extra(Path(store), sae, EXTRA, build, made_from=info)
 
 
-def _trained_on(run: Path) -> Path:
-    cache = read_origin(Path(run)).cache
-    if cache is None:
-        raise UserError(f"nothing says on which cache {run} was trained; name it with --cache")
-    return cache
-
-
 def _indexed(config: EffectsConfig, sae: SAE, cache: ActivationCache) -> tuple[str, dict[str, Any]]:
     """Name and info of this SAE in the store."""
-    from saebench.store.build import hash_of
     from saebench.store.query import open_store
 
     with open_store(config.store) as first:
         names = first.saes
-    identity = hash_of(sae)
+    identity = weights_hash(sae)
     for name in names:
         with open_store(config.store, name) as store:
             info = store.info()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,8 +62,8 @@ class LossEffects:
 
 
 def loss_effects(
-    sae: SAE | str | Path,
-    cache: ActivationCache | str | Path | None = None,
+    sae: SAE | str | PathLike[str],
+    cache: ActivationCache | str | PathLike[str] | None = None,
     model: Model | str = "cache",
     hook: str | None = None,
     *,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,7 +57,7 @@ class Redundancy:
 @torch.no_grad()
 @renamed_arguments(neighbours="neighbors")
 def decoder_map(
-    sae: SAE | str | Path,
+    sae: SAE | str | PathLike[str],
     method: str = "pca",
     *,
     n_clusters: int = 8,
@@ -105,7 +105,7 @@ def decoder_map(
 
 
 @torch.no_grad()
-def clusters(sae: SAE | str | Path, n: int = 32, *, seed: int = 0) -> pd.DataFrame:
+def clusters(sae: SAE | str | PathLike[str], n: int = 32, *, seed: int = 0) -> pd.DataFrame:
     """Group the latents by direction: feature, cluster, cosine (with the mean direction of its cluster).
 
     Spherical k-means: the sum of the cosines rises until no latent changes its cluster. Begun as greedy
@@ -128,7 +128,7 @@ def clusters(sae: SAE | str | Path, n: int = 32, *, seed: int = 0) -> pd.DataFra
 
 
 @torch.no_grad()
-def redundancy(sae: SAE | str | Path, *, threshold: float = 0.9) -> Redundancy:
+def redundancy(sae: SAE | str | PathLike[str], *, threshold: float = 0.9) -> Redundancy:
     """Which latents of one SAE write nearly the same direction, and how many directions all of them fill.
 
     >>> found = sb.redundancy(run, threshold=0.5)
@@ -161,7 +161,7 @@ def redundancy(sae: SAE | str | Path, *, threshold: float = 0.9) -> Redundancy:
     )
 
 
-def _directions(sae: SAE | str | Path) -> Tensor:
+def _directions(sae: SAE | str | PathLike[str]) -> Tensor:
     """[M, D] float32 on the CPU, rows of unit norm."""
     loaded, _ = read_sae(sae, "sae")
     W_MD = loaded.W_dec.detach().float().cpu()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING, Annotated
 
 import torch
@@ -62,7 +62,7 @@ class Steering:
 def ablate(
     text: str,
     features: int | Iterable[int],
-    sae: SAE | str | Path,
+    sae: SAE | str | PathLike[str],
     model: Model | str = "cache",
     hook: str | None = None,
     *,
@@ -107,7 +107,7 @@ def ablate(
 def steer(
     text: str,
     features: int | Iterable[int],
-    sae: SAE | str | Path,
+    sae: SAE | str | PathLike[str],
     model: Model | str = "cache",
     hook: str | None = None,
     *,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,9 +19,10 @@ from saebench.analysis.correlations import BLOCK_BYTES, Correlations
 from saebench.core.errors import UserError
 from saebench.core.progress import progress
 from saebench.evaluation.measure import require_width
-from saebench.evaluation.samples import Origin, first_rows
+from saebench.evaluation.samples import first_rows
 from saebench.evaluation.synthetic.recovery import absolute_cosines
 from saebench.evaluation.synthetic.recovery import match as best_pairs
+from saebench.runs.provenance import Provenance
 from saebench.saes.base import SAE
 
 if TYPE_CHECKING:
@@ -65,10 +66,10 @@ class Matching:
 
 @torch.no_grad()
 def match(
-    a: SAE | str | Path,
-    b: SAE | str | Path,
+    a: SAE | str | PathLike[str],
+    b: SAE | str | PathLike[str],
     by: str = "decoder",
-    cache: ActivationCache | str | Path | None = None,
+    cache: ActivationCache | str | PathLike[str] | None = None,
     *,
     hook: str | None = None,
     rows: int = 65_536,
@@ -128,7 +129,7 @@ def match(
 
 @torch.no_grad()
 def splits(
-    a: SAE | str | Path, b: SAE | str | Path, *, threshold: float = 0.7, at_least: int = 2
+    a: SAE | str | PathLike[str], b: SAE | str | PathLike[str], *, threshold: float = 0.7, at_least: int = 2
 ) -> pd.DataFrame:
     """Latents of the narrow SAE ``a`` that became several in the wide ``b``: feature_a, n, feature_b, cosine.
 
@@ -216,7 +217,7 @@ def _matching(similarity_AB: Tensor, by: str, threshold: float, n_rows: int | No
 
 
 def _correlations(
-    sides: list[tuple[SAE, Origin]],
+    sides: list[tuple[SAE, Provenance]],
     opened: ActivationCache,
     hook: str | None,
     rows: int,
@@ -250,7 +251,7 @@ def _correlations(
 
 
 def _encoded(
-    sides: list[tuple[SAE, Origin]], cache: ActivationCache, hooks: list[str], row_N: Tensor
+    sides: list[tuple[SAE, Provenance]], cache: ActivationCache, hooks: list[str], row_N: Tensor
 ) -> Iterator[SparseCodes]:
     for (sae, _), hook in zip(sides, hooks, strict=True):
         x_ND = cache.activations(hook)[row_N].float()

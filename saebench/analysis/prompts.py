@@ -5,7 +5,7 @@ Shapes: T tokens of a prompt, D = d_in, E entries of its codes that are not zero
 
 from __future__ import annotations
 
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +24,7 @@ MEASURES = ("max", "mean")
 
 def features_of(
     text: str,
-    sae: SAE | str | Path,
+    sae: SAE | str | PathLike[str],
     model: Model | str = "cache",
     hook: str | None = None,
     *,
@@ -60,7 +60,7 @@ def features_of(
 def compare_prompts(
     a: str,
     b: str,
-    sae: SAE | str | Path,
+    sae: SAE | str | PathLike[str],
     model: Model | str = "cache",
     hook: str | None = None,
     *,

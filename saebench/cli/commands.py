@@ -112,7 +112,7 @@ def train(settings: Mapping[str, Any], source: str) -> Result:
 
 
 def _trained(run: Run) -> dict[str, Any]:
-    lines = (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = run.metrics_file.read_text(encoding="utf-8").splitlines()
     last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
     spec = run.spec
     return {"path": str(run.path), "sae": spec.name, "d_sae": spec.d_sae, "k": spec.k, **last}

@@ -22,8 +22,7 @@ from saebench.core.files import (
 from saebench.core.settings import accepts_settings
 from saebench.evaluation.report import inference_label
 from saebench.evaluation.settings import CompareConfig
-from saebench.runs.run_file import RUN_FILE, read_run
-from saebench.saes.base import read_description
+from saebench.runs.run import Run
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -176,9 +175,9 @@ def _reports(run: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 def _settings(run: Path) -> tuple[dict[str, Any], list[Any]]:
     """What was learned depends on: settings, in which runs of one kind agree, and the seeds."""
-    if not (run / RUN_FILE).exists():
-        return {"sae": read_description(run)["sae"], "run": str(run)}, []
-    facts = read_run(run)
+    if not Run(run).is_training_directory:
+        return {"sae": Run(run).description()["sae"], "run": str(run)}, []
+    facts = Run(run).facts()
     training = {name: value for name, value in facts["train"].items() if name not in _NOT_OF_THE_KIND}
     settings = {**training, **facts["sae"], "sae": facts["sae"]["name"], "cache_hash": facts["cache_hash"]}
     return settings, [facts["train"].get(name) for name in ("seed", "order_seed")]

@@ -46,11 +46,6 @@ class InferenceMode:
         self._changed, self._picks = 0, 0
 
     @property
-    def suffix(self) -> str:
-        """What its report's file name has after ``eval``."""
-        return "" if self.is_default else f"-{self.inference}"
-
-    @property
     def picks_changed(self) -> float | None:
         """Share of the measured picks that the default way would not have made; None if this is that way."""
         return None if self.is_default else self._changed / max(self._picks, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,16 +18,15 @@ from saebench.evaluation.inference_mode import InferenceMode
 from saebench.evaluation.reconstruction import ReconstructionMeter, ReconstructionMetrics
 from saebench.evaluation.report import EvalReport
 from saebench.evaluation.samples import (
-    Origin,
     cache_contexts,
     choose_rows,
     mean_over_contexts,
     mean_training_activation,
-    read_origin,
     text_contexts,
 )
 from saebench.evaluation.settings import EvalConfig
-from saebench.saes.base import load
+from saebench.runs.provenance import ContextSettings, require_same_model
+from saebench.runs.run import Run
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
@@ -65,23 +63,20 @@ def evaluate(config: EvalConfig) -> EvalReport:
             activations that are not finite, an ``inference`` that the SAE does not know, or a cache without
             the gradients that it needs.
     """
-    run = Path(config.run)
+    run = Run(config.run)
     device = pick_device(config.device)
-    sae = load(run, device=device)
+    sae = run.load(device=device)
     mode = InferenceMode(sae, config.inference)
-    origin = read_origin(run)
-    require_writable(run, what="the run directory")
+    require_writable(run.path, what="the run directory")
     measure = _on_cache if config.text is None else _on_text
-    report = measure(config, mode, origin, device)
-    write_json_atomic(run / f"eval{mode.suffix}.json", report.to_dict())
+    report = measure(config, mode, run, device)
+    write_json_atomic(run.eval_file(None if mode.is_default else mode.inference), report.to_dict())
     return report
 
 
-def _on_cache(config: EvalConfig, mode: InferenceMode, origin: Origin, device: torch.device) -> EvalReport:
-    sae, cache = mode.sae, _open_cache(config, origin)
-    if cache is None:
-        raise UserError(f"{config.run} does not say which cache its SAE was trained on; name it with --cache")
-    hook = config.hook or origin.hook_name
+def _on_cache(config: EvalConfig, mode: InferenceMode, run: Run, device: torch.device) -> EvalReport:
+    sae, cache = mode.sae, _open_cache(config, run)
+    hook = config.hook or run.provenance.hook_name
     if hook is None and len(cache.hooks) > 1:
         raise UserError(f"{config.run} does not say its hook; pass --hook, one of {', '.join(cache.hooks)}")
     hook = cache.resolve_hook(hook)
@@ -115,16 +110,19 @@ def _on_cache(config: EvalConfig, mode: InferenceMode, origin: Origin, device: t
     return _report(config, mode, hook, reconstruction, faithfulness, model=model.name, cache_hash=cache.hash)
 
 
-def _on_text(config: EvalConfig, mode: InferenceMode, origin: Origin, device: torch.device) -> EvalReport:
+def _on_text(config: EvalConfig, mode: InferenceMode, run: Run, device: torch.device) -> EvalReport:
     """Reconstruction and faithfulness from the same forward passes."""
     sae = mode.sae
+    origin = run.provenance
     hook = config.hook or origin.hook_name
     if hook is None:
         raise UserError(f"{config.run} does not say at which hook its SAE was trained; pass --hook")
-    cache = _open_cache(config, origin)
+    # The run's own cache may have been deleted: a text needs it for nothing but the mean activation.
+    cache = _open_cache(config, run) if config.cache is not None or run.find_cache() is not None else None
     recorded = origin.model if cache is None else cache.model
     model = _load_model(config, recorded, hook, sae, device)
-    contexts = text_contexts(config, model, cache, keep_last=not mode.needs_gradients)
+    made = run.contexts() if config.cache is None or cache is None else ContextSettings.of_cache(cache)
+    contexts = text_contexts(config, model, made, keep_last=not mode.needs_gradients)
 
     mean_D = None
     if cache is not None and recorded is not None and recorded["hash"] == model.hash and hook in cache.hooks:
@@ -145,22 +143,15 @@ def _on_text(config: EvalConfig, mode: InferenceMode, origin: Origin, device: to
     return _report(config, mode, hook, meter.result(), faithfulness, model=model.name)
 
 
-def _open_cache(config: EvalConfig, origin: Origin) -> ActivationCache | None:
-    """The cache that was named, or the run's own; with a text to read, that one may have been deleted."""
+def _open_cache(config: EvalConfig, run: Run) -> ActivationCache:
+    """The cache that was named, or the run's own."""
     from saebench.activations.cache import open_cache
 
-    if config.cache is not None:
-        return open_cache(config.cache)
-    if origin.cache is None:
-        return None
-    if not origin.cache.exists():
-        if config.text is not None:
-            return None
-        raise UserError(
-            f"{config.run} was trained on the cache {origin.cache}, which is not there "
-            f"(seen from {Path.cwd()}); name it with --cache"
-        )
-    return open_cache(origin.cache)
+    if config.cache is None:
+        return run.open_cache()
+    cache = open_cache(config.cache)
+    run.warn_of_other_model(cache)
+    return cache
 
 
 def _load_model(
@@ -177,11 +168,11 @@ def _load_model(
     assert name is not None
     info = peek_model(name, revision=revision)
     must_match = config.text is None or config.model == "cache"
-    if must_match and recorded is not None and info.hash != recorded["hash"]:
-        raise UserError(
-            f"the model {name} is not the one that made the cache (it hashes to {info.hash[:12]}..., the "
-            f"cache says {recorded['hash'][:12]}...); name that model, or name a text with --text"
-        )
+    if must_match:
+        require_same_model(
+            info, recorded, made="made the cache", says="the cache says",
+            way_out="name that model, or name a text with --text",
+        )  # fmt: skip
     info.check_hook(hook)
     require_width(info.usual_hooks().get(hook, sae.d_in), sae, hook, name)
     model = load_model(name, revision=revision, device=device)

@@ -6,18 +6,14 @@ Shapes: N rows, D = d_in, C contexts, T positions.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from saebench.core.errors import UserError
 from saebench.evaluation.faithfulness import Contexts
-from saebench.runs.checkpoints import run_of
-from saebench.runs.run_file import RUN_FILE, read_run
-from saebench.saes.base import read_description
+from saebench.runs.provenance import ContextSettings
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
@@ -30,29 +26,6 @@ MEAN_ROWS = 2**20
 """Training rows that the mean activation is taken over: more would not change it."""
 SCANNED_ROWS = 2**22
 """Rows of a cache whose place is looked at together."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What an SAE was trained on, as far as its folder says."""
-
-    hook_name: str | None
-    cache: Path | None
-    model: dict[str, Any] | None
-
-
-def read_origin(run: Path) -> Origin:
-    """From ``sae.json`` and, in a run directory, ``run.json``; for a checkpoint, from ``run.json`` alone."""
-    if run.is_file():
-        run = run_of(run)
-        facts = read_run(run)
-    else:
-        facts = read_description(run)
-    cache = None
-    if (run / RUN_FILE).exists():
-        settings = read_run(run, needs=("train",))["train"]
-        cache = Path(settings["cache"]) if "cache" in settings else None
-    return Origin(facts.get("hook_name"), cache, facts.get("model"))
 
 
 def choose_rows(cache: ActivationCache, *, rows: str, tokens: int) -> Tensor:
@@ -113,13 +86,13 @@ def cache_contexts(cache: ActivationCache, row_N: Tensor) -> Contexts:
 
 
 def text_contexts(
-    config: EvalConfig, model: Model, cache: ActivationCache | None, *, keep_last: bool = True
+    config: EvalConfig, model: Model, made: ContextSettings | None, *, keep_last: bool = True
 ) -> Contexts:
     """The first contexts of the held-out documents of ``config.text``; ``config.tokens`` positions are kept.
 
-    They are packed as those of ``cache`` were: the same length, BOS and positions that are no rows. Without a
-    cache made by a model, contexts have 128 tokens, BOS as the tokenizer adds it, and position 0 is left
-    alone. Without ``keep_last`` the last position of each context, which predicts nothing, is left alone too.
+    They are packed as ``made`` says: length, BOS, and which positions are rows. Where it says nothing,
+    contexts have 128 tokens and BOS as the tokenizer adds it, and position 0 is not a row. Without
+    ``keep_last`` the last position of each context, which predicts nothing, is not a row either.
 
     Raises:
         UserError: no document of the text is held out.
@@ -128,8 +101,9 @@ def text_contexts(
     from saebench.sources.text import is_held_out, read_documents
 
     assert config.text is not None
-    made = cache.manifest["made_from"]["settings"] if cache is not None and cache.model is not None else {}
-    ctx = min(made.get("ctx", DEFAULT_CTX), model.info.n_ctx or made.get("ctx", DEFAULT_CTX))
+    made = made or ContextSettings()
+    ctx = min(made.ctx or DEFAULT_CTX, model.info.n_ctx or made.ctx or DEFAULT_CTX)
+    bos = model.tokens.adds_bos() if made.bos is None else made.bos
     documents = read_documents(config.text, column=config.column, split=config.split)
     chosen = (d for d in documents if config.rows == "all" or is_held_out(d.text))
     packed = pack(
@@ -137,11 +111,11 @@ def text_contexts(
         model.tokens.encode,
         ctx=ctx,
         separator=model.tokens.separator,
-        bos=model.tokens.bos if made.get("bos", model.tokens.adds_bos()) else None,
+        bos=model.tokens.bos if bos else None,
     )
     kept = {
-        "keep_first": made.get("keep_first", False),
-        "keep_last": keep_last and not made.get("gradients", False),
+        "keep_first": bool(made.keep_first),
+        "keep_last": keep_last and made.keep_last,
     }
     # One context more than is needed, so that the last one is read whole like those of a cache.
     max_rows = config.tokens + ctx

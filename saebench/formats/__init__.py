@@ -39,13 +39,14 @@ def export_sae(config: ExportConfig) -> Translation:
     Raises:
         UserError: no finished SAE there, one that the format cannot hold, or a folder that is not empty.
     """
-    from saebench.saes.base import load
+    from saebench.runs.run import Run
 
     form: Format = formats.load(config.format)
-    sae = load(config.run)
+    run = Run(config.run)
+    sae = run.load()
     converted = form.convert(sae)
     _make_empty(config.out)
-    form.write(converted, config.out, sae, config.run)
+    form.write(converted, config.out, sae, run)
     return Translation(
         path=config.out,
         sae=sae.spec.name,

@@ -9,6 +9,7 @@ from saebench.core.registry import Registry
 
 if TYPE_CHECKING:
     from saebench.formats.foreign import Foreign
+    from saebench.runs.run import Run
     from saebench.saes.base import SAE
 
 
@@ -41,7 +42,7 @@ class Format(Protocol):
             UserError: the other library cannot compute what it does.
         """
 
-    def write(self, converted: Converted, directory: Path, sae: SAE, run: Path) -> None:
+    def write(self, converted: Converted, directory: Path, sae: SAE, run: Run) -> None:
         """Write what ``convert`` returned into an empty ``directory``; ``sae`` was loaded from ``run``."""
 
 

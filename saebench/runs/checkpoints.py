@@ -5,18 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from saebench.core.errors import UserError
 from saebench.core.settings import from_flat
-from saebench.core.tensors import check_tensors, read_safetensors
-from saebench.runs.run_file import RUN_FILE, read_run
+from saebench.runs.layout import CHECKPOINT_FOLDER, RUN_FILE, read_run
 from saebench.saes.registry import architecture
 
 if TYPE_CHECKING:
+    import torch
+
     from saebench.saes.base import SAE
 
 PREFIX = "sae."
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """The checkpoint of a step, whether it is there or not."""
+    return run / CHECKPOINT_FOLDER / f"step-{step:09d}.safetensors"
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints that a run has, in the order of steps."""
+    return sorted((run / CHECKPOINT_FOLDER).glob("step-*.safetensors"))
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -34,7 +43,7 @@ def run_of(checkpoint: Path) -> Path:
     return run
 
 
-def load_checkpoint(file: Path, *, device: str | torch.device = "cpu") -> SAE:
+def load_checkpoint_sae(file: Path, *, device: str | torch.device = "cpu") -> SAE:
     """The SAE of a checkpoint, for activations as the model has them.
 
     Thresholds that are set when a training ends (`SAE.calibrate`) are as they were.
@@ -42,6 +51,9 @@ def load_checkpoint(file: Path, *, device: str | torch.device = "cpu") -> SAE:
     Raises:
         UserError: no checkpoint of a run, or a damaged one.
     """
+    from saebench.core.tensors import check_tensors, read_safetensors
+
+
     run = run_of(file)
     facts = read_run(run)
     d_in = facts.get("d_in")

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
+from saebench.runs.layout import METRICS_FILE, SESSIONS_FILE
 
 if TYPE_CHECKING:
     import pandas as pd
-
-METRICS_FILE = "metrics.jsonl"
-SESSIONS_FILE = "sessions.jsonl"
 
 
 class MetricsLog:

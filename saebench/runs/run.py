@@ -1,96 +1,299 @@
-"""A run directory: what is in it, and whether a training may begin, go on, or is already over."""
+"""A run: the directory of one training, or any folder that holds an SAE."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
-from saebench.core.files import is_leftover, remove_leftovers, write_json_atomic
-from saebench.runs.run_file import RUN_FILE, read_run
-from saebench.saes.base import SAE, SPEC_FILE, load
-from saebench.saes.spec import SaeSpec
-from saebench.training.settings import TrainConfig
+from saebench.core.files import read_json, sha256_json
+from saebench.runs.checkpoints import checkpoints_of, load_checkpoint_sae, run_of
+from saebench.runs.layout import METRICS_FILE, RUN_FILE, eval_file, read_run
+from saebench.runs.metrics_log import read_metrics, read_sessions
+from saebench.runs.provenance import ContextSettings, Provenance, contexts_of_import
+from saebench.saes.files import SPEC_FILE, WEIGHTS_FILE, load_sae, read_description, weights_hash
 
-OF_THE_CALL = {"resume", "quiet", "out", "sweep"}
-"""Settings of one call of ``train``; they are not written into ``run.json``."""
-_MAY_CHANGE = {
-    "device",
-    "cache",
-    "memory",
-    "checkpoint_every",
-    "tensorboard",
-    "wandb",
-}
-"""Settings that a resumed run may have different: what is learned does not depend on them (but another
-device rounds differently)."""
+if TYPE_CHECKING:
+    from os import PathLike
+
+    import pandas as pd
+    import torch
+
+    from saebench.activations.cache import ActivationCache
+    from saebench.saes.base import SAE
+    from saebench.saes.spec import SaeSpec
 
 
-@dataclass(frozen=True, repr=False)
 class Run:
-    """A finished training. It can be given wherever a run's path is asked for."""
+    """A run directory, finished or not; a folder with ``sae.json`` alone; or one checkpoint of a run.
 
-    path: Path
-    config: TrainConfig
-    spec: SaeSpec
+    It can be given wherever a run's path is asked for. Files are read when they are asked for.
+
+    Attributes:
+        path: the directory.
+        checkpoint: the file, if the path names a checkpoint of the run.
+        config: the TrainConfig of the call of `train` that returned this run; None when it was opened.
+    """
+
+    def __init__(self, path: str | PathLike[str], *, config: Any = None, spec: SaeSpec | None = None) -> None:
+        named = Path(path)
+        self.checkpoint = named if named.is_file() else None
+        self.path = run_of(named) if self.checkpoint is not None else named
+        self.config = config
+        self._spec = spec
+
+    def __fspath__(self) -> str:
+        return str(self.checkpoint or self.path)
+
+    def __repr__(self) -> str:
+        if self._spec is None:
+            return f"Run({self.__fspath__()!r})"
+        return f"Run({str(self.path)!r}: {self.spec.name}, d_sae={self.spec.d_sae}, k={self.spec.k})"
+
+    # Files ----------------------------------------------------------------------------------------
+
+    @property
+    def is_training_directory(self) -> bool:
+        """Whether a training began here (``run.json``), finished or not."""
+        return (self.path / RUN_FILE).is_file()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the trained SAE is there: ``sae.json`` is the last file that a training writes."""
+        return (self.path / SPEC_FILE).is_file()
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / METRICS_FILE
+
+    def eval_file(self, inference: str | None = None) -> Path:
+        """The evaluation in one inference mode, whether it is there or not; None for the default mode."""
+        return self.path / eval_file(inference)
+
+    def evaluation(self, inference: str | None = None) -> dict[str, Any] | None:
+        """What ``saebench eval`` measured; None before it did."""
+        file = self.eval_file(inference)
+        return read_json(file, what="the evaluation") if file.exists() else None
+
+    def metrics(self) -> pd.DataFrame:
+        """A row for each reported step, a column for each number; see `read_metrics`."""
+        return read_metrics(self.path)
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """The processes that worked on the training; see `read_sessions`."""
+        return read_sessions(self.path)
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints that are there, in the order of steps."""
+        return checkpoints_of(self.path)
+
+    def description(self) -> dict[str, Any]:
+        """The contents of ``sae.json``: sae, d_in, spec, and the facts it was saved with."""
+        return read_description(self.path)
+
+    def facts(self, *, needs: tuple[str, ...] = ("train", "sae", "cache_hash")) -> dict[str, Any]:
+        """The contents of ``run.json``; see `read_run`."""
+        return read_run(self.path, needs=needs)
+
+    # The SAE --------------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> SaeSpec:
+        """The settings of the architecture."""
+        return self._spec if self._spec is not None else self.sae.spec
 
     @property
     def sae(self) -> SAE:
         """The trained SAE, read from the run directory."""
-        return load(self.path)
+        return self.load()
 
-    def __repr__(self) -> str:
-        return f"Run({str(self.path)!r}: {self.spec.name}, d_sae={self.spec.d_sae}, k={self.spec.k})"
+    def load(self, *, device: str | torch.device = "cpu") -> SAE:
+        """The trained SAE, or that of the checkpoint.
 
-    def __fspath__(self) -> str:
-        return str(self.path)
+        Raises:
+            UserError: the folder holds no finished SAE, its format is newer, or a file is damaged.
+        """
+        if self.checkpoint is not None:
+            return load_checkpoint_sae(self.checkpoint, device=device)
+        if not self.is_finished:
+            if self.is_training_directory:
+                raise UserError(
+                    f"the run {self.path} has not finished; go on with saebench train ... --resume"
+                )
+            raise UserError(f"{self.path} holds no SAE (no {SPEC_FILE}); name a run directory")
+        return load_sae(self.path, device=device)
+
+    def weights_stamp(self) -> tuple[int, int]:
+        """Modification time and size of the weights: they change when the weights are written again."""
+        try:
+            state = (self.path / WEIGHTS_FILE).stat()
+        except OSError:
+            return 0, 0
+        return state.st_mtime_ns, state.st_size
+
+    def may_be(self, info: Mapping[str, Any]) -> bool:
+        """Whether the description fits what a store says of an SAE: a check before weights are hashed."""
+        if not self.is_finished:
+            return False
+        try:
+            found = self.description()
+        except UserError:
+            return False
+        own = {"sae": found["sae"], "d_in": found["d_in"], "d_sae": found["spec"].get("d_sae")}
+        return all(info.get(name, value) == value for name, value in own.items())
+
+    def is_indexed_as(self, info: Mapping[str, Any]) -> bool:
+        """Whether this is the SAE of which a store says ``info`` (sae_hash; also sae, d_in, d_sae)."""
+        if not self.may_be(info):
+            return False
+        try:
+            return bool(weights_hash(self.load()) == info["sae_hash"])
+        except UserError:  # a run that cannot be read may be another SAE's
+            return False
+
+    # Where it comes from --------------------------------------------------------------------------
+
+    @functools.cached_property
+    def provenance(self) -> Provenance:
+        """Hook, model, cache and contexts, as ``sae.json`` and ``run.json`` record them."""
+        training = self.facts(needs=("train",)) if self.is_training_directory else {}
+        facts = self.facts() if self.checkpoint is not None else self.description()
+        cache = training.get("train", {}).get("cache")
+        imported = facts.get("imported")
+        source = facts if "contexts" in facts else training
+        contexts = source.get("contexts")
+        if imported:
+            known = contexts_of_import(imported)
+        else:
+            known = ContextSettings.from_json(contexts) if isinstance(contexts, dict) else None
+        return Provenance(
+            hook_name=facts.get("hook_name"),
+            model=facts.get("model"),
+            cache=Path(cache) if cache is not None else None,
+            cache_hash=facts.get("cache_hash") or training.get("cache_hash"),
+            contexts=known,
+            contexts_recorded=bool(imported) or "contexts" in source or not facts.get("model"),
+        )
+
+    def contexts(self) -> ContextSettings | None:
+        """How the contexts of its activations were made; None if no model read any (an imported array).
+
+        Runs of saebench 0.1 do not record it: for them it is read from their cache. A folder that names a
+        model but neither contexts nor a cache gives None, with a warning.
+
+        Raises:
+            UserError: a run of saebench 0.1 whose cache is not where it was.
+        """
+        origin = self.provenance
+        if origin.contexts_recorded:
+            return origin.contexts
+        if origin.cache is None:
+            print(
+                f"warning: {self} does not record how contexts were made; prompts begin as the tokenizer "
+                "begins them (bos=True or bos=False says otherwise)",
+                file=sys.stderr,
+            )
+            return None
+        place = self.find_cache()
+        if place is None:
+            raise UserError(
+                f"{self} was trained by saebench 0.1, which did not record whether contexts begin with BOS, "
+                f"and its cache {origin.cache} is not there (seen from {Path.cwd()}); give bos=True or "
+                "bos=False for a prompt, or name the cache"
+            )
+        from saebench.activations.cache import open_cache
+
+        return ContextSettings.of_cache(open_cache(place))
+
+    def __str__(self) -> str:
+        return self.__fspath__()
+
+    def find_cache(self) -> Path | None:
+        """Where the cache of the training is: its recorded path, from here or from a folder above the run.
+
+        A cache counts as found only if its hash is the recorded one, where one is recorded. None if there is
+        none.
+        """
+        origin = self.provenance
+        if origin.cache is None:
+            return None
+        if origin.cache_hash is None:
+            return origin.cache if origin.cache.exists() else None
+        above = () if origin.cache.is_absolute() else self.path.resolve().parents
+        places = [origin.cache, *(folder / origin.cache for folder in above)]
+        return next((place for place in places if _cache_hash(place) == origin.cache_hash), None)
+
+    def open_cache(self) -> ActivationCache:
+        """The cache that the SAE was trained on.
+
+        Raises:
+            UserError: the run does not name one, it is gone, or its contents have changed since.
+        """
+        from saebench.activations.cache import open_cache
+
+        recorded = self.provenance.cache
+        if recorded is None:
+            raise UserError(
+                f"{self} does not say which cache its SAE was trained on; name it with --cache or cache=..."
+            )
+        place = self.find_cache()
+        if place is None and recorded.exists():
+            found = _cache_hash(recorded)  # before saying that it changed, say what is wrong with it
+            if found is None:
+                return open_cache(recorded)
+            raise UserError(
+                f"{self} was trained on the cache {recorded}, which has changed since (its hash is "
+                f"{found[:12]}..., the run says {str(self.provenance.cache_hash)[:12]}...); "
+                "name the cache to use with --cache or cache=..."
+            )
+        if place is None:
+            raise UserError(
+                f"{self} was trained on the cache {recorded}, which is not there (seen from {Path.cwd()}); "
+                "name it with --cache or cache=..."
+            )
+        return open_cache(place)
+
+    def warn_of_other_model(self, cache: ActivationCache) -> None:
+        """Print a warning if another model made ``cache`` than the one that the SAE was trained on."""
+        own, theirs = self.provenance.model, cache.model
+        if own is not None and theirs is not None and own["hash"] != theirs["hash"]:
+            print(
+                f"warning: {cache.path} holds activations of {theirs['name']} ({theirs['hash'][:12]}...), "
+                f"but {self} was trained on those of {own['name']} ({own['hash'][:12]}...)",
+                file=sys.stderr,
+            )
 
 
-def is_finished(directory: Path) -> bool:
-    """``sae.json`` is the last file a training writes."""
-    return (directory / SPEC_FILE).exists()
+def find_run(runs: Iterable[Run], info: Mapping[str, Any]) -> Run | None:
+    """The first of ``runs`` that is the SAE of which a store says ``info``; see `Run.is_indexed_as`."""
+    return next((run for run in runs if run.is_indexed_as(info)), None)
 
 
-def check(directory: Path, facts: dict[str, Any], *, resume: bool) -> None:
-    """Check that ``directory`` is free for the run of these facts, or holds the same run to be resumed.
+def load(path: Path | str, *, device: str | torch.device = "cpu") -> SAE:
+    """Load a trained SAE from a run directory or any folder with ``sae.json`` and ``sae.safetensors``.
+
+    A checkpoint of a run, ``RUN/checkpoints/step-....safetensors``, is loaded as it was then; thresholds that
+    are only set when a training ends are not set there.
+
+    >>> sae = sb.load(run)
+    >>> codes = sae.encode(cache.activations()[:8])
+    >>> sae.decode(codes).shape[-1] == sae.d_in
+    True
 
     Raises:
-        UserError: something is there and ``resume`` was not asked for, or it is a different run.
+        UserError: the folder holds no finished SAE, its format is newer, or a file is damaged.
     """
-    if not (directory / RUN_FILE).exists():
-        foreign = sorted(p.name for p in directory.iterdir() if p.name != ".lock" and not is_leftover(p))
-        if foreign:
-            raise UserError(
-                f"{directory} is not empty (it holds {foreign[0]}) and is no run; choose another --out"
-            )
-        return
-    if not resume:
-        state = "a finished run" if is_finished(directory) else "an unfinished run"
-        raise UserError(f"{directory} already holds {state}; add --resume to go on, or choose another --out")
-    _check_same(read_run(directory), facts, directory)
+    return Run(path).load(device=device)
 
 
-def begin(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Make a checked ``directory`` this run's own; returns the facts it was first begun with."""
-    remove_leftovers(directory)
-    if not (directory / RUN_FILE).exists():
-        write_json_atomic(directory / RUN_FILE, facts)
-    return read_run(directory)
+def _cache_hash(place: Path) -> str | None:
+    """Hash of the cache at ``place``; None where there is none that can be read."""
+    from saebench.activations.manifest import read_cache_manifest
 
-
-def _check_same(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:
-    for part in ("train", "sae"):
-        for name, value in new[part].items():
-            before = old.get(part, {}).get(name)
-            if before != value and name not in _MAY_CHANGE:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(
-                    f"{directory} was begun with {flag} {before} and this call says {value}; "
-                    "resume with the same settings or choose another --out"
-                )
-    if old.get("cache_hash") != new["cache_hash"]:
-        raise UserError(
-            f"{directory} was begun on another cache than {new['train']['cache']} (its contents differ); "
-            "resume with the same cache or choose another --out"
-        )
+    try:
+        return sha256_json(read_cache_manifest(place).raw)
+    except (UserError, OSError):
+        return None

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from saebench.core.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from saebench.saes.base import SAE, LossTerms, load
+    from saebench.saes.base import SAE, LossTerms
 
-__all__ = ["SAE", "LossTerms", "load"]
+__all__ = ["SAE", "LossTerms"]
 
 __getattr__ = lazy_names(__name__, dict.fromkeys(__all__, "base"))

@@ -14,26 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from saebench.core.codes import SparseCodes
-from saebench.core.errors import UserError
-from saebench.core.files import read_json, write_bytes_atomic, write_json_atomic
-from saebench.core.settings import from_flat, to_flat
-from saebench.core.tensors import check_tensors, read_safetensors
-from saebench.runs.run_file import RUN_FILE
-from saebench.saes.registry import architecture
+from saebench.saes.files import save_sae
 from saebench.saes.spec import SaeSpec
 
-SPEC_FILE = "sae.json"
-WEIGHTS_FILE = "sae.safetensors"
-FORMAT_VERSION = 1
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "sae": str,
-    "d_in": int,
-    "spec": dict,
-    "hook_name": (str, type(None)),
-    "model": (dict, type(None)),
-    "imported": (dict, type(None)),
-}
-"""Kinds of the values of a description that are read again."""
 MIN_DEAD_STEPS = 50
 PROBE_ROWS = 4096
 
@@ -255,70 +238,4 @@ class SAE(nn.Module):
 
         ``facts`` (hook_name, model, ...) are kept in the JSON file beside the spec.
         """
-        from safetensors.torch import save as serialize
-
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        weights = {name: getattr(self, name).detach().cpu().contiguous() for name in self.weight_names}
-        write_bytes_atomic(directory / WEIGHTS_FILE, serialize(weights))
-        description = {
-            "format_version": FORMAT_VERSION,
-            "sae": self.spec.name,
-            "d_in": self.d_in,
-            "spec": to_flat(self.spec),
-            **facts,
-        }
-        write_json_atomic(directory / SPEC_FILE, description)
-
-
-def load(path: Path | str, *, device: str | torch.device = "cpu") -> SAE:
-    """Load a trained SAE from a run directory or any folder with ``sae.json`` and ``sae.safetensors``.
-
-    A checkpoint of a run, ``RUN/checkpoints/step-....safetensors``, is loaded as it was then; thresholds that
-    are only set when a training ends are not set there.
-
-    >>> sae = sb.load(run)
-    >>> codes = sae.encode(cache.activations()[:8])
-    >>> sae.decode(codes).shape[-1] == sae.d_in
-    True
-
-    Raises:
-        UserError: the folder holds no finished SAE, its format is newer, or a file is damaged.
-    """
-    directory = Path(path)
-    if directory.is_file():
-        from saebench.runs.checkpoints import load_checkpoint
-
-        return load_checkpoint(directory, device=device)
-    if not (directory / SPEC_FILE).exists():
-        if (directory / RUN_FILE).exists():
-            raise UserError(f"the run {directory} has not finished; go on with saebench train ... --resume")
-        raise UserError(f"{directory} holds no SAE (no {SPEC_FILE}); name a run directory")
-    description = read_description(directory)
-    sae_class, d_in = architecture(description["sae"]), description["d_in"]
-    spec = from_flat(sae_class.Spec, description["spec"], source=str(directory / SPEC_FILE))
-    file = directory / WEIGHTS_FILE
-    weights = read_safetensors(file, way_out="train it again or restore a copy")
-    check_tensors(weights, {"W_dec": (spec.d_sae, d_in)}, file)  # before memory of that size is taken
-    sae: SAE = sae_class(spec, d_in)
-    check_tensors(weights, {name: tuple(getattr(sae, name).shape) for name in sae.weight_names}, file)
-    sae.load_state_dict(weights, strict=False)
-    return sae.to(device).eval()
-
-
-def read_description(directory: Path) -> dict[str, Any]:
-    """The contents of ``sae.json``: sae, d_in, spec, and the facts it was saved with."""
-    file = directory / SPEC_FILE
-    description = read_json(file, what="the SAE description")
-    version = description.get("format_version") if isinstance(description, dict) else None
-    if not isinstance(version, int) or not {"sae", "d_in", "spec"} <= set(description):
-        raise UserError(f"{file} is not the description of an SAE; train it again")
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"{file} has format {version}; this saebench reads up to {FORMAT_VERSION}: update saebench"
-        )
-    for name, kinds in _KINDS.items():
-        value = description.get(name)
-        if not isinstance(value, kinds) or (isinstance(value, int) and value < 1):
-            raise UserError(f"{file} is damaged: {name} is {value!r:.60}; train it again or restore a copy")
-    return dict(description)
+        save_sae(self, Path(directory), facts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from saebench.core.device import pick_device
 from saebench.core.errors import UserError
-from saebench.core.files import directory_lock, read_json, require_disk, require_writable
+from saebench.core.files import directory_lock, require_disk, require_writable
 from saebench.core.settings import accepts_settings
+from saebench.saes.files import weights_hash
 from saebench.store import publish, schema, tables
 from saebench.store.corpus import Corpus
 from saebench.store.database import sentence_for_duckdb_errors
@@ -38,6 +38,7 @@ from saebench.store.textfile import write_text_file
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
+    from saebench.runs.run import Run
     from saebench.saes.base import SAE
     from saebench.store.query import FeatureStore
 
@@ -88,19 +89,20 @@ def index(config: IndexConfig) -> FeatureStore:
             one, the disk is too small or full, or another process writes the store.
     """
     from saebench.activations.cache import open_cache
-    from saebench.saes import load
+    from saebench.runs.run import Run
     from saebench.store.query import open_store
 
-    runs = [config.run, *config.also]
-    names = [config.name or Path(run).resolve().name for run in runs]
+    runs = [Run(path) for path in (config.run, *config.also)]
+    names = [config.name or run.path.resolve().name for run in runs]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"two of the runs are called {twice!r}; index them one by one, each with --name")
     cache = open_cache(config.cache)
     hooks = [choose_hook(cache, config.hook, run) for run in runs]
-    saes = [load(run, device=pick_device(config.device)) for run in runs]
-    for sae, hook in zip(saes, hooks, strict=True):
+    saes = [run.load(device=pick_device(config.device)) for run in runs]
+    for run, sae, hook in zip(runs, saes, hooks, strict=True):
         check_fit(sae, cache, hook)
+        run.warn_of_other_model(cache)
     require_writable(config.out, what="the feature store")
     publish.before_next(config.out)
     unembeddings = {hook: find_unembedding(config.model, cache, hook, cache.vocab()) for hook in set(hooks)}
@@ -110,23 +112,18 @@ def index(config: IndexConfig) -> FeatureStore:
             name=name, hook=hook, examples=config.examples, window=config.window, seed=config.seed,
             batch_size=config.batch_size, context_index=config.with_context_index, quiet=config.quiet,
         )  # fmt: skip
-        report, metrics = Path(run) / "eval.json", Path(run) / "metrics.jsonl"
         W_U_DV, no_logits = unembeddings[hook]
         jobs.append(Job(
             sae=sae, options=options, W_U_DV=W_U_DV, no_logits=no_logits,
-            evaluation=read_json(report, what="the evaluation") if report.exists() else None,
-            metrics=metrics if metrics.is_file() else None,
+            evaluation=run.evaluation(), metrics=run.metrics_file if run.metrics_file.is_file() else None,
         ))  # fmt: skip
     build_all(config.out, jobs, cache)
     return open_store(config.out, names[0])
 
 
-def choose_hook(cache: ActivationCache, hook: str | None, run: Path) -> str:
+def choose_hook(cache: ActivationCache, hook: str | None, run: Run) -> str:
     """The hook to encode: ``hook``, else the one the SAE was trained on, else the cache's only one."""
-    description = Path(run) / "sae.json"
-    known = read_json(description, what="the SAE description") if description.exists() else {}
-    trained_on = known.get("hook_name")
-    wanted = hook or trained_on
+    wanted = hook or (run.provenance.hook_name if run.is_finished or run.checkpoint is not None else None)
     if wanted is None and len(cache.hooks) > 1:
         raise UserError(f"the cache {cache.path} has several hooks, {', '.join(cache.hooks)}; pass --hook")
     if wanted is not None and wanted not in cache.hooks:
@@ -162,7 +159,7 @@ def build_all(out: Path, jobs: Sequence[Job], cache: ActivationCache) -> publish
     corpus = Corpus(cache)
     out = Path(out)
     encoders = [
-        Encoder(name=job.options.name, sae=job.sae, hook=job.options.hook, identity=hash_of(job.sae))
+        Encoder(name=job.options.name, sae=job.sae, hook=job.options.hook, identity=weights_hash(job.sae))
         for job in jobs
     ]
     with directory_lock(out, what="the feature store"):
@@ -252,16 +249,6 @@ def forecast(sae: SAE, corpus: Corpus, options: Options) -> int:
         + latents
         + inverse
     )
-
-
-def hash_of(sae: SAE) -> str:
-    """SHA-256 of an SAE's weights."""
-    digest = hashlib.sha256(sae.spec.name.encode())
-    for name in sae.weight_names:
-        weight: Tensor = getattr(sae, name)
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def text_name(cache: ActivationCache) -> str | None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from saebench.core.errors import UserError
 from saebench.core.hashing import hash_random, uniform_below
-from saebench.store.build import check_fit, hash_of
+from saebench.saes.files import weights_hash
+from saebench.store.build import check_fit
 from saebench.store.corpus import Corpus
 from saebench.store.geometry import directions, nearest_rows
 from saebench.store.logits import find_unembedding, logit_rows
@@ -42,7 +43,7 @@ def load_references(
         UserError: a cache without a run, or a model without a cache.
     """
     from saebench.activations.cache import open_cache
-    from saebench.saes import load
+    from saebench.runs.run import load
 
     if run is None:
         for name, value in (("--cache", cache), ("--model", None if model == "none" else model)):
@@ -85,7 +86,7 @@ def problems(
 
 def is_of(sae: SAE, meta: dict[str, Any]) -> bool:
     """Whether the tables are those of this SAE."""
-    return bool(hash_of(sae) == meta["sae_hash"])
+    return bool(weights_hash(sae) == meta["sae_hash"])
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from saebench.core.device import pick_device
 from saebench.core.errors import UserError
 from saebench.core.files import directory_lock
 from saebench.core.settings import accepts_settings, to_flat
-from saebench.saes.base import SPEC_FILE, load, read_description
+from saebench.runs.run import Run, load
 from saebench.saes.spec import SaeSpec
 from saebench.synth.claims import claims
 from saebench.synth.data import DataSet, claim_directory, data_sets, make_cache
@@ -134,9 +134,9 @@ def _is_trained(run: Path, spec: SaeSpec) -> bool:
     Raises:
         UserError: it is, but was trained with other settings.
     """
-    if not (run / SPEC_FILE).exists():
+    if not Run(run).is_finished:
         return False
-    if read_description(run)["spec"] != to_flat(spec):
+    if Run(run).description()["spec"] != to_flat(spec):
         raise UserError(f"{run} was trained with other settings of {spec.name}; choose another --out")
     return True
 

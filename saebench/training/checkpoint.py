@@ -10,9 +10,9 @@ from torch import Tensor
 
 from saebench.core.files import write_bytes_atomic
 from saebench.core.tensors import check_tensors, read_safetensors
+from saebench.runs.checkpoints import checkpoint_path, checkpoints_of
 from saebench.saes.base import SAE
 
-FOLDER = "checkpoints"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _NEWER = ("sae.dead_when_looked",)
 """What checkpoints of earlier versions lack; it begins as in a new SAE."""
@@ -57,21 +57,20 @@ def save_checkpoint(directory: Path, state: TrainState) -> None:
     """Write the state and then delete older checkpoints."""
     from safetensors.torch import save as serialize
 
-    folder = directory / FOLDER
-    folder.mkdir(exist_ok=True)
-    path = folder / f"step-{state.step:09d}.safetensors"
+    path = checkpoint_path(directory, state.step)
+    path.parent.mkdir(exist_ok=True)
     write_bytes_atomic(path, serialize(state.tensors()))
-    for old in folder.glob("step-*.safetensors"):
+    for old in checkpoints_of(directory):
         if old != path:
             old.unlink()
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
     """The checkpoint of the highest step, if there is one."""
-    return max((directory / FOLDER).glob("step-*.safetensors"), default=None)
+    return max(checkpoints_of(directory), default=None)
 
 
-def load_checkpoint(path: Path, state: TrainState) -> None:
+def restore_checkpoint(path: Path, state: TrainState) -> None:
     """Fill ``state`` from a checkpoint.
 
     Raises:

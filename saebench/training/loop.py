@@ -23,13 +23,13 @@ from saebench.core.errors import UserError
 from saebench.core.files import directory_lock, human_bytes, require_disk
 from saebench.core.progress import progress
 from saebench.core.settings import show_settings, to_flat
-from saebench.runs import run
+from saebench.runs.layout import FORMAT_VERSION
+from saebench.runs.provenance import ContextSettings
 from saebench.runs.run import Run
-from saebench.runs.run_file import FORMAT_VERSION
 from saebench.saes.base import Batch
 from saebench.saes.registry import architecture
 from saebench.saes.spec import SaeSpec
-from saebench.training import state
+from saebench.training import resume, state
 from saebench.training.grid import Plan, grid_of, plan
 from saebench.training.interrupts import StopRequest
 from saebench.training.settings import TrainConfig
@@ -127,16 +127,17 @@ def train_all(plans: Sequence[Plan]) -> list[Run]:
         require_disk(config.out, 7 * n_bytes, what=f"the run {config.out} (two checkpoints and the weights)")
 
     with contextlib.ExitStack() as stack:
-        facts = {config.out: _facts(config, spec, cache, hook, n_steps) for config, spec in plans}
+        provenance = _provenance(cache, hook)
+        facts = {config.out: _facts(config, spec, cache, provenance, n_steps) for config, spec in plans}
         for config, _ in plans:
             stack.enter_context(directory_lock(config.out, what="the run directory"))
         stop = stack.enter_context(StopRequest())
         for config, _ in plans:
-            run.check(config.out, facts[config.out], resume=config.resume)
+            resume.check(config.out, facts[config.out], resume=config.resume)
         trainees = []
-        unfinished = [(config, spec) for config, spec in plans if not run.is_finished(config.out)]
+        unfinished = [(config, spec) for config, spec in plans if not Run(config.out).is_finished]
         for config, _ in plans:
-            if run.is_finished(config.out):
+            if Run(config.out).is_finished:
                 _say(f"{config.out} is finished: {n_steps:,} steps, nothing left to do", common)
         if unfinished:
             sample = _sample(loader)
@@ -154,12 +155,12 @@ def train_all(plans: Sequence[Plan]) -> list[Run]:
         if finished:
             unseen_ND = _unseen_rows(cache, hook, loader)
         for member in finished:
-            member.finish(unseen_ND, hook=hook, model=cache.model)
+            member.finish(unseen_ND, provenance)
     if failed:
         others = "" if len(plans) == len(failed) else f" ({len(plans) - len(failed)} others finished)"
         more = f"; {len(failed) - 1} more diverged" if len(failed) > 1 else ""
         raise UserError(f"{failed[0]}{more}{others}")
-    return [Run(config.out, config, spec) for config, spec in plans]
+    return [Run(config.out, config=config, spec=spec) for config, spec in plans]
 
 
 def _steps(
@@ -287,17 +288,26 @@ def _weight_bytes(spec: SaeSpec, d_in: int) -> int:
     return 4 * (2 * spec.d_sae * d_in + spec.d_sae + d_in)
 
 
-def _facts(
-    config: TrainConfig, spec: SaeSpec, cache: ActivationCache, hook: str, n_steps: int
-) -> dict[str, Any]:
+def _provenance(cache: ActivationCache, hook: str) -> dict[str, Any]:
+    """What run.json and sae.json record of where the SAE comes from."""
+    contexts = ContextSettings.of_cache(cache)
     return {
-        "format_version": FORMAT_VERSION,
-        "train": {name: v for name, v in to_flat(config).items() if name not in run.OF_THE_CALL},
-        "sae": {"name": spec.name, **to_flat(spec)},
-        "d_in": cache.d_in(hook),
         "hook_name": hook,
         "model": cache.model,
         "cache_hash": cache.hash,
+        "contexts": contexts.to_json() if contexts is not None else None,
+    }
+
+
+def _facts(
+    config: TrainConfig, spec: SaeSpec, cache: ActivationCache, provenance: dict[str, Any], n_steps: int
+) -> dict[str, Any]:
+    return {
+        **provenance,
+        "format_version": FORMAT_VERSION,
+        "train": {name: v for name, v in to_flat(config).items() if name not in resume.OF_THE_CALL},
+        "sae": {"name": spec.name, **to_flat(spec)},
+        "d_in": cache.d_in(provenance["hook_name"]),
         "n_steps": n_steps,
     }
 

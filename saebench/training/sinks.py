@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from saebench.core.errors import UserError
 from saebench.core.files import atomic_file, finite, sentence_for_os_errors, sha256_json
+from saebench.runs.layout import METRICS_CSV_FILE, METRICS_FILE
 from saebench.training.settings import TrainConfig
 
 Metrics = dict[str, float]
@@ -32,7 +33,7 @@ def open_sinks(
     ``facts`` are those of ``run.json``: the same in every call of the run. Lines of later steps, left by a
     killed process, are cut off first.
     """
-    sinks: list[Sink] = [Jsonl(directory / "metrics.jsonl", step), Csv(directory / "metrics.csv", step)]
+    sinks: list[Sink] = [Jsonl(directory / METRICS_FILE, step), Csv(directory / METRICS_CSV_FILE, step)]
     if config.tensorboard:
         sinks.append(TensorBoard(directory, step))
     if config.wandb is not None:

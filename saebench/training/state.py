@@ -21,11 +21,11 @@ from torch import Tensor
 
 from saebench.activations.loader import Rows
 from saebench.core.errors import UserError
-from saebench.runs import run
+from saebench.runs.layout import SESSIONS_FILE
 from saebench.saes.base import MIN_DEAD_STEPS, SAE, Batch
 from saebench.saes.registry import architecture
 from saebench.saes.spec import SaeSpec
-from saebench.training import checkpoint
+from saebench.training import checkpoint, resume
 from saebench.training.checkpoint import TrainState
 from saebench.training.cuda_graph import Steps, Taken
 from saebench.training.metrics import step_metrics
@@ -122,7 +122,7 @@ class Trainee:
         # Without its graph, whose nodes would tie a later capture to the stream of today.
         return Taken(batch, dataclasses.replace(terms, total=terms.total.detach()), grad_norm)
 
-    def finish(self, unseen_ND: Tensor, *, hook: str, model: dict[str, Any] | None) -> None:
+    def finish(self, unseen_ND: Tensor, provenance: dict[str, Any]) -> None:
         """Calibrate on ``unseen`` rows of the cache, undo the scaling of the input, save the SAE."""
         state, config = self.state, self.config
         with torch.no_grad():
@@ -135,7 +135,7 @@ class Trainee:
             )
         state.sae.fold_scale(state.scale)
         tokens = self.n_steps * config.batch_size
-        state.sae.save(config.out, hook_name=hook, model=model, tokens=tokens, seed=config.seed)
+        state.sae.save(config.out, **provenance, tokens=tokens, seed=config.seed)
 
     def log_session(self, device: torch.device) -> None:
         """One line for each process that worked on the run: times live here, not among the metrics."""
@@ -150,7 +150,7 @@ class Trainee:
             "torch": torch.__version__,
             "kernels": "fused" if self.state.sae.trains_fused(self.config.batch_size) else "eager",
         }
-        with open(self.config.out / "sessions.jsonl", "a", encoding="utf-8") as file:
+        with open(self.config.out / SESSIONS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(session) + "\n")
 
     def _check_sound(self, lr: float) -> None:
@@ -197,9 +197,9 @@ def begin(
     ``sample`` holds rows as they are in the cache. Sinks are closed with ``stack``.
     """
     state = fresh_state(config, spec, sample, device)
-    facts = run.begin(config.out, facts)
+    facts = resume.begin(config.out, facts)
     if latest := checkpoint.latest_checkpoint(config.out):
-        checkpoint.load_checkpoint(latest, state)
+        checkpoint.restore_checkpoint(latest, state)
         if device.type == "cuda":
             state.sae.refresh_dead(reuse=True)
     return Trainee(

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from saebench.activations.cache import ActivationCache
 from saebench.analysis.attach import attach, check_features, check_positions
 from saebench.core.errors import UserError
-from saebench.saes.base import load
+from saebench.runs.run import load
 from saebench.sources.models import Model, load_model
 
 
@@ -88,18 +87,17 @@ def test_other_nonsense(run: Path, tiny_model: Model, tmp_path: Path) -> None:
         attach(run, None)  # type: ignore[arg-type]
 
 
-def test_bos_is_that_of_the_cache(tmp_path: Path, run: Path, tiny_model: Model, tiny_cache: Any) -> None:
-    assert isinstance(tiny_cache, ActivationCache)
-    manifest = dict(tiny_cache.manifest)
-    manifest["made_from"] = {**manifest["made_from"], "settings": {"bos": True}}
-    cache, copy = tmp_path / "cache", tmp_path / "run"
+@pytest.mark.parametrize("recorded", [True, False])
+def test_prompts_begin_with_bos_as_the_contexts_of_the_training_did(
+    tmp_path: Path, run: Path, tiny_model: Model, recorded: bool
+) -> None:
+    copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    (copy / "run.json").write_text(json.dumps({"format_version": 1, "train": {"cache": str(cache)}}))
-    assert attach(copy, tiny_model).bos is None  # that cache is gone, and the tokenizer adds none
-    cache.mkdir()
-    (cache / "manifest.json").write_text(json.dumps(manifest))
-    assert attach(copy, tiny_model).bos == tiny_model.tokens.bos
-    assert attach(copy, tiny_model, bos=False).bos is None
+    description = json.loads((copy / "sae.json").read_text())
+    (copy / "sae.json").write_text(json.dumps({**description, "contexts": {"ctx": 32, "bos": recorded}}))
+    expected = tiny_model.tokens.bos if recorded else None
+    assert attach(copy, tiny_model).bos == expected
+    assert attach(copy, tiny_model, bos=not recorded).bos != expected
 
 
 @pytest.mark.parametrize(

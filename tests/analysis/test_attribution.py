@@ -14,7 +14,8 @@ from torch import Tensor
 from saebench.analysis.attribution import logit_attribution
 from saebench.analysis.prompts import features_of
 from saebench.core.errors import UserError
-from saebench.saes.base import SAE, load
+from saebench.runs.run import load
+from saebench.saes.base import SAE
 from saebench.sources.models import Model
 from saebench.store.text import token_text
 

@@ -21,7 +21,8 @@ from saebench.analysis.effects import loss_effects
 from saebench.cli import main
 from saebench.core.errors import UserError
 from saebench.core.files import directory_lock
-from saebench.saes.base import SAE, load
+from saebench.runs.run import load
+from saebench.saes.base import SAE
 from saebench.sources.models import Model
 from saebench.store import check_store
 
@@ -190,7 +191,7 @@ def test_an_sae_that_the_store_has_not_is_one_sentence(
     make_sae("relu").save(tmp_path / "other", hook_name=hook, model=tiny_cache.model)
     with pytest.raises(UserError, match=r"has not the SAE .*other.*; run saebench index"):
         sb.index_effects(stored, run=tmp_path / "other", cache=tiny_cache.path, quiet=True)
-    with pytest.raises(UserError, match=r"on which cache .*other was trained; name it with --cache"):
+    with pytest.raises(UserError, match=r"other does not say which cache .*; name it with --cache"):
         sb.index_effects(stored, run=tmp_path / "other", quiet=True)
 
 

@@ -16,7 +16,8 @@ from saebench.analysis.attach import attach
 from saebench.analysis.edits import LatentEdit, latent_values
 from saebench.analysis.interventions import ablate, steer
 from saebench.core.errors import UserError
-from saebench.saes.base import SAE, load
+from saebench.runs.run import load
+from saebench.saes.base import SAE
 from saebench.saes.registry import ARCHITECTURES
 from saebench.sources.models import Model
 

@@ -19,7 +19,8 @@ from saebench.activations.cache import ActivationCache
 from saebench.analysis import correlations, matching
 from saebench.analysis.matching import WAYS, match, splits
 from saebench.core.errors import UserError
-from saebench.saes.base import SAE, load
+from saebench.runs.run import load
+from saebench.saes.base import SAE
 from saebench.saes.registry import architecture
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from saebench.activations.cache import ActivationCache
 from saebench.analysis.prompts import compare_prompts, features_of
 from saebench.core.errors import UserError
-from saebench.saes.base import SAE, load
+from saebench.runs.run import load
+from saebench.saes.base import SAE
 from saebench.saes.registry import ARCHITECTURES
 from saebench.sources.models import Model
 

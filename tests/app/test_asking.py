@@ -15,7 +15,7 @@ from streamlit.testing.v1 import AppTest
 
 import saebench as sb
 from saebench.core.formatting import CONTINUED, number, visible
-from saebench.saes.base import load
+from saebench.runs.run import load
 from saebench.sources.models import Model, load_model
 from saebench.store.query import FeatureStore, open_store
 from saebench_app.asked import MEASURES, WAYS, Place, Prompt, Steer

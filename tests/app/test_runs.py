@@ -11,7 +11,7 @@ import torch
 from streamlit.testing.v1 import AppTest
 
 from saebench.core.errors import UserError
-from saebench.saes.base import load
+from saebench.runs.run import load
 from saebench.store.query import FeatureStore, open_store
 from saebench_app.launch import command, explore
 from saebench_app.runs import TURN, attached, known_runs, live, run_of, turn
@@ -39,13 +39,15 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Iterator[At]:
 
 def test_a_run_beside_the_store_is_found_by_its_weights(at: At, world: World, tmp_path: Path) -> None:
     here = at(world.store)
-    assert run_of(here) == world.run
+    found = run_of(here)
+    assert found is not None and found.path == world.run
     assert torch.equal(attached(here).sae.W_dec, load(world.run).W_dec)
     assert live(here) is live(here)
     away = tmp_path / "store"
     shutil.copytree(world.store, away)
     assert run_of(at(away)) is None
-    assert run_of(at(away, world.run)) == world.run
+    found = run_of(at(away, world.run))
+    assert found is not None and found.path == world.run
 
 
 def test_other_weights_are_not_its_run(at: At, world: World, tmp_path: Path) -> None:
@@ -68,7 +70,7 @@ def test_other_weights_are_not_its_run(at: At, world: World, tmp_path: Path) -> 
 
 
 def test_a_run_that_holds_no_sae_is_refused_at_once(world: World, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no finished SAE"):
+    with pytest.raises(UserError, match=r"holds no SAE .*; name a run directory"):
         explore(world.store, runs=[tmp_path], port=1, open_browser=False)
 
 

@@ -16,7 +16,8 @@ from saebench.cli import main
 from saebench.core.errors import UserError
 from saebench.evaluation import EvalReport, evaluate, reconstruction_metrics
 from saebench.evaluation.samples import cache_contexts, choose_rows
-from saebench.saes.base import Batch, load
+from saebench.runs.run import load
+from saebench.saes.base import Batch
 from saebench.saes.gradient import GradientSAE, GradientSpec
 from saebench.saes.topk import TopKSAE, TopKSpec
 from saebench.sources.models import load_model

@@ -129,15 +129,17 @@ def test_reading_the_same_text_gives_the_same_numbers(
 
 def test_a_text_needs_no_cache(tmp_path: Path, cache: ActivationCache, tiny_text: Path) -> None:
     run = save_run(tmp_path / "run", cache, torch.zeros(D_IN), torch.zeros(D_IN))
-    (run / "run.json").write_text(
-        json.dumps({"format_version": 1, "train": {"cache": str(tmp_path / "deleted")}})
-    )
+    training = {"format_version": 1, "train": {"cache": str(tmp_path / "deleted")}}
+    (run / "run.json").write_text(json.dumps({**training, "contexts": {"ctx": 32, "bos": False}}))
     report = run_evaluate(run, model="cache", text=str(tiny_text), rows="all", tokens=500)
     assert (report.n_tokens, report.rows) == (500, "all")
     assert report.n_tokens_model is not None
     assert report.n_tokens_model > 480
     with pytest.raises(UserError, match="deleted"):
         run_evaluate(run)
+    (run / "run.json").write_text(json.dumps(training))
+    with pytest.raises(UserError, match=r"did not record whether contexts begin with BOS"):
+        run_evaluate(run, model="cache", text=str(tiny_text), rows="all", tokens=500)
 
 
 def test_what_does_not_fit_is_one_sentence(

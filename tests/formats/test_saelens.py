@@ -10,7 +10,8 @@ from saebench.cli import main
 from saebench.core.errors import UserError
 from saebench.evaluation import evaluate
 from saebench.formats import export_sae, import_sae
-from saebench.saes.base import Batch, load
+from saebench.runs.run import load
+from saebench.saes.base import Batch
 from saebench.saes.registry import ARCHITECTURES, architecture
 from saebench.store import index
 from saebench.training import train

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saebench.formats import export_sae, import_sae
-from saebench.saes.base import load
+from saebench.runs.run import load
 from saebench.saes.registry import ARCHITECTURES
 from tests.formats.saelens_folders import dense_codes, dense_pursuit, random_sae, rows, write_folder
 

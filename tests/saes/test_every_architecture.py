@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from saebench.core.errors import UserError
-from saebench.saes.base import Batch, load
+from saebench.runs.run import load
+from saebench.saes.base import Batch
 from saebench.saes.registry import ARCHITECTURES, architecture
 
 D_IN, D_SAE, K = 12, 40, 5

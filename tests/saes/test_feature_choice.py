@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saebench.core.errors import UserError
+from saebench.runs.run import load
 from saebench.saes.auxiliary import aux_k
-from saebench.saes.base import Batch, load
+from saebench.saes.base import Batch
 from saebench.saes.feature_choice import FeatureChoiceSAE, FeatureChoiceSpec
 from saebench.saes.mutual_choice import MutualChoiceSAE, MutualChoiceSpec
 from saebench.saes.zipf import ZipfLaw

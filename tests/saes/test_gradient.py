@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 import saebench as sb
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
+from saebench.runs.run import load
 from saebench.saes import gradient as module
-from saebench.saes.base import Batch, load
+from saebench.saes.base import Batch
 from saebench.saes.gradient import GradientSAE, GradientSpec, changed_picks
 
 D_IN, D_SAE, K = 12, 40, 5

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saebench.core.errors import UserError
-from saebench.saes.base import Batch, load
+from saebench.runs.run import load
+from saebench.saes.base import Batch
 from saebench.saes.matching_pursuit import MatchingPursuitSAE, MatchingPursuitSpec
 from saebench.training import train
 from saebench.training.metrics import step_metrics

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saebench.core.errors import UserError
-from saebench.saes.base import Batch, load
+from saebench.runs.run import load
+from saebench.saes.base import Batch
 from saebench.saes.feature_choice import FeatureChoiceSAE, FeatureChoiceSpec
 from saebench.saes.mutual_choice import MutualChoiceSAE, MutualChoiceSpec
 from saebench.saes.registry import architecture

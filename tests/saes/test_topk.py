@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
-from saebench.saes.base import Batch, load
+from saebench.runs.run import load
+from saebench.saes.base import Batch
 from saebench.saes.topk import TopKSAE, TopKSpec
 
 

@@ -7,8 +7,7 @@ import torch
 
 from saebench.analysis.matching import match
 from saebench.core.errors import UserError
-from saebench.evaluation.samples import read_origin
-from saebench.saes.base import load
+from saebench.runs.run import Run, load
 from saebench.saes.registry import ARCHITECTURES
 from saebench.training import train
 from saebench.training.checkpoint import latest_checkpoint
@@ -34,7 +33,7 @@ def test_it_knows_where_it_comes_from_and_can_be_matched(settings, tmp_path):
     early.write_bytes(last.read_bytes())
     with pytest.raises(UserError, match=r"is a file but no checkpoint of a run .*; name a run directory"):
         load(early)
-    assert read_origin(last).cache == read_origin(run.path).cache
+    assert Run(last).provenance.cache == Run(run.path).provenance.cache
     assert match(last, run, quiet=True).stability == 1.0
     assert match(last, run, "activation", quiet=True).mean_similarity > 0.9
     (run.path / "checkpoints" / "cut.safetensors").write_bytes(last.read_bytes()[:-100])

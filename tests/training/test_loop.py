@@ -12,7 +12,7 @@ from saebench.activations.cache import open_cache
 from saebench.cli import main
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
-from saebench.saes.base import load
+from saebench.runs.run import load
 from saebench.saes.registry import ARCHITECTURES, architecture
 from saebench.saes.topk import TopKSAE, TopKSpec
 from saebench.training import loop, train

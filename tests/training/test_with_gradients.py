@@ -8,7 +8,7 @@ import torch
 
 from saebench.cli import main
 from saebench.core.errors import UserError
-from saebench.saes.base import load
+from saebench.runs.run import load
 from saebench.training import sweep, train
 from tests.training.test_resume import KILL, run_victim
 

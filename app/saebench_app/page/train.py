@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -13,7 +12,7 @@ from saebench.analysis import figures
 from saebench.core.errors import UserError
 from saebench.core.formatting import count, is_absent, number, visible
 from saebench.runs.metrics_log import MetricsLog, read_sessions
-from saebench.runs.run_file import RUN_FILE
+from saebench.runs.run import Run
 from saebench_app.components.notice import notice
 from saebench_app.components.plot import plot
 from saebench_app.components.table import Cell, Heading, table
@@ -26,8 +25,6 @@ SECTION = "Work"
 LOOKS_APART = "2s"
 AT_FIRST = ("fvu", "l0", "dead")
 NO_MEASURES = ("step", "tokens")
-FINISHED = "sae.json"
-"""The last file that a training writes."""
 MOST_RUNS = 16
 
 
@@ -54,7 +51,7 @@ class Training:
 
     name: str
     sae: str = ""
-    run: Path | None = None
+    run: Run | None = None
 
 
 def show(here: Here) -> None:
@@ -65,15 +62,17 @@ def show(here: Here) -> None:
 
 def _known(here: Here) -> list[Training]:
     """Run directories, which are read live, then the SAEs of the store that are in none of them."""
-    folders = [run for run in known_runs() if (run / RUN_FILE).is_file()]
-    names = [run.name for run in folders]
-    runs = [Training(run.name if names.count(run.name) == 1 else str(run), run=run) for run in folders]
+    found = [run for run in known_runs() if run.is_training_directory]
+    names = [run.path.name for run in found]
+    runs = [
+        Training(run.path.name if names.count(run.path.name) == 1 else str(run), run=run) for run in found
+    ]
     stored = [Training(name, sae=name) for name in here.store.saes if name not in names]
     return runs + stored
 
 
 def _is_going_on(training: Training) -> bool:
-    return training.run is not None and not (training.run / FINISHED).is_file()
+    return training.run is not None and not training.run.is_finished
 
 
 def _live(here: Here, known: list[Training]) -> None:

@@ -17,6 +17,7 @@ from saebench.core.files import write_bytes_atomic, write_json_atomic
 from saebench.core.settings import to_flat
 from saebench.formats.saelens.names import CONFIG_FILE, VERSION, WEIGHTS_FILE
 from saebench.formats.saelens.origin import origin_of
+from saebench.runs.run import Run
 from saebench.saes.base import SAE
 
 
@@ -44,7 +45,7 @@ def convert(sae: SAE) -> Written:
     return _WRITERS[sae.spec.name](sae)
 
 
-def write(written: Written, directory: Path, sae: SAE, run: Path) -> None:
+def write(written: Written, directory: Path, sae: SAE, run: Run) -> None:
     """Write the folder of a converted ``sae``; ``run`` says what it was trained on."""
     from safetensors.torch import save as serialize
 

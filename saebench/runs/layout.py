@@ -1,4 +1,12 @@
-"""``run.json``: what a run directory says about its training, for all that reads it."""
+"""The names of a run directory's files, and ``run.json``, which describes the training.
+
+run.json                            settings, architecture, model, hook and cache; written first
+checkpoints/step-NNNNNNNNN.safetensors   the whole state of the training at a step
+metrics.jsonl, metrics.csv          what each reported step measured
+sessions.jsonl                      the processes that worked on the training, with their speed
+sae.safetensors, sae.json           the trained SAE; sae.json is written last
+eval.json, eval-proxy.json, ...     evaluations, one per inference mode
+"""
 
 from __future__ import annotations
 
@@ -9,13 +17,22 @@ from saebench.core.errors import UserError
 from saebench.core.files import read_json
 
 RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+METRICS_CSV_FILE = "metrics.csv"
+SESSIONS_FILE = "sessions.jsonl"
+CHECKPOINT_FOLDER = "checkpoints"
 FORMAT_VERSION = 1
 _KINDS: dict[str, type] = {"train": dict, "sae": dict, "cache_hash": str}
 """Kinds of the values that are read again."""
 
 
+def eval_file(inference: str | None = None) -> str:
+    """Name of the evaluation in one inference mode; None for the default mode."""
+    return f"eval-{inference}.json" if inference else "eval.json"
+
+
 def read_run(directory: Path, *, needs: tuple[str, ...] = ("train", "sae", "cache_hash")) -> dict[str, Any]:
-    """The facts in ``run.json``: train, sae, d_in, hook_name, model, cache_hash, n_steps.
+    """The facts in ``run.json``: train, sae, d_in, hook_name, model, cache_hash, contexts, n_steps.
 
     Raises:
         UserError: no such file, a newer format, or one of the facts ``needs`` is missing or damaged.

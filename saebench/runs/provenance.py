@@ -1,0 +1,108 @@
+"""Where an SAE comes from: the hook, the model, the activation cache, and how the contexts were made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saebench.core.errors import UserError
+
+if TYPE_CHECKING:
+    from saebench.activations.cache import ActivationCache
+    from saebench.sources.model_info import ModelInfo
+
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """How the contexts were made that a model read while its activations were harvested. None: not known."""
+
+    ctx: int | None = None
+    """Tokens per context."""
+    bos: bool | None = None
+    """Whether each context begins with the BOS token."""
+    keep_first: bool | None = None
+    """Whether position 0 of each context is a row."""
+    keep_last: bool = True
+    """Whether the last position of each context, which predicts nothing, is a row."""
+    text: str | None = None
+    """Name of the text."""
+
+    @classmethod
+    def of_cache(cls, cache: ActivationCache) -> ContextSettings | None:
+        """Those of a harvested cache; None for a cache that was imported from an array."""
+        return cls._of_manifest(cache.manifest)
+
+    @classmethod
+    def _of_manifest(cls, manifest: Mapping[str, Any]) -> ContextSettings | None:
+        made_from = manifest["made_from"]
+        if not made_from.get("model"):
+            return None
+        settings = made_from["settings"]
+        text = made_from.get("text")
+        return cls.from_json({
+            "ctx": settings.get("ctx"), "bos": settings.get("bos"), "keep_first": settings.get("keep_first"),
+            "keep_last": not settings.get("gradients", False),
+            "text": text.get("name") if isinstance(text, dict) else None,
+        })  # fmt: skip
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ContextSettings:
+        """The inverse of ``to_json``; values of another type than expected count as not known."""
+        ctx, text = values.get("ctx"), values.get("text")
+        flags = {name: values.get(name) for name in ("bos", "keep_first")}
+        return cls(
+            ctx=ctx if isinstance(ctx, int) and not isinstance(ctx, bool) and ctx >= 2 else None,
+            keep_last=values.get("keep_last") is not False,
+            text=text if isinstance(text, str) else None,
+            **{name: flag if isinstance(flag, bool) else None for name, flag in flags.items()},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, as ``run.json`` and ``sae.json`` keep them under ``contexts``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a run, or a folder with an SAE, says about where the SAE comes from. None: not recorded."""
+
+    hook_name: str | None = None
+    model: dict[str, Any] | None = None
+    """Name, revision and hash."""
+    cache: Path | None = None
+    """The path that training was given."""
+    cache_hash: str | None = None
+    contexts: ContextSettings | None = None
+    contexts_recorded: bool = True
+    """False for a run of a version that did not record ``contexts``."""
+
+
+def contexts_of_import(imported: Mapping[str, Any]) -> ContextSettings | None:
+    """What SAELens's metadata (context_size, prepend_bos, seqpos_slice) say; None where they say nothing."""
+    if not {"context_size", "prepend_bos", "seqpos_slice"} & set(imported):
+        return None
+    positions = imported.get("seqpos_slice")
+    start = positions[0] if isinstance(positions, list) and len(positions) > 1 else None
+    return ContextSettings.from_json({
+        "ctx": imported.get("context_size"), "bos": imported.get("prepend_bos"),
+        "keep_first": None if positions is None else start in (None, 0),
+        "text": imported.get("dataset_path"),
+    })  # fmt: skip
+
+
+def require_same_model(
+    info: ModelInfo, recorded: Mapping[str, Any] | None, *, made: str, says: str, way_out: str
+) -> None:
+    """Check that ``info`` describes the ``recorded`` model, where one is recorded.
+
+    Raises:
+        UserError: the hashes differ. ``made`` completes "is not the one that", ``says`` names who recorded
+            it.
+    """
+    if recorded is not None and info.hash != recorded["hash"]:
+        raise UserError(
+            f"the model {info.name} is not the one that {made} (its hash is {info.hash[:12]}..., {says} "
+            f"{recorded['hash'][:12]}...); {way_out}"
+        )

@@ -1,0 +1,101 @@
+"""An SAE on disk: ``sae.json`` says what it is, ``sae.safetensors`` holds its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saebench.core.errors import UserError
+from saebench.core.files import read_json, write_bytes_atomic, write_json_atomic
+from saebench.core.settings import from_flat, to_flat
+from saebench.saes.registry import architecture
+
+if TYPE_CHECKING:
+    import torch
+
+    from saebench.saes.base import SAE
+
+SPEC_FILE = "sae.json"
+WEIGHTS_FILE = "sae.safetensors"
+FORMAT_VERSION = 1
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "sae": str,
+    "d_in": int,
+    "spec": dict,
+    "hook_name": (str, type(None)),
+    "model": (dict, type(None)),
+    "imported": (dict, type(None)),
+    "contexts": (dict, type(None)),
+    "cache_hash": (str, type(None)),
+}
+"""Types of the values of a description that are read again."""
+
+
+def save_sae(sae: SAE, directory: Path, facts: Mapping[str, object]) -> None:
+    """Write ``sae.safetensors`` and then ``sae.json`` into ``directory``, each atomically.
+
+    ``facts`` (hook_name, model, contexts, ...) are kept in the JSON file beside the spec.
+    """
+    from safetensors.torch import save as serialize
+
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: getattr(sae, name).detach().cpu().contiguous() for name in sae.weight_names}
+    write_bytes_atomic(directory / WEIGHTS_FILE, serialize(weights))
+    description = {
+        "format_version": FORMAT_VERSION,
+        "sae": sae.spec.name,
+        "d_in": sae.d_in,
+        "spec": to_flat(sae.spec),
+        **facts,
+    }
+    write_json_atomic(directory / SPEC_FILE, description)
+
+
+def load_sae(directory: Path, *, device: str | torch.device = "cpu") -> SAE:
+    """The SAE of a folder with ``sae.json`` and ``sae.safetensors``, in evaluation mode.
+
+    Raises:
+        UserError: a file is missing or damaged, or its format is newer.
+    """
+    from saebench.core.tensors import check_tensors, read_safetensors
+
+    description = read_description(directory)
+    sae_class, d_in = architecture(description["sae"]), description["d_in"]
+    spec = from_flat(sae_class.Spec, description["spec"], source=str(directory / SPEC_FILE))
+    file = directory / WEIGHTS_FILE
+    weights = read_safetensors(file, way_out="train it again or restore a copy")
+    check_tensors(weights, {"W_dec": (spec.d_sae, d_in)}, file)  # before memory of that size is taken
+    sae: SAE = sae_class(spec, d_in)
+    check_tensors(weights, {name: tuple(getattr(sae, name).shape) for name in sae.weight_names}, file)
+    sae.load_state_dict(weights, strict=False)
+    return sae.to(device).eval()
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """The contents of ``sae.json``: sae, d_in, spec, and the facts it was saved with."""
+    file = directory / SPEC_FILE
+    description = read_json(file, what="the SAE description")
+    version = description.get("format_version") if isinstance(description, dict) else None
+    if not isinstance(version, int) or not {"sae", "d_in", "spec"} <= set(description):
+        raise UserError(f"{file} is not the description of an SAE; train it again")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{file} has format {version}; this saebench reads up to {FORMAT_VERSION}: update saebench"
+        )
+    for name, kinds in _KINDS.items():
+        value = description.get(name)
+        if not isinstance(value, kinds) or (isinstance(value, int) and value < 1):
+            raise UserError(f"{file} is damaged: {name} is {value!r:.60}; train it again or restore a copy")
+    return dict(description)
+
+
+def weights_hash(sae: SAE) -> str:
+    """SHA-256 of the architecture's name and the float32 weights: what identifies an SAE in a store."""
+    digest = hashlib.sha256(sae.spec.name.encode())
+    for name in sae.weight_names:
+        weight: torch.Tensor = getattr(sae, name)
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
