@@ -54,7 +54,7 @@ MODULES = {
 
 
         def write(converted, directory, sae, run):
-            (directory / "sae.txt").write_text("\\n".join([*converted.lines, f"run {run.name}"]))
+            (directory / "sae.txt").write_text("\\n".join([*converted.lines, f"run {run.path.name}"]))
 
 
         def read(directory, *, k):
