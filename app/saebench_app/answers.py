@@ -1,4 +1,4 @@
-"""What the model and the SAE say of a text, asked once and kept for a while.
+"""What the model and the SAE compute for a text, kept for a while.
 
 Frames are shared by all sessions: read them, never change them.
 """
@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
 KEPT = 64
 """Answers of each kind."""
+LONGEST_TEXT = 4000
+"""Characters of a text: a URL must be able to hold it."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A text as the model reads it: its ``pieces``, one a token, joined are the text."""
+    """A text as the model reads it: its ``pieces``, one per token; joined they are the text."""
 
     pieces: list[str]
     fires: pd.DataFrame
@@ -52,7 +54,7 @@ def compare(here: Here, a: str, b: str, *, keep_first: bool) -> pd.DataFrame:
 
 
 def attribute(here: Here, text: str, *, position: int, target: str, keep_first: bool) -> Attribution:
-    """See `saebench.logit_attribution`; without a ``target`` the model's own prediction."""
+    """See `saebench.logit_attribution`; without a ``target``, of the model's prediction."""
     with turn():
         model = live(here)
         return _attribute(model, model.identity, text, position, target, keep_first)

@@ -1,14 +1,14 @@
-"""What a feature is called: a person's label, else its explanation, else the token it fires on most."""
+"""The name of a feature: a person's label, else its explanation, else its top token with its share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from saebench.core.formatting import is_absent, visible
+from saebench.core.formatting import is_absent, share, visible
 from saebench.store.query import FeatureStore
 
-COLUMNS = ("feature", "density", "max_act", "top_token", "explanation")
+COLUMNS = ("feature", "density", "max_act", "top_token", "top_token_share", "explanation")
 
 
 @dataclass(frozen=True)
@@ -19,17 +19,19 @@ class Described:
     label: str
     explanation: str
     top_token: str
+    top_token_share: float
+    """Share of its activations that are on the top token."""
 
     @property
     def words(self) -> str:
-        """The best that is known in one line; '' for a feature of which nothing is."""
+        """One line: its label, its explanation, or its top token with its share; '' where there is none."""
         if self.label or self.explanation:
             return self.label or self.explanation
-        return f"mostly {self.top_token}" if self.top_token else ""
+        return f"top token {self.top_token} ({share(self.top_token_share)})" if self.top_token else ""
 
 
 def describe(store: FeatureStore, features: Iterable[int]) -> dict[int, Described]:
-    """Each of ``features`` by its number."""
+    """Feature -> its name and statistics."""
     wanted = sorted(set(features))
     if not wanted:
         return {}
@@ -44,6 +46,7 @@ def describe(store: FeatureStore, features: Iterable[int]) -> dict[int, Describe
             _line(labels.get(row["feature"])),
             _line(row["explanation"]),
             "" if is_absent(row["top_token"]) else visible(row["top_token"], spaces="edges"),
+            float("nan") if is_absent(row["top_token_share"]) else float(row["top_token_share"]),
         )
         for row in rows
     }

@@ -34,7 +34,7 @@ SETTINGS = {
     "theme.paddingTop": "2.2rem",
     "theme.headingFontSizes": '["1.7rem", "1.35rem", "1.1rem", "1rem", "1rem", "1rem"]',
 }
-"""Nothing is sent anywhere, nothing outside the store is watched, and one look for all pages."""
+"""Nothing is sent anywhere, no files are watched, and all pages have the same style."""
 
 
 def explore(
@@ -59,7 +59,7 @@ def explore(
     if runs:
         _require_runs(runs)
     require_free_port(host, port)
-    # Stopped by our own hand only: it must not see the terminal's Ctrl-C as well.
+    # In a session of its own, so that only this process stops it and not the terminal's Ctrl-C as well.
     server = subprocess.Popen(
         command(store, host=host, port=port, runs=runs), stdout=subprocess.DEVNULL, start_new_session=True
     )
@@ -86,9 +86,9 @@ def command(store: Path, *, host: str, port: int, runs: Sequence[Path] = ()) -> 
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Raises UserError when ``port`` cannot be listened on; 0 would be a port that nobody is told."""
+    """Raises UserError when ``port`` cannot be listened on, or is 0: the port would be unknown."""
     if port == 0:
-        raise UserError("port 0 is no port that a browser can open; choose another one with --port")
+        raise UserError("port 0 is not a port that a browser can open; choose another one with --port")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -101,7 +101,7 @@ def require_free_port(host: str, port: int) -> None:
 
 
 def _require_runs(runs: Sequence[Path]) -> None:
-    """Raises UserError when one of ``runs`` is no run; the page Train also shows unfinished ones."""
+    """Raises UserError when one of ``runs`` is not a run; unfinished ones are allowed, for the page Train."""
     from saebench.runs.run import Run
 
     for run in map(Run, runs):
@@ -112,7 +112,7 @@ def _require_runs(runs: Sequence[Path]) -> None:
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server, kindly first."""
+    """End the server: ask it first, kill it after a while."""
     if server.poll() is None:
         server.terminate()
         try:
@@ -133,7 +133,7 @@ def _wait_until_up(server: subprocess.Popen[bytes], host: str, port: int) -> boo
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Let a request to end reach the server too, instead of leaving it behind."""
+    """Turn SIGTERM into an interrupt, so that the server is stopped as well."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What Streamlit runs for every view of every page: the frame around it and the way to it."""
+"""The script that Streamlit runs for every view of every page: the frame of the page, and the page."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from saebench_app.page import (
     token,
     train,
 )
-from saebench_app.page.columns import SORTABLE
-from saebench_app.session import SAID, Here, open_session_store
+from saebench_app.page.features.columns import SORTABLE
+from saebench_app.session import SAID, Here, open_session_store, url_parameters
 from saebench_app.view import View
 
 MODULES = (
@@ -63,15 +63,15 @@ def sections() -> dict[str, list[str]]:
     """Section of the sidebar -> the paths of its pages, in order."""
     found: dict[str, list[str]] = {}
     for module in MODULES:
-        found.setdefault(getattr(module, "SECTION", "Look"), []).append(module.PATH)
+        found.setdefault(module.SECTION, []).append(module.PATH)
     return found
 
 
 def show(module: ModuleType, pages: dict[str, Page]) -> None:
-    """One page inside its frame. What a person can put right is said in a sentence."""
+    """One page inside its frame. A UserError is shown as a sentence."""
     try:
         store = open_session_store(st.query_params.get("sae"))
-        view = View.from_query(st.query_params.to_dict(), sae=store.sae, columns=SORTABLE)
+        view = View.from_query(url_parameters(), sae=store.sae, columns=SORTABLE)
         here = Here(store, view, pages)
         sidebar(here, sections(), module.PATH)
         if said := st.session_state.pop(SAID, None):

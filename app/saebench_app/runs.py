@@ -31,7 +31,7 @@ TURN = threading.Lock()
 WAITING = threading.Semaphore(0)
 """Counts those who wait for their turn."""
 LOOK_SECONDS = 0.2
-"""How often a page that waits for its turn looks whether it is still wanted."""
+"""Between two checks of a waiting page whether it is still open."""
 
 
 def known_runs() -> list[Run]:
@@ -43,7 +43,7 @@ def known_runs() -> list[Run]:
 
 
 def finished_runs() -> list[Run]:
-    """Those of the known runs that hold an SAE; which one it is, only its weights tell."""
+    """The known runs that hold an SAE; which SAE of the store it is, only its weights tell."""
     return [run for run in known_runs() if run.is_finished]
 
 
@@ -58,7 +58,7 @@ def run_of(here: Here) -> Run | None:
 
 @dataclass(frozen=True)
 class Live:
-    """An SAE in its model, in the words in which the analysis functions take them."""
+    """An SAE attached to its model, as the analysis functions take them."""
 
     attached: AttachedSAE
     identity: str
@@ -89,10 +89,10 @@ def attached(here: Here) -> AttachedSAE:
     return live(here).attached
 
 
-def why_no_run(here: Here) -> str:
-    """What to do when ``run_of`` finds nothing."""
+def why_no_run(here: Here, does: str = "runs the model") -> str:
+    """What to do when ``run_of`` finds nothing; ``does`` says what the page needs a run for."""
     return (
-        f"This page runs the model, and a store keeps no weights: end the explorer and start it as "
+        f"This page {does}, and a store keeps no weights: end the explorer and start it as "
         f"saebench explore {here.store.path} --run DIR, with the run directory that "
         f"{here.store.sae!r} was indexed from."
     )
@@ -100,7 +100,7 @@ def why_no_run(here: Here) -> str:
 
 @contextlib.contextmanager
 def turn() -> Iterator[None]:
-    """One page at a time runs the model; the others say that they wait, and can be left meanwhile."""
+    """One page at a time runs the model; the others show that they wait, and can be closed meanwhile."""
     if not TURN.acquire(blocking=False):
         waiting = st.empty()
         WAITING.release()
@@ -141,7 +141,7 @@ def _live(run: str, identity: str, stamp: tuple[int, int]) -> Live:
 
 @st.cache_resource(max_entries=1, show_spinner=False)
 def _model(name: str, revision: str | None) -> Model:
-    """SAEs of one model share it."""
+    """The model, shared by its SAEs."""
     from saebench.core.device import pick_device
     from saebench.sources.models import load_model
 

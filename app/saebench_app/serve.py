@@ -1,4 +1,4 @@
-"""The server: Streamlit, which reads what the first page needs while the browser is still starting."""
+"""The server: Streamlit, which imports what the first page needs while the browser is starting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store that a person is looking at: opened once a generation, shared by all sessions."""
+"""The store that a session shows: opened once per generation and shared by all sessions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import streamlit as st
 from streamlit.navigation.page import Page
@@ -19,17 +19,25 @@ from saebench.core.errors import UserError
 from saebench.store.annotations import Annotations
 from saebench.store.publish import read_manifest
 from saebench.store.query import FeatureStore, open_store
-from saebench_app.view import View, whole
+from saebench_app.url import Query
+from saebench_app.view import Focus, View
+
+Q = TypeVar("Q", bound=Query)
 
 AUTHOR = "author"
-"""Key of the session under which the name of the person is kept."""
+"""Session key of the name that goes with what the person writes."""
 SAID = "said"
-"""Key of the session for a sentence that the next page begins with."""
+"""Session key of a sentence that the next page begins with."""
 
 
 def store_path() -> Path:
     """The store named on the command line; no URL can name another one."""
     return Path(sys.argv[1])
+
+
+def url_parameters() -> dict[str, list[str]]:
+    """The parameters of the URL; one that is given several times has several texts."""
+    return {name: st.query_params.get_all(name) for name in st.query_params}
 
 
 def open_session_store(sae: str | None) -> FeatureStore:
@@ -46,7 +54,7 @@ def open_session_store(sae: str | None) -> FeatureStore:
 
 
 def move_to_newest() -> None:
-    """Look at the newest generation from now on.
+    """Show the newest generation from now on.
 
     A store that was removed and made anew counts from 1 again, under names of files that are still open:
     DuckDB would show the old ones, so they are closed first.
@@ -68,7 +76,7 @@ def _open(path: str, generation: int, made: str, sae: str | None) -> FeatureStor
 
 @dataclass(frozen=True)
 class Here:
-    """What every page is given: the open store, what the URL asks for, and the way to the other pages."""
+    """What every page is given: the open store, the view that the URL asks for, and the other pages."""
 
     store: FeatureStore
     view: View
@@ -76,7 +84,7 @@ class Here:
 
     @functools.cached_property
     def annotations(self) -> Annotations:
-        """What people said of the SAE's features; what is written goes under this session's author."""
+        """The annotations of the SAE's features; new ones get the author of this session."""
         notes = self.store.annotations
         notes.author = st.session_state.get(AUTHOR, "")
         return notes
@@ -92,7 +100,7 @@ class Here:
         return set(self.annotations.bookmarks()["feature"].tolist())
 
     def filters(self) -> dict[str, Any]:
-        """The listed features, in the words of ``FeatureStore.features``."""
+        """The listed features, as arguments of ``FeatureStore.features``."""
         view, chosen = self.view, self.view.filters()
         kept = [set(view.among)] if view.among else []
         kept += [self.bookmarks] if view.bookmarked else []
@@ -102,20 +110,23 @@ class Here:
             chosen["among"] = sorted(set.intersection(*kept))
         return chosen | ({"labels": self.names} if view.text else {})
 
+    def read(self, query: type[Q], *, allowed: Mapping[str, Sequence[Any]] | None = None, **given: Any) -> Q:
+        """The parameters of a page, as the URL has them; see `Query.read`."""
+        return query.read(url_parameters(), allowed=allowed, **given)
+
     def feature(self) -> int | None:
         """The feature that the URL asks for."""
-        return whole(st.query_params.get("f"))
+        return self.read(Focus).f
 
-    def show(self, view: View, **more: int | str) -> None:
+    def show(self, view: View, *own: Query, **more: int | str) -> None:
         """Move to another view of this page; Back returns. For use in the callback of a widget."""
-        query = view.query(**more)
+        query = view.query(*own, **more)
         if query != st.query_params.to_dict():
             st.query_params.from_dict(query)
 
 
 def attempt(do: Callable[[], object], then: Callable[[], object] | None = None) -> None:
-    """Do what the callback of a widget asks for, then ``then``; what is wrong with it is said on the page
-    that follows."""
+    """Call ``do``, then ``then``, in the callback of a widget; the next page shows what is wrong with it."""
     try:
         do()
     except UserError as error:

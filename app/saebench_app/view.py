@@ -1,26 +1,35 @@
-"""What a page shows, as a URL: the one place where query parameters are read and written.
+"""What all pages share in their URL: which features are listed, in which order, and how examples are shown.
 
-A view names the SAE, which of its features are listed and in which order, and how the examples of one
-feature are shown. Every page carries the whole view in its URL, so a reload, a bookmark, Back, and the
-steps to the previous and next feature all mean what the person saw.
+Every page carries the whole view in its URL, so a reload, a bookmark, Back, and the steps to the previous and
+next feature all mean what the person saw. What one page alone has is a `Query` in its own module.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, replace
 from typing import Any, Literal, TypeAlias
 from urllib.parse import urlencode
 
 from saebench.store.schema import HIST_BINS, HIST_KINDS, NEIGHBOR_KINDS, TOKEN_ROLES
+from saebench_app.url import (
+    Bounds,
+    Choice,
+    Flag,
+    Names,
+    Query,
+    Range,
+    Text,
+    Whole,
+    Wholes,
+    Written,
+    parameter,
+)
 
 LABEL = "label"
 """The column of the table that people write, not the store."""
 
 Shown: TypeAlias = Literal["any", "hide", "only"]
-Range: TypeAlias = tuple[float | None, float | None]
-"""Lowest and highest, both included; None leaves that side open."""
 
 SHOWN: tuple[Shown, ...] = ("any", "hide", "only")
 WINDOWS = (4, 8, 16, 0)
@@ -32,115 +41,82 @@ ABOVE = (0, 10, 25, 50, 75)
 FOLDED = ("explanations", "verdicts", "where")
 """Parts of a page that are closed, and ask the store nothing, until the URL opens them."""
 
-NAMES = {
-    "text": "q", "regex": "re", "log_density": "density", "max_act": "max", "token_share": "share",
-    "loss_effect": "effect", "descending": "desc", "histogram": "hist",
-}  # fmt: skip
-"""Fields that are called otherwise in the URL."""
-
 RANGES = {
-    "max_act": "max_act", "token_share": "top_token_share", "selectivity": "top_token_p_fire",
-    "similarity": "dec_max_cos", "loss_effect": "loss_effect", "score": "explanation_score",
-}  # fmt: skip
+    "max_act": "max_act",
+    "token_share": "top_token_share",
+    "selectivity": "top_token_p_fire",
+    "similarity": "dec_max_cos",
+    "loss_effect": "loss_effect",
+    "score": "explanation_score",
+}
 """Field -> the column of the feature table that it bounds as it is."""
 SEARCHED = ("top_token", "explanation")
-"""The columns in which a person's words are looked for; labels are searched as well."""
+"""The columns that a search looks in; labels are searched as well."""
 MOST_AMONG = 500
 """Features that a URL names at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
-    sae: str
-    text: str = ""
+class View(Query):
+    sae: str = parameter(MISSING, Text())
+    text: str = parameter("", Text(), name="q")
     """Part of the top token, the explanation or the label."""
-    regex: bool = False
+    regex: bool = parameter(False, Flag(), name="re")
     """Whether ``text`` is a regular expression."""
-    log_density: Range | None = None
+    log_density: Range | None = parameter(None, Bounds(), name="density")
     """Bounds on log10 of the density; a lower one leaves out dead features."""
-    max_act: Range | None = None
-    token_share: Range | None = None
-    selectivity: Range | None = None
-    similarity: Range | None = None
-    loss_effect: Range | None = None
-    score: Range | None = None
-    dead: Shown = "any"
-    dense: Shown = "any"
-    explained: Shown = "any"
-    bookmarked: bool = False
-    labeled: bool = False
-    list: str = ""
+    max_act: Range | None = parameter(None, Bounds(), name="max")
+    token_share: Range | None = parameter(None, Bounds(), name="share")
+    selectivity: Range | None = parameter(None, Bounds())
+    similarity: Range | None = parameter(None, Bounds())
+    loss_effect: Range | None = parameter(None, Bounds(), name="effect")
+    score: Range | None = parameter(None, Bounds())
+    dead: Shown = parameter("any", Choice(SHOWN))
+    dense: Shown = parameter("any", Choice(SHOWN))
+    explained: Shown = parameter("any", Choice(SHOWN))
+    bookmarked: bool = parameter(False, Flag())
+    labeled: bool = parameter(False, Flag(), old=["labelled"])
+    list: str = parameter("", Text())
     """Only the features of this list."""
-    among: tuple[int, ...] = ()
+    among: tuple[int, ...] = parameter((), Wholes(MOST_AMONG))
     """Only these features."""
-    columns: tuple[str, ...] = ()
-    """Columns of the table; none stands for those that it has by itself."""
-    sort: str = "feature"
-    descending: bool = False
-    page: int = 1
-    group: str = "top"
-    window: int = 16
-    histogram: str = "value"
-    bin: int | None = None
+    columns: tuple[str, ...] = parameter((), Names())
+    """Columns of the table; none stands for the default ones."""
+    sort: str = parameter("feature", Choice())
+    descending: bool = parameter(False, Flag(), name="desc")
+    page: int = parameter(1, Whole(1))
+    group: str = parameter("top", Text())
+    window: int = parameter(16, Choice(WINDOWS))
+    histogram: str = parameter(next(iter(HIST_KINDS)), Choice(tuple(HIST_KINDS)), name="hist")
+    bin: int | None = parameter(None, Choice(range(HIST_BINS)))
     """A bar of the histogram, whose activations are shown instead of a group."""
-    role: str = "active"
-    near: str = "decoder"
-    colors: str = "linear"
-    above: int = 0
-    lines: bool = False
-    """Whether line breaks break the line."""
-    distinct: bool = False
-    """Whether equal windows are shown once."""
-    open: tuple[str, ...] = ()
+    role: str = parameter(next(iter(TOKEN_ROLES)), Choice(tuple(TOKEN_ROLES)))
+    near: str = parameter(next(iter(NEIGHBOR_KINDS)), Choice(tuple(NEIGHBOR_KINDS)))
+    colors: str = parameter("linear", Choice(COLORS), old=["colours"])
+    above: int = parameter(0, Choice(ABOVE))
+    lines: bool = parameter(False, Flag())
+    """Whether line breaks are shown as new lines."""
+    distinct: bool = parameter(False, Flag())
+    """Whether duplicate examples are hidden."""
+    open: tuple[str, ...] = parameter((), Names(FOLDED))
 
     @classmethod
-    def from_query(cls, params: Mapping[str, str], *, sae: str, columns: Sequence[str]) -> View:
-        """Read a view of ``sae``; a value that cannot be meant is left at its default.
+    def from_query(
+        cls, params: Mapping[str, str | Sequence[str]], *, sae: str, columns: Sequence[str]
+    ) -> View:
+        """Read a view of ``sae``; ``columns`` are those that the features can be sorted by."""
+        return cls.read(params, allowed={"sort": columns, "columns": (*columns, LABEL)}, sae=sae)
 
-        ``columns`` are those that the features can be sorted by.
-        """
-        sort = params.get("sort", "feature")
-        bin = whole(params.get("bin"))
-        bounds = {name: _range(params.get(NAMES.get(name, name))) for name in ("log_density", *RANGES)}
-        return cls(
-            sae=sae,
-            text=params.get("q", ""),
-            regex=params.get("re") == "1",
-            **bounds,
-            dead=_one_of(SHOWN, params.get("dead")),
-            dense=_one_of(SHOWN, params.get("dense")),
-            explained=_one_of(SHOWN, params.get("explained")),
-            bookmarked=params.get("bookmarked") == "1",
-            labeled=params.get("labeled", params.get("labelled")) == "1",
-            list=params.get("list", ""),
-            among=_features(params.get("among")),
-            columns=_names(params.get("columns"), (*columns, LABEL)),
-            sort=sort if sort in columns else "feature",
-            descending=params.get("desc") == "1",
-            page=max(whole(params.get("page")) or 1, 1),
-            group=params.get("group", "top"),
-            window=_one_of((16, *WINDOWS), whole(params.get("window"))),
-            histogram=_one_of(tuple(HIST_KINDS), params.get("hist")),
-            bin=bin if bin is not None and bin < HIST_BINS else None,
-            role=_one_of(tuple(TOKEN_ROLES), params.get("role")),
-            near=_one_of(tuple(NEIGHBOR_KINDS), params.get("near")),
-            colors=_one_of(COLORS, params.get("colors", params.get("colours"))),
-            above=_one_of(ABOVE, whole(params.get("above"))),
-            lines=params.get("lines") == "1",
-            distinct=params.get("distinct") == "1",
-            open=_names(params.get("open"), FOLDED),
-        )
+    def query(self, *own: Query, **more: int | str) -> Written:
+        """The parameters of the view, with ``own``, those of a page, and ``more``, single ones."""
+        written = super().query()
+        for query in own:
+            written |= query.query()
+        return written | {name: str(value) for name, value in more.items()}
 
-    def query(self, **more: int | str) -> dict[str, str]:
-        """The query parameters that ``from_query`` reads back; defaults are left out."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed = {f.name for f in fields(self) if f.name == "sae" or given[f.name] != f.default}
-        own = {NAMES.get(name, name): _written(name, given[name]) for name in given if name in changed}
-        return own | {name: str(value) for name, value in more.items()}
-
-    def url(self, page: str, **more: int | str) -> str:
-        """A link to ``page`` (its path in the URL), relative to where the app is served."""
-        return f"{page}?{urlencode(self.query(**more))}"
+    def url(self, page: str, *own: Query, **more: int | str) -> str:
+        """A link to ``page`` (its path in the URL), relative to where the app is served; see ``query``."""
+        return f"{page}?{urlencode(self.query(*own, **more), doseq=True)}"
 
     def lists_all(self) -> bool:
         """Whether nothing is filtered out."""
@@ -150,10 +126,21 @@ class View:
     def cleared(self) -> View:
         """The view without its filters, in the same order and with the same columns."""
         return View(
-            sae=self.sae, sort=self.sort, descending=self.descending, columns=self.columns, group=self.group,
-            window=self.window, histogram=self.histogram, role=self.role, near=self.near,
-            colors=self.colors, above=self.above, lines=self.lines, distinct=self.distinct, open=self.open,
-        )  # fmt: skip
+            sae=self.sae,
+            sort=self.sort,
+            descending=self.descending,
+            columns=self.columns,
+            group=self.group,
+            window=self.window,
+            histogram=self.histogram,
+            role=self.role,
+            near=self.near,
+            colors=self.colors,
+            above=self.above,
+            lines=self.lines,
+            distinct=self.distinct,
+            open=self.open,
+        )
 
     def toggled(self, part: str) -> View:
         """The view with a folded part opened, or closed again."""
@@ -166,9 +153,9 @@ class View:
         return replace(self, sort=column, descending=descending, page=1)
 
     def filters(self) -> dict[str, Any]:
-        """The listed features, in the words of ``FeatureStore.features``; without what people said of them.
+        """The listed features, as arguments of ``FeatureStore.features``, without annotations.
 
-        ``Here.filters`` adds that.
+        ``Here.filters`` adds these.
         """
         ranges: dict[str, Range] = {}
         if self.log_density is not None:
@@ -186,44 +173,8 @@ class View:
         return {"order_by": self.sort, "descending": self.descending}
 
 
-def whole(value: str | None) -> int | None:
-    """A whole number from a URL, or None."""
-    return (
-        int(value) if value is not None and value.isascii() and value.isdigit() and len(value) < 12 else None
-    )
+@dataclass(frozen=True, kw_only=True)
+class Focus(Query):
+    """The feature that a page is about."""
 
-
-def _one_of(allowed: Sequence[Any], value: Any) -> Any:
-    return value if value in allowed else allowed[0]
-
-
-def _range(value: str | None) -> Range | None:
-    low, dots, high = (value or "").partition("..")
-    try:
-        bounds = float(low) if low else None, float(high) if high else None
-    except ValueError:
-        return None
-    given = [bound for bound in bounds if bound is not None]
-    if not dots or not given or not all(map(math.isfinite, given)) or given != sorted(given):
-        return None
-    return bounds
-
-
-def _names(value: str | None, known: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for name in (value or "").split(",") if name in known))
-
-
-def _features(value: str | None) -> tuple[int, ...]:
-    """Numbers of features from a URL: 3,17,40."""
-    numbers = [whole(part) for part in (value or "").split(",")]
-    return tuple(dict.fromkeys(number for number in numbers if number is not None))[:MOST_AMONG]
-
-
-def _written(name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return "1" if value else "0"
-    if name in ("among", "columns", "open"):
-        return ",".join(map(str, value))
-    if isinstance(value, tuple):
-        return "..".join("" if bound is None else f"{bound:g}" for bound in value)
-    return str(value)
+    f: int | None = parameter(None, Whole())

@@ -1,8 +1,8 @@
-"""Long work beside the server: processes of our own, with progress, which can be stopped.
+"""Jobs: long work in processes beside the server, with progress, which can be stopped.
 
-A page names a ``Task``. Its process writes one folder, a ``Found``, into the cache of this machine, under a
-name that is a hash of what it was made of: who asks for the same again, in any session or after a restart,
-gets what is there. The server itself stays free for the pages, and the memory of the work goes with it.
+A page names a ``Task``. Its process writes one folder, a ``Found``, into the cache of this machine, under the
+hash of what the result depends on: the same task in another session, or after a restart, finds it there. The
+server stays free for the pages, and the memory of the job is freed when it ends.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Found:
-    """What a task found: facts, and tables by name."""
+    """The result of a task: facts, and tables by name."""
 
     facts: dict[str, Any]
     tables: dict[str, pd.DataFrame]
@@ -67,7 +67,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Progress:
-    """``share`` is None before the work has said how much there is."""
+    """``share`` is None before the job has sent its total."""
 
     share: float | None
     text: str
@@ -75,7 +75,7 @@ class Progress:
 
 @dataclass
 class Work:
-    """One process that works on a task."""
+    """One process that does a task."""
 
     process: subprocess.Popen[bytes]
     events: IO[bytes]
@@ -102,7 +102,7 @@ class Work:
         return Progress(now.share, f"{now.done:,} of {now.total:,} {now.unit}, {now.timing}")
 
     def result(self) -> dict[str, Any]:
-        """What it said when it was done; empty before."""
+        """The fields of its result event; empty before it is done."""
         return self._last("result") or {}
 
     def error_message(self) -> str:
@@ -112,10 +112,10 @@ class Work:
             sentence = str(error["message"])
             return sentence[:1].upper() + sentence[1:].rstrip(".") + "."
         lines = _last_lines(self.log)
-        return f"The work ended with an error ({lines[-1] if lines else 'it was killed'})."
+        return f"The job ended with an error ({lines[-1] if lines else 'it was killed'})."
 
     def stop(self) -> None:
-        """Ask it to end, which keeps what is finished; after a while, end it."""
+        """Interrupt it, so that it keeps what is finished; kill it after a while."""
         self.stopped = True
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
@@ -142,23 +142,23 @@ def _last_lines(file: IO[bytes]) -> list[str]:
 
 
 def weights(info: Mapping[str, Any]) -> dict[str, Any]:
-    """What of ``FeatureStore.info`` tells a worker whose weights it needs."""
+    """The part of ``FeatureStore.info`` by which a worker finds the weights."""
     return {name: info[name] for name in ("name", "d_sae", "sae_hash")}
 
 
 @st.cache_resource(show_spinner=False)
 def _works() -> dict[str, Work]:
-    """All work of this server, by the key of its task."""
+    """All jobs of this server, by the key of their task."""
     return {}
 
 
 def work_on(task: Task) -> Work | None:
-    """The latest work on a task, if there was any since the server began."""
+    """The latest job of a task, if there was one since the server started."""
     return _works().get(task.key)
 
 
 def start(task: Task) -> None:
-    """Begin the work on a task, unless it is going on."""
+    """Start a task, unless it is running."""
     works = _works()
     if (work := works.get(task.key)) and work.state() == "running":
         return

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_CHECKS = 1.0
 """Between two checks whether the server still runs."""
 CLUSTERS = 8
-"""Of a map: as many as there are colors that everybody can tell apart."""
+"""Clusters of a map: as many as there are colors that are easy to tell apart."""
 
 Tables = dict[str, "pd.DataFrame"]
 
@@ -74,9 +74,12 @@ def match(
     made = pair(run_a, run_b, by, threshold=threshold)
     tables = {"pairs": made.pairs, "unmatched": made.unmatched}
     facts: dict[str, Any] = {
-        "by": made.by, "threshold": made.threshold, "mean_similarity": made.mean_similarity,
-        "stability": made.stability, "n_rows": made.n_rows,
-    }  # fmt: skip
+        "by": made.by,
+        "threshold": made.threshold,
+        "mean_similarity": made.mean_similarity,
+        "stability": made.stability,
+        "n_rows": made.n_rows,
+    }
     if run_a.description()["d_in"] == run_b.description()["d_in"]:
         a_is_narrow = a["d_sae"] <= b["d_sae"]
         facts["narrow"] = "a" if a_is_narrow else "b"
@@ -108,7 +111,7 @@ FUNCTIONS: dict[str, Callable[..., tuple[dict[str, Any], Tables]]] = {
 
 
 def main(server: str, kind: str, arguments: str, folder: str) -> int:
-    """Do one piece of work; the exit code: 0 done, 2 a person must change something, 130 interrupted."""
+    """Do one task; the exit code: 0 done, 2 a person must change something, 130 interrupted."""
     threading.Thread(target=_end_with, args=(int(server),), daemon=True).start()
     events, given = _open_events(), json.loads(arguments)
     try:
@@ -156,7 +159,7 @@ def keep(folder: Path, facts: Mapping[str, Any], tables: Tables) -> None:
 
 
 def _end_with(server: int) -> None:
-    """Interrupt this process, as Ctrl-C does, once the one that started it has gone."""
+    """Interrupt this process, as Ctrl-C does, once its server has ended."""
     while os.getppid() == server:
         time.sleep(SECONDS_BETWEEN_CHECKS)
     os.kill(os.getpid(), signal.SIGINT)

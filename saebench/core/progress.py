@@ -84,13 +84,10 @@ class Events:
 _events: Events | None = None
 
 
-def send_events(stream: IO[str] | None) -> Events | None:
-    """From now on, progress of this process is written to ``stream`` as events and not shown to people.
-
-    None returns to bars and lines.
-    """
+def send_events(stream: IO[str]) -> Events:
+    """From now on, progress of this process is written to ``stream`` as events and not shown to people."""
     global _events
-    _events = None if stream is None else Events(stream)
+    _events = Events(stream)
     return _events
 
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
 import saebench as sb
@@ -18,17 +16,18 @@ from saebench.core.formatting import CONTINUED, number, visible
 from saebench.runs.run import load
 from saebench.sources.models import Model, load_model
 from saebench.store.query import FeatureStore, open_store
-from saebench_app.asked import MEASURES, WAYS, Place, Prompt, Steer
-from saebench_app.page import prompt
+from saebench_app.page.prompt.grid import ROWS
 from tests.app.conftest import column, shown, url
 from tests.app.live_world import D_SAE, HOOK, World
 
 Visit = Callable[..., AppTest]
 TEXT = "The Congress of the United States"
 HOSTILE = [
-    "</script><img src=x onerror=alert(1)>", "שלום 👩\u200d👩\u200d👧 é", "a\u202eevil\n\t&lt;b&gt; *x* $a$",
+    "</script><img src=x onerror=alert(1)>",
+    "שלום 👩\u200d👩\u200d👧 é",
+    "a\u202eevil\n\t&lt;b&gt; *x* $a$",
     "\x00\u200b\ufeff ",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="session")
@@ -57,62 +56,6 @@ def codes(world: World, model: Model, text: str = TEXT) -> torch.Tensor:
     return sae.encode(model.run_to(ids, [HOOK])[HOOK][0]).to_dense()
 
 
-# Queries
-
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
-numbers = st.integers(0, 10**6)
-whole = st.none() | numbers
-prompts = st.builds(
-    Prompt,
-    text=texts,
-    text2=texts,
-    by=st.sampled_from(MEASURES),
-    at=whole,
-    cut=st.integers(-60, 0).map(lambda n: n / 10),
-    bos=st.booleans(),
-    target=texts,
-    pin=st.lists(numbers, unique=True, max_size=5).map(tuple),
-    f=whole,
-)
-steers = st.builds(
-    Steer,
-    text=texts,
-    f=st.lists(numbers, unique=True, max_size=8).map(tuple),
-    how=st.sampled_from(WAYS),
-    strength=texts,
-    new=st.integers(1, 100),
-    temp=st.integers(0, 20).map(lambda n: n / 10),
-    seed=numbers,
-    s=whole,
-)
-places = st.builds(
-    Place, c=numbers, pos=whole, features=st.lists(numbers, unique=True, max_size=4).map(tuple)
-)
-NAMES = "text text2 by at cut bos pin f f1 f4 c pos how strength new temp seed s".split()
-
-
-@given(st.one_of(prompts, steers, places))
-def test_a_query_gives_back_what_was_asked(asked: Any) -> None:
-    query = {name: str(value) for name, value in asked.query().items()}
-    assert type(asked).from_query(query) == asked
-
-
-@given(st.dictionaries(st.sampled_from(NAMES), texts | st.sampled_from(["nan", "1e99", "-1", "1,,x", "²"])))
-def test_any_query_can_be_read(query: dict[str, str]) -> None:
-    for kind in (Prompt, Steer, Place):
-        asked = kind.from_query(query)
-        again = {name: str(value) for name, value in asked.query().items()}
-        assert kind.from_query(again) == asked
-
-
-@given(places, numbers)
-def test_features_are_laid_over_and_taken_away(place: Place, feature: int) -> None:
-    more = place.with_(feature)
-    assert feature in more.features
-    assert len(set(more.features)) == len(more.features) <= 4
-    assert feature not in more.without(feature).features
-
-
 # Prompt
 
 
@@ -126,7 +69,7 @@ def test_the_grid_shows_what_the_sae_encodes(visit: Visit, world: World, model: 
         assert {place: value for place, _, value in row["cells"]} == fired
     sizes = [row["exact"] for row in grid["rows"]]
     assert sizes == sorted(sizes, reverse=True)
-    assert len(sizes) == min((z_TM > 0).any(0).sum(), prompt.ROWS)
+    assert len(sizes) == min((z_TM > 0).any(0).sum(), ROWS)
 
 
 @pytest.mark.parametrize("by", ["sum", "at"])
@@ -135,7 +78,7 @@ def test_the_grid_is_sorted_as_asked(visit: Visit, world: World, model: Model, b
     grid = data(visit(world.store, "prompt", text=TEXT, by=by, at=3, bos=1), "heat")
     sizes = z_TM[3] if by == "at" else z_TM.sum(0)
     assert [row["exact"] for row in grid["rows"]] == pytest.approx(
-        sizes[sizes > 0].sort(descending=True).values[: prompt.ROWS].tolist()
+        sizes[sizes > 0].sort(descending=True).values[:ROWS].tolist()
     )
     assert [pos for pos, _ in grid["tokens"]] == list(range(len(z_TM)))
 
@@ -145,7 +88,7 @@ def test_attribution_is_the_library_s(visit: Visit, world: World, model: Model) 
     found = sb.logit_attribution(TEXT, world.run, model, position=5)
     sums = found.latents.groupby("feature")["attribution"].sum().sort_values(key=abs, ascending=False)
     rows = data(app, "heat")["rows"]
-    assert [row["exact"] for row in rows] == pytest.approx(sums.head(prompt.ROWS).tolist())
+    assert [row["exact"] for row in rows] == pytest.approx(sums.head(ROWS).tolist())
     assert visible(found.target, spaces="edges") in data(app, "target")["text"]
     app.text_input(key="prompt_target").set_value("too long").run()
     assert "exactly one" in data(app, "error")["text"]
@@ -154,7 +97,7 @@ def test_attribution_is_the_library_s(visit: Visit, world: World, model: Model) 
 def test_a_token_lists_its_features(visit: Visit, world: World, model: Model, store: FeatureStore) -> None:
     app = visit(world.store, "prompt", text=TEXT, at=4)
     z_M = codes(world, model)[4]
-    assert column(app, "value", "token") == z_M[z_M > 0].sort(descending=True).values.tolist()
+    assert column(app, "activation", "token") == z_M[z_M > 0].sort(descending=True).values.tolist()
     features = [int(f) for f in column(app, "feature", "token")]
     assert column(app, "density", "token") == [store.feature(f)["density"] for f in features]
     assert data(app, "passage")["current"] == 4
@@ -174,7 +117,7 @@ def test_pinned_features_come_first_and_stay(visit: Visit, world: World, model: 
     )
     assert data(app, "passage")["legend"][0]["name"] == f"Feature {silent}"
     app.slider(key="prompt_cut").set_value(-3.0).run()
-    assert "No feature" in data(app, "silent")["text"]
+    assert "No feature" in data(app, "inactive")["text"]
     app = visit(world.store, "prompt", text=TEXT, f=fires)
     acts = [span[2] for span in data(app, "passage")["spans"]]
     assert acts == [number(float(z)) if z else "" for z in z_TM[:, fires]]
@@ -183,7 +126,7 @@ def test_pinned_features_come_first_and_stay(visit: Visit, world: World, model: 
 def test_two_texts_are_compared(visit: Visit, world: World, model: Model) -> None:
     other = "the price of corn"
     app = visit(world.store, "prompt", text=TEXT, text2=other)
-    found = sb.compare_prompts(TEXT, other, world.run, model).head(prompt.ROWS)
+    found = sb.compare_prompts(TEXT, other, world.run, model).head(ROWS)
     assert [int(f) for f in column(app, "feature", "changes")] == found["feature"].tolist()
     assert column(app, "difference", "changes") == found["difference"].tolist()
     assert len(data(app, "passage2")["spans"]) == len(model.tokens.encode(other))
@@ -236,8 +179,12 @@ def test_a_token_shows_the_store_s_numbers(visit: Visit, world: World, store: Fe
         app = visit(world.store, "token", t=wanted, by="lift")
         found = store.features_on(int(token["token"]), order_by="lift")
         assert [int(f) for f in column(app, "feature", "features-on")] == found["feature"].tolist()
-        for label, name in {"times": "n", "P(fires|token)": "p_fire_given_token",
-                            "P(token|fires)": "p_token_given_fire", "lift": "lift"}.items():  # fmt: skip
+        for label, name in {
+            "count": "n",
+            "P(fires|token)": "p_fire_given_token",
+            "P(token|fires)": "p_token_given_fire",
+            "lift": "lift",
+        }.items():
             assert column(app, label, "features-on") == found[name].tolist()
         first = int(found["feature"][0])
         drawn = store.examples_on(first, int(token["token"]), n=10)
@@ -252,12 +199,12 @@ def test_tokens_are_found_by_a_part_of_them(visit: Visit, world: World, store: F
     app = visit(world.store, "token", t="zzzz")
     assert "try a part" in data(app, "none")["text"]
     app = visit(world.store, "token")
-    assert column(app, "number", "found")[:5] == store.find_tokens(limit=5)["token"].tolist()
+    assert column(app, "id", "found")[:5] == store.find_tokens(limit=5)["token"].tolist()
     app.text_input(key="token_text").set_value("h").run()
     assert url(app)["t"] == "h"
     exact = store.find_tokens(token="h")["token"].tolist()
     others = [token for token in store.find_tokens("h", limit=50)["token"] if token not in exact]
-    assert column(app, "number", "found") == others
+    assert column(app, "id", "found") == others
     app = visit(world.store, "token", t="#99999")
     assert "not in the vocabulary" in data(app, "error")["text"]
 
@@ -289,7 +236,7 @@ def test_features_are_laid_over_a_context(visit: Visit, world: World, store: Fea
         assert on == pytest.approx(expected, abs=1e-3)
     here = store.firing_at(2, pos)
     assert [int(f) for f in column(app, "feature", "fires")] == here["feature"].tolist()
-    assert column(app, "value", "fires") == here["value"].tolist()
+    assert column(app, "activation", "fires") == here["value"].tolist()
     assert text["legend"][1]["links"][0][1] == (
         f"context?sae=tiny&c=2&pos={pos}&f1={features[0]}&f2={features[2]}"
     )
@@ -302,7 +249,7 @@ def test_without_an_index_by_context_the_work_waits_for_a_click(visit: Visit, sm
     assert "--with-context-index" in data(app, "no-index")["text"]
     next(button for button in app.button if button.label == "Find the features").click().run()
     with open_store(small_store) as opened:
-        assert column(app, "value", "fires") == opened.firing_at(0, 3)["value"].tolist()
+        assert column(app, "activation", "fires") == opened.firing_at(0, 3)["value"].tolist()
 
 
 def test_places_that_are_not_there_are_a_sentence(visit: Visit, world: World) -> None:
@@ -318,10 +265,12 @@ def test_places_that_are_not_there_are_a_sentence(visit: Visit, world: World) ->
     [
         ({"how": "add", "strength": "4, 30"}, {"mode": "add", "strength": [4, 30]}),
         ({"how": "ablate"}, {"mode": "clamp", "strength": [0]}),
-        ({"how": "scale", "strength": "-2", "temp": "0.7", "seed": "3"},
-         {"mode": "scale", "strength": [-2], "temperature": 0.7, "seed": 3}),
+        (
+            {"how": "scale", "strength": "-2", "temp": "0.7", "seed": "3"},
+            {"mode": "scale", "strength": [-2], "temperature": 0.7, "seed": 3},
+        ),
     ],
-)  # fmt: skip
+)
 def test_steering_shows_what_the_library_writes(
     visit: Visit, world: World, model: Model, query: dict[str, str], settings: dict[str, Any]
 ) -> None:

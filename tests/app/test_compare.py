@@ -78,7 +78,7 @@ def test_a_counterpart_is_found_without_runs(
         best = int(firing["feature"].iloc[0])
         examples = other.examples(best, "top")["value"].tolist()
     assert column(app, "feature", "firings-a") == firing["feature"].tolist()
-    assert column(app, "overlap", "firings-a") == firing["jaccard"].tolist()
+    assert column(app, "Jaccard", "firings-a") == firing["jaccard"].tolist()
     assert app.number_input(key="fb").value == best
     picture = shown(app, "examples-b")
     assert picture is not None

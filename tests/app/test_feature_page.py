@@ -11,7 +11,7 @@ from streamlit.testing.v1 import AppTest
 from saebench.core.formatting import visible
 from saebench.store.example_windows import distinct
 from saebench.store.query import open_store
-from saebench_app.page.feature import LONGEST_CALLED
+from saebench_app.page.feature.panels import LONGEST_NAME
 from saebench_app.view import View
 from tests.app.conftest import column, shown, url
 from tests.store.rich_store import HOSTILE
@@ -108,9 +108,9 @@ def test_neighbors_of_every_kind_with_their_names(visit: Visit, rich_store: Path
         rows = {f: store.feature(f) for f in near["other"]}
     assert column(app, "feature", "neighbors") == near["other"].tolist() != []
     called = [HOSTILE if f == 3 else row["explanation"] or "" for f, row in rows.items()]
-    called = [name if len(name) <= LONGEST_CALLED else f"{name[: LONGEST_CALLED - 1]}…" for name in called]
+    called = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in called]
     if any(called):
-        assert column(app, "called", "neighbors") == [visible(name) if name else None for name in called]
+        assert column(app, "name", "neighbors") == [visible(name) if name else None for name in called]
 
 
 def test_what_is_folded_asks_the_store_nothing(
@@ -158,8 +158,9 @@ def test_intervals_are_the_library_s(visit: Visit, small_store: Path) -> None:
     with open_store(small_store) as store:
         row, n = store.feature(3), store.info()["n_tokens"]
     low, high = wilson(row["n_act"], n)
-    assert tiles["Density"]["note"] == f"{share(low)} to {share(high)}"
-    assert tiles["Mean"]["value"].endswith(f"± {number(standard_error(row['std_act'], row['n_act']), 2)}")
+    assert tiles["Activation density"]["note"] == f"{share(low)} to {share(high)}"
+    error = number(standard_error(row["std_act"], row["n_act"]), 2)
+    assert tiles["Mean activation"]["value"].endswith(f"± {error}")
 
 
 def test_label_bookmark_and_comment_are_kept(visit: Visit, own_store: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from saebench.store.query import open_store
-from saebench_app.components.filters import PILLS, press, pressed
-from saebench_app.page.columns import COLUMNS
 from saebench_app.page.features import as_csv, as_parquet
+from saebench_app.page.features.columns import COLUMNS
+from saebench_app.page.features.filters import PILLS, press, pressed
 from saebench_app.view import View
 from tests.app.conftest import column, shown, url
 from tests.store.rich_store import EFFECTS, HOSTILE, SCORES
@@ -27,8 +27,10 @@ def test_every_column_can_be_chosen_and_sorted_by(visit: Visit, rich_store: Path
     data = shown(app, "features")
     assert data is not None
     assert [heading["label"] for heading in data["headings"]] == [
-        "feature", *(labels[name] for name in names), "marks",
-    ]  # fmt: skip
+        "feature",
+        *(labels[name] for name in names),
+        "marks",
+    ]
     assert column(app, "feature")[:3] == sorted(EFFECTS, key=EFFECTS.__getitem__, reverse=True)
     assert column(app, "loss effect")[:3] == sorted(EFFECTS.values(), reverse=True)
     with open_store(rich_store) as store:

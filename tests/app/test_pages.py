@@ -24,9 +24,9 @@ def test_the_table_lists_every_feature(visit: Visit, small_store: Path) -> None:
     assert column(app, "density") == features["density"].tolist()
 
 
-@pytest.mark.parametrize("label", ["density", "max", "its share", "nearest cos"])
+@pytest.mark.parametrize("label", ["density", "max act", "top-token share", "max cosine"])
 def test_a_heading_links_to_the_table_sorted_by_it(visit: Visit, small_store: Path, label: str) -> None:
-    from saebench_app.page.columns import COLUMNS
+    from saebench_app.page.features.columns import COLUMNS
 
     name = next(c.name for c in COLUMNS if c.label == label)
     app = visit(small_store, "features", sort=name, desc=1)
@@ -85,9 +85,10 @@ def test_a_feature_page_shows_the_numbers_of_the_store(visit: Visit, small_store
     data = shown(app, "statistics")
     assert data is not None
     tiles = {tile["name"]: tile for tile in data["tiles"]}
-    assert (tiles["Density"]["exact"], tiles["Density"]["value"]) == (row["density"], share(row["density"]))
-    assert (tiles["Largest"]["exact"], tiles["Largest"]["value"]) == (row["max_act"], number(row["max_act"]))
-    assert tiles["Fires on"]["exact"] == row["n_act"]
+    density, largest = tiles["Activation density"], tiles["Max activation"]
+    assert (density["exact"], density["value"]) == (row["density"], share(row["density"]))
+    assert (largest["exact"], largest["value"]) == (row["max_act"], number(row["max_act"]))
+    assert tiles["Active tokens"]["exact"] == row["n_act"]
     assert column(app, "P(token|fires)", "tokens") == tokens["p_token_given_fire"].tolist()
     assert column(app, "P(fires|token)", "tokens") == tokens["p_fire_given_token"].tolist()
     assert column(app, "feature", "neighbors") == near["other"].head(10).tolist()

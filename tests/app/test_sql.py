@@ -14,16 +14,35 @@ from tests.app.conftest import shown, url
 Visit = Callable[..., AppTest]
 
 ATTACKS = [
-    "ATTACH '/etc/passwd' AS x", "COPY feature TO 'out.csv'", "COPY (SELECT 1) TO PROGRAM 'id'",
-    "SELECT * FROM read_csv('/etc/passwd')", "SELECT * FROM '/etc/passwd'",
-    "SELECT * FROM read_text('/etc/passwd')", "SELECT * FROM read_parquet('*')",
-    "SELECT * FROM glob('/*')", "DROP TABLE feature", "DELETE FROM act", "UPDATE feature SET n_act = 0",
-    "INSERT INTO act VALUES (0, 0, 0, 1)", "CREATE TABLE t (a INT)", "EXPORT DATABASE 'x'", "INSTALL httpfs",
-    "LOAD httpfs", "SET enable_external_access = true", "PRAGMA database_list", "SELECT 1; DROP TABLE act",
-    "SELECT getenv('HOME')", "SELECT * FROM duckdb_settings()", "SELECT * FROM sniff_csv('/etc/passwd')",
-    "WITH x AS (SELECT * FROM read_blob('/etc/passwd')) SELECT * FROM x", "CALL pragma_version()",
-    "SELECT repeat('x', 1000000000)", "SELECT", "SELECT * FROM nothing", "x" * 20_001,
-]  # fmt: skip
+    "ATTACH '/etc/passwd' AS x",
+    "COPY feature TO 'out.csv'",
+    "COPY (SELECT 1) TO PROGRAM 'id'",
+    "SELECT * FROM read_csv('/etc/passwd')",
+    "SELECT * FROM '/etc/passwd'",
+    "SELECT * FROM read_text('/etc/passwd')",
+    "SELECT * FROM read_parquet('*')",
+    "SELECT * FROM glob('/*')",
+    "DROP TABLE feature",
+    "DELETE FROM act",
+    "UPDATE feature SET n_act = 0",
+    "INSERT INTO act VALUES (0, 0, 0, 1)",
+    "CREATE TABLE t (a INT)",
+    "EXPORT DATABASE 'x'",
+    "INSTALL httpfs",
+    "LOAD httpfs",
+    "SET enable_external_access = true",
+    "PRAGMA database_list",
+    "SELECT 1; DROP TABLE act",
+    "SELECT getenv('HOME')",
+    "SELECT * FROM duckdb_settings()",
+    "SELECT * FROM sniff_csv('/etc/passwd')",
+    "WITH x AS (SELECT * FROM read_blob('/etc/passwd')) SELECT * FROM x",
+    "CALL pragma_version()",
+    "SELECT repeat('x', 1000000000)",
+    "SELECT",
+    "SELECT * FROM nothing",
+    "x" * 20_001,
+]
 
 
 def digest(store: Path) -> dict[str, str]:

@@ -49,11 +49,6 @@ views = st.builds(
 )
 
 
-@given(views)
-def test_a_url_gives_the_view_back(view: View) -> None:
-    assert View.from_query(view.query(), sae=view.sae, columns=COLUMNS) == view
-
-
 @given(
     views.filter(lambda view: not any("\ud800" <= c <= "\udfff" for c in view.sae + view.text + view.list))
 )
@@ -61,26 +56,6 @@ def test_a_link_holds_one_path_and_the_query(view: View) -> None:
     parts = urlsplit(view.url("feature", f=3))
     assert (parts.scheme, parts.netloc, parts.path, parts.fragment) == ("", "", "feature", "")
     assert dict(parse_qsl(parts.query, keep_blank_values=True)) == view.query(f=3)
-
-
-PARAMETERS = [
-    "q", "density", "max", "dead", "dense", "sort", "desc", "page", "window", "among", "columns", "list",
-    "bin", "hist", "role", "near", "above", "open", "re", "bookmarked", "effect",
-]  # fmt: skip
-ODD = ["nan..1", "1..0", "inf..", "..", "-1", "1e999..", "²", "1,,2", "40", "feature,feature", ","]
-
-
-@given(st.dictionaries(st.sampled_from(PARAMETERS), st.text() | st.sampled_from(ODD)))
-def test_any_query_is_a_view(params: dict[str, str]) -> None:
-    view = View.from_query(params, sae="s", columns=COLUMNS)
-    assert view.sort in COLUMNS
-    assert view.page >= 1
-    assert view.window in WINDOWS
-    View.from_query(view.query(), sae="s", columns=COLUMNS)
-
-
-def test_defaults_stay_out_of_the_url() -> None:
-    assert View(sae="s").query() == {"sae": "s"}
 
 
 def test_filters_speak_the_words_of_the_store() -> None:
@@ -96,8 +71,10 @@ def test_filters_speak_the_words_of_the_store() -> None:
     assert View(sae="s", explained="hide").filters()["flags"] == {"explained": False}
     scored = View(sae="s", score=(0.5, None), loss_effect=(None, 0.1), selectivity=(0.2, None))
     assert scored.filters()["ranges"] == {
-        "explanation_score": (0.5, None), "loss_effect": (None, 0.1), "top_token_p_fire": (0.2, None),
-    }  # fmt: skip
+        "explanation_score": (0.5, None),
+        "loss_effect": (None, 0.1),
+        "top_token_p_fire": (0.2, None),
+    }
     assert View(sae="s").lists_all()
     assert not view.lists_all()
 

@@ -161,7 +161,7 @@ def test_the_store_page_checks_the_store(visit: Visit, two: Path, own_cache: Pat
     assert not app.exception
     health = shown(app, "health")
     assert health is not None
-    assert "Nothing wrong" in health["text"]
+    assert "No damage" in health["text"]
     assert "generation 2" in health["text"]
 
 

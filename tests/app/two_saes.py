@@ -12,9 +12,14 @@ METRICS = [
     {"step": step, "tokens": 10 * step, "fvu": 1 / step, "l0": 4.0, "dead": 0} for step in (1, 2, 3, 4)
 ]
 SESSION = {
-    "first_step": 0, "last_step": 4, "seconds": 2.0, "tokens_per_second": 20, "device": "<b>cpu</b>",
-    "torch": "2", "kernels": "eager",
-}  # fmt: skip
+    "first_step": 0,
+    "last_step": 4,
+    "seconds": 2.0,
+    "tokens_per_second": 20,
+    "device": "<b>cpu</b>",
+    "torch": "2",
+    "kernels": "eager",
+}
 
 
 def build_two(folder: Path, *, runs: bool = True) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -77,12 +76,12 @@ def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 
 @pytest.fixture
-def stream() -> Iterator[io.StringIO]:
-    """Where this process sends events."""
+def stream(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """Where this process sends events, for one test."""
+    monkeypatch.setattr(module, "_events", None)
     stream = io.StringIO()
     send_events(stream)
-    yield stream
-    send_events(None)
+    return stream
 
 
 def test_a_process_that_sends_events_writes_json_lines_and_shows_nothing(

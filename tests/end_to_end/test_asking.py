@@ -63,10 +63,14 @@ def test_tokens_are_buttons_and_keys_walk_along_them(asker: Visitor) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [f"{PROMPT}&by=sum&at=3&cut=-0.5&bos=1&pin=2&f=5", f"{PROMPT}&text2=the+price+of+corn&f=5",
-     "token?sae=tiny&t=%23265&by=lift", "context?sae=tiny&c=2&pos=4&f1=3&f2=7",
-     f"steer?sae=tiny&text={TEXT.replace(' ', '+')}&f=5&strength=4%2C30&new=4"],
-)  # fmt: skip
+    [
+        f"{PROMPT}&by=sum&at=3&cut=-0.5&bos=1&pin=2&f=5",
+        f"{PROMPT}&text2=the+price+of+corn&f=5",
+        "token?sae=tiny&t=%23265&by=lift",
+        "context?sae=tiny&c=2&pos=4&f1=3&f2=7",
+        f"steer?sae=tiny&text={TEXT.replace(' ', '+')}&f=5&strength=4%2C30&new=4",
+    ],
+)
 def test_a_deep_link_gives_the_same_page_again(asker: Visitor, path: str) -> None:
     def seen(page: Page) -> list[str]:
         return page.locator("[data-testid=stMain] :is(h1, h2, h3, table, dl, p, .text)").all_inner_texts()
@@ -121,7 +125,7 @@ def test_from_an_example_to_its_context_and_on(asker: Visitor, world: World) -> 
     heading(page, f"Context {example['ctx']}")
     assert text_of(page, "Text of the context") == "".join(map(visible, context["pieces"]))
     assert page.get_by_role("group", name="Text of the context", exact=True).locator(".t.on").count() >= 1
-    on = "Features on the chosen token"
+    on = "Features on the selected token"
     assert column(page, on, "feature") == [str(one) for one in firing["feature"]]
     other = int(firing[firing["feature"] != feature]["feature"].iloc[0])
     row = page.get_by_role("table", name=on, exact=True).locator(

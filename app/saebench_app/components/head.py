@@ -1,4 +1,4 @@
-"""What stands above a part of a page: its title, and its other states as links, so that each is a URL."""
+"""The head of a part of a page: its title, and links to its other states, so that each state is a URL."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Head:
 
 
 def plain(head: Head | None) -> dict[str, Any] | None:
-    """As the scripts take it."""
+    """As JSON for the scripts."""
     return None if head is None else asdict(head)
 
 
 def heading(head: Head, *, key: str) -> None:
-    """A head by itself, above what is no element of ours."""
+    """A head by itself, above something that is not one of our elements."""
     show("heading", {"head": plain(head)}, key=key)

@@ -53,7 +53,7 @@ def histogram(
 
 
 def _height(size: float, largest: float, scale: Scale) -> float:
-    """From 0 to 1; on a logarithmic scale one firing is a low bar, not none."""
+    """From 0 to 1; on a logarithmic scale a count of 1 is still a visible bar."""
     if size <= 0 or largest <= 0:
         return 0.0
     return round(math.log1p(size) / math.log1p(largest) if scale == "log" else size / largest, 4)

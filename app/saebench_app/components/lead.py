@@ -1,4 +1,4 @@
-"""What people and explanations call a feature, the ways on from it, and the key that goes to its label."""
+"""The label and explanation of a feature, links to other pages, and the key that goes to its label."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sentence to the reader: what is wrong or absent, and the way out."""
+"""A sentence to the reader: what is wrong or missing, and what to do."""
 
 from __future__ import annotations
 

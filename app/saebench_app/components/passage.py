@@ -1,4 +1,4 @@
-"""A whole text whose tokens can be chosen, colored by up to four features."""
+"""A whole text whose tokens can be selected, colored by up to four features."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def passage(
     quiet: int = 0,
     tall: bool = False,
 ) -> None:
-    """``name`` is what screen readers call it. With ``link``, an address to which a token's number is
-    appended, tokens can be chosen; ``current`` is the chosen one. The first ``quiet`` tokens are pale. A
+    """``name`` is what screen readers call it. With ``link``, a URL to which a token's number is
+    appended, tokens can be selected; ``current`` is the selected one. The first ``quiet`` tokens are pale. A
     ``tall`` one scrolls."""
     spans = [
         [visible(piece), [_level(lane, at) for lane in lanes], _title(lanes, at), at < quiet]
@@ -51,9 +51,14 @@ def passage(
         for lane in lanes
     ]
     data = {
-        "name": name, "spans": spans, "legend": legend, "lanes": len(lanes), "link": link,
-        "current": -1 if current is None else current, "tall": tall,
-    }  # fmt: skip
+        "name": name,
+        "spans": spans,
+        "legend": legend,
+        "lanes": len(lanes),
+        "link": link,
+        "current": -1 if current is None else current,
+        "tall": tall,
+    }
     show("passage", data, key=key)
 
 

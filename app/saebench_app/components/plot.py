@@ -1,4 +1,4 @@
-"""A figure of saebench.analysis.figures on a page: as wide as its place, with a name for screen readers."""
+"""A figure of saebench.analysis.figures on a page: as wide as its container, with a text alternative."""
 
 from __future__ import annotations
 

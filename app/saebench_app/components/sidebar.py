@@ -1,4 +1,4 @@
-"""The frame of every page: the way to the others, which SAE is shown, how good it is, what it lacks."""
+"""The sidebar of every page: links to the pages, the SAE that is shown, its quality, missing tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POLL_SECONDS = 10
 
 
 def sidebar(here: Here, sections: Mapping[str, Sequence[str]], current: str) -> None:
-    """``sections``: what a group of pages is for -> their paths, in order; ``current`` is the page shown."""
+    """``sections``: title -> paths of its pages, in order; ``current`` is the page that is shown."""
     with st.sidebar:
         menu = [
             {"title": section, "links": [asdict(_link(here, path, path == current)) for path in paths]}
@@ -37,7 +37,7 @@ def sidebar(here: Here, sections: Mapping[str, Sequence[str]], current: str) -> 
 
 
 def _link(here: Here, path: str, current: bool) -> Option:
-    """A page with the view that is kept from page to page."""
+    """The link to a page, with the view that is kept from page to page."""
     feature = here.feature() if path == "feature" else None
     address = here.pages[path].url_path or "."
     href = here.view.url(address) if feature is None else here.view.url(address, f=feature)
@@ -45,15 +45,15 @@ def _link(here: Here, path: str, current: bool) -> Option:
 
 
 def quality(info: dict[str, Any]) -> list[Statistic]:
-    """How good an SAE is, as its evaluation measured it on held-out rows."""
+    """The quality of an SAE, as its evaluation measured it on held-out rows."""
     measured = info["eval"] or {}
     dead = measured.get("dead_fraction", info["n_dead"] / info["d_sae"])
     helps = {
-        "l0": ("L0", "latents that fire, a token"),
-        "explained_variance": ("Expl. variance", "share of the variance that it reconstructs"),
+        "l0": ("L0", "active latents per token"),
+        "explained_variance": ("Expl. variance", "share of the variance that the SAE reconstructs"),
         "ce_loss_score": (
             "CE score",
-            "1: the model reads the reconstruction without loss; 0: as bad as zeros",
+            "loss recovered. 1: the reconstruction costs the model nothing; 0: as bad as zero ablation",
         ),
     }
     absent = "not measured: run saebench eval with a model, then index again"
@@ -75,11 +75,11 @@ def quality(info: dict[str, Any]) -> list[Statistic]:
 
 
 def absences(missing: dict[str, str]) -> list[str]:
-    """A sentence for each reason for which tables are absent."""
+    """A sentence for each reason why tables are missing."""
     reasons: dict[str, list[str]] = {}
     for table, why in missing.items():
         reasons.setdefault(why.rstrip("."), []).append(table.replace("_", " "))
-    return [f"Without {', '.join(tables)}: {why}." for why, tables in reasons.items()]
+    return [f"Missing: {', '.join(tables)} ({why})." for why, tables in reasons.items()]
 
 
 def _pick_sae(here: Here) -> None:
@@ -91,7 +91,7 @@ def _pick_sae(here: Here) -> None:
 
 @st.fragment(run_every=POLL_SECONDS)
 def _new_generation(here: Here) -> None:
-    """Offer what has been indexed since the session began."""
+    """Offer the generation that was indexed since the session began."""
     try:
         newer = here.store.newer_generation()
     except UserError as error:

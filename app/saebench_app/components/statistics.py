@@ -1,4 +1,4 @@
-"""Statistics as a row of tiles: a name, the number, and a line that puts it into words."""
+"""Statistics as a row of tiles: a name, a number, and a line that explains it."""
 
 from __future__ import annotations
 

@@ -50,10 +50,14 @@ class Colors:
 
 
 def token_spans(
-    pieces: Sequence[str], acts: Sequence[float], *, scale: float, colors: Colors | None = None,
+    pieces: Sequence[str],
+    acts: Sequence[float],
+    *,
+    scale: float,
+    colors: Colors | None = None,
     lines: bool = False,
-) -> list[list[Any]]:  # fmt: skip
-    """One ``[text, level, label]`` a token, level from 0 to 1; just ``[text]`` where it has no color.
+) -> list[list[Any]]:
+    """One ``[text, level, label]`` per token, level from 0 to 1; just ``[text]`` where it has no color.
 
     With ``lines``, the signs of line breaks break the line.
     """
@@ -72,11 +76,16 @@ def _shown(piece: str, lines: bool) -> str:
 
 
 def example(
-    row: Mapping[str, Any], *, scale: float, window: int, colors: Colors | None = None,
-    lines: bool = False, href: str = "",
-) -> dict[str, Any]:  # fmt: skip
-    """One example for ``examples``: ``window`` tokens on each side of the token that was picked (0: all).
-    ``href`` leads to its place."""
+    row: Mapping[str, Any],
+    *,
+    scale: float,
+    window: int,
+    colors: Colors | None = None,
+    lines: bool = False,
+    href: str = "",
+) -> dict[str, Any]:
+    """One example for ``examples``: ``window`` tokens on each side of the token that was drawn (0: all).
+    ``href`` leads to its context."""
     pieces, acts = row["pieces"], row["acts"]
     first, last = bounds(row, window)
     label = row["label"] if isinstance(row["label"], str) else None
@@ -96,12 +105,21 @@ def example(
 
 
 def examples(
-    rows: Sequence[Mapping[str, Any]], *, scale: float, window: int, key: str, kind: str = "linear",
-    above: float = 0.0, lines: bool = False, head: Head | None = None, settings: Head | None = None,
-    name: str = "", place: Callable[[Mapping[str, Any]], str] = lambda row: "",
-) -> None:  # fmt: skip
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    scale: float,
+    window: int,
+    key: str,
+    kind: str = "linear",
+    above: float = 0.0,
+    lines: bool = False,
+    head: Head | None = None,
+    settings: Head | None = None,
+    name: str = "",
+    place: Callable[[Mapping[str, Any]], str] = lambda row: "",
+) -> None:
     """``scale`` is the activation shown in the strongest color, in the units of ``acts``; ``place`` gives
-    the address at which the whole context of a row is shown.
+    the URL of the whole context of a row.
 
     A row with a ``title`` begins a part. ``settings`` are choices that are folded away; ``name`` is what the
     copied text begins with. J and K go to the next and the previous example.
@@ -115,14 +133,25 @@ def examples(
 
 
 def show_examples(
-    shown: Sequence[Mapping[str, Any]], *, colors: Colors, key: str, head: Head | None = None,
-    settings: Head | None = None, name: str = "",
-) -> None:  # fmt: skip
-    """As ``examples``, of what ``example`` gives."""
+    shown: Sequence[Mapping[str, Any]],
+    *,
+    colors: Colors,
+    key: str,
+    head: Head | None = None,
+    settings: Head | None = None,
+    name: str = "",
+) -> None:
+    """As ``examples``, for rows that ``example`` has made."""
     low, high = colors.legend()
     show(
         "tokens",
-        {"examples": list(shown), "low": low, "scale": high, "head": plain(head),
-         "settings": plain(settings), "name": name},
+        {
+            "examples": list(shown),
+            "low": low,
+            "scale": high,
+            "head": plain(head),
+            "settings": plain(settings),
+            "name": name,
+        },
         key=key,
-    )  # fmt: skip
+    )

@@ -1,4 +1,4 @@
-"""Long work on a page: a button begins it, a bar says how far it is, another button stops it."""
+"""A job on a page: a button starts it, a bar shows its progress, another button stops it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import streamlit as st
 from saebench_app.components.notice import notice
 from saebench_app.work import Task, start, work_on
 
-LOOKS_APART = "1s"
+SECONDS_BETWEEN_UPDATES = "1s"
 
 
 def working(task: Task, label: str, *, note: str = "", done: str = "") -> None:
-    """The button ``label`` and ``note`` beside it; while ``task`` is being worked on, how far it is.
+    """The button ``label`` and ``note`` beside it; while ``task`` is running, its progress.
 
-    ``done`` is said when the work has ended well and left nothing that the page itself shows.
+    ``done`` is shown when the job has ended well and the page itself shows nothing of its result.
     """
     work = work_on(task)
     if work is not None and work.state() == "running":
-        st.fragment(_watch, run_every=LOOKS_APART)(task)
+        st.fragment(_watch, run_every=SECONDS_BETWEEN_UPDATES)(task)
         return
     if work is not None and work.state() == "failed":
         notice(work.error_message(), key=f"failed-{task.kind}", kind="error")

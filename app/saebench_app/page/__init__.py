@@ -1,1 +1,1 @@
-"""The pages, one module each: PATH in the URL, TITLE, and show(here)."""
+"""The pages, one module or package each: PATH in the URL, TITLE, SECTION of the sidebar, show(here)."""

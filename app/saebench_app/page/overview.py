@@ -1,4 +1,4 @@
-"""Store: which SAEs it holds, how good they are, over which text, whether it is sound, how to add more."""
+"""Store: its SAEs and their quality, its text, whether its files are intact, how to add another SAE."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from saebench_app.work import Task, found
 
 PATH = "store"
 TITLE = "Store"
-SECTION = "Look"
+SECTION = "Browse"
 MOST_OVERLAID = 8
-"""SAEs in one density plot: as many as there are colors that everybody can tell apart."""
+"""SAEs in one density plot: as many as there are colors that are easy to tell apart."""
 
 
 def show(here: Here) -> None:
@@ -49,7 +49,7 @@ def show(here: Here) -> None:
     max_entries=4, show_spinner=False, hash_funcs={FeatureStore: lambda s: (str(s.path), s.generation)}
 )
 def compared(store: FeatureStore) -> pd.DataFrame:
-    """Opens every SAE of the store: once a generation."""
+    """The SAEs of the store side by side; opens each of them, once per generation."""
     return store.compare()
 
 
@@ -65,7 +65,9 @@ def _extent(here: Here, info: dict[str, Any], saes: pd.DataFrame) -> list[Statis
         *tiles,
         Statistic("Size", human_bytes(size), "without the text", size),
         Statistic(
-            "Generation", count(here.store.generation), help="each change of the store makes a new one"
+            "Generation",
+            count(here.store.generation),
+            help="every change of the store makes a new generation",
         ),
     ]
 
@@ -75,12 +77,15 @@ HEADINGS = [
     Heading("architecture", align="left"),
     Heading("features"),
     Heading("k"),
-    Heading("L0", help="latents that fire, a token, on the indexed text"),
-    Heading("explained variance", help="share of the variance that it reconstructs, on held-out rows"),
-    Heading("CE score", help="1: the model reads the reconstruction without loss; 0: as bad as zeros"),
+    Heading("L0", help="active latents per token of the indexed text"),
+    Heading("explained variance", help="share of the variance that the SAE reconstructs, on held-out rows"),
+    Heading(
+        "CE score",
+        help="loss recovered. 1: the reconstruction costs the model nothing; 0: as bad as zero ablation",
+    ),
     Heading("dead", help="share of the latents that never fire on the indexed text"),
     Heading("dense", help="share of the latents that fire on more than a tenth of the tokens"),
-    Heading("labels", help="features that someone has named"),
+    Heading("labels", help="features with a label"),
     Heading("bookmarks"),
     Heading("comments"),
     Heading("size"),
@@ -115,7 +120,8 @@ def _exact(value: Any) -> float | None:
 
 def _densities(here: Here, saes: pd.DataFrame) -> None:
     st.subheader(
-        "How often features fire", help="Each line is an SAE: the share of its features at each density."
+        "Activation density",
+        help="Each line is an SAE: the share of its features at each activation density.",
     )
     names = saes["name"].tolist()[:MOST_OVERLAID]
     frames = {name: open_session_store(name).features(["density"]) for name in names}
@@ -132,7 +138,11 @@ def _densities(here: Here, saes: pd.DataFrame) -> None:
 
 
 def _health(here: Here) -> None:
-    st.subheader("Health", help="Checksums of all files; every table against the others and the activations.")
+    st.subheader(
+        "Integrity",
+        help="The check compares the checksums of all files, and every table with the others and with the "
+        "activations.",
+    )
     task = Task("check", {"store": str(here.store.path)}, (str(here.store.path),))
     result = found(task)
     if result is not None:
@@ -141,42 +151,47 @@ def _health(here: Here) -> None:
         if findings:
             n = len(findings)
             notice(
-                f"Damaged in {n} place{'' if n == 1 else 's'} ({when}). Run saebench index again.",
-                key="health", kind="error",
-            )  # fmt: skip
-            headings = [Heading("where", align="left"), Heading("what is wrong", align="left")]
+                f"The store is damaged in {n} place{'' if n == 1 else 's'} ({when}). Index the SAE again.",
+                key="health",
+                kind="error",
+            )
+            headings = [Heading("where", align="left"), Heading("problem", align="left")]
             rows = [[Cell(one["where"]), Cell(one["problem"], kind="sentence")] for one in findings]
-            table(headings, rows, name="What is damaged", key="findings", height="16rem")
+            table(headings, rows, name="Damage", key="findings", height="16rem")
         else:
-            notice(f"Nothing wrong was found ({when}).", key="health")
+            notice(f"No damage was found ({when}).", key="health")
         if generation != here.store.generation:
-            notice(f"That was not generation {here.store.generation}, which is shown.", key="health-old")
+            notice(
+                f"Generation {here.store.generation}, which is shown, has not been checked.", key="health-old"
+            )
     else:
         notice("Not checked yet.", key="health")
     working(
-        task, "Check again" if result else "Check the store", note="reads every file and recounts the tables"
+        task,
+        "Check again" if result else "Check the store",
+        note="reads every file and recomputes the tables",
     )
 
 
 def _missing(here: Here, info: dict[str, Any]) -> None:
-    """What the SAE that is shown lacks, and the command that adds it."""
+    """What the store does not have for the SAE that is shown, and the commands that add it."""
     rows = [
         [Cell(what, kind="sentence"), Cell(why, kind="sentence"), Cell(how, kind="sentence")]
         for what, why, how in absent(here, info)
     ]
     if not rows:
         return
-    st.subheader(f"What {here.store.sae} lacks")
+    st.subheader(f"Missing for {here.store.sae}")
     headings = [
-        Heading("what", align="left"),
-        Heading("why", align="left"),
-        Heading("the command that adds it", align="left"),
+        Heading("missing", align="left"),
+        Heading("reason", align="left"),
+        Heading("command that adds it", align="left"),
     ]
     table(headings, rows, name="What is missing", key="missing-tables")
 
 
 def absent(here: Here, info: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(what, why, command) of everything that could be in the store and is not."""
+    """(what, reason, command) of everything that could be in the store and is not."""
     store, sae = here.store.path, here.store.sae
     index = f"saebench index RUN --cache CACHE --out {store} --name {sae}"
     reasons: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""SQL: a person's own question to the store, read-only; the question is in the URL."""
+"""SQL: a read-only query of the store; the query is in the URL."""
 
 from __future__ import annotations
 
@@ -16,81 +16,75 @@ from saebench.store.sql import LONGEST_QUERY
 from saebench_app.components.notice import notice
 from saebench_app.components.table import Cell, Heading, table
 from saebench_app.session import Here
-from saebench_app.view import whole
+from saebench_app.url import Choice, Query, Text, parameter
 
 PATH = "sql"
 TITLE = "SQL"
-SECTION = "Work"
+SECTION = "Tools"
 LIMITS = (100, 1000, 10_000)
 HEIGHT = 420
 
 EXAMPLES = {
-    "Features that promote what they fire on":
+    "Features that promote their own top token":
         "SELECT feature, top_token, logit_top, density\nFROM feature\nWHERE top_token = logit_top\n"
         "ORDER BY n_act DESC",
     "The most frequent tokens, and how many features fire on them":
         "SELECT text, token.n, count(*) AS features\nFROM token JOIN token_feature USING (token)\n"
         "GROUP BY ALL ORDER BY token.n DESC",
-    "Positions at which most fires":
-        "SELECT pos, count(*) AS firings, avg(value) AS mean\nFROM act\nGROUP BY pos ORDER BY pos",
-    "Everything that can be asked": "SHOW ALL TABLES",
+    "Activations by position":
+        "SELECT pos, count(*) AS activations, avg(value) AS mean\nFROM act\nGROUP BY pos ORDER BY pos",
+    "All tables": "SHOW ALL TABLES",
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Question:
-    """What this page's own part of the URL says."""
+@dataclass(frozen=True, kw_only=True)
+class Asked(Query):
+    """The parameters of this page."""
 
-    query: str = ""
-    rows: int = LIMITS[1]
-
-    @classmethod
-    def read(cls) -> Question:
-        rows = whole(st.query_params.get("rows"))
-        return cls(st.query_params.get("query", ""), rows if rows in LIMITS else LIMITS[1])
-
-    def written(self) -> dict[str, int | str]:
-        own: dict[str, int | str] = {"query": self.query} if self.query else {}
-        return own | ({"rows": self.rows} if self.rows != LIMITS[1] else {})
+    sql: str = parameter("", Text(), name="query")
+    rows: int = parameter(LIMITS[1], Choice(LIMITS))
 
 
 def show(here: Here) -> None:
-    question = Question.read()
+    asked = here.read(Asked)
     st.title("SQL")
     left, right = st.columns([13, 7], gap="medium")
     with left:
-        _ask(here, question)
-        if question.query.strip():
-            _answer(here, question)
+        _ask(here, asked)
+        if asked.sql.strip():
+            _answer(here, asked)
         else:
-            notice("Write a question, or take one of the examples.", key="empty")
+            notice("Enter a query, or use one of the examples.", key="empty")
     with right:
         _examples(here)
         _tables(here)
 
 
-def _ask(here: Here, question: Question) -> None:
-    st.session_state.update({"query": question.query, "rows": question.rows})
+def _ask(here: Here, asked: Asked) -> None:
+    st.session_state.update({"query": asked.sql, "rows": asked.rows})
 
     def run() -> None:
-        asked = Question(st.session_state["query"], st.session_state["rows"])
-        here.show(here.view, **asked.written())
+        here.show(here.view, Asked(sql=st.session_state["query"], rows=st.session_state["rows"]))
 
     st.text_area(
-        "Question", key="query", height=150, max_chars=LONGEST_QUERY, on_change=run,
+        "Query",
+        key="query",
+        height=150,
+        max_chars=LONGEST_QUERY,
+        on_change=run,
         placeholder="SELECT feature, top_token, density FROM feature ORDER BY density DESC",
-        help="One SELECT, WITH, DESCRIBE, SHOW or SUMMARIZE. Ctrl+Enter asks it. Nothing can be written, and "
-        "nothing but this store is read.",
-    )  # fmt: skip
+        help="One SELECT, WITH, DESCRIBE, SHOW or SUMMARIZE statement; Ctrl+Enter runs it. It is read-only "
+        "and sees only this store.",
+    )
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        st.button("Ask", type="primary", on_click=run)
-        st.selectbox("Rows at most", LIMITS, key="rows", on_change=run, width=130, format_func="{:,}".format)
+        st.button("Run", type="primary", on_click=run)
+        st.selectbox("Row limit", LIMITS, key="rows", on_change=run, width=130, format_func="{:,}".format)
 
 
-def _answer(here: Here, question: Question) -> None:
+def _answer(here: Here, asked: Asked) -> None:
     try:
-        with st.spinner("Asking", show_time=True):
-            answer = _asked(here.store, question.query, question.rows)
+        with st.spinner("Running", show_time=True):
+            answer = _answer_of(here.store, asked.sql, asked.rows)
     except UserError as error:
         sentence = str(error)
         notice(f"{sentence[:1].upper()}{sentence[1:].rstrip('.')}.", key="refused", kind="error")
@@ -100,24 +94,30 @@ def _answer(here: Here, question: Question) -> None:
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
         st.caption(rows, width="content")
         st.download_button(
-            "CSV", lambda: _csv(answer), file_name="answer.csv", mime="text/csv", on_click="ignore",
-            icon=":material/download:", type="tertiary",
-        )  # fmt: skip
+            "CSV",
+            lambda: _csv(answer),
+            file_name="answer.csv",
+            mime="text/csv",
+            on_click="ignore",
+            icon=":material/download:",
+            type="tertiary",
+        )
     st.dataframe(
         _shown(answer), hide_index=True, height=min(HEIGHT, 40 + 35 * max(len(answer), 1)), key="answer"
     )
 
 
 @st.cache_data(
-    max_entries=8, show_spinner=False,
+    max_entries=8,
+    show_spinner=False,
     hash_funcs={FeatureStore: lambda store: (str(store.path), store.sae, store.generation)},
-)  # fmt: skip
-def _asked(store: FeatureStore, query: str, rows: int) -> pd.DataFrame:
+)
+def _answer_of(store: FeatureStore, query: str, rows: int) -> pd.DataFrame:
     return store.sql(query, limit=rows)
 
 
 def _counted(n: int) -> str:
-    return "No row." if n == 0 else f"{n:,} row{'' if n == 1 else 's'}."
+    return "0 rows." if n == 0 else f"{n:,} row{'' if n == 1 else 's'}."
 
 
 def _csv(answer: pd.DataFrame) -> bytes:
@@ -125,7 +125,7 @@ def _csv(answer: pd.DataFrame) -> bytes:
 
 
 def _shown(answer: pd.DataFrame) -> pd.DataFrame:
-    """What the browser's table can show: texts with signs for what has no shape, lists and bytes as text."""
+    """What the browser's table can show: visible texts, and lists and bytes as text."""
     shown = answer.copy()
     shown.columns = _distinct([visible(str(name)) for name in answer.columns])
     for name in shown.columns:
@@ -156,7 +156,7 @@ def _is_null(value: Any) -> bool:
 
 def _examples(here: Here) -> None:
     st.subheader("Examples")
-    headings = [Heading("question", align="left")]
+    headings = [Heading("query", align="left")]
     rows = [
         [Cell(name, href=here.view.url(PATH, query=query), kind="sentence")]
         for name, query in EXAMPLES.items()
@@ -167,8 +167,8 @@ def _examples(here: Here) -> None:
 def _tables(here: Here) -> None:
     st.subheader(
         "Tables",
-        help="Those of the SAE that is shown go by their names; sae1.feature, sae2.feature, ... are those of "
-        "the store's SAEs, in the order of the Store page.",
+        help="Tables of the SAE that is shown are used by their names; sae1.feature, sae2.feature, ... are "
+        "those of each SAE, in the order of the Store page.",
     )
     there = [one for one in _all_tables() if one.name in here.store.tables and one.name != "meta"]
     chosen = st.selectbox(
@@ -178,7 +178,7 @@ def _tables(here: Here) -> None:
         headings = [
             Heading("column", align="left"),
             Heading("type", align="left"),
-            Heading("what it is", align="left"),
+            Heading("meaning", align="left"),
         ]
         rows = [
             [Cell(c.name, kind="token"), Cell(c.type), Cell(c.help, kind="sentence")] for c in chosen.columns

@@ -1,10 +1,10 @@
-"""Steer: change features while the model reads a text and goes on, beside what it writes by itself."""
+"""Steer: change features while the model reads and continues a text, beside the text without steering."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,94 +12,170 @@ import streamlit as st
 
 from saebench.core.formatting import number, share, visible
 from saebench_app import answers
-from saebench_app.asked import LONGEST, MOST_STRENGTHS, MOST_TOKENS, WAYS, Steer, written
-from saebench_app.components.filters import WIDTH
+from saebench_app.answers import LONGEST_TEXT
+from saebench_app.components import CONTROL_WIDTH
 from saebench_app.components.notice import notice
 from saebench_app.components.passage import Lane, passage
 from saebench_app.components.table import Cell, Heading, table
 from saebench_app.described import Described, describe
 from saebench_app.runs import run_of, why_no_run
 from saebench_app.session import Here
+from saebench_app.url import Choice, Decimal, Query, Text, Whole, Wholes, parameter
 
 if TYPE_CHECKING:
     from saebench.analysis.interventions import Steering
 
 PATH = "steer"
 TITLE = "Steer"
-SECTION = "Ask"
+SECTION = "Inspect"
 
-NAMES = {
-    "add": "add to its value",
-    "clamp": "set its value",
-    "scale": "multiply its value",
-    "ablate": "set it to 0",
+CHANGES = {
+    "add": "add to the activation",
+    "clamp": "set the activation",
+    "scale": "multiply the activation",
+    "ablate": "ablate (set to 0)",
 }
+"""How features can be changed -> what it is called."""
+SWEEP = (0.5, 1.0, 2.0, 4.0)
+"""Strengths by default: multiples of the feature's max activation; factors when it is multiplied."""
+MOST_STRENGTHS, MOST_FEATURES, MOST_TOKENS, MOST_SEED = 12, 8, 100, 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steer(Query):
+    """The parameters of this page."""
+
+    text: str = parameter("", Text(LONGEST_TEXT))
+    f: tuple[int, ...] = parameter((), Wholes(MOST_FEATURES))
+    how: str = parameter("add", Choice(tuple(CHANGES)))
+    strength: str = parameter("", Text(200))
+    """Numbers with commas between them; empty for the default strengths."""
+    new: int = parameter(20, Whole(1, MOST_TOKENS))
+    temp: float = parameter(0.0, Decimal(0.0, 2.0))
+    seed: int = parameter(0, Whole(0, MOST_SEED))
+    s: int | None = parameter(None, Whole())
+    """Which of the strengths is shown; None for one in the middle."""
+
+    def strengths(self, known: Mapping[int, Described]) -> list[float] | None:
+        """The strengths to try, or None when the text is not a list of numbers."""
+        if self.how == "ablate":
+            return [0.0]
+        if self.strength.strip():
+            try:
+                values = [float(part) for part in self.strength.replace(";", ",").split(",") if part.strip()]
+            except ValueError:
+                return None
+            fine = 0 < len(values) <= MOST_STRENGTHS and all(map(math.isfinite, values))
+            return list(dict.fromkeys(values)) if fine else None
+        unit = 1.0 if self.how == "scale" else max((known[f].max_act for f in self.f), default=1.0) or 1.0
+        return [float(f"{times * unit:.2g}") for times in SWEEP]
 
 
 def show(here: Here) -> None:
-    asked = Steer.from_query(st.query_params.to_dict())
+    asked = here.read(Steer)
     st.title("Steer")
     if run_of(here) is None:
         notice(why_no_run(here), key="no-run")
         return
     for feature in asked.f:
-        here.store.feature(feature)  # complains of one that is not there
+        here.store.feature(feature)  # raises for one that does not exist
     known = describe(here.store, asked.f)
     _controls(here, asked, known)
     strengths = asked.strengths(known)
     if not (asked.f and asked.text):
-        notice("Name a feature and write a text: the model then goes on with and without it.", key="empty")
+        notice(
+            "Enter a feature and a text: the model continues the text with and without steering.", key="empty"
+        )
         return
     if strengths is None:
-        notice(f"Strengths are up to {MOST_STRENGTHS} numbers with commas between them, such as 2, 4.5, 8.",
-               key="strengths", kind="error")  # fmt: skip
+        notice(
+            f"Strengths must be 1 to {MOST_STRENGTHS} numbers with commas between them, such as 2, 4.5, 8.",
+            key="strengths",
+            kind="error",
+        )
         return
     work = (here.store.sae, here.store.info()["sae_hash"], replace(asked, s=None), tuple(strengths))
     _run(here, asked, strengths, work)
     done = st.session_state.get("steered")
     if done is None or done[0] != work:
         if st.session_state.get("steering") != work:
-            notice("Press Steer to run the model. The same address gives the same texts again.", key="ready")
+            notice("Press Steer to run the model. The same URL gives the same texts again.", key="ready")
         return
     _results(here, asked, strengths, known, done[1])
 
 
 def _controls(here: Here, asked: Steer, known: Mapping[int, Described]) -> None:
     shown = {
-        "text": asked.text, "f": ", ".join(map(str, asked.f)), "how": asked.how, "strength": asked.strength,
-        "new": asked.new, "temp": asked.temp, "seed": asked.seed,
-    }  # fmt: skip
+        "text": asked.text,
+        "f": ", ".join(map(str, asked.f)),
+        "how": asked.how,
+        "strength": asked.strength,
+        "new": asked.new,
+        "temp": asked.temp,
+        "seed": asked.seed,
+    }
     st.session_state.update({f"steer_{name}": value for name, value in shown.items()})
 
     def apply() -> None:
         chosen = {name: st.session_state.get(f"steer_{name}", value) for name, value in shown.items()}
-        given = {name: written(value) for name, value in chosen.items()}
-        here.show(here.view, **Steer.from_query(given).query())
+        given = {
+            name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in chosen.items()
+        }
+        here.show(here.view, Steer.read(given))
 
-    st.text_area("Text", key="steer_text", on_change=apply, height=92, max_chars=LONGEST,
-                 placeholder="How the model's text begins")  # fmt: skip
+    st.text_area(
+        "Text",
+        key="steer_text",
+        on_change=apply,
+        height=92,
+        max_chars=LONGEST_TEXT,
+        placeholder="The beginning of the text",
+    )
     proposed = asked.strengths({}) if not known else replace(asked, strength="").strengths(known)
     with st.container(horizontal=True, gap="small", vertical_alignment="bottom"):
-        st.text_input("Features", key="steer_f", on_change=apply, width=WIDTH, placeholder="3, 17",
-                      help="One, or several with commas, all changed in the same way.")  # fmt: skip
-        st.selectbox("Change", WAYS, format_func=lambda way: NAMES[way], key="steer_how",
-                     on_change=apply, width=WIDTH)  # fmt: skip
+        st.text_input(
+            "Features",
+            key="steer_f",
+            on_change=apply,
+            width=CONTROL_WIDTH,
+            placeholder="3, 17",
+            help="One feature, or several with commas between them. All are changed in the same way.",
+        )
+        st.selectbox(
+            "Change",
+            list(CHANGES),
+            format_func=CHANGES.__getitem__,
+            key="steer_how",
+            on_change=apply,
+            width=CONTROL_WIDTH,
+        )
         if asked.how != "ablate":
             st.text_input(
-                "Strengths", key="steer_strength", on_change=apply, width=WIDTH,
+                "Strengths",
+                key="steer_strength",
+                on_change=apply,
+                width=CONTROL_WIDTH,
                 placeholder=", ".join(f"{value:g}" for value in proposed or ()),
-                help="Tried one after the other, with commas between them. Proposed: 0.5, 1, 2 and 4, when "
-                "adding or setting times the largest activation on the store's text.",
-            )  # fmt: skip
-        st.number_input("New tokens", 1, MOST_TOKENS, key="steer_new", on_change=apply, width=WIDTH)
-        st.number_input("Temperature", 0.0, 2.0, step=0.1, key="steer_temp", on_change=apply, width=WIDTH,
-                        help="0 takes the likeliest token each time; above it tokens are drawn.")  # fmt: skip
+                help="Numbers with commas between them, tried in turn. By default 0.5, 1, 2 and 4; "
+                "times the max activation in the store when the activation is added to or set.",
+            )
+        st.number_input("New tokens", 1, MOST_TOKENS, key="steer_new", on_change=apply, width=CONTROL_WIDTH)
+        st.number_input(
+            "Temperature",
+            0.0,
+            2.0,
+            step=0.1,
+            key="steer_temp",
+            on_change=apply,
+            width=CONTROL_WIDTH,
+            help="0: always the most likely token. Above 0: tokens are sampled.",
+        )
         if asked.temp:
-            st.number_input("Seed", 0, 10**9, key="steer_seed", on_change=apply, width=WIDTH)
+            st.number_input("Seed", 0, MOST_SEED, key="steer_seed", on_change=apply, width=CONTROL_WIDTH)
 
 
 def _run(here: Here, asked: Steer, strengths: list[float], work: object) -> None:
-    """The button, and the work once it was pressed: any other click on the page stops it."""
+    """The button, and the steering once it was pressed; any other click on the page stops it."""
     running = st.session_state.get("steering") == work
 
     def set_to(steering: object) -> None:
@@ -111,20 +187,27 @@ def _run(here: Here, asked: Steer, strengths: list[float], work: object) -> None
         start()
         return
     place.button("Stop steering", key="steer_stop", on_click=set_to, args=(None,))
-    progress = st.progress(0.0, text="The model is read")
+    progress = st.progress(0.0, text="Reading the text")
     total, done = (1 + len(strengths)) * asked.new, 0
 
     def on_token() -> None:
         nonlocal done
         done += 1
         texts = f"text {min((done - 1) // asked.new + 1, 1 + len(strengths))} of {1 + len(strengths)}"
-        progress.progress(min(done / total, 1.0), text=f"The model writes {texts}")
+        progress.progress(min(done / total, 1.0), text=f"Generating {texts}")
 
     try:
         found = answers.steer(
-            here, asked.text, list(asked.f), strength=strengths, on_token=on_token, new_tokens=asked.new,
-            mode="clamp" if asked.how == "ablate" else asked.how, temperature=asked.temp, seed=asked.seed,
-        )  # fmt: skip
+            here,
+            asked.text,
+            list(asked.f),
+            strength=strengths,
+            on_token=on_token,
+            new_tokens=asked.new,
+            mode="clamp" if asked.how == "ablate" else asked.how,
+            temperature=asked.temp,
+            seed=asked.seed,
+        )
         st.session_state["steered"] = (work, found)
     finally:
         if st.session_state.get("steering") == work:
@@ -142,10 +225,10 @@ def _results(
     texts = found.texts.to_dict("records")
     left, right = st.columns(2, gap="medium")
     with left:
-        st.subheader("By itself")
+        st.subheader("Without steering")
         passage([asked.text, texts[at]["clean"]], name="Text without steering", key="base", quiet=1)
     with right:
-        st.subheader("Steered" if asked.how == "ablate" else f"Steered by {number(strength)}")
+        st.subheader("Steered" if asked.how == "ablate" else f"Steered with strength {number(strength)}")
         passage([asked.text, texts[at]["steered"]], name="Text with steering", key="steered", quiet=1)
     if len(strengths) > 1:
         _sweep(here, asked, strengths, at, found)
@@ -165,30 +248,42 @@ def _sweep(here: Here, asked: Steer, strengths: list[float], at: int, found: Ste
         st.subheader("All strengths")
         rows = [
             [
-                Cell(number(strength), exact=strength, bar=1.0 if place == at else None,
-                     href=here.view.url(PATH, **replace(asked, s=place).query())),
+                Cell(
+                    number(strength),
+                    exact=strength,
+                    bar=1.0 if place == at else None,
+                    href=here.view.url(PATH, replace(asked, s=place)),
+                ),
                 Cell(number(edited.get(strength)), exact=edited.get(strength)),
                 Cell(visible(text), kind="words"),
             ]
             for place, (strength, text) in enumerate(zip(strengths, found.texts["steered"], strict=True))
-        ]  # fmt: skip
+        ]
         headings = [
-            Heading("strength"), Heading("mean KL", help="how far the predictions on the text move, in nats"),
-            Heading("what the model writes", align="left"),
-        ]  # fmt: skip
+            Heading("strength"),
+            Heading(
+                "mean KL",
+                help="KL divergence of the predictions on the text from those without steering, in nats",
+            ),
+            Heading("continuation", align="left"),
+        ]
         table(headings, rows, name="All strengths", key="sweep")
     with right:
-        st.subheader("How far the predictions move")
+        st.subheader("Change of the predictions")
         figure = figures.steering_curve(found)
         figure.update_layout(height=210, margin={"l": 0, "r": 0, "t": 6, "b": 0})
         st.plotly_chart(
-            figure, key="curve", config={"displayModeBar": False},
+            figure,
+            key="curve",
+            config={"displayModeBar": False},
             alt="Mean and largest KL divergence of the predictions on the text, by strength",
-        )  # fmt: skip
+        )
 
 
 def _next_tokens(found: Steering, strength: float) -> None:
-    st.subheader("The next token", help="The 10 likeliest with and without steering, after the text.")
+    st.subheader(
+        "The next token", help="The 10 most likely tokens after the text, with and without steering."
+    )
     frame = found.next_tokens[found.next_tokens["strength"] == strength]
     most = float(frame["difference"].abs().max()) or 1.0
     rows = [
@@ -196,20 +291,29 @@ def _next_tokens(found: Steering, strength: float) -> None:
             Cell(visible(row["text"], spaces="edges"), kind="token"),
             Cell(share(math.exp(row["logp_clean"])), exact=row["logp_clean"]),
             Cell(share(math.exp(row["logp_steered"])), exact=row["logp_steered"]),
-            Cell(number(row["difference"]), exact=row["difference"], bar=abs(row["difference"]) / most,
-                 kind="" if row["difference"] >= 0 else "cold"),
+            Cell(
+                number(row["difference"]),
+                exact=row["difference"],
+                bar=abs(row["difference"]) / most,
+                kind="" if row["difference"] >= 0 else "cold",
+            ),
         ]
         for row in frame.to_dict("records")
-    ]  # fmt: skip
+    ]
     headings = [
-        Heading("token", align="left"), Heading("by itself"), Heading("steered"),
-        Heading("log-probability", help="steered minus by itself, in nats"),
-    ]  # fmt: skip
+        Heading("token", align="left"),
+        Heading("without"),
+        Heading("steered"),
+        Heading("change", help="log-probability with steering minus without, in nats"),
+    ]
     table(headings, rows, name="The next token", key="next", height="28rem")
 
 
 def _along(found: Steering, strength: float) -> None:
-    st.subheader("Where the predictions change", help="KL divergence of the prediction made at each token.")
+    st.subheader(
+        "Where the predictions change",
+        help="KL divergence of the prediction at each token from the one without steering.",
+    )
     effects = found.effects[found.effects["strength"] == strength]
     kl = effects["kl"].tolist()
     lane = Lane(kl, max(map(abs, kl)), "KL divergence", note="in nats")

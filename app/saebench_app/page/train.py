@@ -1,4 +1,4 @@
-"""Train: how runs were trained, and how those are doing that are being trained now."""
+"""Train: the metrics of finished runs, and of those that are being trained now."""
 
 from __future__ import annotations
 
@@ -18,36 +18,29 @@ from saebench_app.components.plot import plot
 from saebench_app.components.table import Cell, Heading, table
 from saebench_app.runs import known_runs
 from saebench_app.session import Here, open_session_store
+from saebench_app.url import Flag, Names, Query, Texts, parameter
 
 PATH = "train"
 TITLE = "Train"
-SECTION = "Work"
-LOOKS_APART = "2s"
-AT_FIRST = ("fvu", "l0", "dead")
-NO_MEASURES = ("step", "tokens")
+SECTION = "Tools"
+SECONDS_BETWEEN_UPDATES = "2s"
+DEFAULT_METRICS = ("fvu", "l0", "dead")
+NOT_METRICS = ("step", "tokens")
 MOST_RUNS = 16
 
 
-@dataclass(frozen=True)
-class Curves:
-    """What this page's own part of the URL says: which trainings, which measures, which axis."""
+@dataclass(frozen=True, kw_only=True)
+class Curves(Query):
+    """The parameters of this page: which runs, which metrics, which axis."""
 
-    of: tuple[str, ...] = ()
-    measures: tuple[str, ...] = ()
-    log: bool = False
-
-    @classmethod
-    def read(cls) -> Curves:
-        params = st.query_params
-        return cls(
-            tuple(filter(None, params.get_all("of"))) if "of" in params else (),
-            tuple(filter(None, params.get("measures", "").split(","))), params.get("log") == "1",
-        )  # fmt: skip
+    of: tuple[str, ...] = parameter((), Texts())
+    measures: tuple[str, ...] = parameter((), Names())
+    log: bool = parameter(False, Flag())
 
 
 @dataclass(frozen=True)
 class Training:
-    """One course: of an SAE of the store, or of a run directory."""
+    """One training run: of an SAE of the store, or of a run directory."""
 
     name: str
     sae: str = ""
@@ -57,7 +50,9 @@ class Training:
 def show(here: Here) -> None:
     st.title("Train")
     known = _known(here)
-    st.fragment(_live, run_every=LOOKS_APART if any(map(_is_going_on, known)) else None)(here, known)
+    st.fragment(_live, run_every=SECONDS_BETWEEN_UPDATES if any(map(_is_running, known)) else None)(
+        here, known
+    )
 
 
 def _known(here: Here) -> list[Training]:
@@ -71,107 +66,114 @@ def _known(here: Here) -> list[Training]:
     return runs + stored
 
 
-def _is_going_on(training: Training) -> bool:
+def _is_running(training: Training) -> bool:
     return training.run is not None and not training.run.is_finished
 
 
 def _live(here: Here, known: list[Training]) -> None:
-    curves = Curves.read()
-    courses: dict[str, pd.DataFrame] = {}
-    wanted = [one for one in known if one.name in curves.of] or _at_first(here, known)
+    curves = here.read(Curves)
+    metrics: dict[str, pd.DataFrame] = {}
+    wanted = [one for one in known if one.name in curves.of] or _default_runs(here, known)
     for training in wanted:
-        frame = _course(training)
+        frame = _metrics(training)
         if frame is not None and len(frame):
-            courses[training.name] = frame
-    measures = _measures(courses)
-    chosen = [name for name in curves.measures or AT_FIRST if name in measures] or measures[:1]
+            metrics[training.name] = frame
+    measures = _measures(metrics)
+    chosen = [name for name in curves.measures or DEFAULT_METRICS if name in measures] or measures[:1]
     _controls(here, known, [one.name for one in wanted], measures, chosen, curves)
-    if not courses:
+    if not metrics:
         notice(_why_none(here, wanted), key="waiting")
     else:
-        _draw(courses, chosen, log=curves.log)
-    _state(here, wanted, courses, chosen)
+        _draw(metrics, chosen, log=curves.log)
+    _state(here, wanted, metrics, chosen)
     _sessions(wanted)
 
 
-def _draw(courses: dict[str, pd.DataFrame], measures: list[str], *, log: bool) -> None:
-    """A chart each: beside each other where there is room, below each other on a telephone."""
+def _draw(metrics: dict[str, pd.DataFrame], measures: list[str], *, log: bool) -> None:
+    """One chart per metric: side by side where there is room, below each other on a telephone."""
     for first in range(0, len(measures), figures.PANELS):
         row = measures[first : first + figures.PANELS]
         for column, measure in zip(st.columns(figures.PANELS, gap="medium"), row, strict=False):
             with column:
                 last = ", ".join(
                     f"{name} {number(frame[measure].iloc[-1])}"
-                    for name, frame in courses.items()
+                    for name, frame in metrics.items()
                     if measure in frame
                 )
-                figure = figures.training_curves(courses, [measure], log=log)
-                figure.update_layout(showlegend=len(courses) > 1 and measure == measures[0])
+                figure = figures.training_curves(metrics, [measure], log=log)
+                figure.update_layout(showlegend=len(metrics) > 1 and measure == measures[0])
                 alt = f"{measure} against tokens; at the last step: {last}"
                 plot(figure, key=f"curve-{measure}", alt=alt, height=260)
 
 
 def _why_none(here: Here, wanted: list[Training]) -> str:
-    if any(map(_is_going_on, wanted)):
-        return "No step of these trainings has been reported yet."
+    if any(map(_is_running, wanted)):
+        return "These runs have not reported a step yet."
     return (
-        "These were indexed without the metrics of their training. Start the explorer as "
-        f"saebench explore {here.store.path} --run RUN to see those of a run."
+        "The store has no training metrics of these SAEs. To see those of a run, start the explorer as "
+        f"saebench explore {here.store.path} --run RUN."
     )
 
 
-def _at_first(here: Here, known: list[Training]) -> list[Training]:
-    """What goes on now, else the SAE that is shown, else the first."""
-    going_on = [one for one in known if _is_going_on(one)]
+def _default_runs(here: Here, known: list[Training]) -> list[Training]:
+    """The runs that are being trained now, else the SAE that is shown, else the first."""
+    going_on = [one for one in known if _is_running(one)]
     own = [one for one in known if here.store.sae in (one.name, one.sae)]
     return (going_on or own or known[:1])[:MOST_RUNS]
 
 
-def _course(training: Training) -> pd.DataFrame | None:
+def _metrics(training: Training) -> pd.DataFrame | None:
     if training.run is None:
         store = open_session_store(training.sae)
         return store.metrics_wide() if store.has("train_metric") else None
-    course = _reading(str(training.run))
+    log = _metrics_log(str(training.run))
     try:
-        course.update()
+        log.update()
     except UserError:
         return None
-    return course.frame()
+    return log.frame()
 
 
 @st.cache_resource(max_entries=64, show_spinner=False)
-def _reading(run: str) -> MetricsLog:
+def _metrics_log(run: str) -> MetricsLog:
     return MetricsLog(run)
 
 
-def _measures(courses: dict[str, pd.DataFrame]) -> list[str]:
-    names = dict.fromkeys(str(name) for frame in courses.values() for name in frame.columns)
-    return [name for name in names if name not in NO_MEASURES]
+def _measures(metrics: dict[str, pd.DataFrame]) -> list[str]:
+    names = dict.fromkeys(str(name) for frame in metrics.values() for name in frame.columns)
+    return [name for name in names if name not in NOT_METRICS]
 
 
 def _controls(
-    here: Here, known: list[Training], wanted: list[str], measures: list[str], chosen: list[str],
+    here: Here,
+    known: list[Training],
+    wanted: list[str],
+    measures: list[str],
+    chosen: list[str],
     curves: Curves,
-) -> None:  # fmt: skip
+) -> None:
     st.session_state.update({"trainings": wanted, "measures": chosen, "log": curves.log})
 
     def apply() -> None:
-        query: dict[str, Any] = here.view.query(measures=",".join(st.session_state["measures"]))
-        query["of"] = st.session_state["trainings"]
-        if st.session_state["log"]:
-            query["log"] = "1"
-        st.query_params.from_dict(query)
+        of, chosen_measures = (tuple(st.session_state[name]) for name in ("trainings", "measures"))
+        here.show(here.view, Curves(of=of, measures=chosen_measures, log=st.session_state["log"]))
 
     left, right = st.columns(2)
-    left.multiselect("Trainings", [one.name for one in known], key="trainings", on_change=apply,
-                     max_selections=MOST_RUNS, format_func=visible)  # fmt: skip
-    right.multiselect("Measures", measures, key="measures", on_change=apply)
-    st.toggle("Logarithmic", key="log", on_change=apply)
+    left.multiselect(
+        "Runs",
+        [one.name for one in known],
+        key="trainings",
+        on_change=apply,
+        max_selections=MOST_RUNS,
+        format_func=visible,
+    )
+    right.multiselect("Metrics", measures, key="measures", on_change=apply)
+    st.toggle("Log scale", key="log", on_change=apply)
 
 
-def _state(here: Here, wanted: list[Training], courses: dict[str, pd.DataFrame], chosen: list[str]) -> None:
+def _state(here: Here, wanted: list[Training], metrics: dict[str, pd.DataFrame], chosen: list[str]) -> None:
     headings = [
-        Heading("training", align="left"),
+        Heading("run", align="left"),
         Heading("state", align="left"),
         Heading("step"),
         Heading("tokens"),
@@ -179,16 +181,18 @@ def _state(here: Here, wanted: list[Training], courses: dict[str, pd.DataFrame],
     headings += [Heading(name) for name in chosen]
     rows = []
     for training in wanted:
-        frame = courses.get(training.name)
+        frame = metrics.get(training.name)
         last = {} if frame is None else frame.iloc[-1].to_dict()
-        state = (
-            "in the store" if training.run is None else "goes on" if _is_going_on(training) else "finished"
+        state = "in the store" if training.run is None else "running" if _is_running(training) else "finished"
+        rows.append(
+            [
+                Cell(visible(training.name)),
+                Cell(state),
+                Cell(count(last.get("step"))),
+                Cell(count(last.get("tokens"))),
+                *(Cell(number(last.get(name)), exact=_exact(last.get(name))) for name in chosen),
+            ]
         )
-        rows.append([
-            Cell(visible(training.name)), Cell(state),
-            Cell(count(last.get("step"))), Cell(count(last.get("tokens"))),
-            *(Cell(number(last.get(name)), exact=_exact(last.get(name))) for name in chosen),
-        ])  # fmt: skip
     st.subheader("Last step")
     table(headings, rows, name="Last step", key="last")
 
@@ -198,21 +202,31 @@ def _exact(value: Any) -> float | None:
 
 
 def _sessions(wanted: list[Training]) -> None:
-    """The processes that worked on each run: one, unless it was stopped and resumed."""
+    """The processes that trained each run: one, unless it was stopped and resumed."""
     rows = []
     for training in wanted:
         for session in read_sessions(training.run) if training.run else []:
-            rows.append([
-                Cell(visible(training.name)),
-                Cell(f"{count(session.get('first_step'))} to {count(session.get('last_step'))}"),
-                Cell(f"{number(session.get('seconds'))} s", exact=_exact(session.get("seconds"))),
-                Cell(count(session.get("tokens_per_second")), exact=_exact(session.get("tokens_per_second"))),
-                Cell(visible(str(session.get("device", "")))), Cell(visible(str(session.get("kernels", "")))),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    Cell(visible(training.name)),
+                    Cell(f"{count(session.get('first_step'))} to {count(session.get('last_step'))}"),
+                    Cell(f"{number(session.get('seconds'))} s", exact=_exact(session.get("seconds"))),
+                    Cell(
+                        count(session.get("tokens_per_second")),
+                        exact=_exact(session.get("tokens_per_second")),
+                    ),
+                    Cell(visible(str(session.get("device", "")))),
+                    Cell(visible(str(session.get("kernels", "")))),
+                ]
+            )
     if rows:
-        st.subheader("Sessions", help="Processes that worked on a run; more than one when it was resumed.")
+        st.subheader("Sessions", help="One row per process that trained the run; a resumed run has several.")
         headings = [
-            Heading("training", align="left"), Heading("steps"), Heading("time"), Heading("tokens/s"),
-            Heading("device", align="left"), Heading("kernels", align="left"),
-        ]  # fmt: skip
+            Heading("run", align="left"),
+            Heading("steps"),
+            Heading("time"),
+            Heading("tokens/s"),
+            Heading("device", align="left"),
+            Heading("kernels", align="left"),
+        ]
         table(headings, rows, name="Sessions", key="sessions")

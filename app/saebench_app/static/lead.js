@@ -4,7 +4,7 @@ export default function ({ parentElement, data }) {
     data.label ? el("bdi", { class: "label" }, data.label) : null,
     data.explanation ? el("bdi", { class: "explanation" }, data.explanation) : null,
     data.note ? el("span", { class: "note" }, data.note) : null,
-    data.links.length ? el("nav", { "aria-label": "Go on with this feature" },
+    data.links.length ? el("nav", { "aria-label": "Open this feature in" },
       ...data.links.map((link) => el("a", { href: link.href, title: link.help }, link.label))) : null,
   ].filter(Boolean))
   const write = (event) => {

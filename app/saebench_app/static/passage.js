@@ -59,7 +59,7 @@ export default function ({ parentElement, data }) {
     root.append(el("div", { class: "legend" }, ...data.legend.map((one, lane) => entry(one, lane, data.lanes))))
   const text = el("div", { class: data.tall ? "text tall" : "text", dir: "auto", role: "group", "aria-label": data.name })
   text.append(...data.spans.flatMap((one, index) => token(one, index, data)))
-  if (!data.spans.length) text.append(el("span", { class: "empty" }, "nothing"))
+  if (!data.spans.length) text.append(el("span", { class: "empty" }, "no tokens"))
   text.onkeydown = walk
   root.append(text)
   if (focused) text.querySelector(".current")?.focus()

@@ -13,8 +13,14 @@ Kind = Literal["id", "token", "text", "count", "share", "number", "density", "si
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: ``name`` in the store, and the table of the store that it needs. The table has
-    it by itself if it is a ``default``."""
+    """A column of the table.
+
+    Attributes:
+        name: the column of the store.
+        label: its heading.
+        needs: the table of the store that it is made from.
+        default: whether it is shown unless the URL names other columns.
+    """
 
     name: str
     label: str
@@ -24,32 +30,32 @@ class Column:
 
     @property
     def help(self) -> str:
-        return "what people call it" if self.name == LABEL else feature_column(self.name).help
+        return "the name that a person gave it" if self.name == LABEL else feature_column(self.name).help
 
 
 COLUMNS = (
     Column("feature", "feature", "id"),
     Column(LABEL, "label", "text"),
     Column("top_token", "top token", "token", "token"),
-    Column("top_token_share", "its share", "share", "token"),
+    Column("top_token_share", "top-token share", "share", "token"),
     Column("top_token_p_fire", "selectivity", "share", "token"),
-    Column("logit_top", "promotes", "token", "logit"),
+    Column("logit_top", "promoted token", "token", "logit"),
     Column("density", "density", "density"),
-    Column("max_act", "max", "size"),
-    Column("mean_act", "mean", "number"),
+    Column("max_act", "max act", "size"),
+    Column("mean_act", "mean act", "number"),
     Column("explanation_score", "score", "number", "explained"),
     Column("loss_effect", "loss effect", "number", "effect"),
-    Column("n_act", "tokens", "count"),
+    Column("n_act", "active tokens", "count"),
     Column("n_ctx_act", "contexts", "count", "context"),
     Column("n_doc_act", "documents", "count", "document"),
-    Column("entropy_tok", "entropy", "number", "token"),
-    Column("dec_max_cos", "nearest cos", "number"),
-    Column("dec_nn", "nearest", "feature"),
-    Column("enc_dec_cos", "enc·dec", "number"),
+    Column("entropy_tok", "token entropy", "number", "token"),
+    Column("dec_max_cos", "max cosine", "number"),
+    Column("dec_nn", "nearest feature", "feature"),
+    Column("enc_dec_cos", "enc-dec cosine", "number"),
     Column("explanation", "explanation", "text", "explained"),
     Column("skew", "skew", "number", default=False),
     Column("kurtosis", "kurtosis", "number", default=False),
-    Column("std_act", "spread", "number", default=False),
+    Column("std_act", "std", "number", default=False),
     Column("p10", "p10", "number", default=False),
     Column("p25", "p25", "number", default=False),
     Column("p50", "median", "number", default=False),
@@ -57,13 +63,13 @@ COLUMNS = (
     Column("p90", "p90", "number", default=False),
     Column("p99", "p99", "number", default=False),
     Column("mean_pos", "mean position", "number", "position", default=False),
-    Column("first_pos_share", "on first token", "share", "position", default=False),
-    Column("logit_max", "logit", "number", "logit", default=False),
+    Column("first_pos_share", "first-token share", "share", "position", default=False),
+    Column("logit_max", "max logit", "number", "logit", default=False),
     Column("logit_kurtosis", "logit kurtosis", "number", "logit", default=False),
     Column("enc_norm", "encoder norm", "number", default=False),
     Column("b_enc", "encoder bias", "number", default=False),
     Column("dec_norm", "decoder norm", "number", default=False),
-    Column("kl", "KL without", "number", "effect", default=False),
+    Column("kl", "KL when ablated", "number", "effect", default=False),
     Column("loss_effect_n", "contexts ablated", "count", "effect", default=False),
     Column("loss_estimate", "loss estimate", "number", "effect", default=False),
     Column("loss_estimate_n", "contexts estimated", "count", "effect", default=False),

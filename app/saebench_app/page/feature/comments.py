@@ -1,4 +1,4 @@
-"""Comments: who said what, and when."""
+"""The comments on a feature, with author and time."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from saebench.core.formatting import visible
 from saebench_app.components.web import show
 
 
-def remarks(comments: Sequence[Mapping[str, Any]], *, key: str) -> None:
-    """``comments`` have comment, author and time."""
+def comments(said: Sequence[Mapping[str, Any]], *, key: str) -> None:
+    """``said`` have comment, author and time."""
     shown = [
         {
             "text": "\n".join(visible(line) for line in one["comment"].splitlines()),
-            "author": visible(one["author"]) if one["author"] else "somebody",
+            "author": visible(one["author"]) if one["author"] else "anonymous",
             "time": f"{one['time'][:10]} {one['time'][11:16]} UTC",
         }
-        for one in comments
+        for one in said
     ]
-    show("remarks", {"remarks": shown}, key=key)
+    show("comments", {"comments": shown}, key=key)

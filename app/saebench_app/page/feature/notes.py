@@ -1,10 +1,10 @@
-"""What a person says of a feature: label, bookmark, lists and comments, in one line under its name."""
+"""The annotations of a feature: label, bookmark, lists and comments, in one line under its name."""
 
 from __future__ import annotations
 
 import streamlit as st
 
-from saebench_app.components.remarks import remarks
+from saebench_app.page.feature.comments import comments
 from saebench_app.session import AUTHOR, Here, attempt
 
 LONGEST_LABEL, LONGEST_COMMENT, LONGEST_NAME = 200, 10_000, 100
@@ -22,13 +22,23 @@ def notes(here: Here, feature: int) -> None:
 
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         st.button(
-            "Bookmarked" if marked else "Bookmark", key="bookmark", shortcut="B",
-            type="primary" if marked else "secondary", on_click=attempt, args=(mark,),
-        )  # fmt: skip
+            "Bookmarked" if marked else "Bookmark",
+            key="bookmark",
+            shortcut="B",
+            type="primary" if marked else "secondary",
+            on_click=attempt,
+            args=(mark,),
+        )
         st.text_input(
-            "Label", key="label", placeholder="Name it (L)", label_visibility="collapsed", width=200,
-            max_chars=LONGEST_LABEL, on_change=attempt, args=(name,),
-        )  # fmt: skip
+            "Label",
+            key="label",
+            placeholder="Label (L)",
+            label_visibility="collapsed",
+            width=200,
+            max_chars=LONGEST_LABEL,
+            on_change=attempt,
+            args=(name,),
+        )
         _lists(here, feature)
         _comments(here, feature)
 
@@ -50,10 +60,14 @@ def _lists(here: Here, feature: int) -> None:
                 here.annotations.remove_from_list(name, feature)
 
         st.multiselect(
-            "Lists that it is on", known, key="on-lists", on_change=attempt, args=(change,),
+            "Lists with this feature",
+            known,
+            key="on-lists",
+            on_change=attempt,
+            args=(change,),
             accept_new_options=True,
-            placeholder="a list, or the name of a new one",
-        )  # fmt: skip
+            placeholder="a list, or a name for a new one",
+        )
 
 
 def _comments(here: Here, feature: int) -> None:
@@ -64,13 +78,16 @@ def _comments(here: Here, feature: int) -> None:
     if not popover.open:
         return
     with popover:
-        remarks(said.to_dict("records"), key="remarks")
+        comments(said.to_dict("records"), key="comments-list")
         st.text_area("Comment", key="comment", max_chars=LONGEST_COMMENT, height=90)
         st.session_state.setdefault("author-name", st.session_state.get(AUTHOR, ""))
-        st.text_input("Your name", key="author-name", max_chars=LONGEST_NAME,
-                      help="Goes with what you write until this window is closed. May be empty.",
-                      on_change=lambda: st.session_state.update({AUTHOR: st.session_state["author-name"]}),
-                      )  # fmt: skip
+        st.text_input(
+            "Your name",
+            key="author-name",
+            max_chars=LONGEST_NAME,
+            help="Optional. Stored with what you write, until this tab is closed.",
+            on_change=lambda: st.session_state.update({AUTHOR: st.session_state["author-name"]}),
+        )
 
         def add() -> None:
             author = st.session_state["author-name"].strip()

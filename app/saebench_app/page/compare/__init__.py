@@ -1,8 +1,9 @@
-"""Compare: two SAEs of the store side by side, which features they share, and a pair of features."""
+"""Compare: two SAEs of the store side by side, the features they share, and a pair of features."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,13 +12,13 @@ import streamlit as st
 from saebench.analysis import figures
 from saebench.core.formatting import ABSENT, count, is_absent, number, share, visible
 from saebench.store.query import FeatureStore
-from saebench_app.comparison import SIDES, THRESHOLD, WAYS, Comparison, frames_of, match_task
 from saebench_app.components.notice import notice
-from saebench_app.components.pair import pair, pick
 from saebench_app.components.plot import plot
 from saebench_app.components.statistics import Statistic, statistics
 from saebench_app.components.table import Cell, Heading, table
 from saebench_app.components.working import working
+from saebench_app.page.compare.comparison import SIDES, THRESHOLD, WAYS, Comparison, frames_of, match_task
+from saebench_app.page.compare.pair import pair, pick
 from saebench_app.page.overview import compared
 from saebench_app.session import Here, open_session_store
 from saebench_app.work import Found, found
@@ -30,10 +31,17 @@ TITLE = "Compare"
 SECTION = "Compare"
 PER_PAGE = 50
 MEASURES = {
-    "sae": "architecture", "d_sae": "features", "k": "k", "l0": "L0", "dead": "dead", "dense": "dense",
-    "median_density": "median density", "explained_variance": "explained variance",
-    "ce_loss_score": "CE score", "kl": "KL",
-}  # fmt: skip
+    "sae": "architecture",
+    "d_sae": "features",
+    "k": "k",
+    "l0": "L0",
+    "dead": "dead",
+    "dense": "dense",
+    "median_density": "median density",
+    "explained_variance": "explained variance",
+    "ce_loss_score": "CE score",
+    "kl": "KL",
+}
 SHARES = ("dead", "dense", "median_density")
 
 
@@ -47,10 +55,10 @@ def show(here: Here) -> None:
             key="empty",
         )
         return
-    this = Comparison.read(saes, here.store.sae)
+    this = Comparison.of(here)
     _choose(here, this)
     if this.a == this.b:
-        notice("These are the same SAE. Choose another one for b.", key="same")
+        notice("These are the same SAE. Select another one for b.", key="same")
         return
     a, b = open_session_store(this.a), open_session_store(this.b)
     left, right = st.columns([9, 11], gap="medium")
@@ -70,10 +78,11 @@ def _choose(here: Here, this: Comparison) -> None:
     st.session_state.update({"a": this.a, "b": this.b})
 
     def apply() -> None:
-        here.show(here.view, **Comparison(st.session_state["a"], st.session_state["b"], by=this.by).written())
+        chosen = Comparison(a=st.session_state["a"], b=st.session_state["b"], by=this.by)
+        here.show(here.view, chosen)
 
     def swap() -> None:
-        here.show(here.view, **this.but(a=this.b, b=this.a, fa=this.fb, fb=this.fa, at=1))
+        here.show(here.view, replace(this, a=this.b, b=this.a, fa=this.fb, fb=this.fa, at=1))
 
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.selectbox("SAE a", here.store.saes, key="a", on_change=apply, width=220)
@@ -106,15 +115,19 @@ def _measure(name: str, value: Any) -> Cell:
 def _matching(here: Here, this: Comparison, a: FeatureStore, b: FeatureStore) -> Found | None:
     st.subheader(
         "Shared features",
-        help="Features of both are paired one to one so that the similarities add up to the most. "
-        f"Stability is the share of the pairs above {THRESHOLD}.",
+        help="Features of the two SAEs are paired one to one so that the sum of similarities is largest. "
+        f"Stability: the share of the pairs with a similarity of at least {THRESHOLD}.",
     )
     st.session_state["by"] = this.by
     st.segmented_control(
-        "Matched by", list(WAYS), format_func=WAYS.__getitem__, key="by", required=True,
+        "Matched by",
+        list(WAYS),
+        format_func=WAYS.__getitem__,
+        key="by",
+        required=True,
         label_visibility="collapsed",
-        on_change=lambda: here.show(here.view, **this.but(by=st.session_state["by"], at=1)),
-    )  # fmt: skip
+        on_change=lambda: here.show(here.view, replace(this, by=st.session_state["by"], at=1)),
+    )
     task = match_task(this, a, b)
     if task is None:
         notice(
@@ -138,7 +151,7 @@ def _matching(here: Here, this: Comparison, a: FeatureStore, b: FeatureStore) ->
             "Stability", share(facts["stability"]), f"at least {facts['threshold']:g}", facts["stability"]
         ),
         *(
-            Statistic(f"Only in {side}", count(n), "in no pair", n)
+            Statistic(f"Only in {side}", count(n), "unmatched", n)
             for side in "ab"
             if (n := int(alone.get(side, 0)))
         ),
@@ -147,7 +160,11 @@ def _matching(here: Here, this: Comparison, a: FeatureStore, b: FeatureStore) ->
         n = int(result.tables["splits"]["feature_a"].nunique())
         tiles.append(
             Statistic(
-                "Splits", count(n), f"of {facts['narrow']}", n, "features that are several in the other"
+                "Splits",
+                count(n),
+                f"of {facts['narrow']}",
+                n,
+                "features that split into several features of the other SAE",
             )
         )
     statistics(tiles, key="matching")
@@ -159,7 +176,7 @@ def _similarities(result: Found) -> None:
     facts = {name: result.facts[name] for name in ("by", "threshold", "mean_similarity", "stability")}
     # As `match` gave it; its own class would load torch into the server.
     matching = cast("Matching", SimpleNamespace(pairs=result.tables["pairs"], **facts))
-    alt = f"Similarity of {len(matching.pairs):,} pairs; {share(facts['stability'])} are above the threshold"
+    alt = f"Similarity of {len(matching.pairs):,} pairs; {share(facts['stability'])} reach the threshold"
     plot(figures.matching_similarity(matching), key="similarities", alt=alt, height=210)
 
 
@@ -171,10 +188,14 @@ def _list(here: Here, this: Comparison, a: FeatureStore, b: FeatureStore, result
     if len(sides) > 1:
         st.session_state["side"] = side
         st.segmented_control(
-            "Which", sides, key="side", required=True, label_visibility="collapsed",
+            "Which",
+            sides,
+            key="side",
+            required=True,
+            label_visibility="collapsed",
             format_func=lambda name: f"{SIDES[name]} ({len(frames[name]):,})",
-            on_change=lambda: here.show(here.view, **this.but(side=st.session_state["side"], at=1)),
-        )  # fmt: skip
+            on_change=lambda: here.show(here.view, replace(this, side=st.session_state["side"], at=1)),
+        )
     frame = frames[side].sort_values([this.rank, "a"], ascending=[this.ascending(), True], kind="stable")
     last = max(1, math.ceil(len(frame) / PER_PAGE))
     page = min(this.at, last)
@@ -186,9 +207,13 @@ def _list(here: Here, this: Comparison, a: FeatureStore, b: FeatureStore, result
         about[name] = known.set_index("feature").to_dict("index")
     headings = [
         _heading(here, this, "similarity", "similarity"),
-        _heading(here, this, "a", this.a), Heading("top token", align="left"), Heading("density"),
-        _heading(here, this, "b", this.b), Heading("top token", align="left"), Heading("density"),
-    ]  # fmt: skip
+        _heading(here, this, "a", this.a),
+        Heading("top token", align="left"),
+        Heading("density"),
+        _heading(here, this, "b", this.b),
+        Heading("top token", align="left"),
+        Heading("density"),
+    ]
     rows = [_row(here, this, row, about) for row in shown.to_dict("records")]
     table(headings, rows, name="Pairs", key="pairs", height="30rem")
     with st.container(horizontal=True, vertical_alignment="center"):
@@ -199,22 +224,24 @@ def _list(here: Here, this: Comparison, a: FeatureStore, b: FeatureStore, result
         if last > 1:
             st.session_state["at"] = page
             st.pagination(
-                last, key="at",
-                on_change=lambda: here.show(here.view, **this.but(at=st.session_state["at"])),
-            )  # fmt: skip
+                last,
+                key="at",
+                on_change=lambda: here.show(here.view, replace(this, at=st.session_state["at"])),
+            )
 
 
 def _heading(here: Here, this: Comparison, column: str, label: str) -> Heading:
     turned = not this.turned if column == this.rank else False
     return Heading(
-        label, href=here.view.url(PATH, **this.but(rank=column, turned=turned, at=1)),
+        label,
+        href=here.view.url(PATH, replace(this, rank=column, turned=turned, at=1)),
         sorted=("ascending" if this.ascending() else "descending") if column == this.rank else "",
-    )  # fmt: skip
+    )
 
 
 def _row(here: Here, this: Comparison, row: dict[str, Any], about: dict[str, dict[int, Any]]) -> list[Cell]:
     fa, fb = int(row["a"]), int(row["b"])
-    href = here.view.url(PATH, **this.but(fa=fa, fb=fb))
+    href = here.view.url(PATH, replace(this, fa=fa, fb=fb))
     value = float(row["similarity"])
     cells = [Cell(number(value), exact=value, bar=max(value, 0), href=href)]
     for feature, of in ((fa, about["a"]), (fb, about["b"])):

@@ -1,4 +1,4 @@
-"""Every question that a language model was asked about an explanation, and what it answered."""
+"""The verdicts of a language model on examples, from which an explanation was scored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def verdicts(store: FeatureStore, items: pd.DataFrame, *, key: str) -> None:
 
 
 def verdict(row: Mapping[str, Any], pieces: list[str]) -> dict[str, Any]:
-    """One question: its text with the marked tokens, what was true and what was said."""
+    """One verdict: the text with its marked tokens, the truth and the answer."""
     start, end = int(row["start"]), int(row["start"]) + int(row["n_shown"])
     marked = {int(pos) for pos in row["marked"]}
     answer = row["status"] if is_absent(row["verdict"]) else "yes" if row["verdict"] else "no"

@@ -1,4 +1,4 @@
-"""The controls above a list of features; what they say is kept in the URL."""
+"""The controls above the table of features; their values are kept in the URL."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from typing import Any
 import streamlit as st
 
 from saebench.store.query import FeatureStore
+from saebench_app.components import CONTROL_WIDTH
 from saebench_app.session import Here
-from saebench_app.view import Range, View
-
-WIDTH = 165
-"""In pixels: two controls side by side on a telephone, all in one line on a wide screen."""
+from saebench_app.url import Range
+from saebench_app.view import View
 
 PILLS: dict[str, tuple[str, object]] = {
-    "alive": ("dead", "hide"), "dead": ("dead", "only"), "not dense": ("dense", "hide"),
-    "dense": ("dense", "only"), "explained": ("explained", "only"), "unexplained": ("explained", "hide"),
-    "bookmarked": ("bookmarked", True), "labeled": ("labeled", True),
-}  # fmt: skip
-"""Kind of feature -> field of the view and the value that asks for it. One field has one value at a time."""
+    "alive": ("dead", "hide"),
+    "dead": ("dead", "only"),
+    "not dense": ("dense", "hide"),
+    "dense": ("dense", "only"),
+    "explained": ("explained", "only"),
+    "unexplained": ("explained", "hide"),
+    "bookmarked": ("bookmarked", True),
+    "labeled": ("labeled", True),
+}
+"""Kind of feature -> field of the view, and the value of it that asks for this kind."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Scale:
         return min(max(low, self.low), self.high), max(min(high, self.high), self.low)
 
     def range(self, chosen: tuple[float, float]) -> Range | None:
-        """What the slider says; an end at its bound leaves that side open."""
+        """The range that the slider is set to; an end at its bound leaves that side open."""
         low = chosen[0] if chosen[0] > self.low else None
         high = chosen[1] if chosen[1] < self.high else None
         return None if low is None and high is None else (low, high)
@@ -56,31 +60,73 @@ def find_scales(store: FeatureStore) -> dict[str, Scale]:
     """Field -> slider, of those whose column the store has."""
     lowest = math.floor(-math.log10(max(store.info()["n_tokens"], 2)))
     scales = [
-        Scale("log_density", "Density, log10", float(lowest), 0.0, "%.1f",
-              "Share of the tokens it fires on."),
-        Scale("max_act", "Largest activation", 0.0, _rounded(_end(store, "max_act")), "%.3g",
-              "Its largest activation."),
-        Scale("similarity", "Decoder similarity", 0.0, 1.0, "%.2f",
-              "Cosine with the nearest other decoder row."),
-    ]  # fmt: skip
+        Scale(
+            "log_density",
+            "Density (log10)",
+            float(lowest),
+            0.0,
+            "%.1f",
+            "Activation density: share of the tokens on which the feature fires.",
+        ),
+        Scale(
+            "max_act",
+            "Max activation",
+            0.0,
+            _rounded(_end(store, "max_act")),
+            "%.3g",
+            "The largest activation on the indexed text.",
+        ),
+        Scale(
+            "similarity",
+            "Decoder similarity",
+            0.0,
+            1.0,
+            "%.2f",
+            "Cosine similarity with the nearest other decoder direction.",
+        ),
+    ]
     if store.has("token"):
         scales += [
-            Scale("token_share", "Top token's share", 0.0, 1.0, "%.2f",
-                  "Share of its firings that fall on its top token."),
-            Scale("selectivity", "Selectivity", 0.0, 1.0, "%.2f",
-                  "Share of its top token's occurrences on which it fires."),
-        ]  # fmt: skip
+            Scale(
+                "token_share",
+                "Top-token share",
+                0.0,
+                1.0,
+                "%.2f",
+                "Share of the feature's activations that are on its top token.",
+            ),
+            Scale(
+                "selectivity",
+                "Selectivity",
+                0.0,
+                1.0,
+                "%.2f",
+                "Share of the top token's occurrences on which the feature fires.",
+            ),
+        ]
     if "effect" in store.tables:
         low, high = _end(store, "loss_effect", descending=False), _end(store, "loss_effect")
         scales.append(
-            Scale("loss_effect", "Loss effect", -_rounded(-low) if low < 0 else 0.0, _rounded(high), "%.2g",
-                  "Mean change of the model's loss without it, nats a token.")
-        )  # fmt: skip
+            Scale(
+                "loss_effect",
+                "Loss effect",
+                -_rounded(-low) if low < 0 else 0.0,
+                _rounded(high),
+                "%.2g",
+                "Mean change of the model's loss when the feature is ablated, in nats per token.",
+            )
+        )
     if "explained" in store.tables:
         scales.append(
-            Scale("score", "Explanation score", 0.0, 1.0, "%.2f",
-                  "F1 of a rule, 2 x balanced accuracy - 1 of a text; on documents held out.")
-        )  # fmt: skip
+            Scale(
+                "score",
+                "Explanation score",
+                0.0,
+                1.0,
+                "%.2f",
+                "F1 of a rule, 2 x balanced accuracy - 1 of a text; on held-out documents.",
+            )
+        )
     return {scale.field: scale for scale in scales}
 
 
@@ -101,9 +147,11 @@ def filters(here: Here, scales: Mapping[str, Scale]) -> None:
     view = here.view
     kinds = [kind for kind in PILLS if PILLS[kind][0] != "explained" or "explained" in here.store.tables]
     shown: dict[str, Any] = {
-        "text": view.text, "regex": view.regex, "kinds": pressed(view, kinds),
+        "text": view.text,
+        "regex": view.regex,
+        "kinds": pressed(view, kinds),
         **{field: scale.inside(getattr(view, field)) for field, scale in scales.items()},
-    }  # fmt: skip
+    }
     st.session_state.update(shown)
 
     def apply() -> None:
@@ -116,10 +164,16 @@ def filters(here: Here, scales: Mapping[str, Scale]) -> None:
 
     with st.container(horizontal=True, gap="small", vertical_alignment="bottom"):
         st.text_input(
-            "Find", placeholder="token, explanation or label", key="text", on_change=apply, width=230,
-            help="Part of the top token, of the explanation or of a label, in any case.",
-        )  # fmt: skip
-        st.toggle("Pattern", key="regex", on_change=apply, help="The text is a regular expression (RE2).")
+            "Search",
+            placeholder="token, explanation or label",
+            key="text",
+            on_change=apply,
+            width=230,
+            help="Part of the top token, the explanation or the label. Case is ignored.",
+        )
+        st.toggle(
+            "Regex", key="regex", on_change=apply, help="Read the search as a regular expression (RE2)."
+        )
         for field in ("log_density", "max_act"):
             _slider(scales[field], apply)
         rest = [scale for field, scale in scales.items() if field not in ("log_density", "max_act")]
@@ -127,23 +181,30 @@ def filters(here: Here, scales: Mapping[str, Scale]) -> None:
         with st.popover(f"More ranges ({bounded})" if bounded else "More ranges"):
             for scale in rest:
                 _slider(scale, apply)
-    st.pills("Only features that are", kinds, selection_mode="multi", key="kinds", on_change=apply)
+    st.pills("Show only features that are", kinds, selection_mode="multi", key="kinds", on_change=apply)
 
 
 def _slider(scale: Scale, apply: Any) -> None:
     st.slider(
-        scale.label, scale.low, scale.high, step=scale.step, format=scale.format, key=scale.field,
-        on_change=apply, width=WIDTH, help=scale.help,
-    )  # fmt: skip
+        scale.label,
+        scale.low,
+        scale.high,
+        step=scale.step,
+        format=scale.format,
+        key=scale.field,
+        on_change=apply,
+        width=CONTROL_WIDTH,
+        help=scale.help,
+    )
 
 
 def pressed(view: View, kinds: list[str]) -> list[str]:
-    """The pills that a view asks for."""
+    """The pills that are on in a view."""
     return [kind for kind in kinds if getattr(view, PILLS[kind][0]) == PILLS[kind][1]]
 
 
 def press(view: View, kinds: list[str], chosen: list[str]) -> dict[str, Any]:
-    """Fields of the view once ``chosen`` are pressed; of two that exclude each other the new one holds."""
+    """Fields of the view once ``chosen`` are on; of two that exclude each other, the new one wins."""
     defaults = View(sae=view.sae)
     fields = {PILLS[kind][0]: getattr(defaults, PILLS[kind][0]) for kind in kinds}
     before = pressed(view, kinds)

@@ -1,4 +1,4 @@
-"""Features: the table of all of them, sorted and filtered by what the URL says."""
+"""Features: the table of all features, sorted and filtered as the URL says."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import streamlit as st
 
 from saebench.core.errors import UserError
 from saebench.core.formatting import count, is_absent, number, share, visible
-from saebench_app.components.filters import Scale, filters, find_scales
 from saebench_app.components.notice import notice
 from saebench_app.components.table import Cell, Heading, table, text_cell, token_cell
-from saebench_app.page.columns import COLUMNS, SORTABLE, Column, Kind
+from saebench_app.page.features.columns import COLUMNS, SORTABLE, Column, Kind
+from saebench_app.page.features.filters import Scale, filters, find_scales
 from saebench_app.session import Here, attempt
 from saebench_app.view import LABEL, MOST_AMONG, View
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 PATH = "features"
 TITLE = "Features"
-SECTION = "Look"
+SECTION = "Browse"
 PER_PAGE = 100
-CHOSEN = "chosen features"
-"""Key of the session: SAE -> its features that are ticked. One object, so that a file which is made later
-holds what is ticked then."""
+SELECTED = "selected features"
+"""Session key of SAE -> its selected features. One object, so that a file that is made later holds what is
+selected then."""
 
 
 def show(here: Here) -> None:
@@ -40,15 +40,15 @@ def show(here: Here) -> None:
             _columns(here)
             _views(here)
     filters(here, scales)
-    _told(here)
+    _hidden_filters(here)
     try:
         found = here.store.count_features(**here.filters())
-    except UserError as error:  # a pattern that is none, or a list that has gone
+    except UserError as error:  # a pattern that is not one, or a list that was removed
         notice(str(error), key="refused", kind="error")
         _clear(here)
         return
     if not found:
-        notice("No feature passes these filters. Widen a range, or clear the text.", key="none")
+        notice("No feature matches these filters. Widen a range, or clear the search.", key="none")
         _clear(here)
         return
     last = math.ceil(found / PER_PAGE)
@@ -57,40 +57,47 @@ def show(here: Here) -> None:
     _pages(here, found, page, last)
 
 
-def _told(here: Here) -> None:
-    """What no control shows of the filter."""
+def _hidden_filters(here: Here) -> None:
+    """The filters that no control shows."""
     if here.view.list:
         notice(f"Only the features of the list “{visible(here.view.list)}”.", key="of-list")
     if here.view.among:
-        notice(f"Only {len(here.view.among)} chosen features.", key="among")
+        notice(f"Only {len(here.view.among)} selected features.", key="among")
 
 
 @st.fragment
 def _listing(here: Here, scales: dict[str, Scale], found: int, page: int) -> None:
-    """The table and what is done with its rows; ticking one draws nothing else again."""
+    """The table and the actions on its rows; selecting a row redraws nothing else."""
     view, store = here.view, here.store
     columns = shown_columns(here)
     stored = [column.name for column in columns if column.name != LABEL]
     rows = store.features(
-        [*dict.fromkeys(["feature", *stored, "dead", "dense"])], **here.filters(), **view.order(),
-        limit=PER_PAGE, offset=(page - 1) * PER_PAGE,
-    )  # fmt: skip
+        [*dict.fromkeys(["feature", *stored, "dead", "dense"])],
+        **here.filters(),
+        **view.order(),
+        limit=PER_PAGE,
+        offset=(page - 1) * PER_PAGE,
+    )
     headings = [*(_heading(column, view) for column in columns), Heading("marks", align="left")]
     cells = [_cells(row, columns, here, scales) for row in rows.to_dict("records")]
-    chosen = _chosen()
-    _with_chosen(here, chosen, found)
+    selected = _selected()
+    _actions(here, selected, found)
     table(
-        headings, cells, name="Features", key="features", height="calc(100vh - 19rem)",
-        selected=chosen.get(store.sae, []),
-        on_select=lambda features: chosen.update({store.sae: features}),
-    )  # fmt: skip
+        headings,
+        cells,
+        name="Features",
+        key="features",
+        height="calc(100vh - 19rem)",
+        selected=selected.get(store.sae, []),
+        on_select=lambda features: selected.update({store.sae: features}),
+    )
 
 
 def _pages(here: Here, found: int, page: int, last: int) -> None:
     view, first = here.view, (page - 1) * PER_PAGE
     with st.container(horizontal=True, vertical_alignment="center"):
         total = here.store.info()["d_sae"]
-        of = f"{found:,} that pass, of {total:,}" if found < total else f"{total:,} features"
+        of = f"{found:,} matching features ({total:,} in all)" if found < total else f"{total:,} features"
         st.caption(f"{first + 1:,} to {min(first + PER_PAGE, found):,} of {of}", width="content")
         if last > 1:
             st.session_state["page"] = page
@@ -103,40 +110,48 @@ def _pages(here: Here, found: int, page: int, last: int) -> None:
             _clear(here)
 
 
-def _chosen() -> dict[str, list[int]]:
-    chosen: dict[str, list[int]] = st.session_state.setdefault(CHOSEN, {})
-    return chosen
+def _selected() -> dict[str, list[int]]:
+    selected: dict[str, list[int]] = st.session_state.setdefault(SELECTED, {})
+    return selected
 
 
-def _with_chosen(here: Here, chosen: dict[str, list[int]], found: int) -> None:
-    """What can be done with the ticked features, or with all that pass when none is."""
-    ticked = chosen.get(here.store.sae, [])
+def _actions(here: Here, selected: dict[str, list[int]], found: int) -> None:
+    """What can be done with the selected features, or with all that match when none is selected."""
+    ticked = selected.get(here.store.sae, [])
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         if ticked:
-            st.caption(f"{len(ticked):,} chosen", width="content")
+            st.caption(f"{len(ticked):,} selected", width="content")
             only = replace(here.view.cleared(), among=tuple(ticked[:MOST_AMONG]))
             if st.button("Show only these", type="tertiary"):
                 here.show(only)
                 st.rerun()  # all of the page, of which this is a part
             _add_to_list(here, ticked)
-            st.button("Clear choice", on_click=chosen.clear, type="tertiary")
+            st.button("Clear selection", on_click=selected.clear, type="tertiary")
         else:
-            st.caption(f"{found:,} features; tick some to put them on a list", width="content")
+            st.caption(f"{found:,} features; select some to add them to a list", width="content")
         st.space("stretch")
-        whose = "chosen" if ticked else "listed"
+        whose = "selected" if ticked else "listed"
         st.download_button(
-            "CSV", lambda: as_csv(_frame(here, chosen)), "features.csv", on_click="ignore", type="tertiary",
+            "CSV",
+            lambda: as_csv(_frame(here, selected)),
+            "features.csv",
+            on_click="ignore",
+            type="tertiary",
             help=f"All columns of the {whose} features.",
-        )  # fmt: skip
+        )
         st.download_button(
-            "Parquet", lambda: as_parquet(_frame(here, chosen)), "features.parquet", on_click="ignore",
-            type="tertiary", help=f"All columns of the {whose} features.",
-        )  # fmt: skip
+            "Parquet",
+            lambda: as_parquet(_frame(here, selected)),
+            "features.parquet",
+            on_click="ignore",
+            type="tertiary",
+            help=f"All columns of the {whose} features.",
+        )
 
 
-def _frame(here: Here, chosen: dict[str, list[int]]) -> pd.DataFrame:
-    """All columns and labels of the ticked features, or of those listed, in the order of the table."""
-    ticked = chosen.get(here.store.sae)
+def _frame(here: Here, selected: dict[str, list[int]]) -> pd.DataFrame:
+    """All columns and labels of the selected features, or of those listed, in the order of the table."""
+    ticked = selected.get(here.store.sae)
     wanted = {"among": ticked} if ticked else here.filters()
     frame = here.store.features(**wanted, **here.view.order())
     frame.insert(1, LABEL, [here.names.get(feature) for feature in frame["feature"]])
@@ -158,9 +173,13 @@ def _add_to_list(here: Here, ticked: list[int]) -> None:
     with st.popover("Add to list", type="tertiary"):
         known = here.annotations.lists()["name"].tolist()
         name = st.selectbox(
-            "List", known, index=None, accept_new_options=True, key="list-name",
+            "List",
+            known,
+            index=None,
+            accept_new_options=True,
+            key="list-name",
             placeholder="a list, or the name of a new one",
-        )  # fmt: skip
+        )
 
         def add() -> None:
             here.annotations.add_to_list(str(name), ticked)
@@ -183,9 +202,12 @@ def _columns(here: Here) -> None:
             here.show(replace(view, columns=() if wanted == own else tuple(wanted)))
 
         st.multiselect(
-            "Columns of the table", list(possible), format_func=lambda name: possible[name].label,
-            key="columns", on_change=apply,
-        )  # fmt: skip
+            "Columns of the table",
+            list(possible),
+            format_func=lambda name: possible[name].label,
+            key="columns",
+            on_change=apply,
+        )
         st.caption("In the order in which they are chosen. None chosen: those that the table begins with.")
 
 
@@ -194,14 +216,11 @@ def available(here: Here) -> list[Column]:
 
 
 def default_columns(here: Here) -> list[Column]:
-    return [
-        column for column in available(here)
-        if column.default and (column.name != LABEL or here.names)
-    ]  # fmt: skip
+    return [column for column in available(here) if column.default and (column.name != LABEL or here.names)]
 
 
 def shown_columns(here: Here) -> list[Column]:
-    """Those of the URL, the number of the feature always first."""
+    """The columns that the URL names; the number of the feature is always first."""
     named = {column.name: column for column in available(here)}
     wanted = [named[name] for name in here.view.columns if name in named]
     if not wanted:
@@ -210,7 +229,7 @@ def shown_columns(here: Here) -> list[Column]:
 
 
 def _views(here: Here) -> None:
-    """Saved views: a link each, and a place to save the one on the screen."""
+    """Saved views: a link to each, and a field that saves the view on the screen."""
     popover = st.popover("Saved views", key="views-open", on_change="rerun")
     if not popover.open:
         return
@@ -229,8 +248,13 @@ def _views(here: Here) -> None:
 
         st.button("Save this view", on_click=attempt, args=(save,))
         if saved:
-            gone = st.selectbox("Remove", [one["name"] for one in saved], index=None, key="view-gone",
-                                placeholder="a saved view")  # fmt: skip
+            gone = st.selectbox(
+                "Remove",
+                [one["name"] for one in saved],
+                index=None,
+                key="view-gone",
+                placeholder="a saved view",
+            )
 
             def remove() -> None:
                 here.annotations.remove_view(str(gone))
@@ -239,7 +263,7 @@ def _views(here: Here) -> None:
 
 
 def _saved(here: Here, query: str) -> str:
-    """A link to a saved view, of which only what a view can say is taken over."""
+    """A link to a saved view; parameters that a view does not have are dropped."""
     params = dict(parse_qsl(query, keep_blank_values=True))
     return View.from_query(params, sae=here.view.sae, columns=SORTABLE).url(PATH)
 

@@ -1,6 +1,6 @@
 export default function ({ parentElement, data }) {
   const root = container(parentElement, "div")
-  if (!data.remarks.length) root.append(el("p", { class: "none" }, "No comment yet."))
-  root.append(...data.remarks.map(({ text, author, time }) =>
+  if (!data.comments.length) root.append(el("p", { class: "none" }, "No comment yet."))
+  root.append(...data.comments.map(({ text, author, time }) =>
     el("article", {}, el("div", { class: "who" }, el("bdi", {}, author), ` · ${time}`), el("div", { class: "what", dir: "auto" }, text))))
 }
