@@ -1,31 +1,39 @@
 """Pictures of the explorer: ``python tests/end_to_end/screenshots.py STORE OUTDIR [FEATURE]``.
 
 Each page at 1366x900 and, with ``-390`` in the name, at the width of a telephone; ``-dark`` on a dark screen.
+With ``--docs`` only the light ones at 1366x900, in few colors: the pictures of the documentation, which are
+kept in docs/images/explorer.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlencode
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 ROOT = Path(__file__).parents[2]
 TEXT = "The Congress of the United States has passed a bill to raise the pay of our soldiers."
 TOKEN = " Congress"
 QUERY = "SELECT top_token, count(*) AS n FROM feature GROUP BY ALL ORDER BY n DESC LIMIT 20"
 SIZES = {"": (1366, 900), "-390": (390, 844)}
+SCHEMES = ("light", "dark")
+BUTTONS = {"map": "Draw the map", "compare": "Match the features", "steer": "Steer"}
+"""Page -> the button that makes what it shows."""
+LONGEST_JOB = 300_000
+"""In milliseconds."""
+COLORS = 96
+"""Of a picture of the documentation: few enough for a file below 150 KB."""
 
 
-def take(store: Path, out: Path, feature: int | None = None) -> list[Path]:
-    """Write the pictures of ``store`` into ``out``; by default of the feature that fires hardest."""
-    from saebench.store.query import open_store
-    from tests.end_to_end.serving import browser, served, settle
-
-    if feature is None:
-        with open_store(store) as opened:
-            listed = opened.features(flags={"dense": False}, order_by="max_act", descending=True, limit=1)
-        feature = int(listed["feature"].iloc[0])
-    pages = {
+def pages(feature: int) -> dict[str, str]:
+    """Name of the picture -> the URL of its page."""
+    return {
         "features": "features?dead=hide&dense=hide&sort=max_act&desc=1",
         "feature": f"feature?f={feature}",
         "store": "",
@@ -40,27 +48,75 @@ def take(store: Path, out: Path, feature: int | None = None) -> list[Path]:
         "lists": "lists",
         "sql": f"sql?{urlencode({'query': QUERY})}",
     }
+
+
+def showcase_feature(store: Path) -> int:
+    """The feature with the largest activation, of those that are not dense."""
+    from saebench.store.query import open_store
+
+    with open_store(store) as opened:
+        listed = opened.features(flags={"dense": False}, order_by="max_act", descending=True, limit=1)
+    return int(listed["feature"].iloc[0])
+
+
+def take(store: Path, out: Path, feature: int | None = None, *, docs: bool = False) -> list[Path]:
+    """Write the pictures of ``store`` into ``out``."""
+    from tests.end_to_end.serving import browser, served
+
+    feature = showcase_feature(store) if feature is None else feature
     out.mkdir(parents=True, exist_ok=True)
     taken = []
     with served(store.resolve()) as address, browser() as chromium:
-        for scheme in ("light", "dark"):
-            for suffix, (width, height) in SIZES.items():
+        for scheme in SCHEMES[:1] if docs else SCHEMES:
+            for suffix, (width, height) in list(SIZES.items())[: 1 if docs else None]:
                 context = chromium.new_context(
                     viewport={"width": width, "height": height}, color_scheme=scheme
                 )
                 page = context.new_page()
-                for name, path in pages.items():
+                for name, path in pages(feature).items():
                     page.goto(f"{address}/{path}")
-                    page.wait_for_selector("h1")
-                    settle(page)
-                    page.wait_for_timeout(500)  # plots and fonts fade in
+                    draw(page, BUTTONS.get(name))
                     taken.append(out / f"{name}{suffix}{'-dark' if scheme == 'dark' else ''}.png")
                     page.screenshot(path=taken[-1])
+                    if docs:
+                        reduce_colors(taken[-1])
                 context.close()
     return taken
 
 
+def draw(page: Page, button: str | None) -> None:
+    """Wait until the page is drawn, with the result of its job if it has one."""
+    from playwright.sync_api import Error
+
+    from tests.end_to_end.serving import settle
+
+    page.wait_for_selector("h1")
+    with contextlib.suppress(Error):  # the page of a run in training does not settle
+        settle(page)
+    start = page.get_by_role("button", name=button, exact=True) if button else None
+    if start is not None and start.count():
+        start.click()
+        page.get_by_role("button", name="Stop").wait_for()
+        page.get_by_role("button", name="Stop").wait_for(state="detached", timeout=LONGEST_JOB)
+        settle(page)
+    page.wait_for_timeout(500)  # plots and fonts fade in
+
+
+def reduce_colors(picture: Path) -> None:
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        few = image.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
+    few.save(picture, optimize=True)
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    for picture in take(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:4])):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("feature", type=int, nargs="?")
+    parser.add_argument("--docs", action="store_true")
+    given = parser.parse_args()
+    for picture in take(given.store, given.out, given.feature, docs=given.docs):
         print(picture)

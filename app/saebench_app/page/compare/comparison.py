@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 
 import pandas as pd
 import streamlit as st
@@ -49,6 +49,10 @@ class Comparison(Query):
             if name not in saes:
                 raise UserError(f"{name!r} is not an SAE of this store; there is {', '.join(saes)}")
         return here.read(cls, a=a, b=b)
+
+    def with_feature(self, side: str, feature: int | None) -> Comparison:
+        """The same with another feature of SAE a or b."""
+        return replace(self, fa=feature) if side == "a" else replace(self, fb=feature)
 
     def ascending(self) -> bool:
         """Similarities begin with the largest, numbers of features with the smallest."""

@@ -84,7 +84,7 @@ def _one(here: Here, this: Comparison, side: str, store: FeatureStore, feature: 
         value=None,
         key=key,
         width=220,
-        on_change=lambda: here.show(here.view, replace(this, **{key: st.session_state[key]})),
+        on_change=lambda: here.show(here.view, this.with_feature(side, st.session_state[key])),
     )
     if feature is None:
         notice(f"No feature of {sae} fires on the same tokens.", key=f"none-{side}")
@@ -123,7 +123,7 @@ def _counterparts(here: Here, this: Comparison, side: str, firings: pd.DataFrame
     if not len(firings):
         notice("No feature fires there.", key=f"nothing-{side}")
         return
-    target = "fb" if side == "a" else "fa"
+    target = "b" if side == "a" else "a"
     headings = [
         Heading("feature", align="left", help=f"of {other}"),
         Heading("top token", align="left"),
@@ -139,7 +139,7 @@ def _counterparts(here: Here, this: Comparison, side: str, firings: pd.DataFrame
             Cell(
                 str(row["feature"]),
                 exact=int(row["feature"]),
-                href=here.view.url(PATH, replace(this, **{target: int(row["feature"])})),
+                href=here.view.url(PATH, this.with_feature(target, int(row["feature"]))),
             ),
             token_cell(row["top_token"]),
             Cell(count(row["n_both"]), exact=int(row["n_both"])),

@@ -41,14 +41,14 @@ def show_tokens(
     if asked.f is not None and asked.f in known:
         one = known[asked.f]
         acts = _activations(reading, one.feature)
-        url = here.view.url("feature", f=one.feature)
+        page = here.view.url("feature", f=one.feature)
         steer = here.view.url("steer", f=one.feature, text=asked.text2 if second else asked.text)
         links = [
             ("steer", steer, f"Steer feature {one.feature} on this text"),
             ("clear", url(here, replace(asked, f=None)), "Show the text alone"),
         ]
         scale = one.max_act or max(map(abs, acts))
-        lanes = [Lane(acts, scale, f"Feature {one.feature}", url, one.words, links)]
+        lanes = [Lane(acts, scale, f"Feature {one.feature}", page, one.words, links)]
     passage(
         reading.pieces,
         lanes,
