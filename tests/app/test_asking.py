@@ -131,7 +131,7 @@ def test_two_texts_are_compared(visit: Visit, world: World, model: Model) -> Non
     assert column(app, "difference", "changes") == found["difference"].tolist()
     assert len(data(app, "passage2")["spans"]) == len(model.tokens.encode(other))
     app.slider(key="prompt_cut").set_value(-3.0).run()
-    assert "denser" in data(app, "none")["text"]
+    assert "density limit" in data(app, "none")["text"]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -145,7 +145,7 @@ def test_any_text_is_shown_as_it_is(visit: Visit, world: World, text: str) -> No
 
 def test_controls_write_the_url_of_the_prompt(visit: Visit, world: World) -> None:
     app = visit(world.store, "prompt")
-    assert "Write a text" in data(app, "empty")["text"]
+    assert "Enter a text" in data(app, "empty")["text"]
     app.text_area(key="prompt_text").set_value(TEXT).run()
     assert url(app) == {"sae": "tiny", "text": TEXT}
     app.toggle(key="prompt_bos").set_value(True).run()
@@ -285,7 +285,7 @@ def test_steering_shows_what_the_library_writes(
     assert [span[0] for span in data(app, "steered")["spans"]] == [TEXT, visible(text["steered"])]
     strength = settings["strength"][0]
     nexts = found.next_tokens[found.next_tokens["strength"] == strength]
-    assert column(app, "log-probability", "next") == pytest.approx(nexts["difference"].tolist())
+    assert column(app, "change", "next") == pytest.approx(nexts["difference"].tolist())
     assert (shown(app, "sweep") is not None) == (len(settings["strength"]) > 1)
     app.number_input(key="steer_new").set_value(7).run()
     assert shown(app, "steered") is None
@@ -295,7 +295,7 @@ def test_strengths_that_are_no_numbers_are_a_sentence(visit: Visit, world: World
     for strength in ("a", "1,nan", ",", ",".join("1" * 13)):
         app = visit(world.store, "steer", text=TEXT, f=3, strength=strength)
         assert "numbers with commas" in data(app, "strengths")["text"]
-    assert "Name a feature" in data(visit(world.store, "steer", text=TEXT), "empty")["text"]
+    assert "Enter a feature" in data(visit(world.store, "steer", text=TEXT), "empty")["text"]
 
 
 # The store, copied and gone

@@ -54,7 +54,7 @@ def test_a_run_that_goes_on_is_read_on(two: Path, tmp_path: Path, monkeypatch: p
     app._page_hash = calc_hash("train")
     app.run()
     assert column(app, "state", "last") == ["running"]
-    assert "No step" in shown(app, "waiting")["text"]  # type: ignore[index]
+    assert "not reported a step" in shown(app, "waiting")["text"]  # type: ignore[index]
     with open(run / "metrics.jsonl", "a") as file:
         file.write("".join(json.dumps(line) + "\n" for line in METRICS[:2]) + '{"step": 3, "tok')
     app.run()

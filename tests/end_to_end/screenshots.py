@@ -66,7 +66,7 @@ def take(store: Path, out: Path, feature: int | None = None, *, docs: bool = Fal
     feature = showcase_feature(store) if feature is None else feature
     out.mkdir(parents=True, exist_ok=True)
     taken = []
-    with served(store.resolve()) as address, browser() as chromium:
+    with served(store) as address, browser() as chromium:
         for scheme in SCHEMES[:1] if docs else SCHEMES:
             for suffix, (width, height) in list(SIZES.items())[: 1 if docs else None]:
                 context = chromium.new_context(

@@ -126,7 +126,7 @@ def tiles(row: dict[str, Any], here: Here) -> list[Statistic]:
         Statistic(
             "Mean activation",
             mean,
-            f"std {number(row['std_act'])}, median {number(row['p50'])}",
+            f"std {number(row['std_act'])}, p50 {number(row['p50'])}",
             row["mean_act"],
             "over the tokens on which it fires, ± its standard error",
         ),
@@ -150,5 +150,5 @@ def tiles(row: dict[str, Any], here: Here) -> list[Statistic]:
             )
         )
     cosine = row["enc_dec_cos"]
-    found.append(Statistic("Encoder-decoder cosine", number(cosine), "of the two directions", cosine))
+    found.append(Statistic("Enc-dec cosine", number(cosine), "of both directions", cosine))
     return found

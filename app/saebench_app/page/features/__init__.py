@@ -15,7 +15,7 @@ from saebench.core.errors import UserError
 from saebench.core.formatting import count, is_absent, number, share, visible
 from saebench_app.components.notice import notice
 from saebench_app.components.table import Cell, Heading, table, text_cell, token_cell
-from saebench_app.page.features.columns import COLUMNS, SORTABLE, Column, Kind
+from saebench_app.page.features.columns import SORTABLE, Column, Kind, choose_columns, shown_columns
 from saebench_app.page.features.filters import Scale, filters, find_scales
 from saebench_app.session import Here, attempt
 from saebench_app.view import LABEL, MOST_AMONG, View
@@ -37,7 +37,7 @@ def show(here: Here) -> None:
     with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
         st.title("Features", width="content")
         with st.container(horizontal=True, width="content"):
-            _columns(here)
+            choose_columns(here)
             _views(here)
     filters(here, scales)
     _hidden_filters(here)
@@ -185,47 +185,6 @@ def _add_to_list(here: Here, ticked: list[int]) -> None:
             here.annotations.add_to_list(str(name), ticked)
 
         st.button("Add", key="add-chosen", on_click=attempt, args=(add,), disabled=not name)
-
-
-def _columns(here: Here) -> None:
-    view = here.view
-    popover = st.popover("Columns", key="columns-open", on_change="rerun")
-    if not popover.open:
-        return
-    with popover:
-        possible = {column.name: column for column in available(here)}
-        st.session_state["columns"] = [column.name for column in shown_columns(here)]
-
-        def apply() -> None:
-            wanted = st.session_state["columns"]
-            own = [column.name for column in default_columns(here)]
-            here.show(replace(view, columns=() if wanted == own else tuple(wanted)))
-
-        st.multiselect(
-            "Columns of the table",
-            list(possible),
-            format_func=lambda name: possible[name].label,
-            key="columns",
-            on_change=apply,
-        )
-        st.caption("In the order in which they are chosen. None chosen: those that the table begins with.")
-
-
-def available(here: Here) -> list[Column]:
-    return [column for column in COLUMNS if column.needs in here.store.tables]
-
-
-def default_columns(here: Here) -> list[Column]:
-    return [column for column in available(here) if column.default and (column.name != LABEL or here.names)]
-
-
-def shown_columns(here: Here) -> list[Column]:
-    """The columns that the URL names; the number of the feature is always first."""
-    named = {column.name: column for column in available(here)}
-    wanted = [named[name] for name in here.view.columns if name in named]
-    if not wanted:
-        return default_columns(here)
-    return [named["feature"], *(column for column in wanted if column.name != "feature")]
 
 
 def _views(here: Here) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import streamlit as st
+
 from saebench.store.schema import feature_column
+from saebench_app.session import Here
 from saebench_app.view import LABEL
 
 Kind = Literal["id", "token", "text", "count", "share", "number", "density", "size", "feature"]
@@ -75,3 +78,44 @@ COLUMNS = (
     Column("loss_estimate_n", "contexts estimated", "count", "effect", default=False),
 )
 SORTABLE = tuple(column.name for column in COLUMNS if column.name != LABEL)
+
+
+def choose_columns(here: Here) -> None:
+    view = here.view
+    popover = st.popover("Columns", key="columns-open", on_change="rerun")
+    if not popover.open:
+        return
+    with popover:
+        possible = {column.name: column for column in available(here)}
+        st.session_state["columns"] = [column.name for column in shown_columns(here)]
+
+        def apply() -> None:
+            wanted = st.session_state["columns"]
+            own = [column.name for column in default_columns(here)]
+            here.show(replace(view, columns=() if wanted == own else tuple(wanted)))
+
+        st.multiselect(
+            "Columns of the table",
+            list(possible),
+            format_func=lambda name: possible[name].label,
+            key="columns",
+            on_change=apply,
+        )
+        st.caption("Columns are shown in the order of selection; with none, the default ones.")
+
+
+def default_columns(here: Here) -> list[Column]:
+    return [column for column in available(here) if column.default and (column.name != LABEL or here.names)]
+
+
+def available(here: Here) -> list[Column]:
+    return [column for column in COLUMNS if column.needs in here.store.tables]
+
+
+def shown_columns(here: Here) -> list[Column]:
+    """The columns that the URL names; the number of the feature is always first."""
+    named = {column.name: column for column in available(here)}
+    wanted = [named[name] for name in here.view.columns if name in named]
+    if not wanted:
+        return default_columns(here)
+    return [named["feature"], *(column for column in wanted if column.name != "feature")]

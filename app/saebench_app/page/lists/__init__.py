@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import streamlit as st
 
-from saebench.core.errors import UserError
 from saebench.core.formatting import share, visible
 from saebench_app.components.head import Choice as Links
 from saebench_app.components.head import Head, Option, heading
 from saebench_app.components.notice import notice
 from saebench_app.components.table import Cell, Heading, table, text_cell, token_cell
+from saebench_app.page.lists.files import show_files
 from saebench_app.session import Here, attempt
 from saebench_app.url import Choice, Query, parameter
 from saebench_app.view import View
@@ -48,7 +47,7 @@ def show(here: Here) -> None:
         Option(label, here.view.url(PATH, Part(part=name)), name == part) for name, label in PARTS.items()
     ]
     heading(Head("", choices=(Links("Kind of annotation", options),)), key="parts")
-    {"lists": _lists, "bookmarks": _bookmarks, "labels": _labels, "comments": _comments, "files": _files}[
+    {"lists": _lists, "bookmarks": _bookmarks, "labels": _labels, "comments": _comments, "files": show_files}[
         part
     ](here)
 
@@ -268,40 +267,6 @@ WHOSE = [Heading("author", align="left"), Heading("time")]
 
 def _whose(one: dict[str, Any]) -> list[Cell]:
     return [text_cell(one["author"]), Cell(_time(one["time"]))]
-
-
-# Files
-
-
-def _files(here: Here) -> None:
-    st.caption(
-        "One JSON file holds the labels, bookmarks, comments, lists and saved views of all SAEs of this "
-        "store. They are keyed by the hash of the SAE's weights, so another store with the same SAE can "
-        "import them."
-    )
-    st.download_button(
-        "Export as JSON",
-        lambda: json.dumps(here.annotations.export_json(), ensure_ascii=False, indent=1),
-        "annotations.json",
-        mime="application/json",
-        on_click="ignore",
-    )
-    file = st.file_uploader("Import from JSON", type="json", key="import", max_upload_size=50)
-    if file is None:
-        return
-
-    def take_in() -> None:
-        try:
-            content = json.loads(file.getvalue())
-        except (ValueError, RecursionError):
-            raise UserError("the file is not JSON; export one here or with export_json") from None
-        if not isinstance(content, dict):
-            raise UserError("the file is not an export of annotations; make one with export_json")
-        st.session_state["imported"] = here.annotations.import_json(content)
-
-    st.button("Import", on_click=attempt, args=(take_in,))
-    if (n := st.session_state.pop("imported", None)) is not None:
-        notice(f"{n} new or newer entries were imported.", key="imported-notice")
 
 
 # Links
