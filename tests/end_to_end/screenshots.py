@@ -91,13 +91,16 @@ def draw(page: Page, button: str | None) -> None:
     from tests.end_to_end.serving import settle
 
     page.wait_for_selector("h1")
-    with contextlib.suppress(Error):  # the page of a run in training does not settle
-        settle(page)
+    for _ in range(4):  # loading the model takes longer on a busy machine
+        with contextlib.suppress(Error):
+            settle(page)
+            break
     start = page.get_by_role("button", name=button, exact=True) if button else None
     if start is not None and start.count():
         start.click()
-        page.get_by_role("button", name="Stop").wait_for()
-        page.get_by_role("button", name="Stop").wait_for(state="detached", timeout=LONGEST_JOB)
+        stop = page.get_by_test_id("stMain").get_by_role("button", name="Stop")
+        stop.wait_for()
+        stop.wait_for(state="detached", timeout=LONGEST_JOB)
         settle(page)
     page.wait_for_timeout(500)  # plots and fonts fade in
 

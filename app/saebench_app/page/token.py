@@ -112,7 +112,7 @@ def _token(here: Here, asked: Asked, token: dict[str, Any]) -> None:
     text, id_ = visible(token["text"], spaces="edges"), int(token["token"])
     tiles = [
         Statistic("Token", text, f"id {id_}"),
-        Statistic("Occurs", count(token["n"]), "times in the text", int(token["n"])),
+        Statistic("Count", count(token["n"]), "occurrences in the text", int(token["n"])),
         Statistic("Frequency", share(token["n"] / n_tokens), "of all tokens", token["n"] / n_tokens),
     ]
     statistics(tiles, key="token-statistics")
@@ -190,7 +190,7 @@ def _examples(here: Here, asked: Asked, token: int, found: pd.DataFrame, known: 
         key="examples",
         place=lambda row: here.view.url("context", c=row["ctx"], f1=feature, pos=row["pos"]),
     )
-    st.caption(f"The {EXAMPLES_SHOWN} largest activations of feature {feature} on this token.")
+    st.caption(f"The largest activations of feature {feature} on this token, at most {EXAMPLES_SHOWN}.")
 
 
 def _found(here: Here, found: pd.DataFrame, title: str) -> None:
