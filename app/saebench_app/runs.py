@@ -1,4 +1,4 @@
-"""The run that an SAE of the store came from: a store keeps no weights, so pages that need them look here.
+"""The run that an SAE of the store came from: a store keeps no weights, which some pages need.
 
 Runs are those named on the command line and those in ``runs`` beside the store; no URL can name one. A run
 belongs to an SAE when its weights have the hash that the store recorded. What a page then needs, the model

@@ -1,4 +1,4 @@
-"""A run on the tiny model and the store of its features: what the pages that run the model look at."""
+"""A run on the tiny model and the store of its features, for the pages that run the model."""
 
 from __future__ import annotations
 

@@ -73,7 +73,9 @@ def test_the_grid_shows_what_the_sae_encodes(visit: Visit, world: World, model: 
 
 
 @pytest.mark.parametrize("by", ["sum", "at"])
-def test_the_grid_is_sorted_as_asked(visit: Visit, world: World, model: Model, by: str) -> None:
+def test_the_grid_is_sorted_by_the_measure_of_the_url(
+    visit: Visit, world: World, model: Model, by: str
+) -> None:
     z_TM = codes(world, model)
     grid = data(visit(world.store, "prompt", text=TEXT, by=by, at=3, bos=1), "heat")
     sizes = z_TM[3] if by == "at" else z_TM.sum(0)
@@ -83,7 +85,7 @@ def test_the_grid_is_sorted_as_asked(visit: Visit, world: World, model: Model, b
     assert [pos for pos, _ in grid["tokens"]] == list(range(len(z_TM)))
 
 
-def test_attribution_is_the_library_s(visit: Visit, world: World, model: Model) -> None:
+def test_the_grid_shows_the_attributions_of_the_library(visit: Visit, world: World, model: Model) -> None:
     app = visit(world.store, "prompt", text=TEXT, by="attribution", at=5)
     found = sb.logit_attribution(TEXT, world.run, model, position=5)
     sums = found.latents.groupby("feature")["attribution"].sum().sort_values(key=abs, ascending=False)
@@ -104,7 +106,9 @@ def test_a_token_lists_its_features(visit: Visit, world: World, model: Model, st
     assert data(app, "passage")["link"] == "prompt?" + "sae=tiny&text=" + TEXT.replace(" ", "+") + "&at="
 
 
-def test_pinned_features_come_first_and_stay(visit: Visit, world: World, model: Model) -> None:
+def test_pinned_features_come_first_whatever_the_density_limit(
+    visit: Visit, world: World, model: Model
+) -> None:
     z_TM = codes(world, model)
     silent = int((z_TM == 0).all(0).nonzero()[0])
     fires = int(z_TM[2].argmax())
@@ -123,7 +127,7 @@ def test_pinned_features_come_first_and_stay(visit: Visit, world: World, model: 
     assert acts == [number(float(z)) if z else "" for z in z_TM[:, fires]]
 
 
-def test_two_texts_are_compared(visit: Visit, world: World, model: Model) -> None:
+def test_a_second_text_lists_the_differences_of_the_library(visit: Visit, world: World, model: Model) -> None:
     other = "the price of corn"
     app = visit(world.store, "prompt", text=TEXT, text2=other)
     found = sb.compare_prompts(TEXT, other, world.run, model).head(ROWS)
@@ -159,7 +163,7 @@ def test_controls_write_the_url_of_the_prompt(visit: Visit, world: World) -> Non
     assert "text2" not in url(app)
 
 
-def test_a_text_that_is_too_long_is_a_sentence(visit: Visit, world: World) -> None:
+def test_a_text_that_is_too_long_gives_an_error(visit: Visit, world: World) -> None:
     app = visit(world.store, "prompt", text="no " * 90)
     assert "shorten it" in data(app, "error")["text"]
 
@@ -173,7 +177,7 @@ def test_without_a_run_the_page_says_what_to_do(visit: Visit, small_store: Path,
 # Token
 
 
-def test_a_token_shows_the_store_s_numbers(visit: Visit, world: World, store: FeatureStore) -> None:
+def test_a_token_shows_the_numbers_of_the_store(visit: Visit, world: World, store: FeatureStore) -> None:
     token = store.find_tokens(limit=1).iloc[0]
     for wanted in (token["text"], f"#{token['token']}"):
         app = visit(world.store, "token", t=wanted, by="lift")
@@ -210,7 +214,9 @@ def test_tokens_are_found_by_a_part_of_them(visit: Visit, world: World, store: F
 
 
 @pytest.mark.parametrize(("page", "key"), [("token", "no-tokens"), ("context", "no-contexts")])
-def test_without_text_there_is_a_reason(visit: Visit, textless_store: Path, page: str, key: str) -> None:
+def test_a_store_without_text_gives_the_reason(
+    visit: Visit, textless_store: Path, page: str, key: str
+) -> None:
     with open_store(textless_store) as opened:
         reasons = set(opened.info()["missing"].values())
     said = data(visit(textless_store, page), key)["text"]
@@ -220,7 +226,9 @@ def test_without_text_there_is_a_reason(visit: Visit, textless_store: Path, page
 # Context
 
 
-def test_features_are_laid_over_a_context(visit: Visit, world: World, store: FeatureStore) -> None:
+def test_a_context_shows_the_activations_of_its_features(
+    visit: Visit, world: World, store: FeatureStore
+) -> None:
     fires = store.context_features(2)
     features = fires["feature"].value_counts().index[:3].tolist()
     pos = int(fires[fires["feature"] == features[0]]["pos"].iloc[0])
@@ -244,7 +252,7 @@ def test_features_are_laid_over_a_context(visit: Visit, world: World, store: Fea
     assert url(app) == {"sae": "tiny", "c": "3", **{name: str(f) for name, f in query.items()}}
 
 
-def test_without_an_index_by_context_the_work_waits_for_a_click(visit: Visit, small_store: Path) -> None:
+def test_without_an_index_by_context_the_search_waits_for_a_click(visit: Visit, small_store: Path) -> None:
     app = visit(small_store, "context", pos=3)
     assert "--with-context-index" in data(app, "no-index")["text"]
     next(button for button in app.button if button.label == "Find the features").click().run()
@@ -252,7 +260,7 @@ def test_without_an_index_by_context_the_work_waits_for_a_click(visit: Visit, sm
         assert column(app, "activation", "fires") == opened.firing_at(0, 3)["value"].tolist()
 
 
-def test_places_that_are_not_there_are_a_sentence(visit: Visit, world: World) -> None:
+def test_a_context_or_feature_that_does_not_exist_gives_an_error(visit: Visit, world: World) -> None:
     for query in ({"c": 10**6}, {"c": 0, "f1": D_SAE}):
         assert "not in" in data(visit(world.store, "context", **query), "error")["text"]
 
@@ -271,7 +279,7 @@ def test_places_that_are_not_there_are_a_sentence(visit: Visit, world: World) ->
         ),
     ],
 )
-def test_steering_shows_what_the_library_writes(
+def test_steering_shows_the_texts_of_the_library(
     visit: Visit, world: World, model: Model, query: dict[str, str], settings: dict[str, Any]
 ) -> None:
     app = visit(world.store, "steer", text=TEXT, f="3,5", new=6, **query)
@@ -291,7 +299,7 @@ def test_steering_shows_what_the_library_writes(
     assert shown(app, "steered") is None
 
 
-def test_strengths_that_are_no_numbers_are_a_sentence(visit: Visit, world: World) -> None:
+def test_strengths_that_are_not_numbers_give_an_error(visit: Visit, world: World) -> None:
     for strength in ("a", "1,nan", ",", ",".join("1" * 13)):
         app = visit(world.store, "steer", text=TEXT, f=3, strength=strength)
         assert "numbers with commas" in data(app, "strengths")["text"]
@@ -301,7 +309,7 @@ def test_strengths_that_are_no_numbers_are_a_sentence(visit: Visit, world: World
 # The store, copied and gone
 
 
-def test_a_run_that_goes_away_is_a_sentence(visit: Visit, world: World, tmp_path: Path) -> None:
+def test_a_run_that_is_deleted_gives_an_error(visit: Visit, world: World, tmp_path: Path) -> None:
     shutil.copytree(world.store, tmp_path / "store")
     shutil.copytree(world.run, tmp_path / "runs" / "tiny")
     app = visit(tmp_path / "store", "prompt", text=TEXT)

@@ -15,7 +15,7 @@ from tests.store.small_store import small_sae
 Visit = Callable[..., AppTest]
 
 
-def test_two_saes_side_by_side(visit: Visit, two: Path, own_cache: Path) -> None:
+def test_two_saes_are_shown_side_by_side(visit: Visit, two: Path, own_cache: Path) -> None:
     app = visit(two, "compare")
     assert not app.exception
     with open_store(two) as store:
@@ -54,7 +54,7 @@ def test_features_are_matched_as_the_library_does(visit: Visit, two: Path, own_c
     assert column(turned, "similarity", "pairs") == pytest.approx(pairs["similarity"].tolist()[::-1])
 
 
-def test_what_cannot_be_matched_says_why(visit: Visit, two: Path, own_cache: Path) -> None:
+def test_saes_that_cannot_be_matched_give_the_reason(visit: Visit, two: Path, own_cache: Path) -> None:
     app = visit(two, "compare", a="small", b="other", by="activation")
     app = finish(app.button(key="start-match").click().run())
     assert not app.exception
@@ -87,7 +87,7 @@ def test_a_counterpart_is_found_without_runs(
     assert url(app) == {"sae": "small", "a": "small", "b": "other", "fa": str(feature), "fb": "5"}
 
 
-def test_without_runs_or_a_second_sae_it_says_what_to_do(
+def test_without_runs_or_a_second_sae_the_page_says_what_to_do(
     visit: Visit, small_store: Path, tmp_path: Path, own_cache: Path
 ) -> None:
     alone = shown(visit(small_store, "compare"), "empty")
@@ -100,7 +100,9 @@ def test_without_runs_or_a_second_sae_it_says_what_to_do(
     assert without.number_input(key="fa")
 
 
-def test_swapped_and_unknown(visit: Visit, two: Path, own_cache: Path) -> None:
+def test_swap_exchanges_the_saes_and_unknown_names_give_an_error(
+    visit: Visit, two: Path, own_cache: Path
+) -> None:
     app = visit(two, "compare", a="small", b="other", fa=1, fb=2)
     next(button for button in app.button if button.label == "Swap").click().run()
     assert url(app) == {"sae": "small", "a": "other", "b": "small", "fa": "2", "fb": "1"}

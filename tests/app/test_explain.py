@@ -25,7 +25,7 @@ def explained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store
 
 
-def test_the_numbers_are_the_store_s(visit: Visit, explained: Path) -> None:
+def test_the_explain_page_shows_the_numbers_of_the_store(visit: Visit, explained: Path) -> None:
     app = visit(explained, "explain")
     assert not app.exception
     with open_store(explained) as store:

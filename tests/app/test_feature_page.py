@@ -54,7 +54,7 @@ def test_a_bar_leads_to_examples_from_it_and_back(visit: Visit, small_store: Pat
     assert options(app, "examples", "Which examples")["Bar 40"]["current"]
 
 
-def test_tenths_have_titles_and_folds_are_shown(visit: Visit, small_store: Path) -> None:
+def test_deciles_have_titles_and_examples_name_their_fold(visit: Visit, small_store: Path) -> None:
     app = visit(small_store, "feature", f=0, group="tenths")
     picture = data(app, "examples")["examples"]
     with open_store(small_store) as store:
@@ -65,7 +65,9 @@ def test_tenths_have_titles_and_folds_are_shown(visit: Visit, small_store: Path)
     assert sorted(one["place"][-1] for one in picture) == sorted(map(str, tenths["fold"]))
 
 
-def test_colors_threshold_lines_and_repeats(visit: Visit, small_store: Path) -> None:
+def test_the_url_sets_color_scale_threshold_line_breaks_and_duplicates(
+    visit: Visit, small_store: Path
+) -> None:
     with open_store(small_store) as store:
         rows = store.examples(0, "top").to_dict("records")
         largest = store.feature(0)["max_act"]
@@ -92,7 +94,9 @@ def test_colors_threshold_lines_and_repeats(visit: Visit, small_store: Path) -> 
 
 
 @pytest.mark.parametrize("role", ["previous", "active", "next"])
-def test_tokens_on_it_and_beside_it(visit: Visit, small_store: Path, role: str) -> None:
+def test_the_token_panel_shows_active_previous_and_next_tokens(
+    visit: Visit, small_store: Path, role: str
+) -> None:
     app = visit(small_store, "feature", f=3, role=role)
     with open_store(small_store) as store:
         tokens = store.tokens(3, role)
@@ -101,7 +105,9 @@ def test_tokens_on_it_and_beside_it(visit: Visit, small_store: Path, role: str) 
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder", "cofire", "correlation"])
-def test_neighbors_of_every_kind_with_their_names(visit: Visit, rich_store: Path, kind: str) -> None:
+def test_similar_features_of_every_kind_are_listed_with_their_names(
+    visit: Visit, rich_store: Path, kind: str
+) -> None:
     app = visit(rich_store, "feature", f=0, near=kind)
     with open_store(rich_store) as store:
         near = store.neighbors(0, kind).head(10)
@@ -113,7 +119,7 @@ def test_neighbors_of_every_kind_with_their_names(visit: Visit, rich_store: Path
         assert column(app, "name", "neighbors") == [visible(name) if name else None for name in called]
 
 
-def test_what_is_folded_asks_the_store_nothing(
+def test_a_closed_part_asks_the_store_nothing(
     visit: Visit, rich_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from saebench.store.query import FeatureStore
@@ -126,7 +132,7 @@ def test_what_is_folded_asks_the_store_nothing(
     assert asked == []
 
 
-def test_explanations_scores_and_verdicts(visit: Visit, rich_store: Path) -> None:
+def test_explanations_are_shown_with_scores_and_verdicts(visit: Visit, rich_store: Path) -> None:
     app = visit(rich_store, "feature", f=3)
     lead = data(app, "lead")
     assert (lead["label"], lead["explanation"]) == (HOSTILE, f"{HOSTILE} 3")
@@ -145,12 +151,12 @@ def test_explanations_scores_and_verdicts(visit: Visit, rich_store: Path) -> Non
         assert column(app, "lift", "labels") == store.labels(3)["lift"].tolist()
 
 
-def test_an_unexplained_feature_says_how(visit: Visit, rich_store: Path) -> None:
+def test_a_feature_without_explanation_names_the_command(visit: Visit, rich_store: Path) -> None:
     app = visit(rich_store, "feature", f=1, open="explanations")
     assert "saebench explain" in data(app, "unexplained")["text"]
 
 
-def test_intervals_are_the_library_s(visit: Visit, small_store: Path) -> None:
+def test_the_tiles_show_the_intervals_of_the_library(visit: Visit, small_store: Path) -> None:
     from saebench.core.formatting import number, share
     from saebench.store.intervals import standard_error, wilson
 
@@ -188,7 +194,7 @@ def test_random_stays_within_the_filter(visit: Visit, small_store: Path) -> None
     assert url(app)["dense"] == "only"
 
 
-def test_what_cannot_be_written_is_said(visit: Visit, own_store: Path) -> None:
+def test_an_annotation_that_cannot_be_written_gives_an_error(visit: Visit, own_store: Path) -> None:
     app = visit(own_store, "feature", f=7)
     (own_store / "user.sqlite").write_bytes(b"no database at all" * 100)
     app.text_input(key="label").set_value("x").run()

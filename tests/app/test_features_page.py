@@ -52,7 +52,7 @@ def test_every_column_can_be_chosen_and_sorted_by(visit: Visit, rich_store: Path
         ({"effect": "..0.2"}, lambda f: EFFECTS.get(f, 1) <= 0.2),
     ],
 )
-def test_the_filters_of_people_and_extras(
+def test_the_url_filters_by_annotations_and_extra_tables(
     visit: Visit, rich_store: Path, query: dict[str, object], expected: Callable[[int], bool]
 ) -> None:
     app = visit(rich_store, "features", **query)
@@ -75,7 +75,7 @@ def test_labels_and_bookmarks_are_in_the_table(visit: Visit, rich_store: Path) -
 
 
 @pytest.mark.parametrize("query", [{"q": "(", "re": 1}, {"list": "no such list"}])
-def test_a_filter_that_cannot_be_is_a_sentence_beside_the_controls(
+def test_an_invalid_filter_gives_an_error_below_the_controls(
     visit: Visit, rich_store: Path, query: dict[str, object]
 ) -> None:
     for page in ("features", "feature"):
@@ -96,7 +96,7 @@ def test_a_control_of_each_kind_writes_the_url(visit: Visit, rich_store: Path) -
     assert (url(app)["dead"], url(app)["explained"]) == ("hide", "hide")
 
 
-def test_sliders_are_there_for_the_columns_that_are(
+def test_there_is_a_slider_for_each_column_of_the_store(
     visit: Visit, small_store: Path, rich_store: Path
 ) -> None:
     def keys(store: Path) -> set[str]:
@@ -106,7 +106,7 @@ def test_sliders_are_there_for_the_columns_that_are(
     assert {"log_density", "max_act", "token_share", "selectivity", "similarity"} == keys(small_store)
 
 
-def test_of_two_pills_that_exclude_each_other_the_new_one_holds() -> None:
+def test_of_two_pills_that_exclude_each_other_the_new_one_wins() -> None:
     kinds = list(PILLS)
     view = View(sae="s", dead="hide", bookmarked=True)
     assert pressed(view, kinds) == ["alive", "bookmarked"]
@@ -115,7 +115,7 @@ def test_of_two_pills_that_exclude_each_other_the_new_one_holds() -> None:
     assert press(view, kinds, [])["dead"] == "any"
 
 
-def test_files_hold_the_numbers_of_the_store(rich_store: Path) -> None:
+def test_downloads_hold_the_numbers_of_the_store(rich_store: Path) -> None:
     with open_store(rich_store) as store:
         frame = store.features(order_by="density", descending=True)
     again = pd.read_parquet(BytesIO(as_parquet(frame)))
@@ -126,7 +126,7 @@ def test_files_hold_the_numbers_of_the_store(rich_store: Path) -> None:
     assert text["top_token"].fillna("").tolist()[0] == frame["top_token"][0]
 
 
-def test_a_store_that_goes_and_comes_back_is_said_and_shown(
+def test_a_deleted_store_gives_an_error_and_a_new_one_is_shown(
     visit: Visit, rich_store: Path, tmp_path: Path
 ) -> None:
     from tests.store.small_store import build_small_store

@@ -21,7 +21,7 @@ def free_port() -> int:
         return port
 
 
-def test_a_busy_port_is_a_sentence(small_store: Path) -> None:
+def test_a_busy_port_gives_an_error(small_store: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -31,17 +31,17 @@ def test_a_busy_port_is_a_sentence(small_store: Path) -> None:
 
 
 @pytest.mark.parametrize("port", [0, -1, 99_999])
-def test_a_port_that_cannot_be_is_a_sentence(small_store: Path, port: int) -> None:
+def test_an_invalid_port_gives_an_error(small_store: Path, port: int) -> None:
     with pytest.raises(UserError, match=rf"port {port} .*--port"):
         explore(small_store, port=port, open_browser=False)
 
 
-def test_no_store_is_a_sentence(tmp_path: Path) -> None:
+def test_a_missing_store_gives_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a feature store"):
         explore(tmp_path, port=free_port(), open_browser=False)
 
 
-def test_the_store_follows_the_dashes_and_nothing_phones_home() -> None:
+def test_the_command_names_the_store_last_and_switches_telemetry_off() -> None:
     line = command(Path("/a --b"), host="127.0.0.1", port=1)
     assert line[-2:] == ["--", "/a --b"]
     assert "--server.address=127.0.0.1" in line
@@ -49,7 +49,7 @@ def test_the_store_follows_the_dashes_and_nothing_phones_home() -> None:
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
-def test_serves_until_it_is_interrupted(small_store: Path, ending: signal.Signals) -> None:
+def test_explore_serves_until_it_is_interrupted(small_store: Path, ending: signal.Signals) -> None:
     port = free_port()
     code = (  # a shell that runs the tests in the background makes its children deaf to SIGINT
         "import signal, sys; from saebench_app.launch import explore\n"

@@ -17,7 +17,7 @@ from tests.store.small_store import small_sae
 Visit = Callable[..., AppTest]
 
 
-def test_a_map_is_drawn_once(visit: Visit, two: Path, own_cache: Path) -> None:
+def test_a_map_is_drawn_once_and_kept(visit: Visit, two: Path, own_cache: Path) -> None:
     app = visit(two, "map")
     assert not app.exception
     assert shown(app, "empty") is not None
@@ -34,7 +34,7 @@ def test_a_map_is_drawn_once(visit: Visit, two: Path, own_cache: Path) -> None:
     assert shown(visit(two, "map", sae="other"), "empty") is not None
 
 
-def test_a_selection_is_a_list(visit: Visit, two: Path, own_cache: Path) -> None:
+def test_a_selection_of_the_url_is_listed(visit: Visit, two: Path, own_cache: Path) -> None:
     app = visit(two, "map", among="3,1,17")
     with open_store(two) as store:
         expected = store.features(among=[1, 3, 17], order_by="density", descending=True)
@@ -58,7 +58,7 @@ def test_only_features_of_the_map_are_selected(points: list[dict[str, object]], 
     assert _features(state, decoder_map(small_sae(0), n_clusters=2)) == listed
 
 
-def test_without_its_run_it_says_what_to_do(visit: Visit, tmp_path: Path, own_cache: Path) -> None:
+def test_a_map_without_its_run_says_what_to_do(visit: Visit, tmp_path: Path, own_cache: Path) -> None:
     app = visit(build_two(tmp_path, runs=False), "map", method="umap", color="nonsense")
     assert not app.exception
     notice = shown(app, "no-run")

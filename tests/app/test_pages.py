@@ -167,7 +167,7 @@ def test_a_store_without_text_says_what_it_lacks(visit: Visit, textless_store: P
         ({"sae": "<b>x</b>"}, "'<b>x</b>' is not an SAE"),
     ],
 )
-def test_what_a_url_gets_wrong_is_a_sentence(
+def test_an_invalid_url_gives_an_error(
     visit: Visit, small_store: Path, query: dict[str, object], sentence: str
 ) -> None:
     app = visit(small_store, "feature", **query)
@@ -184,7 +184,7 @@ def test_the_store_page_lists_the_saes(visit: Visit, small_store: Path) -> None:
     assert math.isclose(column(app, "dead", "saes")[0], open_store(small_store).info()["n_dead"] / 24)
 
 
-def test_a_new_generation_is_offered_and_a_lost_store_is_said(
+def test_a_new_generation_is_offered_and_a_deleted_store_gives_an_error(
     visit: Visit, small_store: Path, tmp_path: Path
 ) -> None:
     from saebench.core.files import write_json_atomic

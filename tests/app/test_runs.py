@@ -50,7 +50,7 @@ def test_a_run_beside_the_store_is_found_by_its_weights(at: At, world: World, tm
     assert found is not None and found.path == world.run
 
 
-def test_other_weights_are_not_its_run(at: At, world: World, tmp_path: Path) -> None:
+def test_a_run_with_other_weights_is_not_found(at: At, world: World, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(world.store, folder / "store")
     other = folder / "runs" / "other"
@@ -69,7 +69,7 @@ def test_other_weights_are_not_its_run(at: At, world: World, tmp_path: Path) -> 
         live(here)
 
 
-def test_a_run_that_holds_no_sae_is_refused_at_once(world: World, tmp_path: Path) -> None:
+def test_a_run_without_an_sae_is_refused_at_once(world: World, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no SAE .*; name a run directory"):
         explore(world.store, runs=[tmp_path], port=1, open_browser=False)
 

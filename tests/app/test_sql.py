@@ -50,7 +50,7 @@ def digest(store: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_every_attack_is_a_sentence_and_changes_nothing(visit: Visit, small_store: Path) -> None:
+def test_every_forbidden_query_gives_an_error_and_changes_nothing(visit: Visit, small_store: Path) -> None:
     before = digest(small_store)
     app = visit(small_store, "sql", query=ATTACKS[0])
     for attack in ATTACKS:
@@ -66,7 +66,7 @@ def test_every_attack_is_a_sentence_and_changes_nothing(visit: Visit, small_stor
     assert digest(small_store) == before
 
 
-def test_the_answer_is_the_store_s(visit: Visit, small_store: Path) -> None:
+def test_a_query_shows_the_rows_of_the_store(visit: Visit, small_store: Path) -> None:
     query = "SELECT feature, n_act FROM feature ORDER BY n_act DESC, feature"
     app = visit(small_store, "sql", query=query)
     assert not app.exception
@@ -78,7 +78,7 @@ def test_the_answer_is_the_store_s(visit: Visit, small_store: Path) -> None:
     assert app.text_area(key="query").value == query
 
 
-def test_a_question_goes_into_the_url_and_rows_are_limited(visit: Visit, small_store: Path) -> None:
+def test_a_query_goes_into_the_url_and_its_rows_are_limited(visit: Visit, small_store: Path) -> None:
     app = visit(small_store, "sql")
     assert shown(app, "empty") is not None
     app.selectbox(key="rows").set_value(100).run()
@@ -91,14 +91,14 @@ def test_a_question_goes_into_the_url_and_rows_are_limited(visit: Visit, small_s
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_every_example_is_answered(visit: Visit, small_store: Path, name: str) -> None:
+def test_every_example_query_runs(visit: Visit, small_store: Path, name: str) -> None:
     app = visit(small_store, "sql", query=EXAMPLES[name])
     assert not app.exception
     assert shown(app, "refused") is None
     assert len(app.dataframe) == 1
 
 
-def test_whatever_a_column_holds_is_shown(visit: Visit, small_store: Path) -> None:
+def test_columns_of_every_type_are_shown(visit: Visit, small_store: Path) -> None:
     query = (
         "SELECT bytes, text AS t, text AS t, [1, 2] AS l, {'a': 1} AS s, NULL AS n, DATE '2000-01-01' AS d, "
         "'<img src=x onerror=alert(1)>' AS \"<b>\", 1::HUGEINT AS h, 'nan'::DOUBLE AS f, true AS b, "
@@ -112,7 +112,7 @@ def test_whatever_a_column_holds_is_shown(visit: Visit, small_store: Path) -> No
     assert "⟨U+202E⟩evil" in shown_rows["t"].tolist()
 
 
-def test_a_question_that_takes_too_long_is_stopped(
+def test_a_query_that_takes_too_long_is_stopped(
     visit: Visit, small_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("saebench.store.connection.StoreConnection.time_limit", 0.2)

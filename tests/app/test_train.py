@@ -16,7 +16,7 @@ from tests.app.two_saes import METRICS, SESSION, build_two, write_metrics
 Visit = Callable[..., AppTest]
 
 
-def test_a_finished_run(visit: Visit, two: Path) -> None:
+def test_a_finished_run_shows_its_metrics(visit: Visit, two: Path) -> None:
     app = visit(two, "train", sae="other")
     assert not app.exception
     assert column(app, "training", "last") == ["other"]
@@ -46,7 +46,7 @@ def test_a_store_without_metrics_says_what_to_do(visit: Visit, tmp_path: Path) -
     assert "--run" in notice["text"]
 
 
-def test_a_run_that_goes_on_is_read_on(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_in_training_is_read_again(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "now"
     write_metrics(run, 0)
     monkeypatch.setattr(sys, "argv", ["main.py", str(two), str(run)])

@@ -58,7 +58,7 @@ def test_a_link_holds_one_path_and_the_query(view: View) -> None:
     assert dict(parse_qsl(parts.query, keep_blank_values=True)) == view.query(f=3)
 
 
-def test_filters_speak_the_words_of_the_store() -> None:
+def test_filters_are_arguments_of_the_store() -> None:
     view = View(sae="s", text="a", log_density=(-3.0, None), max_act=(None, 2.0), dead="hide", dense="only")
     assert view.filters() == {
         "ranges": {"density": (pytest.approx(1e-3), None), "max_act": (None, 2.0)},
@@ -79,7 +79,7 @@ def test_filters_speak_the_words_of_the_store() -> None:
     assert not view.lists_all()
 
 
-def test_a_heading_sorts_downwards_first_then_turns() -> None:
+def test_a_heading_sorts_descending_first_then_ascending() -> None:
     once = View(sae="s", page=4).sorted_by("density")
     assert (once.sort, once.descending, once.page) == ("density", True, 1)
     assert not once.sorted_by("density").descending

@@ -29,7 +29,7 @@ def gone(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] == "Z"
 
 
-def test_a_result_is_kept_by_what_it_was_made_of(own_cache: Path) -> None:
+def test_a_result_is_kept_under_the_hash_of_its_identity(own_cache: Path) -> None:
     task = Task("map", {"run": "x"}, ("hash", "pca"))
     assert task.key == Task("map", {"run": "elsewhere"}, ("hash", "pca")).key
     assert task.key != Task("map", {"run": "x"}, ("hash", "umap")).key
@@ -91,7 +91,7 @@ def test_a_result_event_is_read_back() -> None:
     assert ended('{"event": "result", "generation": 3}\n', "", 0).result() == {"generation": 3}
 
 
-def test_work_that_is_stopped_ends(tmp_path: Path) -> None:
+def test_a_job_that_is_stopped_ends(tmp_path: Path) -> None:
     script = "import time; print(1, flush=True); time.sleep(60)"
     with open(tmp_path / "log", "w+b") as log:
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=log)
@@ -165,7 +165,7 @@ def test_the_store_page_checks_the_store(visit: Visit, two: Path, own_cache: Pat
     assert "generation 2" in health["text"]
 
 
-def test_a_damaged_store_is_found_out(
+def test_the_check_of_a_damaged_store_lists_the_damage(
     visit: Visit, small_store: Path, own_cache: Path, tmp_path: Path
 ) -> None:
     import shutil
@@ -190,6 +190,6 @@ def test_a_damaged_store_is_found_out(
     assert "checksum" in findings["rows"][0][1]["text"]
 
 
-def test_no_store_is_refused_before_a_worker_begins(tmp_path: Path) -> None:
+def test_the_check_of_a_missing_store_raises(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         worker.check(str(tmp_path))

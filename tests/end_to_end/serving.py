@@ -1,4 +1,4 @@
-"""The explorer served for a while, and a browser to look at it."""
+"""The explorer served for the length of a test, and a browser."""
 
 from __future__ import annotations
 

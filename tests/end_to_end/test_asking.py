@@ -25,7 +25,7 @@ def text_of(page: Page, name: str) -> str:
     return page.get_by_role("group", name=name, exact=True).text_content() or ""
 
 
-def test_a_cell_pins_its_feature_and_back_takes_it_off(asker: Visitor) -> None:
+def test_a_cell_selects_its_feature_and_back_clears_it(asker: Visitor) -> None:
     page = asker.go(PROMPT)
     grid = page.get_by_role("table", name=GRID, exact=True)
     cell = grid.locator("td.cell a").nth(2)
@@ -46,7 +46,7 @@ def test_a_cell_pins_its_feature_and_back_takes_it_off(asker: Visitor) -> None:
     expect(page.locator("h1")).to_contain_text("Feature")
 
 
-def test_tokens_are_buttons_and_keys_walk_along_them(asker: Visitor) -> None:
+def test_tokens_are_selected_by_click_and_arrow_keys(asker: Visitor) -> None:
     page = asker.go(PROMPT)
     tokens = page.get_by_role("group", name="Tokens of the text", exact=True).locator("a.t")
     tokens.nth(2).click()
@@ -114,7 +114,7 @@ def test_hostile_text_is_only_text(asker: Visitor, page_name: str) -> None:
     assert page.locator(".root :is(script, img, b, em, strong, iframe, svg)").count() == 0
 
 
-def test_from_an_example_to_its_context_and_on(asker: Visitor, world: World) -> None:
+def test_an_example_leads_to_its_context_and_other_features(asker: Visitor, world: World) -> None:
     with open_store(world.store) as store:
         feature = int(store.features(order_by="n_act", descending=True, limit=1)["feature"][0])
         example = store.examples(feature, "top").iloc[0]
@@ -166,7 +166,7 @@ def test_steering_can_be_stopped(asker: Visitor) -> None:
     expect(page.get_by_text("Press Steer to run")).to_be_visible()
 
 
-def test_nothing_is_wider_than_a_telephone(asker: Visitor) -> None:
+def test_no_page_is_wider_than_a_phone(asker: Visitor) -> None:
     asker.page.set_viewport_size({"width": 390, "height": 844})
     for path in (
         f"{PROMPT}&f=5",
@@ -180,6 +180,6 @@ def test_nothing_is_wider_than_a_telephone(asker: Visitor) -> None:
         assert main.evaluate("node => node.scrollWidth <= node.clientWidth"), path
 
 
-def test_a_page_without_its_run_says_so(visitor: Visitor) -> None:
+def test_a_page_without_its_run_says_what_to_do(visitor: Visitor) -> None:
     page = visitor.go(f"prompt?text={quote(TEXT)}")
     expect(page.get_by_text("--run DIR")).to_be_visible()

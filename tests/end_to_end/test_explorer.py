@@ -31,7 +31,7 @@ def column(page: Page, table: str, label: str) -> list[str]:
     return root.locator(f"tbody td:nth-child({labels.index(label) + 1})").all_inner_texts()
 
 
-def test_the_numbers_on_the_page_are_the_store_s(visitor: Visitor, small_store: Path) -> None:
+def test_the_feature_page_shows_the_numbers_of_the_store(visitor: Visitor, small_store: Path) -> None:
     page = visitor.go("feature?f=3")
     with open_store(small_store) as store:
         row, tokens, examples = store.feature(3), store.tokens(3), store.examples(3, group="top")
@@ -59,7 +59,7 @@ def test_the_numbers_on_the_page_are_the_store_s(visitor: Visitor, small_store: 
     ).to_be_attached()
 
 
-def test_the_examples_are_the_store_s_text(visitor: Visitor, small_store: Path) -> None:
+def test_the_examples_show_the_text_of_the_store(visitor: Visitor, small_store: Path) -> None:
     page = visitor.go("feature?f=0&window=0")
     with open_store(small_store) as store:
         examples = store.examples(0, group="top").to_dict("records")
@@ -73,7 +73,7 @@ def test_the_examples_are_the_store_s_text(visitor: Visitor, small_store: Path) 
     )
 
 
-def test_from_the_table_to_a_feature_and_back(visitor: Visitor, small_store: Path) -> None:
+def test_a_row_leads_to_its_feature_and_back_returns(visitor: Visitor, small_store: Path) -> None:
     page = visitor.go("features?dead=hide")
     heading(page, "Features")
     page.get_by_role("link", name="density", exact=True).click()
@@ -166,7 +166,7 @@ def test_hostile_tokens_are_only_text(visitor: Visitor) -> None:
     expect(page.get_by_role("alert")).to_contain_text("<img src=x onerror=alert(1)>![](http://192.0.2.1/x)")
 
 
-def test_nothing_is_wider_than_a_telephone(visitor: Visitor) -> None:
+def test_no_page_is_wider_than_a_phone(visitor: Visitor) -> None:
     visitor.page.set_viewport_size({"width": 390, "height": 844})
     for path in ("", "features", "feature?f=3"):
         page = visitor.go(path)

@@ -83,7 +83,7 @@ def test_a_click_on_a_bar_shows_its_examples_and_back_leads_back(rich: Visitor, 
     assert page.locator("li .value").all_inner_texts() == before
 
 
-def test_keys_go_to_examples_label_and_bookmark(rich: Visitor, store_path: Path) -> None:
+def test_keys_select_examples_label_and_bookmark(rich: Visitor, store_path: Path) -> None:
     page = rich.go("feature?f=8")
     lines = page.locator("li:not(.title)").filter(has=page.locator(".value"))
     page.keyboard.press("j")
@@ -112,7 +112,7 @@ def test_keys_go_to_examples_label_and_bookmark(rich: Visitor, store_path: Path)
         store.annotations.bookmark(8, False)
 
 
-def test_ticked_rows_go_on_a_list_into_a_file_and_into_the_url(
+def test_selected_rows_go_to_a_list_a_file_and_the_url(
     rich: Visitor, store_path: Path, tmp_path: Path
 ) -> None:
     page = rich.go("features?dead=hide&sort=max_act&desc=1")
@@ -143,9 +143,7 @@ def test_ticked_rows_go_on_a_list_into_a_file_and_into_the_url(
     assert [int(f) for f in column(page, "Features", "feature")] == [f for f in listed if f in listed[1:5]]
 
 
-def test_lists_are_renamed_thinned_and_kept_as_a_page(
-    rich: Visitor, store_path: Path, tmp_path: Path
-) -> None:
+def test_a_list_is_renamed_edited_and_saved_as_html(rich: Visitor, store_path: Path, tmp_path: Path) -> None:
     with open_store(store_path) as store:
         store.annotations.add_to_list("<s>old</s>", [1, 2, 3])
     page = rich.go("lists")
@@ -177,7 +175,7 @@ def test_saved_views_open(rich: Visitor) -> None:
     settle(page)
 
 
-def test_hostile_words_of_people_and_models_are_only_text(rich: Visitor) -> None:
+def test_hostile_annotations_and_explanations_are_only_text(rich: Visitor) -> None:
     page = rich.go("")
     count = "document.querySelectorAll('script').length"
     scripts = page.evaluate(count)
@@ -210,7 +208,7 @@ def test_hostile_words_of_people_and_models_are_only_text(rich: Visitor) -> None
     assert page.evaluate(count) == scripts
 
 
-def test_nothing_is_wider_than_a_telephone(rich: Visitor) -> None:
+def test_no_page_is_wider_than_a_phone(rich: Visitor) -> None:
     rich.page.set_viewport_size({"width": 390, "height": 844})
     for path in (
         "features",
@@ -223,7 +221,7 @@ def test_nothing_is_wider_than_a_telephone(rich: Visitor) -> None:
         assert main.evaluate("node => node.scrollWidth <= node.clientWidth"), path
 
 
-def test_a_store_that_is_removed_while_open_is_a_sentence(
+def test_a_store_that_is_deleted_while_open_gives_an_error(
     context: BrowserContext, store_path: Path, tmp_path: Path
 ) -> None:
     own = Path(shutil.copytree(store_path, tmp_path / "store"))

@@ -166,14 +166,14 @@ def test_features_are_matched_and_a_pair_stands_side_by_side(guest: Visitor, two
     expect(page).to_have_url(re.compile("rank=a"))
 
 
-def test_the_check_of_a_store_shows_how_far_it_is(guest: Visitor) -> None:
+def test_the_check_of_a_store_ends_with_its_result(guest: Visitor) -> None:
     page = guest.go("")
     page.get_by_role("button", name="Check the store", exact=True).click()
     expect(page.get_by_role("button", name="Check again", exact=True)).to_be_visible(timeout=60_000)
     expect(page.get_by_text("No damage was found (generation 2")).to_be_visible()
 
 
-def test_curves_grow_while_a_training_goes_on(guest: Visitor, going_on: Path) -> None:
+def test_curves_grow_while_a_run_is_trained(guest: Visitor, going_on: Path) -> None:
     page = guest.page
     page.goto(f"{guest.address}/train?of=zz-now")  # the page of a run in training never settles
     page.wait_for_selector("table")
@@ -220,7 +220,7 @@ def test_sql_is_asked_with_the_keyboard_and_cannot_write(guest: Visitor, two: Pa
     )
 
 
-def test_nothing_is_wider_than_a_telephone(guest: Visitor) -> None:
+def test_no_page_is_wider_than_a_phone(guest: Visitor) -> None:
     guest.page.set_viewport_size({"width": 390, "height": 844})
     for title, path in PATHS.items():
         page = guest.go(path)
@@ -228,7 +228,7 @@ def test_nothing_is_wider_than_a_telephone(guest: Visitor) -> None:
         assert main.evaluate("node => node.scrollWidth <= node.clientWidth"), title
 
 
-def test_a_store_that_is_deleted_is_said(context: BrowserContext, tmp_path: Path) -> None:
+def test_a_deleted_store_gives_an_error(context: BrowserContext, tmp_path: Path) -> None:
     import shutil
 
     store = build_two(tmp_path)

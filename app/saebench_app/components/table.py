@@ -27,7 +27,7 @@ class Heading:
 @dataclass(frozen=True)
 class Cell:
     """``exact`` is the number that ``text`` was written from; ``bar`` (0 to 1) draws it behind the text.
-    A "text" keeps to one line, "words" take the room that is left, and both are cut where it ends; a
+    A "text" keeps to one line, "words" take the width that is left, and both are cut where it ends; a
     "sentence" takes several lines."""
 
     text: str
