@@ -19,7 +19,7 @@ Visit = Callable[..., AppTest]
 def test_a_finished_run_shows_its_metrics(visit: Visit, two: Path) -> None:
     app = visit(two, "train", sae="other")
     assert not app.exception
-    assert column(app, "training", "last") == ["other"]
+    assert column(app, "run", "last") == ["other"]
     assert column(app, "state", "last") == ["finished"]
     assert column(app, "fvu", "last") == [METRICS[-1]["fvu"]]
     assert column(app, "device", "sessions") == [SESSION["device"]]
@@ -34,7 +34,7 @@ def test_controls_write_the_url(visit: Visit, two: Path) -> None:
     app.multiselect(key="trainings").set_value(["small", "other"]).run()
     assert not app.exception
     assert app.query_params["of"] == ["small", "other"]
-    assert column(app, "training", "last") == ["other", "small"]
+    assert column(app, "run", "last") == ["other", "small"]
     assert not visit(two, "train", of="<b>", measures="none,fvu", log=1).exception
 
 
