@@ -1,8 +1,9 @@
-"""What a module costs to import, and who knows whom."""
+"""What a module costs to import, and which packages import which."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.util
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import saebench
+from tests.layers import EVERYTHING, LAYERS, folder_of, with_table
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "duckdb", "streamlit", "transformer_lens", "transformers", "pandas", "triton", "datasets"}
@@ -36,7 +38,7 @@ def test_import_is_light(module: str) -> None:
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["harvest", "--help"], ["tarin"]])
-def test_help_and_complaints_are_light(words: list[str]) -> None:
+def test_help_and_errors_are_light(words: list[str]) -> None:
     code = "import contextlib, io, saebench.cli\n"
     code += f"with contextlib.redirect_stdout(io.StringIO()): saebench.cli.main({words})"
     assert not modules_after(code) & HEAVY
@@ -105,20 +107,76 @@ def test_every_import_is_declared_and_every_dependency_is_imported() -> None:
     assert required - used <= NEEDED_BY_OTHERS, "declared but not imported"
 
 
-def test_rooms_know_only_whom_they_may_know() -> None:
-    def knows(folder: str, other: str) -> bool:
-        return any(name == other or name.startswith(other + ".") for name in imports_of(ROOT / folder))
+def modules() -> dict[str, Path]:
+    """Every module of ours and its file."""
+    return {
+        ".".join(path.relative_to((ROOT / package).parent).with_suffix("").parts).removesuffix(
+            ".__init__"
+        ): path
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+    }
 
-    assert not any(
-        knows("kernels/saebench_kernels", room) for room in ("saebench", "saebench_app", "saebench_data")
-    )
-    for layer in ("activations", "saes", "training", "evaluation"):
-        for above in ("saebench.store", "saebench.cli", "saebench_app"):
-            assert not knows(f"saebench/{layer}", above), f"{layer} imports {above}"
-    assert not knows("saebench/store", "saebench.training")
-    assert not any(
-        knows("saebench/analysis", above) for above in ("saebench.cli", "saebench.training", "saebench_app")
-    )
-    assert not knows("saebench/saes", "saebench.activations")
-    for folder in PACKAGES:
-        assert not any(knows(folder, bare) for bare in ("app", "data", "kernels"))
+
+def imports_in(path: Path, *, when_type_checking: bool = True) -> set[str]:
+    """Full names of the modules, or of what they hold, that one file imports, anywhere in it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if not when_type_checking:
+        tree.body = [node for node in tree.body if not is_type_checking(node)]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def is_type_checking(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def package_of(name: str) -> str | None:
+    """The package of `LAYERS` that a module or a name in one belongs to; None for other people's."""
+    if name.partition(".")[0] not in {Path(package).name for package in PACKAGES}:
+        return None
+    return max((p for p in LAYERS if name == p or name.startswith(p + ".")), key=len)
+
+
+def test_every_package_imports_only_what_the_table_of_layers_allows() -> None:
+    broken = set()
+    for module, path in modules().items():
+        own = package_of(module)
+        assert own is not None
+        for name in imports_in(path):
+            other = package_of(name)
+            if other not in {None, own, *LAYERS[own]} and EVERYTHING not in LAYERS[own]:
+                broken.add(f"{module} imports {name}")
+    assert not broken
+
+
+def test_the_table_of_layers_has_no_package_twice_and_no_circle() -> None:
+    known = {name for name in LAYERS if EVERYTHING not in LAYERS[name]}
+    assert {name for allowed in LAYERS.values() for name in allowed} - {EVERYTHING} <= known
+    order = list(graphlib.TopologicalSorter({name: LAYERS[name] for name in known}).static_order())
+    assert len(order) == len(known)
+    for package in LAYERS:
+        assert (ROOT / folder_of(package)).exists()
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports inside functions count as well; those for type checkers alone do not."""
+    ours = modules()
+    graph: dict[str, set[str]] = {}
+    for module, path in ours.items():
+        names = imports_in(path, when_type_checking=False)
+        graph[module] = {n if n in ours else n.rpartition(".")[0] for n in names} & set(ours) - {module}
+    # The public names are imported when they are used: what uses them from inside is not a circle of files.
+    graph = {name: used - {"saebench"} for name, used in graph.items() if name != "saebench"}
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_contributing_shows_the_table_of_layers() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    assert with_table(text) == text, "run python -m tests.layers"
