@@ -17,7 +17,12 @@ from saebench.cli import app, main
 from tests.docs.pages import PAGES, ROOT, blocks, command_lines, plain
 
 QUICKSTART = "docs/quickstart.md"
-SMALLER = {"tokens=200_000": "tokens=40_000", "tokens=1_000_000": "tokens=60_000", "d_sae=1024": "d_sae=256"}
+SMALLER = {
+    "tokens=200_000": "tokens=36_000",
+    "tokens=1_000_000": "tokens=60_000",
+    "d_sae=1024": "d_sae=64",
+    "k=32": "k=8",
+}
 """Numbers of the pages -> numbers with which they take seconds."""
 
 PYTHON = defaultdict(str)
@@ -38,7 +43,7 @@ def run_page(page: str) -> None:
     code = PYTHON[page]
     for number, smaller in SMALLER.items():
         code = code.replace(number, smaller)
-    exec(compile(code, page, "exec"), {"__name__": "__main__"})
+    exec(compile(code, page, "exec", dont_inherit=True), {"__name__": "__main__"})
 
 
 @pytest.fixture(scope="module")
