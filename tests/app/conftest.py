@@ -26,7 +26,7 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def rich_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With explanations, effects and annotations, all hostile; read it, do not change it."""
+    """A store with explanations, effects and annotations, all hostile; tests must not change it."""
     return build_rich_store(tmp_path_factory.mktemp("app") / "store")
 
 
@@ -48,13 +48,13 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where long work leaves its results, empty."""
+    """An empty cache, in which jobs keep their results."""
     monkeypatch.setenv("SAEBENCH_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 def finish(app: AppTest, seconds: float = 60) -> AppTest:
-    """Wait until nothing that the page began is going on, as the page does, and show what came of it."""
+    """Wait until the jobs of the page have ended, as the page does, and run the page again."""
     from saebench_app.work import _works
 
     end = time.monotonic() + seconds
@@ -97,5 +97,5 @@ def column(app: AppTest, label: str, key: str = "features") -> list[Any]:
 
 
 def url(app: AppTest) -> dict[str, str]:
-    """The query parameters, where AppTest keeps lists."""
+    """The query parameters as texts; AppTest keeps lists."""
     return {name: value[0] if isinstance(value, list) else value for name, value in app.query_params.items()}

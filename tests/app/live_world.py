@@ -17,14 +17,14 @@ D_SAE, K = 64, 4
 
 @dataclass(frozen=True)
 class World:
-    """``store`` lies beside ``runs/tiny``, as `saebench demo` leaves them."""
+    """``store`` and ``runs/tiny`` are in one folder, as `saebench demo` leaves them."""
 
     store: Path
     run: Path
 
 
 def build_world(folder: Path, cache: ActivationCache, *, runs: str = "runs", seed: int = 0) -> World:
-    """Start an SAE on the tiny cache, save it as a run, and index it into ``folder``/store."""
+    """Make an SAE on the tiny cache, save it as a run, and index it into ``folder``/store."""
     x_ND = cache.activations(HOOK)[:600].float()
     sae = TopKSAE(TopKSAE.Spec(d_sae=D_SAE, k=K), x_ND.shape[1])
     sae.initialize(Batch(x_ND), seed=seed)

@@ -1,4 +1,4 @@
-"""The pages that ask the model and the text: what they show is what the library says."""
+"""Prompt, Token, Context and Steer show what the library computes."""
 
 from __future__ import annotations
 
@@ -306,7 +306,7 @@ def test_strengths_that_are_not_numbers_give_an_error(visit: Visit, world: World
     assert "Enter a feature" in data(visit(world.store, "steer", text=TEXT), "empty")["text"]
 
 
-# The store, copied and gone
+# A run that is deleted
 
 
 def test_a_run_that_is_deleted_gives_an_error(visit: Visit, world: World, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ Visit = Callable[..., AppTest]
 
 @pytest.fixture(scope="module")
 def explained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Over so many contexts that some features, but not all, fire often enough to be explained."""
+    """A store in which some features, but not all, fire often enough to be explained."""
     store = tmp_path_factory.mktemp("explained") / "store"
     build_store(store, small_sae(), SmallCache(n_contexts=60), small_options(), no_logits="not needed")
     saebench.explain(store, quiet=True).close()

@@ -21,7 +21,7 @@ Visit = Callable[..., AppTest]
 
 @pytest.fixture
 def own_store(rich_store: Path, tmp_path: Path) -> Path:
-    """One to write into."""
+    """A store that a test may change."""
     return Path(shutil.copytree(rich_store, tmp_path / "store"))
 
 
@@ -33,7 +33,7 @@ def data(app: AppTest, key: str) -> dict[str, Any]:
 
 
 def options(app: AppTest, key: str, choice: str) -> dict[str, dict[str, Any]]:
-    """The links above an element."""
+    """The links above an element, by label."""
     [found] = [one for one in data(app, key)["head"]["choices"] if one["label"] == choice]
     return {option["label"]: option for option in found["options"]}
 

@@ -1,4 +1,4 @@
-"""The small store with two SAEs in it, and the runs they came from beside it, as a demo leaves them."""
+"""A small store with two SAEs, and their runs beside it, as `saebench demo` leaves them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build_two(folder: Path, *, runs: bool = True) -> Path:
 
 
 def write_metrics(run: Path, n: int = len(METRICS)) -> None:
-    """What a training leaves beside the weights, or so far, of one that goes on: ``n`` lines."""
+    """The metrics of a run that is finished or in training: ``n`` lines."""
     run.mkdir(parents=True, exist_ok=True)
     facts = {"format_version": 1, "train": {"cache": "none"}, "sae": {"name": "topk"}, "cache_hash": "0"}
     (run / "run.json").write_text(json.dumps(facts), "utf-8")

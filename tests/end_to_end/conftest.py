@@ -1,4 +1,4 @@
-"""A real browser looking at a served store. Without Chromium these tests are skipped, except in CI."""
+"""A browser and served stores. Without Chromium these tests are skipped, except in CI."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def address(small_store: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def context() -> Iterator[BrowserContext]:
-    """One for all tests: its pages share what the browser has loaded already."""
+    """One browser context for all tests: its pages share the browser's cache."""
     with browser() as chromium:
         yield chromium.new_context(viewport={"width": 1366, "height": 900})
 
 
 @dataclass
 class Visitor:
-    """A browser page, and what it did besides showing something."""
+    """A browser page, with its requests to other machines, errors and dialogs."""
 
     page: Page
     address: str
@@ -58,7 +58,7 @@ class Visitor:
     dialogs: list[str] = field(default_factory=list)
 
     def go(self, path: str) -> Page:
-        """Load ``path`` anew, as a link from elsewhere does."""
+        """Load ``path``, as a link from another site does."""
         self.page.goto(f"{self.address}/{path}")
         self.page.wait_for_selector("h1, [role=alert]")
         settle(self.page)
@@ -75,7 +75,7 @@ class Visitor:
             self.foreign.append(url)
 
     def _on_console(self, message: ConsoleMessage) -> None:
-        # Streamlit looks for its server below the page's own path first.
+        # Streamlit first requests these below the path of the page, where they do not exist.
         expected = message.location["url"].endswith(("/_stcore/health", "/_stcore/host-config"))
         if message.type == "error" and not expected:
             self.errors.append(message.text)
@@ -99,7 +99,7 @@ def visitor(context: BrowserContext, address: str) -> Iterator[Visitor]:
 
 @pytest.fixture
 def asker(context: BrowserContext, world_address: str) -> Iterator[Visitor]:
-    """A visitor of a store whose model can be run."""
+    """A visitor to a store whose model can be run."""
     yield from _watched(context, world_address)
 
 

@@ -39,7 +39,7 @@ QUIET = """() => new Promise((done, fail) => {
     setTimeout(() => fail(new Error("the page does not settle")), 30000)
     wait()
 })"""
-"""Resolves once the server has said all of the page, all elements are drawn and nothing moves any more."""
+"""Resolves once the server has sent the whole page, all elements are drawn and nothing changes any more."""
 
 
 @contextlib.contextmanager
@@ -74,5 +74,5 @@ def browser() -> Iterator[Browser]:
 
 
 def settle(page: Page) -> None:
-    """Wait until the page shows all that the server has to say."""
+    """Wait until the page is complete."""
     page.evaluate(QUIET)

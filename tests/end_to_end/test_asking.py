@@ -1,4 +1,4 @@
-"""The pages that ask the model and the text, in a browser."""
+"""Prompt, Token, Context and Steer in a browser."""
 
 from __future__ import annotations
 

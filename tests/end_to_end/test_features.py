@@ -1,4 +1,4 @@
-"""Features, feature and lists in a browser, over a store whose every word is hostile."""
+"""Features, feature and lists in a browser, over a store in which every text is hostile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pages that compare, map, explain, train and ask SQL, in a browser."""
+"""Store, Compare, Map, Explain, Train and SQL in a browser."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def going_on(two: Path) -> Path:
-    """A run beside the others that is being trained."""
+    """A run in training, beside the finished ones."""
     run = two.parent / "runs" / "zz-now"
     write_metrics(run, 1)
     return run

@@ -26,7 +26,7 @@ def show_header(here: Here, row: dict[str, Any]) -> None:
     try:
         before, after = here.store.neighbors_in_order(feature, **here.filters(), **view.order())
         problem = None
-    except UserError as error:  # a pattern that is not one, or a list that was removed
+    except UserError as error:  # an invalid pattern, or a list that was removed
         before = after = None
         problem = str(error)
     st.session_state["goto"] = feature

@@ -43,7 +43,7 @@ def show(here: Here) -> None:
     _hidden_filters(here)
     try:
         found = here.store.count_features(**here.filters())
-    except UserError as error:  # a pattern that is not one, or a list that was removed
+    except UserError as error:  # an invalid pattern, or a list that was removed
         notice(str(error), key="refused", kind="error")
         _clear(here)
         return
