@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from saebench.core.codes import SparseCodes
 from saebench.evaluation.synthetic import ZipfWorld, recovery_metrics
 
-PEER = Path(__file__).parents[3] / ".venv-peers" / "bin" / "python"
+ROOT = Path(__file__).parents[3]
+PEER = ROOT / ".venv-peers" / "bin" / "python"
 PROGRAM = """
 import json, sys
 from safetensors.torch import load_file
@@ -57,9 +58,12 @@ def test_the_same_numbers_from_the_same_arrays(tmp_path):
             {name: array.contiguous() for name, array in arrays.items()}, tmp_path / f"{d_sae}.safetensors"
         )
         found[f"{d_sae}.safetensors"] = ours(truth, rows_MD, z_NM)
-    # Not in the checkout: its folder kernels/ would be taken for a package that transformers looks for.
     done = subprocess.run(
-        [PEER, "-c", PROGRAM, *found], cwd=tmp_path, capture_output=True, text=True, check=True
+        [PEER, "-c", PROGRAM, *(str(tmp_path / name) for name in found)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     theirs = [json.loads(line) for line in done.stdout.splitlines()]
     for mine, their in zip(found.values(), theirs, strict=True):

@@ -1,0 +1,26 @@
+"""The other libraries can be imported from the root of the checkout, where saebench is not installed."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from saebench.bench.peer import python_of
+from tests.peers.conftest import ENVIRONMENT
+
+pytestmark = pytest.mark.peers
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "code", ["from transformers import BertForPreTraining", "import sae_lens", "import sparsify"]
+)
+def test_folders_of_the_checkout_do_not_hide_packages_of_others(code: str) -> None:
+    """transformers looks for Hugging Face's package ``kernels``; the checkout has a folder of that name."""
+    python = python_of(ENVIRONMENT)
+    assert python is not None, "run make peers"
+    done = subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
