@@ -40,7 +40,7 @@ def is_fused(
     if device.type != "cuda":
         return False
     current = torch.cuda.current_device()
-    reason = _hindrance(current)
+    reason = why_not_fused(current)
     if reason is None and device.index not in (None, current):
         reason = f"{device} is not the current GPU; call torch.cuda.set_device({device.index}) first"
     if reason is None and not floats and dtype not in _HALF and not (op in _TF32_OPS and _is_tf32(dtype)):
@@ -59,7 +59,7 @@ def _is_tf32(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def _hindrance(index: int) -> str | None:
+def why_not_fused(index: int) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     capability = torch.cuda.get_device_capability(index)

@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     as the exception that it is: a traceback and exit code 1.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments in (["doctor"], ["doctor", "--json"]):
+        return _doctor(as_json="--json" in arguments)
     from cyclopts import CycloptsError
 
     from saebench.cli.app import error_message, run
@@ -52,6 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _out_of_memory(error):
             raise
         return _refuse(f"{_first_line(error)}; lower {_what_to_lower(arguments)}")
+
+
+def _doctor(*, as_json: bool) -> int:
+    """``saebench doctor`` without the parser, which is itself one of the packages that may be broken."""
+    from saebench.cli.doctor import doctor
+
+    result = doctor()
+    print(result.render(as_json=as_json))
+    return 0 if result.error_message is None else _refuse(result.error_message)
 
 
 def _refuse(sentence: str) -> int:

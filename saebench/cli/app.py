@@ -17,6 +17,7 @@ from saebench.activations.settings import HarvestConfig, ImportConfig
 from saebench.analysis.settings import EffectsConfig
 from saebench.bench.settings import BenchConfig
 from saebench.cli import commands, measuring
+from saebench.cli.doctor import doctor
 from saebench.cli.flags import CONFIG_FLAG, check_settings, parameters, read_settings, value_in, values_in
 from saebench.cli.output import Result
 from saebench.core.errors import UserError
@@ -96,6 +97,7 @@ def build(argv: Sequence[str]) -> App:
         "synth": stage(SynthConfig, "synth", commands.synth),
         "bench": stage(BenchConfig, "bench", measuring.bench),
         "assets": _assets,
+        "doctor": _doctor,
     }
     for place, (name, command) in enumerate(in_pipeline_order.items()):
         if isinstance(command, App):
@@ -203,6 +205,13 @@ def _assets(
 ) -> int:
     """List the built-in models and texts, or fetch one that is not in the package."""
     return _answer(commands.assets, name, wheel, quiet, as_json=as_json)
+
+
+def _doctor(*, as_json: Json = False) -> int:
+    return _answer(doctor, as_json=as_json)
+
+
+_doctor.__doc__ = doctor.__doc__
 
 
 def _answer(act: Act, *arguments: Any, as_json: bool) -> int:

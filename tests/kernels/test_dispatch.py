@@ -12,7 +12,7 @@ GPU = torch.device("cuda", 0)
 def _a_gpu(monkeypatch):
     """As if there were one."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(dispatch, "_hindrance", lambda index: None)
+    monkeypatch.setattr(dispatch, "why_not_fused", lambda index: None)
     dispatch._say.cache_clear()
 
 
@@ -43,7 +43,7 @@ def test_the_table_and_one_line_for_what_could_be_expected(device, dtype, sizes,
 
 @pytest.mark.usefixtures("_a_gpu")
 def test_without_triton_it_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "_hindrance", lambda index: "triton is not installed")
+    monkeypatch.setattr(dispatch, "why_not_fused", lambda index: "triton is not installed")
     assert not is_fused("an_op", GPU, torch.bfloat16)
     assert caplog.messages == ["an_op takes its eager road: triton is not installed"]
 
