@@ -41,6 +41,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "saebench.synth": (EVERYTHING,),
     "saebench.bench": (EVERYTHING,),
     "saebench.demo": (EVERYTHING,),
+    "saebench.doctor": (EVERYTHING,),
     "saebench.cli": (EVERYTHING,),
     "saebench_data.scripts": ("saebench.sources", "saebench_data"),
     "saebench": (EVERYTHING,),

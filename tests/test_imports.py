@@ -45,7 +45,7 @@ def test_help_and_errors_are_light(words: list[str]) -> None:
 
 
 def test_training_needs_little_but_torch() -> None:
-    loaded = modules_after("import saebench.training")
+    loaded = modules_after("from saebench.training import train")
     assert not loaded & (HEAVY - {"torch"})
 
 
