@@ -1,9 +1,9 @@
-"""Writing a cache so that a killed writer can go on and ends with the same bytes as one left in peace.
+"""CacheWriter: writes an activation cache, and resumes after a kill with the bytes of an undisturbed writer.
 
 Rows are appended in an order that the caller can repeat. Every full shard is written whole (temporary name,
-fsync, rename) and then noted in journal.json, a file of one JSON object a line. A writer that finds a
-journal with its own identity keeps the shards noted there; the caller produces its rows again from the
-start, may `skip` those that `keeps`, and the rest falls into place. manifest.json is written at the very end.
+fsync, rename) and then recorded in journal.json (saebench/core/journal.py). A writer that finds a journal
+with its own identity keeps the shards recorded there; the caller produces its rows again from the start and
+may `skip` those below `keeps`. manifest.json is written last.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from saebench.core.files import (
     write_bytes_atomic,
     write_json_atomic,
 )
+from saebench.core.journal import Entry, Journal, read_journal
 
 JOURNAL_NAME = "journal.json"
 LOCK_NAME = ".lock"
@@ -106,6 +107,7 @@ class CacheWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._executor.shutdown(wait=True)
+        self._journal.close()
         if kind is not None and not self.rows.shards and not self.contexts.shards:
             self._clear()
 
@@ -159,12 +161,7 @@ class CacheWriter:
         n_rows = len(next(iter(rows.values())))
         owner.shards.append({name: Shard(n_rows, sha256) for name, sha256 in sums.items()})
         if n_rows == self._shard_rows:
-            self._note(group, sums)
-
-    def _note(self, group: str, sums: dict[str, str]) -> None:
-        line = json.dumps({"group": group, "sha256": sums}) + "\n"
-        journal = self.path / JOURNAL_NAME
-        write_bytes_atomic(journal, journal.read_bytes() + line.encode())
+            self._journal.append({"group": group, "sha256": sums})
 
     def _take_over(self, columns: Types, shard_rows: int) -> dict[str, list[dict[str, Shard]]]:
         """Clear away what a killed writer left half done; return the shards that it finished."""
@@ -173,7 +170,7 @@ class CacheWriter:
         done: dict[str, list[dict[str, Shard]]] = {"rows": [], "contexts": []}
         broken: set[str] = set()
         notes = _read_journal(self.path)[1] if (self.path / JOURNAL_NAME).exists() else []
-        kept = []
+        kept: list[Entry] = []
         for note in notes:
             group, sums = note["group"], note["sha256"]
             try:
@@ -185,9 +182,7 @@ class CacheWriter:
             if group not in broken:
                 done[group].append({name: Shard(shard_rows, sha256) for name, sha256 in sums.items()})
                 kept.append(note)
-        lines = [{"identity": self._identity}, *kept]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        write_bytes_atomic(self.path / JOURNAL_NAME, text.encode())
+        self._journal = Journal(self.path / JOURNAL_NAME, [{"identity": self._identity}, *kept])
         return done
 
 
@@ -251,14 +246,15 @@ class ColumnGroup:
         }
 
 
-def _read_journal(path: Path) -> tuple[Any, list[Any]]:
-    """The identity and the notes of an unfinished cache."""
-    journal = path / JOURNAL_NAME
-    try:
-        first, *notes = [json.loads(line) for line in journal.read_text("utf-8").splitlines()]
-        return first["identity"], notes
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{journal} is damaged ({error}); delete {path} and run the command again") from None
+def _read_journal(path: Path) -> tuple[Any, list[Entry]]:
+    """The identity of an unfinished cache, and its finished shards in the order they were written."""
+    first, *notes = read_journal(path / JOURNAL_NAME) or [{}]
+    if "identity" not in first:
+        raise UserError(
+            f"{path / JOURNAL_NAME} is damaged (its first line does not say what the cache is made from); "
+            f"delete {path} and run the command again"
+        )
+    return first["identity"], notes
 
 
 def _require_same(path: Path, seen: Any, wanted: Mapping[str, Any]) -> None:

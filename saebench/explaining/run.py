@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from saebench.core.errors import UserError
 from saebench.core.progress import progress
 from saebench.core.settings import accepts_settings, to_flat
-from saebench.explaining.journal import WORK, discard, open_journal
+from saebench.explaining.finished import WORK, discard, open_finished
 from saebench.explaining.provider import Provider, shown_name
 from saebench.explaining.settings import ExplainConfig
 from saebench.explaining.tables import publish_records
@@ -67,8 +67,8 @@ def explain(config: ExplainConfig) -> FeatureStore:
         made_from = store.info()
         settings = to_flat(config) | {"sae": store.sae, "version": explainer.version}
         identity = [origin(made_from), {k: v for k, v in settings.items() if k not in NOT_OF_THE_RESULT}]
-        with open_journal(config.store, identity) as journal:
-            left = [feature for feature in features if feature not in journal.done]
+        with open_finished(config.store, identity) as finished:
+            left = [feature for feature in features if feature not in finished.done]
             if not config.quiet:
                 print(explainer.forecast(len(left)), file=sys.stderr)
             try:
@@ -77,12 +77,12 @@ def explain(config: ExplainConfig) -> FeatureStore:
                     quiet=config.quiet,
                 ) as bar:  # fmt: skip
                     for record in explainer.explain(left):
-                        journal.add(record)
+                        finished.add(record)
                         bar.update(1)
-                records = [journal.done[feature] for feature in features if feature in journal.done]
+                records = [finished.done[feature] for feature in features if feature in finished.done]
                 explainer.finish(records)
             except KeyboardInterrupt:
-                print(f"{_kept(len(journal.done))}; run the same command again to go on", file=sys.stderr)
+                print(f"{_kept(len(finished.done))}; run the same command again to go on", file=sys.stderr)
                 raise
             if not records:
                 raise UserError(
@@ -95,7 +95,7 @@ def explain(config: ExplainConfig) -> FeatureStore:
             made_with = {name: settings[name] for name in settings if name not in NOT_STORED}
             publish_records(config.store, store.sae, made_from, records, made_with)
             if len(records) == len(features):
-                discard(journal)
+                discard(finished)
         sae = store.sae
     if len(records) < len(features) and not config.quiet:
         print(

@@ -1,16 +1,16 @@
-"""The one pass over a cache: the codes of every row, of any number of SAEs, as runs; goes on after a kill.
+"""Encoding a cache with any number of SAEs in one pass, which resumes after a kill.
 
-    store/.encoded/journal.jsonl       of which work; then, for each step: rows done, files written
-    store/.encoded/0/run-00000.parquet codes of the first SAE, see runs.py
+    store/.encoded/journal.jsonl       which work; then, for each step, rows done and files written
+    store/.encoded/0/run-00000.parquet codes of the first SAE, see sorted_spill.py
 
-A file counts when the journal lists it, which is after it is on the disk. A pass that finds the journal of
-the same work goes on behind the last step listed, and ends with the same files as an undisturbed one.
+A file counts when the journal (saebench/core/journal.py) lists it, which is after it is on the disk. A pass
+that finds the journal of the same work continues after the last step listed, and ends with the same files
+as an undisturbed one.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from saebench.core.errors import UserError
-from saebench.core.files import sentence_for_os_errors, sha256_file, sha256_json, sync_directory
+from saebench.core.files import sha256_file, sha256_json
+from saebench.core.journal import Entry, Journal, read_journal
 from saebench.core.progress import progress
 from saebench.store import sorted_spill
 from saebench.store.sorted_spill import SortedSpill
@@ -49,25 +50,28 @@ class Encoder:
 def encode(
     directory: Path, encoders: Sequence[Encoder], cache: ActivationCache, *, batch_size: int, quiet: bool
 ) -> list[SortedSpill]:
-    """The codes of every row of ``cache`` as sorted runs, one a SAE.
+    """The codes of every row of ``cache``, sorted by latent: one SortedSpill per SAE.
 
     Raises:
         UserError: an activation or a code is not finite.
     """
-    done, all_runs = _take_up(directory, encoders, _work(encoders, cache, batch_size))
-    with progress("encode", total=cache.n_rows, unit="tok", initial=done, quiet=quiet) as bar:
+    journal, done, spills = _resume(directory, encoders, _work(encoders, cache, batch_size))
+    with (
+        contextlib.closing(journal),
+        progress("encode", total=cache.n_rows, unit="tok", initial=done, quiet=quiet) as bar,
+    ):
         for start in range(done, cache.n_rows, batch_size):
             stop = min(start + batch_size, cache.n_rows)
-            for encoder, runs in zip(encoders, all_runs, strict=True):
+            for encoder, spill in zip(encoders, spills, strict=True):
                 try:
-                    runs.add(*_codes(encoder, cache, start, stop))
+                    spill.add(*_codes(encoder, cache, start, stop))
                 except UserError:
                     shutil.rmtree(directory)
                     raise
-            if stop == cache.n_rows or sum(runs.n_waiting for runs in all_runs) >= sorted_spill.RUN_SIZE:
-                _note(directory, {"rows": stop, "files": [_described(runs.flush()) for runs in all_runs]})
+            if stop == cache.n_rows or sum(spill.n_waiting for spill in spills) >= sorted_spill.RUN_SIZE:
+                journal.append({"rows": stop, "files": [_described(spill.flush()) for spill in spills]})
             bar.update(stop - start)
-    return all_runs
+    return spills
 
 
 def _codes(
@@ -98,15 +102,17 @@ def _work(encoders: Sequence[Encoder], cache: ActivationCache, batch_size: int) 
     })  # fmt: skip
 
 
-def _take_up(directory: Path, encoders: Sequence[Encoder], work: str) -> tuple[int, list[SortedSpill]]:
-    """``(rows done, runs)``: where a killed pass over the same work stopped, or an empty beginning."""
+def _resume(
+    directory: Path, encoders: Sequence[Encoder], work: str
+) -> tuple[Journal, int, list[SortedSpill]]:
+    """``(journal, rows done, spills)``: where a killed pass over the same work stopped, or an empty start."""
     steps = _steps(directory, work)
     if steps is None:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
-        _note(directory, {"work": work})
         steps = []
-    done, all_runs = steps[-1]["rows"] if steps else 0, []
+    journal = Journal(directory / JOURNAL, [{"work": work}, *steps])
+    done, spills = steps[-1]["rows"] if steps else 0, []
     for number, encoder in enumerate(encoders):
         folder = directory / str(number)
         names = [step["files"][number]["name"] for step in steps if step["files"][number]]
@@ -114,42 +120,23 @@ def _take_up(directory: Path, encoders: Sequence[Encoder], work: str) -> tuple[i
             for path in folder.iterdir():
                 if path.name not in names:
                     path.unlink()
-        all_runs.append(SortedSpill(folder, encoder.sae.d_sae, names))
-    return done, all_runs
+        spills.append(SortedSpill(folder, encoder.sae.d_sae, names))
+    return journal, done, spills
 
 
-def _steps(directory: Path, work: str) -> list[dict[str, Any]] | None:
-    """The steps that the journal lists and whose files are whole; None without a journal of this work.
-
-    What a kill left of a last line, and what follows a damaged file, is cut off.
-    """
-    journal = directory / JOURNAL
-    if not journal.is_file():
+def _steps(directory: Path, work: str) -> list[Entry] | None:
+    """The steps that the journal lists, up to the first whose files are not intact; None for other work."""
+    entries = read_journal(directory / JOURNAL)
+    if not entries or entries[0] != {"work": work}:
         return None
-    lines = journal.read_bytes().splitlines(keepends=True)
-    kept: list[bytes] = []
-    steps: list[dict[str, Any]] = []
-    for line in lines:
+    steps = []
+    for entry in entries[1:]:
         try:
-            entry = json.loads(line)
-            if not line.endswith(b"\n"):
-                break
-            if not kept:
-                if entry != {"work": work}:
-                    return None
-            elif all(_is_whole(directory / str(n), file) for n, file in enumerate(entry["files"])):
-                steps.append(entry)
-            else:
+            if not all(_is_intact(directory / str(n), file) for n, file in enumerate(entry["files"])):
                 break
         except (ValueError, KeyError, TypeError):
             break
-        kept.append(line)
-    if not kept:
-        return None
-    if kept != lines:
-        with open(journal, "r+b") as file:
-            file.truncate(sum(map(len, kept)))
-            os.fsync(file.fileno())
+        steps.append(entry)
     return steps
 
 
@@ -159,17 +146,8 @@ def _described(path: Path | None) -> dict[str, Any] | None:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def _is_whole(folder: Path, file: dict[str, Any] | None) -> bool:
+def _is_intact(folder: Path, file: dict[str, Any] | None) -> bool:
     if file is None:
         return True
     path, size = folder / file["name"], int(file["bytes"])
     return path.is_file() and path.stat().st_size == size and sha256_file(path) == str(file["sha256"])
-
-
-def _note(directory: Path, entry: dict[str, Any]) -> None:
-    path = directory / JOURNAL
-    with sentence_for_os_errors(path), open(path, "ab") as file:
-        file.write(json.dumps(entry).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    sync_directory(directory)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import saebench as sb
 from saebench.core.errors import UserError
 from saebench.explaining import prompting
-from saebench.explaining.journal import WORK
+from saebench.explaining.finished import WORK
 from saebench.explaining.openai import OpenAICompatible, _retry_after
 from saebench.explaining.provider import Question
 from saebench.explaining.scored_items import score_items

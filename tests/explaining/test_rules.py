@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import saebench as sb
 from saebench.core.errors import UserError
+from saebench.explaining.finished import WORK
 from saebench.explaining.grammar import apply_rule
 from saebench.explaining.induction import Induction
-from saebench.explaining.journal import WORK
 from saebench.explaining.rules import LEAST_FIRINGS, Rules
 from saebench.explaining.scoring import Judge
 from saebench.explaining.token_index import Words
