@@ -1,4 +1,4 @@
-"""``saebench demo``: the whole road, from a model and a text to features that can be looked at."""
+"""``saebench demo``: the whole pipeline, from a model and a text to features in the explorer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from saebench.store.query import FeatureStore
     from saebench.training.grid import Plan
 
-DIARY = "demo.json"
+PROGRESS_FILE = "demo.json"
 STAGES = ("harvest", "train", "eval", "index")
 HOOKS = {"demo": DEMO_HOOK, "smollm2": "blocks.8.hook_resid_post"}
 MAIN_ARCHITECTURES = ("topk", "gradient", "mutual-choice", "feature-choice", "matching-pursuit")
@@ -38,33 +38,33 @@ TOKENS_OF_ALL = 1_600_000
 STEPS_BETWEEN_CHECKPOINTS = 200
 SHOWN_FEATURES = 5
 SHOWN_TOKENS = 6
-MIDDLING: dict[str, tuple[float | None, float | None]] = {"density": (2e-4, 5e-3), "entropy_tok": (3.0, 5.0)}
+SHOWCASE: dict[str, tuple[float | None, float | None]] = {"density": (2e-4, 5e-3), "entropy_tok": (3.0, 5.0)}
 """Features worth showing first: neither rare nor everywhere, and on a handful of different tokens."""
 _MAY_CHANGE = {"out", "explore", "port", "device", "quiet"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig(Settings):
-    """Walk the whole road on a small scale: harvest, train, eval, index, and how to look at the features."""
+    """Run the whole pipeline on a small scale: harvest, train, eval, index; then show some features."""
 
     all: bool = False
     """Train all main architectures on the same rows, in one pass, and compare them."""
     out: Path = Path("demo")
-    """Directory for the cache, the run and the feature store; run again to go on after an interruption."""
+    """Directory for the cache, the run and the feature store; run the command again to resume it."""
     model: str = "demo"
     """'demo', 'smollm2', a local Hugging Face folder, or a hub name."""
     text: str = "sotu"
     """'sotu', a local .txt, .jsonl or .parquet file, or the hub name of a data set."""
     hook: str | None = None
-    """Where to read activations; by default the residual stream in the middle of the model."""
+    """Hook where activations are read; by default the residual stream in the middle of the model."""
     harvest_tokens: Annotated[int, AtLeast(1)] = 600_000
-    """Rows to harvest; fewer when the text ends first."""
+    """Rows to harvest; fewer if the text ends first."""
     ctx: Annotated[int, AtLeast(2)] = 128
     """Tokens in a context."""
     d_sae: int = 2048
     """Number of latents."""
     k: int = 32
-    """Active latents a token."""
+    """Active latents per token."""
     tokens: Annotated[int | None, AtLeast(1)] = None
     """Rows to train on; by default 3,200,000, and half of that with --all."""
     batch_size: Annotated[int, AtLeast(1)] = 4096
@@ -138,17 +138,17 @@ def demo(config: DemoConfig) -> DemoReport:
     named = dict(zip(names, runs, strict=True))
     _plans(config, cache, named)  # refused before anything is harvested
     with directory_lock(config.out, what="the demo"):
-        diary = _Diary(config)
-        with diary.stage("harvest", leaves=(cache / "manifest.json",)) as wanted:
+        done = _Progress(config)
+        with done.stage("harvest", leaves=(cache / "manifest.json",)) as wanted:
             if wanted:
                 _harvest(config, cache)
-        with diary.stage("train", leaves=[run / SPEC_FILE for run in runs]) as wanted:
+        with done.stage("train", leaves=[run / SPEC_FILE for run in runs]) as wanted:
             if wanted:
                 train_all(_plans(config, cache, named))
-        with diary.stage("eval", leaves=[Run(run).eval_file() for run in runs]) as wanted:
+        with done.stage("eval", leaves=[Run(run).eval_file() for run in runs]) as wanted:
             for run in runs if wanted else ():
                 _evaluate(config, cache, run)
-        with diary.stage("index", leaves=(store / "manifest.json",)) as wanted:
+        with done.stage("index", leaves=(store / "manifest.json",)) as wanted:
             for run in runs if wanted else ():
                 saebench.index(
                     IndexConfig(run=run, cache=cache, out=store, device=config.device, quiet=config.quiet)
@@ -161,8 +161,8 @@ def demo(config: DemoConfig) -> DemoReport:
         store=store,
         evaluation=Run(runs[0]).evaluation() or {},
         comparison=saebench.compare(runs=runs) if config.all else None,
-        seconds=diary.seconds,
-        peak_memory_bytes=diary.peak_memory_bytes,
+        seconds=done.seconds,
+        peak_memory_bytes=done.peak_memory_bytes,
         features=features,
     )
 
@@ -210,11 +210,11 @@ def _evaluate(config: DemoConfig, cache: Path, run: Path) -> None:
         )  # fmt: skip
 
 
-class _Diary:
+class _Progress:
     """``demo.json``: the settings of the demo and what each finished stage took."""
 
     def __init__(self, config: DemoConfig) -> None:
-        self._path = config.out / DIARY
+        self._path = config.out / PROGRESS_FILE
         self._quiet = config.quiet
         self._settings = {n: v for n, v in to_flat(config).items() if n not in _MAY_CHANGE}
         self.seconds: dict[str, float] = {}
@@ -263,7 +263,7 @@ def showcase_features(store: FeatureStore, n: int = SHOWN_FEATURES) -> list[Show
     Where the store has too few of those, the most frequent of all make up the number.
     """
     chosen: dict[int, float] = {}
-    for ranges in (MIDDLING, {}):
+    for ranges in (SHOWCASE, {}):
         found = store.features(
             ["feature", "density"],
             ranges=ranges,

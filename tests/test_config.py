@@ -116,7 +116,7 @@ def test_a_missing_value_is_named(config_class: type) -> None:
             from_flat(config_class, rest, source="the call")
 
 
-def test_a_lone_string_is_a_list_of_one_and_a_round_float_an_int() -> None:
+def test_single_string_becomes_a_list_and_a_whole_float_an_int() -> None:
     config = from_flat(HarvestConfig, {"out": "c", "hook": "a", "tokens": 2e6})
     assert config.hook == ("a",)
     assert config.tokens == 2_000_000
@@ -127,12 +127,12 @@ class Somewhere:
         return "runs/a"
 
 
-def test_whatever_has_a_path_is_a_path() -> None:
+def test_object_with_fspath_is_accepted_as_a_path() -> None:
     assert from_flat(EvalConfig, {"run": Somewhere()}).run == Path("runs/a")
     assert from_flat(EvalConfig, {"run": "r", "model": Path("folder")}).model == "folder"
 
 
-def test_a_station_takes_its_config_or_the_same_keywords() -> None:
+def test_function_with_settings_takes_a_config_or_the_same_keywords() -> None:
     @accepts_settings(EvalConfig)
     def measure(config: EvalConfig) -> EvalConfig:
         return config
@@ -156,7 +156,7 @@ def test_every_registered_architecture_is_there_under_its_name(name: str) -> Non
     assert architecture(name).Spec.name == name
 
 
-def test_an_architecture_that_is_not_there_is_a_users_error() -> None:
+def test_unknown_architecture_raises_a_user_error() -> None:
     with pytest.raises(UserError, match="'none' is not an SAE architecture; there is topk"):
         architecture("none")
 

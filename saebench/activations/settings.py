@@ -15,12 +15,12 @@ StoredDtype = Literal["bf16", "fp16", "fp32"]
 
 DEMO_HOOK = "blocks.2.hook_resid_post"
 MAX_SHARDS = 8192
-"""Shards of a column; a reader maps each, and Linux gives a process 65,530 mappings for all columns."""
+"""Most shards of a column: a reader maps each one, and Linux allows a process 65,530 mappings."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HarvestConfig(Settings):
-    """Run a model over text and keep its activations at one or more hooks."""
+    """Run a model on a text and store its activations at one or more hooks."""
 
     out: Path
     """Directory of the activation cache."""
@@ -29,21 +29,21 @@ class HarvestConfig(Settings):
     text: str = "sotu"
     """'sotu', a local .txt, .jsonl or .parquet file, or the hub name of a data set."""
     hook: tuple[str, ...] = (DEMO_HOOK,)
-    """Where to read activations, TransformerLens name; repeat for several hooks in one pass."""
+    """Hook where activations are read, by its TransformerLens name; repeat for several in one pass."""
     tokens: Annotated[int, AtLeast(1)] = 2_000_000
-    """Rows to keep for each hook (one row is one token); fewer when the text ends first."""
+    """Rows to store per hook (one row per token); fewer if the text ends first."""
     ctx: Annotated[int, AtLeast(2)] = 128
     """Tokens in a context."""
     gradients: bool = False
-    """Also keep the gradient of the model's loss at every row; a gradient SAE needs it."""
+    """Also store the gradient of the model's loss at every row; a gradient SAE needs it."""
     dtype: StoredDtype = "bf16"
-    """Type in which activations are stored (and gradients, which are bf16 where these are fp16)."""
+    """Type in which activations and gradients are stored; with fp16, gradients are stored as bf16."""
     batch_size: Annotated[int, AtLeast(1)] = 32
     """Contexts in one forward pass."""
     keep_first: bool = False
     """Keep position 0 of every context (an attention sink of huge norm in most models)."""
     bos: Literal["auto", "always", "never"] = "auto"
-    """Begin every context with the BOS token; 'auto' does what the model's tokenizer does by itself."""
+    """Whether every context begins with the BOS token; 'auto' does what the model's tokenizer does."""
     revision: str | None = None
     """Revision of a model from the hub."""
     column: str = "text"
@@ -79,7 +79,7 @@ class HarvestConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig(Settings):
-    """Make an activation cache of an array that exists already."""
+    """Make an activation cache from an array in a file."""
 
     source: Path
     """A .npy file or a .safetensors file with one tensor, of shape [n, d_in]."""
@@ -88,9 +88,9 @@ class ImportConfig(Settings):
     gradients: Path | None = None
     """A file of the same kind and shape: the gradient of the model's loss at each row."""
     hook: str = "imported"
-    """The name under which the rows are found again."""
+    """Hook name to store the rows under."""
     dtype: StoredDtype | None = None
-    """Type in which to store; by default the array's own when it is one of these, else fp32."""
+    """Type in which to store the rows; by default the array's own type if it is one of these, else fp32."""
     shard_rows: int = 65_536
     """Rows in a shard file; a multiple of 32,768."""
     quiet: bool = False

@@ -12,20 +12,20 @@ from saebench.core.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class EffectsConfig(Settings):
-    """Measure what the model's loss changes without each latent, as columns of a store's feature table."""
+    """Measure how the model's loss changes without each latent, and add it to a store's feature table."""
 
     store: Path
-    """Directory of the feature store; it gets a new generation."""
+    """Directory of the feature store; a new generation is written."""
     run: Path
     """The run directory of an SAE that is in the store."""
     cache: Path | None = None
-    """Activation cache that it was indexed over; by default the one the run was trained on."""
+    """Activation cache that was indexed; by default the one that the run was trained on."""
     model: str = "cache"
     """Model that reads the contexts; 'cache' is the one that made the cache."""
     contexts: Annotated[int, AtLeast(0)] = 4
-    """Each latent is taken out of so many contexts, at most; 0 for first-order estimates alone."""
+    """Contexts in which each latent is ablated, at most; 0 gives first-order estimates only."""
     sample: Annotated[int, AtLeast(1)] = 256
-    """Contexts of the cache that are looked at, at most."""
+    """Contexts of the cache to sample, at most."""
     rows: Literal["held-out", "all"] = "held-out"
     """'all' includes contexts that the SAE was trained on."""
     seed: Seed = 0

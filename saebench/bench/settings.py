@@ -13,7 +13,7 @@ from saebench.saes.spec import SaeSpec
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig(Settings):
-    """Time training steps against others and against the bare matrix product, in turns.
+    """Time training steps beside other libraries and beside the matrix product alone, taking turns.
 
     On a GPU: encoders and steps at three fixed sizes, beside plain torch and whichever of sae-lens,
     eai-sparsify and dictionary-learning can be imported. With --cpu: ours and SAELens's. With --store: the
@@ -23,26 +23,26 @@ class BenchConfig(Settings):
     cpu: bool = False
     """Measure on the CPU, even where there is a GPU."""
     store: bool = False
-    """Measure the feature store instead: how long it takes to make, its size, and how fast it answers."""
+    """Measure the feature store instead: build time, size and query times."""
     store_activations: Annotated[int, AtLeast(1)] = 60_000_000
-    """With --store: activations of the made-up store."""
+    """With --store: activations of the synthetic store."""
     store_features: int = 16_384
     """With --store: number of latents."""
     peers: Path = Path(".venv-peers")
-    """With --cpu: virtual environment with sae-lens, as 'make peers' builds it; without one its rows stay
-    empty."""
+    """With --cpu: virtual environment with sae-lens, made by 'make peers'; without it, the rows of SAELens
+    stay empty."""
     d_in: Annotated[int, AtLeast(1)] = 256
     """With --cpu: width of an activation."""
     d_sae: int = 4096
     """With --cpu: number of latents."""
     k: int = 32
-    """With --cpu: active latents a token."""
+    """With --cpu: active latents per token."""
     batch_size: Annotated[int, AtLeast(1)] = 4096
     """With --cpu: rows in a step."""
     threads: Annotated[int, AtLeast(1)] = 2
     """With --cpu: threads of each process."""
     turns: Annotated[int, AtLeast(1)] = 5
-    """How often everyone is measured, twice each time."""
+    """Rounds of measurements; each round measures every entry twice."""
     out: Path | None = None
     """JSON file for the results."""
     quiet: bool = False

@@ -1,4 +1,4 @@
-"""The `saebench` command: parse, check, call one function of one accepts_settings, print what it returned.
+"""The `saebench` command: parse, check, call the function of one stage, print what it returned.
 
 Nothing heavy is imported before a command runs, so that ``--help`` and ``--version`` answer at once.
 """

@@ -57,8 +57,8 @@ def build(argv: Sequence[str]) -> App:
     app = App(
         name="saebench",
         help=(
-            "Train sparse autoencoders on a language model's activations and look at their features. "
-            "The road: harvest, train, eval, index, explore; 'demo' walks it from end to end."
+            "Train sparse autoencoders on a language model's activations and explore their features. "
+            "The pipeline: harvest, train, eval, index, explore; 'demo' runs all of it."
         ),
         version=saebench.__version__,
         help_format="plaintext",
@@ -69,13 +69,13 @@ def build(argv: Sequence[str]) -> App:
     def stage(config_class: type[Any], name: str, act: Act, *positional: str) -> Callable[..., int]:
         first, _, rest = name.partition(" ")
         own_argv = argv if called == first and rest in ("", *argv[1:2]) else ()
-        return _station(config_class, act, own_argv, positional, name)
+        return _settings_command(config_class, act, own_argv, positional, name)
 
-    cache = App(name="cache", help="Look at an activation cache, check it, or make one of an array.")
+    cache = App(name="cache", help="Describe an activation cache, verify it, or make one from an array.")
     cache.command(_simple(commands.cache_info, "cache", Cache), name="info")
     cache.command(_simple(commands.cache_verify, "cache", Cache), name="verify")
     cache.command(stage(ImportConfig, "cache import", commands.cache_import, "source"), name="import")
-    store = App(name="store", help="Look at a feature store, check it, or write it in another form.")
+    store = App(name="store", help="Describe a feature store, check it, rebuild it, or export it.")
     store.command(_simple(commands.store_info, "store", Store), name="info")
     store.command(stage(CheckConfig, "store check", commands.store_check, "store"), name="check")
     store.command(stage(RebuildConfig, "store rebuild", commands.store_rebuild, "store"), name="rebuild")
@@ -124,7 +124,7 @@ def error_message(error: CycloptsError, argv: Sequence[str]) -> str:
     return f"{text}{' See' if text.endswith('?') else '; see'} {command} --help"
 
 
-def _station(
+def _settings_command(
     config_class: type[Any],
     act: Act,
     argv: Sequence[str],

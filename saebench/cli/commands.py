@@ -1,4 +1,4 @@
-"""What each command does: call one function of one accepts_settings and say what came of it."""
+"""What each command does: call the function of one stage and say what it did."""
 
 from __future__ import annotations
 

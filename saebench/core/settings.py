@@ -1,4 +1,4 @@
-"""What a dataclass of settings is made into: a call with keywords, help texts, plain values and back."""
+"""Dataclasses of settings: their base, help texts, conversion from and to plain values, keyword calls."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def whole_number(text: str) -> int:
     """An int, also when it is written 2e6, 2.5e6 or 2_000_000.
 
     Raises:
-        ValueError: it is no whole number.
+        ValueError: it is not a whole number.
     """
     try:
         number = Decimal(text)

@@ -20,13 +20,14 @@ class EvalConfig(Settings):
     cache: Path | None = None
     """Activation cache; by default the one the run was trained on."""
     hook: str | None = None
-    """Which hook of the cache; by default the run's own."""
+    """Hook of the cache; by default the one that the run was trained on."""
     model: str | None = None
-    """Also splice the SAE into this model; 'cache' takes the one that made the cache."""
+    """Also put the SAE's reconstruction into this model and measure the model's loss; 'cache' is the model
+    that made the cache."""
     revision: str | None = None
     """Revision of a model from the hub."""
     text: str | None = None
-    """Read this text with the model instead of the cache's contexts."""
+    """Run the model on this text instead of on the cache's contexts."""
     column: str = "text"
     """Column of the text that holds the documents."""
     split: str = "train"
@@ -36,7 +37,7 @@ class EvalConfig(Settings):
     rows: Literal["held-out", "all"] = "held-out"
     """'all' includes rows that the SAE was trained on."""
     inference: str | None = None
-    """How latents are chosen, for SAEs that know several ways: plain, proxy, oracle."""
+    """How latents are chosen, for SAEs with several inference modes: plain, proxy, oracle."""
     batch_size: Annotated[int, AtLeast(1)] = 32
     """Contexts in one forward pass of the model."""
     device: str = "auto"
@@ -57,7 +58,7 @@ class CompareConfig(Settings):
     runs: tuple[Path, ...]
     """Run directories that were evaluated."""
     out: Path | None = None
-    """Directory for compare.html, compare.png and compare.json; without it, the table alone."""
+    """Directory for compare.html, compare.png and compare.json; without it, only the table is printed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,36 +13,36 @@ from saebench.core.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainConfig(Settings):
-    """Explain the features of a store in words, and score the explanations on documents they never saw."""
+    """Explain the features of a store in words, and score the explanations on held-out documents."""
 
     store: Path
-    """Directory of the feature store, which gets a new generation."""
+    """Directory of the feature store; a new generation is written."""
     sae: str | None = None
     """Which SAE of the store; the first by default."""
     provider: Literal["rules", "hf", "openai"] = "rules"
-    """'rules' finds rules by counting, without any model; 'hf' asks a local model, 'openai' a server."""
+    """'rules' finds rules by counting, without a model; 'hf' asks a local model, 'openai' a server."""
     model: str | None = None
     """hf: 'demo', 'smollm2' or a local Hugging Face folder; openai: the name that the server knows."""
     base_url: str = "https://api.openai.com/v1"
-    """openai: where the server is; any that speaks OpenAI's chat completions."""
+    """openai: address of the server; any server with OpenAI's chat completions API."""
     key_env: str = "OPENAI_API_KEY"
-    """openai: environment variable that holds the key; it is stored nowhere."""
+    """openai: environment variable that holds the key; the key is not stored."""
     features: tuple[str | int, ...] = ()
-    """Which features, like 3,17,40-49; all that are not dead by default."""
+    """Which features, like 3,17,40-49; by default all that are not dead."""
     limit: Annotated[int | None, AtLeast(1)] = None
-    """At most so many features, those that fire most."""
+    """Explain at most this many features, those with the highest activation density."""
     budget: Annotated[int | None, AtLeast(1)] = None
-    """Language models: stop before this many tokens are spent; what is finished is kept."""
+    """Language models: stop before using more than this many tokens; finished explanations are kept."""
     examples: Annotated[int, AtLeast(1)] = 10
-    """Language models: examples shown to explain a feature, and as many asked of each kind to score it."""
+    """Language models: examples shown to explain a feature, and examples of each kind to score it."""
     window: Annotated[int, AtLeast(4)] = 32
-    """Language models: tokens shown of an example, at most."""
+    """Language models: tokens shown per example, at most."""
     concurrency: Annotated[int, AtLeast(1)] = 8
-    """openai: questions under way at once."""
+    """openai: requests sent at the same time."""
     timeout: Annotated[float, Above(0)] = 60.0
     """openai: seconds to wait for an answer."""
     retries: Annotated[int, AtLeast(0)] = 4
-    """openai: further attempts at a question that failed for a while."""
+    """openai: retries of a request that failed with a temporary error."""
     seed: Seed = 0
     """Seeds the choice of examples and the resampling of documents."""
     device: str = "auto"

@@ -1,4 +1,4 @@
-"""Settings of translating SAEs from and to other libraries' forms."""
+"""Settings of importing and exporting SAEs in the formats of other libraries."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from saebench.formats.registry import formats
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(Settings):
-    """Write a trained SAE in the form of another library."""
+    """Write a trained SAE in the format of another library."""
 
     run: Path
     """A run directory, or a folder with sae.json and sae.safetensors."""
     out: Path
     """Directory to write; it must be empty or not exist."""
     format: str = "saelens"
-    """Whose form: 'saelens', or one that another installed package adds."""
+    """Format: 'saelens', or one that another installed package adds."""
     quiet: bool = False
-    """No progress display, as everywhere; an export has none."""
+    """No effect: an export has no progress display."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -31,18 +31,18 @@ class ExportConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ImportSaeConfig(Settings):
-    """Make a run directory of an SAE that another library trained."""
+    """Make a run directory from an SAE that another library trained."""
 
     source: Path
-    """The other library's folder."""
+    """Folder that the other library wrote."""
     out: Path
     """Directory to write; it must be empty or not exist."""
     format: str = "saelens"
-    """Whose form: 'saelens', or one that another installed package adds."""
+    """Format: 'saelens', or one that another installed package adds."""
     k: Annotated[int | None, AtLeast(1)] = None
-    """Active latents a token, for an SAE that does not say it (a note: what is computed stays the same)."""
+    """Active latents per token, if the folder does not say it; it is recorded and does not change the SAE."""
     quiet: bool = False
-    """No progress display, as everywhere; an import has none."""
+    """No effect: an import has no progress display."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -53,7 +53,6 @@ def load_checkpoint_sae(file: Path, *, device: str | torch.device = "cpu") -> SA
     """
     from saebench.core.tensors import check_tensors, read_safetensors
 
-
     run = run_of(file)
     facts = read_run(run)
     d_in = facts.get("d_in")

@@ -12,7 +12,7 @@ from saebench.core.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class SaeSpec(Settings):
-    """What every architecture has; the rest is in the file of each."""
+    """Settings that every architecture has; its own are in its file."""
 
     name: ClassVar[str] = ""
     # Whether a token may choose a latent again: then k may exceed d_sae, though not in training.
@@ -21,7 +21,7 @@ class SaeSpec(Settings):
     d_sae: Annotated[int, AtLeast(1)] = 4096
     """Number of latents."""
     k: Annotated[int, AtLeast(1)] = 32
-    """Active latents a token."""
+    """Active latents per token."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

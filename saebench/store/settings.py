@@ -21,17 +21,17 @@ class IndexConfig(Settings):
     cache: Path
     """Activation cache."""
     out: Path
-    """Directory of the feature store; an existing store gets a new generation."""
+    """Directory of the feature store; in an existing store, a new generation is written."""
     also: tuple[Path, ...] = ()
     """Further runs to index in the same pass over the cache."""
     hook: str | None = None
-    """Which hook of the cache; by default the run's own."""
+    """Hook of the cache; by default the one that the run was trained on."""
     model: str = "cache"
-    """Model for the logits: 'cache' is the one that made the cache, 'none' leaves logits out."""
+    """Model for the logits: 'cache' is the one that made the cache, 'none' omits the logits."""
     name: str | None = None
     """Name of the SAE in the store; by default the name of the run directory."""
     examples: Annotated[int, AtLeast(1)] = 20
-    """Top examples kept for each feature; as many random ones and negatives, and a fifth of each tenth."""
+    """Top examples stored per feature; as many random ones and negatives, and a fifth as many per decile."""
     window: Annotated[int, AtLeast(1)] = 32
     """Tokens shown around an example."""
     batch_size: Annotated[int, AtLeast(1)] = 8192
@@ -39,7 +39,7 @@ class IndexConfig(Settings):
     seed: Seed = 0
     """Seeds the choice of random examples."""
     with_context_index: bool = False
-    """Also keep the activations by context, for pages that show a whole context."""
+    """Also store the activations sorted by context, for pages that show a whole context."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda' or 'cuda:1'."""
     quiet: bool = False
@@ -69,7 +69,7 @@ class CheckConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RebuildConfig(Settings):
-    """Make the tables of a feature store again from its activations, also of one of an older format."""
+    """Compute a feature store's tables again from its activations; it may have an older format."""
 
     store: Path
     """Directory of the feature store."""
@@ -79,7 +79,7 @@ class RebuildConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class StoreExportConfig(Settings):
-    """Write what a feature store knows of an SAE in a form that others read."""
+    """Export an SAE's features from a feature store in a format that other tools read."""
 
     store: Path
     """Directory of the feature store."""
@@ -93,9 +93,9 @@ class StoreExportConfig(Settings):
     features: tuple[str | int, ...] = ()
     """Only these features, like 3,17,40-49; all by default."""
     list: str | None = None
-    """Only the features of this list, which people made in the explorer or with annotations.add_to_list."""
+    """Only the features of this list, made in the explorer or with annotations.add_to_list."""
     quiet: bool = False
-    """No progress display, as everywhere; an export has none."""
+    """No effect: an export has no progress display."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,20 +16,20 @@ SyntheticData = Literal["tree", "zipf", "readout", "superposition"]
 
 @dataclass(frozen=True, kw_only=True)
 class SynthConfig(Settings):
-    """Train SAEs on data whose features are known, compare them with the truth, test the papers' claims."""
+    """Train SAEs on synthetic data with known features, measure recovery, and test the papers' claims."""
 
     out: Path = Path("synth")
-    """Directory for the data, the runs and the results; run again to go on after an interruption."""
+    """Directory for the data, the runs and the results; run the command again to resume it."""
     full: bool = False
     """The whole suite: more rows, and all nine levels of the tree; about an hour on 2 CPU cores."""
     data: tuple[SyntheticData, ...] = ("tree", "zipf", "readout", "superposition")
-    """Which data; repeat for several."""
+    """Data sets; repeat for several."""
     architectures: tuple[str, ...] = ()
-    """Which architectures; repeat for several. All by default."""
+    """Architectures; repeat for several. By default all."""
     seeds: Annotated[int, AtLeast(1)] = 3
-    """SAEs of each kind, which differ in their initial weights."""
+    """SAEs per architecture and data set; they differ in their initial weights."""
     tokens: Annotated[int | None, AtLeast(10_000)] = None
-    """Rows to train each SAE on; by default what the suite takes for each data."""
+    """Rows to train each SAE on; by default a number that depends on the data set."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda' or 'cuda:1'."""
     quiet: bool = False

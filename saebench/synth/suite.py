@@ -40,7 +40,7 @@ def synth(config: SynthConfig) -> SynthReport:
     architectures, data or seeds may be asked for later.
 
     Raises:
-        UserError: ``out`` holds other data, or anything that the stations refuse.
+        UserError: ``out`` holds other data, or a stage raises it.
     """
     scores: list[Score] = []
     troubles: list[str] = []

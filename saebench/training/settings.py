@@ -23,27 +23,28 @@ class TrainConfig(Settings):
     out: Path
     """Directory of the run."""
     hook: str | None = None
-    """Which hook of the cache; the first by default."""
+    """Hook of the cache; by default the first."""
     sae: str = "topk"
-    """Architecture."""
+    """Architecture: topk, matching-pursuit, mutual-choice (BatchTopK; also: batchtopk), feature-choice,
+    gradient, matryoshka, jumprelu, gated, relu, or one that another installed package adds."""
     tokens: Annotated[int, AtLeast(1)] = 5_000_000
-    """Rows to train on, over as many epochs as that takes."""
+    """Rows to train on; the cache is repeated as often as needed."""
     batch_size: Annotated[int, AtLeast(1)] = 4096
     """Rows in a step."""
     lr: Annotated[float | Literal["auto"], Above(0)] = "auto"
-    """Peak learning rate; 'auto' goes by width: 1.6e-3 / sqrt(d_sae / 4096)."""
+    """Peak learning rate; 'auto' is 1.6e-3 / sqrt(d_sae / 4096)."""
     warmup: Annotated[float, AtLeast(0)] = 0.05
-    """Share of the steps in which the learning rate rises from 0."""
+    """Fraction of the steps, at the start, in which the learning rate rises from 0."""
     decay: Annotated[float, AtLeast(0)] = 0.3
-    """Share of the steps, at the end, in which it falls to 0."""
+    """Fraction of the steps, at the end, in which the learning rate falls to 0."""
     grad_clip: Annotated[float, AtLeast(0)] = 1.0
-    """Largest norm of the whole gradient; 0 switches clipping off."""
+    """Largest norm of the gradient of all parameters; 0 disables clipping."""
     normalize: bool = True
-    """Train on inputs of unit mean variance per dimension; folded into the saved weights."""
+    """Scale inputs to a mean variance of 1 per dimension; the scale is folded into the saved weights."""
     seed: Seed = 0
-    """Seeds the initial weights, and the order of the rows unless order_seed does."""
+    """Seed of the initial weights, and of the order of the rows unless order_seed is given."""
     order_seed: Seed | None = None
-    """Seeds the order of the rows; by default the seed does."""
+    """Seed of the order of the rows; by default seed."""
     sweep: tuple[str, ...] = ()
     """NAME=VALUE,VALUE,...: train one SAE for each value in one pass over the cache, each in a directory of
     its own in --out; repeat for a grid, like --sweep sae=topk,relu --sweep k=16,32."""
@@ -54,7 +55,7 @@ class TrainConfig(Settings):
     log_every: Annotated[int, AtLeast(1)] = 50
     """Steps between lines of metrics."""
     resume: bool = False
-    """Go on where an interrupted run of the same settings stopped."""
+    """Continue an interrupted run with the same settings."""
     memory: Annotated[float, AtLeast(0.01)] = 1.0
     """GiB of memory that the shuffling reader may use."""
     tensorboard: bool = False

@@ -1,4 +1,4 @@
-"""The store's benchmark at a small size: what it makes is a sound store, what it says follows from it."""
+"""The store's benchmark at a small size: the store passes its checks, and the report follows from it."""
 
 import contextlib
 import io
