@@ -20,6 +20,7 @@ QUICKSTART = "docs/quickstart.md"
 SMALLER = {
     "tokens=200_000": "tokens=36_000",
     "tokens=1_000_000": "tokens=60_000",
+    'model="demo")  # on documents': 'model="demo", tokens=2_000)  # on documents',
     "d_sae=1024": "d_sae=64",
     "k=32": "k=8",
 }
