@@ -1,6 +1,6 @@
-"""SparseCodes: what every encoder hands to everything else.
+"""SparseCodes: the sparse output of every encoder.
 
-Shapes: N rows (tokens), K slots a row when rectangular, S = stored entries, M = d_sae latents.
+Shapes: N rows (tokens), K slots per row when rectangular, S stored entries, M = d_sae latents.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from saebench_kernels import LatentGroups, group_by_latent
 class SparseCodes:
     """Codes of N rows over ``d_sae`` latents, flat and ragged.
 
-    ``indices`` [S] int32 and ``values`` [S] float hold row 0's entries, then row 1's, and so on. With
-    ``k`` set every row has exactly k slots, so the offsets are arithmetic and need no tensor; otherwise
-    ``offsets`` [N + 1] int64 says where each row begins. A value of zero is padding: it counts neither in
-    ``l0`` nor in gradients, and its index means nothing (ragged codes made on a GPU may have more room than
-    entries: the rest is padding behind the last row's). Order within a row is unspecified unless the SAE
-    says so. ``leading_shape`` is the shape of the input without its last axis: () for one vector,
+    ``indices`` [S] int32 and ``values`` [S] float hold the entries of row 0, then those of row 1, and so on.
+    With ``k`` set, every row has exactly k slots, and the offsets are computed without a tensor; otherwise
+    ``offsets`` [N + 1] int64 gives the start of each row. A value of zero is padding: it counts neither in
+    ``l0`` nor in gradients, and its index has no meaning. Ragged codes made on a GPU may have more slots than
+    entries; the extra slots are padding after the last row. The order within a row is unspecified unless the
+    SAE documents one. ``leading_shape`` is the shape of the input without its last axis: () for one vector,
     (N,) or (B, T).
     """
 
@@ -34,7 +34,7 @@ class SparseCodes:
     k: int | None = None
     offsets: Tensor | None = None
     _sorted: list[LatentGroups] = field(default_factory=list)
-    """At most one item: the groups, once they were asked for."""
+    """At most one item: the groups, after the first use of `groups`."""
 
     def __post_init__(self) -> None:
         assert (self.k is None) != (self.offsets is None), "exactly one of k and offsets"
@@ -96,7 +96,7 @@ class SparseCodes:
         if self.k is not None:
             return torch.arange(self.n_rows, device=self.values.device).repeat_interleave(self.k)
         if self.values.is_cuda:
-            # Room to spare at the end belongs to no row, and is said to be the last one's.
+            # Spare slots at the end belong to no row; they are assigned to the last one.
             places_S = torch.arange(self.values.numel(), device=self.values.device)
             rows_S = torch.searchsorted(self.row_offsets[1:], places_S, right=True)
             return rows_S.clamp_max(max(0, self.n_rows - 1))
@@ -104,7 +104,7 @@ class SparseCodes:
 
     @property
     def groups(self) -> LatentGroups:
-        """The entries sorted by latent, for weight gradients; sorted once."""
+        """The entries sorted by latent, for weight gradients; computed once."""
         if not self._sorted:
             self._sorted.append(group_by_latent(self.indices, self.rows(), self.d_sae))
         return self._sorted[0]
@@ -119,9 +119,9 @@ class SparseCodes:
         return self.rows()[real], self.indices[real], self.values[real]
 
     def merged(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``(row, index, value)`` as `coo`, sorted by row and index, repeated latents added up.
+        """``(row, index, value)`` like `coo`, sorted by row and index, with repeated latents summed.
 
-        Exactly the entries of ``to_dense()`` that are not zero, without forming it.
+        These are exactly the nonzero entries of ``to_dense()``, computed without forming it.
         """
         row, index, value = self.coo()
         key, entry = torch.unique(row * self.d_sae + index.long(), return_inverse=True)
@@ -130,19 +130,19 @@ class SparseCodes:
         return key.div(self.d_sae, rounding_mode="floor"), key % self.d_sae, summed
 
     def firings(self) -> Tensor:
-        """[d_sae] int32: in how many entries each latent is active."""
+        """[d_sae] int32: the number of entries in which each latent is active."""
         times_M = torch.zeros(self.d_sae, dtype=torch.int32, device=self.indices.device)
         return times_M.index_add_(0, self.indices, (self.values != 0).to(torch.int32))
 
     def l0(self) -> Tensor:
-        """[*leading_shape] int64: how many different latents are active (repeated picks count once)."""
+        """[*leading_shape] int64: the number of distinct active latents; repeated picks count once."""
         row, index, _ = self.coo()
         distinct = torch.unique(row * self.d_sae + index.long())
         rows = distinct.div(self.d_sae, rounding_mode="floor")
         return torch.bincount(rows, minlength=self.n_rows).view(self.leading_shape)
 
     def to_dense(self) -> Tensor:
-        """[*leading_shape, d_sae]; repeated latents are added up."""
+        """[*leading_shape, d_sae]; repeated latents are summed."""
         dense = self.values.new_zeros(self.n_rows * self.d_sae)
         row, index, value = self.coo()
         dense.index_add_(0, row * self.d_sae + index.long(), value)

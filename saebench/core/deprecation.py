@@ -51,7 +51,7 @@ def renamed(old_name: str, function: FunctionT) -> FunctionT:
 
 
 def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
-    """The one form of the warning: ``old`` is deprecated, use ``new``."""
+    """Warn that ``old`` is deprecated and ``new`` is to be used."""
     warnings.warn(
         f"{old} is deprecated and will be removed in the next version; use {new}",
         DeprecationWarning,

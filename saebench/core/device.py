@@ -1,4 +1,4 @@
-"""Which device to compute on."""
+"""The choice of the device to compute on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from saebench.core.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' is the first GPU if there is one, else the CPU. A GPU that is named becomes the current one.
+    """The device called ``name``: 'auto' is the first GPU if there is one, else the CPU.
+
+    A GPU given by its number becomes torch's current device.
 
     Raises:
-        UserError: an unknown name, or a GPU that is not there.
+        UserError: an unknown name, or a GPU that torch does not see.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,12 +1,12 @@
-"""The one exception that means "the user must change something"."""
+"""UserError: the exception for problems that the user can solve."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Input or surroundings that a person can put right: a wrong name, a damaged file, a full disk.
+    """A problem that the user can solve: a wrong name, a damaged file, a full disk.
 
-    Its text is one sentence that names the thing, the value seen and the way out. The command line
-    prints it without a traceback and exits with code 2; in Python it is an ordinary ValueError.
-    Programmers' mistakes stay ``assert`` or other exceptions (exit code 1, with a traceback).
+    The text is one sentence: what was expected, what was found (with its name and value), and what to do.
+    The command line prints it without a traceback and exits with code 2; in Python it is an ordinary
+    ValueError. Programming errors are ``assert`` or other exceptions (exit code 1, with a traceback).
     """

@@ -1,4 +1,4 @@
-"""Writing so that nothing is ever half there: temporary name, fsync, rename; locks, hashes, free space."""
+"""Atomic file writes (temporary name, fsync, rename), JSON, directory locks, SHA-256, disk space."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEMPORARY_SUFFIX = ".partial"
 def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path``; on a clean exit it is synced and renamed over ``path``.
 
-    A process killed at any instant leaves the old ``path`` or the new one, never a part. If the body
+    A process killed at any instant leaves the old ``path`` or the new one, never a partial file. If the body
     raises, the temporary file is removed. A full disk or a refused write becomes a UserError.
     """
     path = Path(path)
@@ -44,7 +44,7 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def sentence_for_os_errors(path: Path) -> Iterator[None]:
-    """Turn the ways a disk refuses a write into one sentence about ``path``."""
+    """Turn an OSError of a full disk or a refused write into a UserError about ``path``."""
     try:
         yield
     except OSError as error:
@@ -66,7 +66,7 @@ def is_leftover(path: Path) -> bool:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Delete the temporary files of killed writers below ``directory``, which must be ours and locked."""
+    """Delete the temporary files of killed writers below ``directory``, whose lock the caller must hold."""
     for path in Path(directory).rglob(f".*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
 
@@ -92,7 +92,7 @@ def write_json_atomic(path: Path, value: object) -> None:
 
 
 def finite(value: Any) -> Any:
-    """``value`` with None for every number, however deep, that JSON does not have: NaN and the infinities."""
+    """``value`` with None in place of NaN and the infinities, which JSON does not have, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -118,15 +118,15 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_json(value: object) -> str:
-    """Hash of a JSON-able value, independent of key order."""
+    """SHA-256 of a value that can be written as JSON, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def directory_lock(directory: Path, *, what: str) -> Iterator[None]:
-    """Hold ``directory`` for one writer; a second one gets a UserError at once.
+    """Lock ``directory`` for one writer; a second writer gets a UserError at once.
 
-    The operating system drops the lock when the process dies, so a killed writer never blocks the next.
+    The operating system releases the lock when the process ends, so a killed writer does not block the next.
     """
     directory = Path(directory)
     require_writable(directory, what=what)
@@ -135,7 +135,7 @@ def directory_lock(directory: Path, *, what: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(
-            f"another process is writing {what} {directory}; wait until it ends, or take another directory"
+            f"another process is writing {what} {directory}; wait until it ends, or choose another directory"
         ) from None
     try:
         yield
@@ -144,13 +144,13 @@ def directory_lock(directory: Path, *, what: str) -> Iterator[None]:
 
 
 def require_writable(directory: Path, *, what: str) -> None:
-    """Create ``directory`` and prove that a file can be written there."""
+    """Create ``directory`` and check that files can be written in it."""
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(
-            f"{what} {directory} cannot be made, because a file is in its place; choose another --out"
+            f"{what} {directory} cannot be created because a file has that name; choose another --out"
         ) from None
     except OSError as error:
         raise UserError(f"cannot create {what} {directory}: {error.strerror}; choose another --out") from None
@@ -159,11 +159,11 @@ def require_writable(directory: Path, *, what: str) -> None:
 
 
 def require_writable_file(path: Path, *, what: str) -> None:
-    """Prove that the file ``path`` can be written, before the work whose result it is to hold."""
+    """Check that the file ``path`` can be written, before the work that produces its content."""
     path = Path(path)
     require_writable(path.parent, what=f"the directory of {what}")
     if path.is_dir():
-        raise UserError(f"{what} {path} is a directory; give --out the name of a file")
+        raise UserError(f"{what} {path} is a directory; give --out a file name")
 
 
 def require_disk(directory: Path, n_bytes: int, *, what: str) -> None:
@@ -175,7 +175,7 @@ def require_disk(directory: Path, n_bytes: int, *, what: str) -> None:
     if free < n_bytes:
         raise UserError(
             f"{what} needs {human_bytes(n_bytes)} but {directory} has {human_bytes(free)} free; "
-            "free some space, choose another place, or ask for fewer tokens"
+            "free some space, choose another place, or lower --tokens"
         )
 
 

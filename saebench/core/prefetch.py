@@ -1,4 +1,4 @@
-"""Work ahead in a thread: the next items are made while the present one is used."""
+"""Prefetching: a thread computes the next items of an iterable while the current one is used."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Generic, TypeVar
 
 ItemT = TypeVar("ItemT")
 
-_SECONDS_BETWEEN_LOOKS = 0.1
+_POLL_SECONDS = 0.1
 
 
 def prefetch(items: Iterable[ItemT], depth: int) -> Generator[ItemT, None, None]:
-    """Yield ``items`` in order while a thread makes up to ``depth`` of them in advance.
+    """Yield ``items`` in order while a thread computes up to ``depth`` of them in advance.
 
-    An exception in the thread is raised here, after the items before it. Closing the generator (leaving a
-    ``for`` loop early does, once the generator is dropped) ends the thread. With depth 0 there is no thread.
+    An exception in the thread is raised here, after the items that precede it. Closing the generator ends the
+    thread; leaving a ``for`` loop early closes it when the generator is garbage collected. With depth 0 there
+    is no thread.
     """
     if depth == 0:
         yield from items
@@ -55,7 +56,7 @@ class _Worker(Generic[ItemT]):
             for item in self._items:
                 if not self._put(("item", item)):
                     break
-                del item  # the queue has it: hold nothing while the next is made
+                del item  # the queue holds it; keep no reference while the next one is computed
             self._put(("end", None))
         except BaseException as error:
             self._put(("error", error))
@@ -66,7 +67,7 @@ class _Worker(Generic[ItemT]):
     def _put(self, entry: tuple[str, ItemT | BaseException | None]) -> bool:
         while not self._stopped.is_set():
             try:
-                self._queue.put(entry, timeout=_SECONDS_BETWEEN_LOOKS)
+                self._queue.put(entry, timeout=_POLL_SECONDS)
             except queue.Full:
                 continue
             return True

@@ -29,12 +29,12 @@ class Snapshot:
 
     Attributes:
         label: what is being done.
-        done: units done, with those of earlier runs.
+        done: units done, with those of earlier processes.
         total: units in all.
         unit: what is counted.
-        initial: units that an earlier run did: they count in the share but not in the rate.
-        seconds: since this run began.
-        note: the latest remark of the work, such as its loss.
+        initial: units done by earlier processes: they count in the share but not in the rate.
+        seconds: since this process began the work.
+        note: the latest note of the work, such as its loss.
     """
 
     label: str
@@ -70,7 +70,7 @@ class Events:
 
     - ``progress``: the fields of `Snapshot`, at most every half second and at both ends.
     - ``error``: ``message``, a sentence that says what a person must change.
-    - ``result``: what came of the work, its fields chosen by the work.
+    - ``result``: the result of the work; its fields depend on the work.
     """
 
     def __init__(self, stream: IO[str]) -> None:

@@ -1,4 +1,4 @@
-"""Files of tensors: read without trusting them, and checked against what they should hold."""
+"""Safetensors files: reading them, and checking that they hold the expected tensors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from saebench.core.errors import UserError
 
 
 def read_safetensors(file: Path, *, way_out: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, by name; ``way_out`` ends the sentence when it has none.
+    """The tensors of a safetensors file, by name.
+
+    ``way_out`` is the end of the error sentence: what the user can do when the file cannot be read.
 
     Raises:
-        UserError: no such file, or one that cannot be read.
+        UserError: the file does not exist or cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -26,12 +28,12 @@ def read_safetensors(file: Path, *, way_out: str) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror or error}); {way_out}") from None
     except (SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{file} is damaged or no safetensors file ({error}); {way_out}") from None
+        raise UserError(f"{file} is damaged or not a safetensors file ({error}); {way_out}") from None
     return tensors
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], file: Path) -> None:
-    """Refuse a safetensors file that does not hold the tensors ``expected``, all finite."""
+    """Raise a UserError unless ``tensors`` has every tensor in ``expected``, with that shape and finite."""
     if missing := _first(name for name in expected if name not in tensors):
         raise UserError(f"{file} has no tensor {missing!r}; it does not belong to this SAE")
     for name, shape in expected.items():

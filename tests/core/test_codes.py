@@ -55,7 +55,7 @@ def check_against_dense(codes: SparseCodes, entries: list[list[tuple[int, float]
 
 @given(rows(rectangular=False))
 @settings(deadline=None)
-def test_ragged_codes(entries: list[list[tuple[int, float]]]) -> None:
+def test_ragged_codes_equal_dense(entries: list[list[tuple[int, float]]]) -> None:
     codes = ragged(entries)
     check_against_dense(codes, entries)
     check_against_dense(codes.to("cpu"), entries)
@@ -63,7 +63,7 @@ def test_ragged_codes(entries: list[list[tuple[int, float]]]) -> None:
 
 @given(rows(rectangular=True).filter(bool))
 @settings(deadline=None)
-def test_rectangular_codes(entries: list[list[tuple[int, float]]]) -> None:
+def test_rectangular_codes_equal_dense(entries: list[list[tuple[int, float]]]) -> None:
     index = torch.tensor([[i for i, _ in row] for row in entries])
     values = torch.tensor([[v for _, v in row] for row in entries])
     codes = SparseCodes.from_topk(values, index, d_sae=D_SAE)
@@ -74,7 +74,7 @@ def test_rectangular_codes(entries: list[list[tuple[int, float]]]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (6,), (2, 3), (0, 3), (0,)])
-def test_the_leading_shape_of_the_input_comes_back(shape: tuple[int, ...]) -> None:
+def test_leading_shape_is_kept(shape: tuple[int, ...]) -> None:
     n = int(np.prod(shape, dtype=int))
     values = torch.rand(n, 2) + 1
     codes = SparseCodes.from_topk(values, torch.tensor([0, 3]).expand(n, 2), d_sae=5, leading_shape=shape)
@@ -84,7 +84,7 @@ def test_the_leading_shape_of_the_input_comes_back(shape: tuple[int, ...]) -> No
     assert (codes.l0() == 2).all()
 
 
-def test_padding_gets_no_gradient_and_repeats_share_it() -> None:
+def test_padding_has_no_gradient_and_repeats_share_it() -> None:
     values = torch.tensor([[2.0, 0.0, 1.0]], requires_grad=True)
     codes = SparseCodes.from_topk(values, torch.tensor([[1, 0, 1]]), d_sae=3)
     (codes.to_dense() * torch.tensor([5.0, 7.0, 9.0])).sum().backward()
@@ -92,13 +92,13 @@ def test_padding_gets_no_gradient_and_repeats_share_it() -> None:
     assert values.grad.tolist() == [[7.0, 0.0, 7.0]]
 
 
-def test_codes_that_do_not_fit_their_shape_are_a_programmers_error() -> None:
+def test_codes_of_wrong_shape_raise_assertion_error() -> None:
     with pytest.raises(AssertionError):
         SparseCodes.from_topk(torch.ones(4, 2), torch.zeros(4, 2), d_sae=3, leading_shape=(3,))
     with pytest.raises(AssertionError):
         SparseCodes(torch.zeros(2, dtype=torch.int32), torch.ones(2), 3, (1,))
 
 
-def test_codes_show_their_shape_and_not_their_contents() -> None:
+def test_repr_shows_shape_without_values() -> None:
     codes = SparseCodes.from_topk(torch.ones(6, 3), torch.zeros(6, 3), d_sae=D_SAE, leading_shape=(2, 3))
     assert repr(codes) == "SparseCodes([2, 3] of 7 latents, k=3, cpu)"

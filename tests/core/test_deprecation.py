@@ -1,4 +1,4 @@
-"""Old names keep working for one version, and say so."""
+"""Old names keep working for one version, with a DeprecationWarning."""
 
 from __future__ import annotations
 

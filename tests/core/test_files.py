@@ -1,4 +1,4 @@
-"""Files are whole or absent, whatever happens while they are written."""
+"""Atomic file writes, locks, and disk errors as UserError."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run_python(code: str, *args: object) -> subprocess.CompletedProcess[str]:
 
 @given(JSON)
 @settings(deadline=None)
-def test_json_comes_back_and_equal_values_are_equal_bytes(
+def test_json_round_trips_and_equal_values_give_equal_bytes(
     tmp_path_factory: pytest.TempPathFactory, value: object
 ) -> None:
     path = tmp_path_factory.mktemp("json") / "value.json"
@@ -44,18 +44,18 @@ def test_json_comes_back_and_equal_values_are_equal_bytes(
     assert path.read_bytes() == once
 
 
-def test_the_hash_of_json_does_not_depend_on_the_order_of_keys() -> None:
+def test_json_hash_does_not_depend_on_key_order() -> None:
     assert files.sha256_json({"a": 1, "b": [2]}) == files.sha256_json({"b": [2], "a": 1})
     assert files.sha256_json({"a": 1}) != files.sha256_json({"a": 2})
 
 
-def test_numbers_that_json_cannot_hold_write_nothing(tmp_path: Path) -> None:
+def test_nonfinite_numbers_write_no_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         files.write_json_atomic(tmp_path / "x.json", {"a": float("nan")})
     assert not list(tmp_path.iterdir())
 
 
-def test_a_body_that_raises_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_exception_in_the_body_leaves_only_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     files.write_bytes_atomic(path, b"old")
 
@@ -70,7 +70,7 @@ def test_a_body_that_raises_leaves_the_old_file_and_nothing_else(tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
 
 
-def test_the_data_is_durable_before_the_name_and_then_the_name(
+def test_data_is_synced_before_the_rename_and_the_directory_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
@@ -91,7 +91,7 @@ def test_the_data_is_durable_before_the_name_and_then_the_name(
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_process_killed_before_the_rename_leaves_the_old_file(tmp_path: Path, step: str) -> None:
+def test_kill_before_the_rename_leaves_the_old_file(tmp_path: Path, step: str) -> None:
     path = tmp_path / "x.bin"
     files.write_bytes_atomic(path, b"old")
     killed = run_python(
@@ -113,7 +113,7 @@ def test_a_process_killed_before_the_rename_leaves_the_old_file(tmp_path: Path, 
     assert path.read_bytes() == b"newer"
 
 
-def test_a_full_disk_is_one_sentence_and_the_old_file_stays(tmp_path: Path) -> None:
+def test_full_disk_raises_user_error_and_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     files.write_bytes_atomic(path, b"old")
     full = run_python(
@@ -142,9 +142,7 @@ def test_a_full_disk_is_one_sentence_and_the_old_file_stays(tmp_path: Path) -> N
     ("content", "message"),
     [(None, "does not exist"), (b"{", "is damaged"), (b"\xff\xfe", "is damaged"), (b"", "is damaged")],
 )
-def test_json_that_cannot_be_read_is_a_users_error(
-    tmp_path: Path, content: bytes | None, message: str
-) -> None:
+def test_unreadable_json_raises_user_error(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "x.json"
     if content is not None:
         path.write_bytes(content)
@@ -152,12 +150,12 @@ def test_json_that_cannot_be_read_is_a_users_error(
         files.read_json(path, what="the thing")
 
 
-def test_a_directory_in_place_of_a_json_file_is_a_users_error(tmp_path: Path) -> None:
+def test_directory_instead_of_json_file_raises_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the thing"):
         files.read_json(tmp_path, what="the thing")
 
 
-def test_a_second_writer_is_turned_away_until_the_first_is_done(tmp_path: Path) -> None:
+def test_second_writer_raises_user_error_until_the_first_ends(tmp_path: Path) -> None:
     attempt = """
         import sys
         from pathlib import Path
@@ -174,7 +172,7 @@ def test_a_second_writer_is_turned_away_until_the_first_is_done(tmp_path: Path) 
     assert run_python(attempt, tmp_path / "new").stdout == "mine\n"
 
 
-def test_a_killed_writer_does_not_block_the_next(tmp_path: Path) -> None:
+def test_killed_writer_does_not_block_the_next(tmp_path: Path) -> None:
     killed = run_python(
         """
         import os, signal, sys
@@ -190,16 +188,14 @@ def test_a_killed_writer_does_not_block_the_next(tmp_path: Path) -> None:
         pass
 
 
-def test_a_file_in_the_place_of_a_directory_is_a_users_error(tmp_path: Path) -> None:
+def test_file_instead_of_directory_raises_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="choose another --out"):
             files.require_writable(path, what="the cache")
 
 
-def test_a_directory_that_may_not_be_written_is_a_users_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unwritable_directory_raises_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(UserError, match="not writable"):
         files.require_writable(tmp_path, what="the cache")
@@ -214,18 +210,18 @@ def test_a_directory_that_may_not_be_written_is_a_users_error(
         (errno.EROFS, "cannot write .*choose another place"),
     ],
 )
-def test_what_a_disk_refuses_is_a_users_error(tmp_path: Path, number: int, message: str) -> None:
+def test_refused_writes_raise_user_error(tmp_path: Path, number: int, message: str) -> None:
     with pytest.raises(UserError, match=message), files.atomic_file(tmp_path / "x"):
         raise OSError(number, "refused")
     assert not list(tmp_path.iterdir())
 
 
-def test_other_errors_of_the_system_are_passed_on(tmp_path: Path) -> None:
+def test_other_os_errors_are_not_converted(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="refused"), files.atomic_file(tmp_path / "x"):
         raise OSError(errno.EIO, "refused")
 
 
-def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
+def test_too_little_disk_space_raises_user_error(tmp_path: Path) -> None:
     out = tmp_path / "not" / "yet"
     files.require_disk(out, 1, what="the cache")
     with pytest.raises(UserError, match=r"the cache needs 1024\.0 TiB but .* free"):
@@ -237,11 +233,11 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> 
     ("n", "text"),
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 * 2**29, "1.5 GiB"), (2**50, "1024.0 TiB")],
 )
-def test_sizes_for_people(n: int, text: str) -> None:
+def test_human_bytes(n: int, text: str) -> None:
     assert files.human_bytes(n) == text
 
 
-def test_numbers_that_json_lacks_become_none_however_deep() -> None:
+def test_nonfinite_numbers_become_none_at_any_depth() -> None:
     nan, inf = float("nan"), float("inf")
     given = {"a": nan, "b": [1, 2.5, (inf, "x")], "c": {"d": -inf, "e": None, "f": True}}
     assert files.finite(given) == {

@@ -3,7 +3,7 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saebench.core.formatting import ABSENT, CONTINUED, count, number, one_in, share, visible
@@ -39,6 +39,7 @@ def test_spaces_get_a_sign_where_they_are_asked_for() -> None:
 
 
 @given(st.text())
+@settings(deadline=None)
 def test_nothing_invisible_or_reordering_is_left(text: str) -> None:
     left = {unicodedata.category(char) for char in visible(text) if char not in "\u200c\u200d"}
     assert not left & {"Cc", "Cf", "Zl", "Zp", "Cs"}

@@ -1,4 +1,4 @@
-"""Progress: silent when asked, a bar on a terminal, plain lines elsewhere."""
+"""Progress: nothing when quiet, a bar on a terminal, plain lines elsewhere, events for programs."""
 
 from __future__ import annotations
 

@@ -341,7 +341,7 @@ def test_what_is_there_stays(store, tmp_path):
     with pytest.raises(UserError, match=r"is not empty \(it holds notes.txt\); choose another --out"):
         export_store(store=store.path, out=tmp_path)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="a file is in its place"):
+    with pytest.raises(UserError, match="a file has that name"):
         export_store(store=store.path, out=tmp_path / "file")
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
