@@ -1,0 +1,1 @@
+"""Activation caches: harvesting, importing, reading, and loading batches in shuffled order."""

@@ -1,4 +1,4 @@
-"""The columns of an activation cache: their types, and the rows that one batch of contexts adds to them.
+"""The columns of a harvested cache: their types, and the rows that one batch of contexts adds to them.
 
 Shapes: B contexts, T = ctx positions, N rows kept, D width of a hook.
 """
@@ -18,7 +18,7 @@ from saebench.sources.models import Model
 
 
 def stored_types(config: HarvestConfig) -> dict[str, str]:
-    """The columns of activations, then of gradients, and the type of each."""
+    """The columns of activations and gradients, with the type that each is stored in."""
     types = {HOOK_PREFIX + hook: str(config.dtype) for hook in config.hook}
     if config.gradients:
         types |= {GRADIENT_PREFIX + hook: gradient_dtype(config.dtype) for hook in config.hook}
@@ -26,6 +26,7 @@ def stored_types(config: HarvestConfig) -> dict[str, str]:
 
 
 def column_types(config: HarvestConfig, model: Model) -> dict[str, ColumnType]:
+    """All columns of the cache and their types."""
     widths = {hook: model.hook_dim(hook) for hook in config.hook}
     values = {
         name: ColumnType(dtype, (widths[name.partition("/")[2]],))
@@ -45,7 +46,7 @@ def column_types(config: HarvestConfig, model: Model) -> dict[str, ColumnType]:
 
 
 def activation_columns(config: HarvestConfig, model: Model, batch: ContextBatch) -> dict[str, Tensor]:
-    """Columns [N, D] of every hook in the types they are stored in, still on the model's device."""
+    """Columns [N, D] of activations and gradients in their stored types, on the model's device."""
     tokens_BT = torch.from_numpy(batch.tokens_BT)
     index_N = torch.from_numpy(np.flatnonzero(batch.keep_BT)).to(model.device)
     gradients: dict[str, Tensor] = {}
@@ -63,7 +64,7 @@ def activation_columns(config: HarvestConfig, model: Model, batch: ContextBatch)
 
 
 def row_columns(batch: ContextBatch, first_context: int) -> dict[str, Tensor]:
-    """The columns beside the activations, [N] each."""
+    """The columns token, doc, ctx, pos and held_out, [N] each."""
     docs_BT = np.zeros_like(batch.tokens_BT)
     for row, context in zip(docs_BT, batch.contexts, strict=True):
         row[: len(context)] = context.docs
@@ -80,6 +81,7 @@ def row_columns(batch: ContextBatch, first_context: int) -> dict[str, Tensor]:
 
 
 def context_columns(batch: ContextBatch) -> dict[str, Tensor]:
+    """The columns context_tokens [B, T] and context_len [B]."""
     lengths = [len(context) for context in batch.contexts]
     return {
         "context_tokens": torch.from_numpy(batch.tokens_BT),
@@ -88,11 +90,14 @@ def context_columns(batch: ContextBatch) -> dict[str, Tensor]:
 
 
 def require_finite(config: HarvestConfig, name: str, rows_ND: Tensor, ctx_N: Tensor, pos_N: Tensor) -> None:
+    """Raise a UserError when the column ``name`` of a batch holds NaN or infinity."""
     bad_N = ~torch.isfinite(rows_ND).all(dim=1)
     if bad_N.any():
         row = int(bad_N.nonzero()[0])
         kind, _, hook = name.partition("/")
-        way_out = "try --dtype fp32" if config.dtype != "fp32" else "the model itself computes them"
+        way_out = "the model computes such values itself, so choose another hook"
+        if config.dtype != "fp32":
+            way_out = "try --dtype fp32"
         raise UserError(
             f"{'gradients' if kind == 'gradient' else 'activations'} at {hook} hold NaN or infinity "
             f"(context {int(ctx_N[row])}, position {int(pos_N[row])}); {way_out}"

@@ -1,17 +1,17 @@
-"""The activation cache: what a model thought while it read, one row a token, mapped from disk.
+"""ActivationCache: a model's activations, one row per token, memory-mapped from disk.
 
-A cache is a directory: manifest.json, and a folder per column with fixed-size shards (shards.py).
+A cache is a directory with manifest.json and one folder of fixed-size shards per column (shards.py).
 
     hook/<hook_name>   [n, d_in]  activations, bf16, fp16 or fp32
-    gradient/<hook>    [n, d_in]  if asked for: gradient of the model's loss there, bf16 or fp32 (models.py)
+    gradient/<hook>    [n, d_in]  with --gradients: gradient of the model's loss, bf16 or fp32
     held_out           [n]        bool: True for rows that SAEs are never trained on
     token doc ctx pos  [n]        int32: token id, document, context, 0-based position within the context
     context_tokens     [n_ctx, ctx_len]  int32: the tokens that the model read
-    context_len        [n_ctx]    int32: how many of them are no padding
+    context_len        [n_ctx]    int32: the number of them that are not padding
 
-An import (of an array that came without tokens) has only the first three. One context never mixes held-out
-documents with others. Position 0 is usually dropped from the rows, but not from the contexts; so is the last
-position of each context from a cache with gradients, since it predicts nothing.
+An imported cache (made of an array without tokens) has only the first three. A context never mixes held-out
+documents with others. By default position 0 has no row, though the contexts contain it. In a cache with
+gradients the last position of each context has no row either, because it predicts nothing.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from saebench.core.files import read_json, sha256_file, sha256_json
 class ActivationCache:
     """A finished cache, opened for reading. Made by `open_cache`.
 
-    Tensors are mapped from disk when first asked for: they cost no memory of their own, and writing to one
-    changes no file. They stay valid as long as they are referenced.
+    Tensors are memory-mapped on first use: they need no memory of their own, and writing to one does not
+    change a file. They stay valid as long as they are referenced.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -56,22 +56,22 @@ class ActivationCache:
         return f"ActivationCache({str(self.path)!r}: {hooks})"
 
     def __fspath__(self) -> str:
-        """A cache can be given wherever the path of one is asked for."""
+        """The path of the cache: functions that take a path also take the cache itself."""
         return str(self.path)
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """The manifest as it stands in manifest.json; manifest.py says what is in it."""
+        """The content of manifest.json; its fields are documented in manifest.py."""
         return self._manifest.raw
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the manifest's content, which names every file by checksum."""
+        """SHA-256 of the manifest's content, which holds the checksum of every file."""
         return sha256_json(self._manifest.raw)
 
     @property
     def model(self) -> dict[str, Any] | None:
-        """Name, revision and hash of the model that was harvested; None for an import."""
+        """Name, revision and hash of the model that was harvested; None for an imported cache."""
         model: dict[str, Any] | None = self._manifest.raw["made_from"].get("model")
         return model
 
@@ -85,12 +85,12 @@ class ActivationCache:
 
     @property
     def n_contexts(self) -> int:
-        """0 for an import."""
+        """Number of contexts; 0 for an imported cache."""
         return self._manifest.n_contexts
 
     @property
     def ctx_len(self) -> int | None:
-        """Tokens in a context; None for an import."""
+        """Tokens per context; None for an imported cache."""
         column = self._manifest.columns.get("context_tokens")
         return column.type.row_shape[0] if column else None
 
@@ -107,19 +107,19 @@ class ActivationCache:
         """All rows of ``hook`` (the first hook by default), [n, d_in], mapped from disk.
 
         Raises:
-            UserError: the cache has no such hook; the nearest is offered.
+            UserError: the cache has no such hook; the sentence gives the nearest name.
         """
         return self._column(HOOK_PREFIX + self.resolve_hook(hook))
 
     def has_gradients(self, hook: str | None = None) -> bool:
-        """True when the gradients at ``hook`` (the first hook by default) are stored beside its rows."""
+        """True when the cache has gradients at ``hook`` (the first hook by default)."""
         return GRADIENT_PREFIX + self.resolve_hook(hook) in self._manifest.columns
 
     def gradients(self, hook: str | None = None) -> Tensor:
         """The gradient of the model's loss at each row of ``hook``, [n, d_in], mapped from disk.
 
-        In nats per unit of activation: the derivative of the summed next-token cross entropy of the row's
-        whole context (`Model.gradients`).
+        In nats per unit of activation: the derivative of the summed next-token cross entropy of the whole
+        context of the row (`Model.gradients`).
 
         Raises:
             UserError: the cache has no such hook, or no gradients there.
@@ -128,7 +128,7 @@ class ActivationCache:
         if not self.has_gradients(hook):
             way_out = "cache import --gradients" if self.n_contexts == 0 else "harvest --gradients"
             raise UserError(
-                f"the cache {self.path} has no gradients at {hook}; make one that has with {way_out}"
+                f"the cache {self.path} has no gradients at {hook}; make a cache with gradients by {way_out}"
             )
         return self._column(GRADIENT_PREFIX + hook)
 
@@ -144,7 +144,7 @@ class ActivationCache:
 
     @property
     def held_out(self) -> Tensor:
-        """[n] bool: rows of held-out documents (of an import: the last 5%)."""
+        """[n] bool: rows of held-out documents (in an imported cache, the last 5%)."""
         return self._column("held_out")
 
     @property
@@ -154,7 +154,7 @@ class ActivationCache:
 
     @property
     def doc(self) -> Tensor | None:
-        """[n] int32: document of each row, numbered as they were read."""
+        """[n] int32: document of each row, numbered from 0 in the order of reading."""
         return self._optional("doc")
 
     @property
@@ -178,40 +178,40 @@ class ActivationCache:
         return self._optional("context_len")
 
     def vocab(self) -> list[bytes] | None:
-        """The bytes that each token id stands for; None for an import.
+        """The bytes that each token id stands for; None for an imported cache.
 
         Raises:
-            UserError: the file is not as it was written.
+            UserError: the file does not match its checksum.
         """
         if VOCAB_FILE not in self._manifest.files:
             return None
-        return read_vocab(self._intact(VOCAB_FILE))
+        return read_vocab(self._verified(VOCAB_FILE))
 
     def doc_labels(self) -> list[str] | None:
-        """A name for each document ("1862 Abraham Lincoln (Republican)"), '' where none; None without any.
+        """A label for each document ("1862 Abraham Lincoln (Republican)"), or ''; None when all are ''.
 
         Raises:
-            UserError: the file is not as it was written.
+            UserError: the file does not match its checksum.
         """
         if LABELS_FILE not in self._manifest.files:
             return None
-        return [str(label) for label in read_json(self._intact(LABELS_FILE), what="the document labels")]
+        return [str(label) for label in read_json(self._verified(LABELS_FILE), what="the document labels")]
 
     def verify(self) -> None:
-        """Compute every checksum anew; reads the whole cache.
+        """Check every checksum; reads the whole cache.
 
         Raises:
-            UserError: naming the first file whose bytes are not those that were written.
+            UserError: a file does not match its checksum; the sentence names the first one.
         """
         self._check_files()
         for name, column in self._manifest.columns.items():
             for i, shard in enumerate(column.shards):
                 _check_sha256(shard_path(self.path / name, i), shard.sha256)
         for name in self._manifest.files:
-            self._intact(name)
+            self._verified(name)
 
     def _check_files(self) -> None:
-        """The cheap checks: every file is there, of its size, and every shard has the right header."""
+        """The fast checks: every file exists with the right size, and every shard has the right header."""
         for name, column in self._manifest.columns.items():
             for i, shard in enumerate(column.shards):
                 shape = (shard.rows, *column.type.row_shape)
@@ -226,8 +226,8 @@ class ActivationCache:
                     "restore it or make the cache again"
                 )
 
-    def _intact(self, name: str) -> Path:
-        """Where a file beside the columns is, its checksum computed first: these files are small."""
+    def _verified(self, name: str) -> Path:
+        """The path of a file that is not a column, after a check of its checksum; these files are small."""
         path = self.path / name
         _check_sha256(path, self._manifest.files[name][1])
         return path
@@ -253,21 +253,21 @@ class ActivationCache:
 def open_cache(path: str | Path) -> ActivationCache:
     """Open the activation cache in directory ``path``.
 
-    Reads the manifest and checks that every file is there with its exact size and header;
-    `ActivationCache.verify` computes the checksums too.
+    Reads the manifest and checks that every file exists with the right size and header;
+    `ActivationCache.verify` also checks the checksums.
 
     >>> cache = sb.open_cache(cache)
     >>> len(cache.tokens) == len(cache.activations())
     True
 
     Raises:
-        UserError: there is no cache, it is unfinished, damaged, cut short, or of a newer format.
+        UserError: the cache does not exist, is unfinished, damaged or truncated, or has a newer format.
     """
     return ActivationCache(path)
 
 
 def vocab_bytes(vocab: list[bytes]) -> bytes:
-    """The file of a vocabulary: safetensors with ``bytes``, tokens end to end, and ``offsets`` [V + 1]."""
+    """The bytes of a vocabulary file: safetensors with concatenated ``bytes`` and ``offsets`` [V + 1]."""
     from safetensors.torch import save
 
     lengths = torch.tensor([0, *map(len, vocab)], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What a harvest will cost, before anything is loaded.
+"""Forecast of the disk space, memory and time of a harvest, made before the model is loaded.
 
 Shapes: B contexts, T positions, V vocabulary.
 """
@@ -21,10 +21,10 @@ _COLUMN_BYTES = 17  # token, doc, ctx, pos, held_out
 
 
 def forecast(config: HarvestConfig, info: ModelInfo, device: torch.device) -> str:
-    """A sentence with the harvest's size, memory and time; refuses one that does not fit on the disk.
+    """A sentence with the size, memory and time of a harvest; raises when it does not fit on the disk.
 
     Raises:
-        UserError: the disk is too small.
+        UserError: the disk has too little free space.
     """
     usual = info.usual_hooks()
     widths = [usual.get(hook, info.d_model) for hook in config.hook]
@@ -55,7 +55,7 @@ def _block_weights(info: ModelInfo) -> int:
 
 
 def _layers(config: HarvestConfig, info: ModelInfo) -> tuple[int, int]:
-    """The first layer with a hook, and the number of layers that run."""
+    """The first layer with a hook, and the number of layers that are computed."""
     layers = [layer_of(hook) for hook in config.hook]
     first = min(layer or 0 for layer in layers)
     end = max(info.n_layers if layer is None else layer + 1 for layer in layers)
@@ -63,10 +63,10 @@ def _layers(config: HarvestConfig, info: ModelInfo) -> tuple[int, int]:
 
 
 def _work(config: HarvestConfig, info: ModelInfo) -> tuple[int, int]:
-    """Multiplications for each token, and bytes that a pass holds for the way back.
+    """Multiplications per token, and bytes that a forward pass keeps for the backward pass.
 
-    With gradients every layer runs and the logits are computed; the way back, from them to the first hook,
-    multiplies as often as the same stretch forward, and needs what that stretch computed.
+    With gradients all layers and the logits are computed. The backward pass, from the logits to the first
+    hook, needs as many multiplications as the forward pass over these layers, and its intermediate results.
     """
     first, end = _layers(config, info)
     forward = _block_weights(info) * end

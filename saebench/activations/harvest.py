@@ -1,4 +1,4 @@
-"""Harvest: run a model over text once and keep its activations at one or more hooks.
+"""harvest: run a model over a text once and write its activations at one or more hooks to a cache.
 
 Shapes: B contexts, T = ctx positions, N rows kept, D width of a hook.
 """
@@ -47,31 +47,31 @@ _BATCHES_AHEAD = 4
 def harvest(config: HarvestConfig) -> ActivationCache:
     """Run ``config.model`` over ``config.text`` and write an activation cache to ``config.out``.
 
-    Documents are joined by the end-of-text token and packed into contexts of ``ctx`` tokens, held-out
-    documents apart from the others; position 0 of each context is dropped unless ``keep_first``. Harvesting
-    ends after ``tokens`` rows (held-out rows included) or with the text. Everything that can be is checked
-    before the model is loaded.
+    Documents are joined by the end-of-text token and packed into contexts of ``ctx`` tokens; held-out
+    documents have contexts of their own. Position 0 of each context is dropped unless ``keep_first``. The
+    harvest ends after ``tokens`` rows (held-out rows included) or at the end of the text. Settings are
+    checked before the model is loaded where that is possible.
 
-    With ``gradients`` the gradient of the model's loss at each row is stored beside it (`Model.gradients`),
-    and the last position of each context, which predicts nothing, is no row.
+    With ``gradients`` the cache also has the gradient of the model's loss at each row (`Model.gradients`).
+    The last position of each context predicts nothing and then has no row.
 
     >>> made = sb.harvest(out="made", model="demo", text="sotu", tokens=500, quiet=True)
     >>> made.n_rows, made.d_in()
     (500, 256)
 
-    A killed harvest goes on where it stopped when the same call is made again, and ends with the same bytes
-    as one left in peace; a finished one is opened as it is. The model computes in float32 on a CPU and in
-    the stored type on a GPU (in float32 where that is fp16 and gradients are asked for).
+    After a harvest was killed, the same call resumes it, and the result has the same bytes as without the
+    interruption. If the cache is complete already, it is opened. The model computes in float32 on a CPU and
+    in the stored type on a GPU (in float32 for fp16 with gradients).
 
     Raises:
-        UserError: an unknown model, text, hook or device, a context longer than the model's, a hook with NaN
-            or infinite activations or gradients, a full disk or GPU, or an ``out`` that holds something else.
+        UserError: an unknown model, text, hook or device, contexts longer than the model reads, NaN or
+            infinite activations or gradients, a full disk or GPU, or an ``out`` that holds something else.
     """
     info = peek_model(config.model, revision=config.revision)
     for hook in config.hook:
         info.check_hook(hook)
     device = pick_device(config.device)
-    fp16_gradients = config.gradients and config.dtype == "fp16"  # they underflow on their way back
+    fp16_gradients = config.gradients and config.dtype == "fp16"  # they would underflow in the backward pass
     compute = "fp32" if device.type == "cpu" or fp16_gradients else config.dtype
     tokens = ModelTokenizer(info)
     bos = _bos(config, info, tokens)
@@ -101,7 +101,7 @@ def harvest(config: HarvestConfig) -> ActivationCache:
     documents = _documents(config)
     with directory_lock(config.out, what="the activation cache"):
         state = inspect_target(config.out, identity)
-        if state == "complete":  # another process finished it just now
+        if state == "complete":  # another process has finished it in the meantime
             return open_cache(config.out)
         model = load_model(config.model, revision=config.revision, device=device, dtype=compute)
         columns = column_types(config, model)
@@ -133,10 +133,10 @@ def _write_rows(
     documents: Iterator[Document],
     writer: CacheWriter,
 ) -> list[str]:
-    """Feed the text through the model into the writer; returns the labels of the documents used.
+    """Run the model over the text and append the rows; returns the labels of the documents used.
 
-    Batches whose rows are on disk already are counted without running the model. One batch computes on a
-    GPU while the one before is stored.
+    Batches whose rows are on disk already are counted without running the model. A GPU computes one batch
+    while the previous one is stored.
     """
     labels: list[str] = []
     last_document = -1
@@ -163,12 +163,14 @@ def _write_rows(
             _store(config, writer, *pending)
             bar.update(pending[0].n_rows)
     if writer.rows.position == 0:
-        raise UserError(f"--text {config.text} is too short: it has no token after the first; give more text")
+        raise UserError(
+            f"--text {config.text} is too short: it has no token after position 0; give more text"
+        )
     return labels[: last_document + 1]
 
 
 def _documents(config: HarvestConfig) -> Iterator[Document]:
-    """The documents of the text, the first one read at once: no model is loaded for a text without any."""
+    """The documents; the first one is read at once, so that an empty text fails before the model loads."""
     documents = read_documents(config.text, column=config.column, split=config.split)
     return itertools.chain([next(documents)], documents)
 
@@ -206,7 +208,7 @@ def _store(
 
 
 def _bos(config: HarvestConfig, info: ModelInfo, tokens: ModelTokenizer) -> int | None:
-    """The token with which every context begins, or None."""
+    """The BOS token id that begins every context, or None."""
     if config.bos == "never" or (config.bos == "auto" and not tokens.adds_bos()):
         return None
     if tokens.bos is None:
@@ -217,14 +219,14 @@ def _bos(config: HarvestConfig, info: ModelInfo, tokens: ModelTokenizer) -> int 
 def _warn_of_shortage(config: HarvestConfig, cache: ActivationCache) -> None:
     if cache.n_rows < config.tokens:
         print(
-            f"warning: the text ended after {cache.n_rows:,} rows of the {config.tokens:,} asked for",
+            f"warning: the text ended after {cache.n_rows:,} of the {config.tokens:,} rows of --tokens",
             file=sys.stderr,
         )
     held_out = int(cache.held_out.sum())
     if held_out in (0, cache.n_rows):
         some = "none" if held_out == 0 else "all"
         print(
-            f"warning: {some} of the {cache.n_rows:,} rows are held out (1 document in 20 is); "
+            f"warning: {some} of the {cache.n_rows:,} rows are held out (about 1 document in 20 is); "
             "harvest more documents before training or evaluating on this cache",
             file=sys.stderr,
         )

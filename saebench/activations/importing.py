@@ -1,4 +1,4 @@
-"""A cache made of an array that exists already: .npy, or a .safetensors file with one tensor."""
+"""import_activations: make a cache of an existing array, a .npy or a .safetensors file with one tensor."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _CHUNK_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class _Source:
-    """An array [n_rows, d_in] in the file ``path``; ``read(start, end)`` gives some of its rows."""
+    """An array [n_rows, d_in] in the file ``path``; ``read(start, end)`` returns rows start to end - 1."""
 
     path: Path
     n_rows: int
@@ -41,7 +41,7 @@ class _Source:
     read: Callable[[int, int], Tensor]
 
     def pieces(self, start: int = 0) -> Iterator[tuple[int, int]]:
-        """Ranges [first, end) of rows from ``start`` on, each a few MiB."""
+        """Ranges [first, end) of rows from ``start`` on, of a few MiB each."""
         step = max(1, _CHUNK_BYTES // (self.d_in * self.dtype.itemsize))
         for first in range(start, self.n_rows, step):
             yield first, min(first + step, self.n_rows)
@@ -51,9 +51,9 @@ class _Source:
 def import_activations(config: ImportConfig) -> ActivationCache:
     """Make an activation cache of the array in ``config.source``, [n, d_in], reading it in pieces.
 
-    The last 5% of rows (one at least, if there are two) are held out. The cache has neither tokens nor
-    contexts. ``config.gradients`` [n, d_in] are stored beside the rows, row for row. A killed import goes on
-    where it stopped when run again.
+    The last 5% of the rows are held out (at least one row, if there are two). The cache has neither tokens
+    nor contexts. ``config.gradients`` [n, d_in] holds the gradient of each row. After an import was killed,
+    the same call resumes it.
 
     >>> import numpy as np
     >>> np.save("x.npy", np.random.default_rng(0).normal(size=(100, 8)).astype("float32"))
@@ -61,12 +61,14 @@ def import_activations(config: ImportConfig) -> ActivationCache:
     torch.Size([100, 8])
 
     Raises:
-        UserError: a file is not such an array, the gradients have another shape than the activations, one
-            holds NaN or infinite values (also those that arise when values do not fit ``dtype``), the disk is
-            full, or ``out`` holds something else.
+        UserError: a file is not such an array, the gradients and the activations have different shapes, an
+            array holds NaN or infinite values (also after conversion to ``dtype``), the disk is full, or
+            ``out`` holds something else.
     """
     if not is_plain_name(config.hook):
-        raise UserError(f"--hook {config.hook!r} is not a name; use letters, digits, '.', '_' and '-'")
+        raise UserError(
+            f"--hook {config.hook!r} is not a valid hook name; use letters, digits, '.', '_' and '-'"
+        )
     source = _open(config.source)
     sources = {HOOK_PREFIX + config.hook: source}
     dtype = config.dtype or _own_dtype(source.dtype)
@@ -121,7 +123,7 @@ def _copy(
 
 
 def _require_finite(source: _Source, dtype: torch.dtype) -> None:
-    """A pass of its own, so that nothing is written of an array that cannot be imported."""
+    """Check all values before anything is written."""
     for first, end in source.pieces():
         rows_ND = source.read(first, end)
         stored_ND = rows_ND.to(dtype)
@@ -136,7 +138,7 @@ def _require_finite(source: _Source, dtype: torch.dtype) -> None:
             name = str(dtype).removeprefix("torch.")
             way_out = "scale the array down first" if dtype is torch.float32 else "pass --dtype fp32"
             raise UserError(f"{where} holds {value:.6g}, too large for {name}; {way_out}")
-        raise UserError(f"{where}, column {column} is {value}; remove such rows before importing")
+        raise UserError(f"{where}, column {column} is {value}; remove rows with such values before importing")
 
 
 def _open_gradients(path: Path, activations: _Source) -> _Source:
@@ -157,14 +159,14 @@ def _own_dtype(dtype: torch.dtype) -> str:
 
 def _open(path: Path) -> _Source:
     if not path.is_file():
-        what = "is no file" if path.exists() else "does not exist"
+        what = "is not a file" if path.exists() else "does not exist"
         raise UserError(f"{path} {what}; give a .npy or .safetensors file")
     if path.suffix == ".npy":
         source = _open_npy(path)
     elif path.suffix == ".safetensors":
         source = _open_safetensors(path)
     else:
-        raise UserError(f"{path} is neither .npy nor .safetensors; save the array as one of them")
+        raise UserError(f"{path} is neither a .npy nor a .safetensors file; save the array as one of them")
     return source
 
 
@@ -178,7 +180,7 @@ def _open_npy(path: Path) -> _Source:
             f"{path} is not an array that can be read ({error}); save it with numpy.save"
         ) from None
     if not isinstance(array, np.ndarray):
-        raise UserError(f"{path} is an archive of arrays; save the one array with numpy.save")
+        raise UserError(f"{path} is an archive of several arrays; save one array with numpy.save")
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
         raise UserError(f"{path} holds values of type {array.dtype}; convert them to float32 first")
     _require_rows(path, array.shape)
@@ -201,10 +203,10 @@ def _open_safetensors(path: Path) -> _Source:
             shapes = {name: tuple(piece.get_shape()) for name, piece in tensors.items()}
             dtypes = {name: piece.get_dtype() for name, piece in tensors.items()}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no safetensors file that can be read ({error}); save it again") from None
+        raise UserError(f"{path} is not a readable safetensors file ({error}); save it again") from None
     if len(names) != 1:
         found = ", ".join(names[:5])
-        raise UserError(f"{path} holds {len(names)} tensors ({found}); save one [n, d_in] tensor alone")
+        raise UserError(f"{path} holds {len(names)} tensors ({found}); save a file with one [n, d_in] tensor")
     (name,) = names
     known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     if dtypes[name] not in known:
@@ -221,4 +223,6 @@ def _open_safetensors(path: Path) -> _Source:
 
 def _require_rows(path: Path, shape: tuple[int, ...]) -> None:
     if len(shape) != 2 or 0 in shape:
-        raise UserError(f"{path} has shape {list(shape)}; an import needs [n, d_in] with at least one row")
+        raise UserError(
+            f"{path} has shape {list(shape)}; an import needs an array [n, d_in] with at least one row"
+        )

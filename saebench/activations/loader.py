@@ -1,8 +1,8 @@
-"""Batches of activations for training, in shuffled order, read ahead of their use.
+"""Loader: batches of activations for training, in shuffled order, prefetched by a thread.
 
-Rows are gathered straight out of the cache's file mapping, so the memory of activations is the page cache,
-which the system takes back when it needs it; order.py sees to it that reading stays within one window of
-the cache at a time, and a thread brings the next window in while the present one is used.
+Rows are gathered directly from the memory-mapped files, so the activations stay in the page cache, which the
+operating system can reclaim. The order in shuffle.py reads one window of the cache at a time, and a thread
+reads the next window into the page cache while the current one is used.
 
 Shapes: N = batch_size rows, D = d_in.
 """
@@ -29,7 +29,7 @@ _BATCHES_HELD_BACK = 4  # glibc keeps freed blocks of twice the largest one, in 
 
 
 class Rows(NamedTuple):
-    """One batch: ``activations`` [N, D], and ``gradients`` [N, D] of the same rows if they were asked for."""
+    """One batch: ``activations`` [N, D], and ``gradients`` [N, D] of the same rows, or None."""
 
     activations: Tensor
     gradients: Tensor | None
@@ -38,18 +38,18 @@ class Rows(NamedTuple):
 class Loader:
     """An endless sequence of batches of one hook's rows, epoch after epoch; held-out rows never appear.
 
-    Batch i holds positions [i * batch_size, (i + 1) * batch_size) of the order that `RowOrder` defines from
-    ``seed`` alone; the last rows of an epoch share a batch with the first of the next. So the state of a
-    training run is one integer, the number of the next batch, and batches do not depend on ``prefetch``,
-    ``memory_bytes``, threads or ``device``. Batches are in the cache's dtype, on ``device``. With
-    ``gradients`` each carries those of its rows too; the order is the same with and without.
+    Batch i holds positions [i * batch_size, (i + 1) * batch_size) of the order that `RowOrder` defines, which
+    depends only on ``seed``. The last rows of an epoch share a batch with the first rows of the next epoch.
+    The state of a loader is therefore one integer, the number of the next batch, and batches do not depend on
+    ``prefetch``, ``memory_bytes``, threads or ``device``. Batches have the cache's dtype and are on
+    ``device``. With ``gradients`` each batch also has the gradients of its rows, in the same order.
 
-    ``memory_bytes`` bounds the anonymous memory of everything here: tables of the order, and ``prefetch`` + 3
-    batches, and 4 more that the allocator may hold back. Activations themselves stay file-backed.
+    ``memory_bytes`` bounds the anonymous memory of the loader: the tables of the order, ``prefetch`` + 3
+    batches, and 4 more batches that the allocator may keep. The activations in the cache stay file-backed.
 
     Raises:
-        UserError: the cache has no such hook, no gradients although they were asked for, no row to train on,
-            or the memory is too small.
+        UserError: the cache has no such hook, no gradients though ``gradients`` is True, or no row to train
+            on, or ``memory_bytes`` is too small.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Loader:
         )
         if self._order.n_rows == 0:
             raise UserError(
-                f"all {cache.n_rows:,} rows of {cache.path} are held out, so there is none to train on; "
+                f"all {cache.n_rows:,} rows of {cache.path} are held out, so no row is left to train on; "
                 "harvest more documents"
             )
         batches = prefetch + 3 + _BATCHES_HELD_BACK
@@ -90,16 +90,16 @@ class Loader:
         if needed > memory_bytes:
             raise UserError(
                 f"reading {cache.path} in batches of {batch_size:,} rows needs {human_bytes(needed)} but "
-                f"memory is {human_bytes(memory_bytes)}; raise --memory or lower --batch-size"
+                f"--memory is {human_bytes(memory_bytes)}; raise --memory or lower --batch-size"
             )
 
     @property
     def n_rows(self) -> int:
-        """Rows in an epoch: those of the cache that are not held out."""
+        """Rows per epoch: the rows of the cache that are not held out."""
         return self._order.n_rows
 
     def __len__(self) -> int:
-        """Batches that it takes to see every row at least once."""
+        """The number of batches after which every row was seen at least once."""
         return -(-self.n_rows // self.batch_size)
 
     def rows(self, i: int) -> Tensor:
@@ -111,12 +111,11 @@ class Loader:
         return _rows([column_ND.to(self.device) for column_ND in self._gather(self.rows(i))])
 
     def iterate(self, start: int = 0, stop: int | None = None) -> Iterator[Rows]:
-        """Batches start, start + 1, ... (up to ``stop``, or endless), made ahead in two threads.
+        """Batches start, start + 1, ... (up to ``stop``, or endless), prefetched by two threads.
 
-        One finds the rows of a batch, the other gathers them.
-
-        On a GPU they pass through pinned memory and are copied on a stream of their own. Exceptions in the
-        thread are raised here; closing the iterator ends the thread.
+        One thread computes the row numbers of a batch, the other gathers its rows. For a GPU, batches pass
+        through pinned memory and are copied on a separate stream. Exceptions in the threads are raised here;
+        closing the iterator ends the threads.
         """
         with contextlib.closing(prefetch(self._produce(start, stop), self._prefetch)) as made:
             for columns, copied in made:
@@ -130,7 +129,7 @@ class Loader:
     def _produce(
         self, start: int, stop: int | None
     ) -> Iterator[tuple[list[Tensor], torch.cuda.Event | None]]:
-        """The columns of each batch on ``device``, with the event that ends their copy to a GPU."""
+        """The columns of each batch on ``device``, with the event after their copy to a GPU, or None."""
         copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         numbers = itertools.count(start) if stop is None else range(start, stop)
         ordered = prefetch(((i, self.rows(i)) for i in numbers), min(1, self._prefetch))
@@ -149,7 +148,7 @@ class Loader:
                 yield columns, copies.record_event()
 
     def _gather(self, rows_N: Tensor) -> list[Tensor]:
-        """The columns of a batch in memory of the host, pinned when they are to go to a GPU."""
+        """The columns of a batch in host memory, pinned when ``device`` is a GPU."""
         pinned = self.device.type == "cuda"
         gathered = []
         for column_ND in self._columns:
@@ -164,7 +163,7 @@ def _rows(columns: Sequence[Tensor]) -> Rows:
 
 
 class _Readahead:
-    """Brings windows of the order into the page cache before they are needed, one ahead."""
+    """Reads windows of the order into the page cache, one window ahead of their use."""
 
     def __init__(self, order: RowOrder, columns: Sequence[Tensor]) -> None:
         self._order, self._columns = order, columns
@@ -174,7 +173,7 @@ class _Readahead:
         self._populated = False
 
     def enter(self, start: int, stop: int) -> None:
-        """Wait until the windows of positions [start, stop) are at hand, and begin to read the one after."""
+        """Wait until the windows of positions [start, stop) are read, and start reading the next one."""
         while start < stop:
             if start >= self._end:
                 span = self._order.span_at(start)

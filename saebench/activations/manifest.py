@@ -1,18 +1,18 @@
-"""The manifest of an activation cache: what it holds, and how each file of it is recognized.
+"""The manifest of an activation cache: its columns and files, with sizes and checksums.
 
-manifest.json is written last, so a directory with one is complete. It holds no times and no paths but the
-names the user gave, so that equal harvests make equal bytes:
+manifest.json is written last, so a directory that has one is complete. It holds no times, and no paths except
+the names that the user gave, so that equal harvests make equal bytes:
 
     format           "saebench activation cache"
     format_version   1
     kind             "harvest" or "import"
-    n_rows           rows of every row column
-    n_contexts       rows of every context column; 0 for an import
-    shard_rows       rows of every shard but a column's last
-    hooks            hook names, in the order they were asked for
+    n_rows           rows of every column with one row per token
+    n_contexts       rows of context_tokens and context_len; 0 for an import
+    shard_rows       rows of every shard except the last one of a column
+    hooks            hook names, in the order in which they were given
     columns          name -> dtype, row_shape, shards [{rows, sha256}]
     files            other files, name -> bytes, sha256
-    made_from        settings, model and text that made it; see harvest.py and importing.py
+    made_from        settings, model and text that it was made from; see harvest.py and importing.py
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ LABELS_FILE = "doc_labels.json"
 
 
 def gradient_dtype(dtype: str) -> str:
-    """The type in which gradients are stored beside activations of ``dtype``.
+    """The type in which gradients are stored when activations have ``dtype``.
 
-    It is the same, but for fp16 it is bf16: the gradients of one token are small numbers of many sizes, and
-    most would fall below the 6e-8 at which fp16 ends.
+    It is the same type, except bf16 for fp16: gradients per token are small and differ by orders of
+    magnitude, and most would be below 6e-8, the smallest fp16 number.
     """
     return "bf16" if dtype == "fp16" else dtype
 
@@ -79,7 +79,7 @@ class CacheColumn:
 
 @dataclass(frozen=True)
 class CacheManifest:
-    """A checked manifest; ``raw`` is the JSON itself."""
+    """A validated manifest; ``raw`` is its JSON."""
 
     raw: dict[str, Any]
     kind: str
@@ -92,18 +92,22 @@ class CacheManifest:
 
 
 def read_cache_manifest(cache: Path) -> CacheManifest:
-    """Read and check the manifest of the cache in directory ``cache``; touches no other file.
+    """Read and validate the manifest of the cache in directory ``cache``; reads no other file.
 
     Raises:
-        UserError: no cache there, an unfinished or damaged one, or one of a newer format.
+        UserError: no cache there, or one that is unfinished, damaged or of a newer format.
     """
     path = cache / MANIFEST_NAME
     if not path.exists():
         if not cache.exists():
-            raise UserError(f"there is no activation cache {cache}; check the path, or run saebench harvest")
+            raise UserError(
+                f"the activation cache {cache} does not exist; check the path, or run saebench harvest"
+            )
         if (cache / "journal.json").exists():
-            raise UserError(f"the activation cache {cache} is unfinished; run its harvest or import again")
-        raise UserError(f"{cache} is not an activation cache: it has no {MANIFEST_NAME}")
+            raise UserError(
+                f"the activation cache {cache} is unfinished; run its harvest or import again to complete it"
+            )
+        raise UserError(f"{cache} is not an activation cache: it has no {MANIFEST_NAME}; check the path")
     raw = read_json(path, what="the cache manifest")
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of an activation cache; check the path")
@@ -149,7 +153,7 @@ def _count(value: object) -> int:
 
 
 def _contradiction(manifest: CacheManifest) -> str | None:
-    """Why the manifest cannot be true, or None."""
+    """What is inconsistent in the manifest, or None."""
     if manifest.kind not in ("harvest", "import"):
         return f"kind is {manifest.kind!r}"
     needed = [HOOK_PREFIX + hook for hook in manifest.hooks] + ["held_out"]
@@ -157,34 +161,34 @@ def _contradiction(manifest: CacheManifest) -> str | None:
         needed += [*TOKEN_COLUMNS, *CONTEXT_COLUMNS]
         missing_files = {VOCAB_FILE} - set(manifest.files)
         if missing_files:
-            return f"it lacks the file {missing_files.pop()}"
+            return f"it has no entry for the file {missing_files.pop()}"
     if not manifest.hooks or manifest.n_rows < 1:
         return "it has no rows"
     for name in needed:
         if name not in manifest.columns:
-            return f"it lacks the column {name}"
+            return f"it has no column {name}"
     for name in [*manifest.columns, *manifest.files]:
         if not is_plain_name(name.removeprefix(HOOK_PREFIX).removeprefix(GRADIENT_PREFIX)):
-            return f"{name!r} is not a name"
+            return f"{name!r} is not a valid name"
     for name, column in manifest.columns.items():
         if column.type.dtype not in TORCH_DTYPES:
             return f"column {name} has type {column.type.dtype!r}"
         rows = manifest.n_contexts if name in CONTEXT_COLUMNS else manifest.n_rows
         if column.n_rows != rows:
-            return f"column {name} has {column.n_rows} rows where {rows} belong"
+            return f"column {name} has {column.n_rows} rows instead of {rows}"
         if any(shard.rows != manifest.shard_rows for shard in column.shards[:-1]):
             return f"column {name} has shards of unequal size"
         if name.startswith(GRADIENT_PREFIX):
             hook = manifest.columns.get(HOOK_PREFIX + name.removeprefix(GRADIENT_PREFIX))
             if hook is None or hook.type.row_shape != column.type.row_shape:
-                return f"column {name} fits no hook"
+                return f"column {name} does not match an activation column"
     facts = {"settings", "model"} if manifest.kind == "harvest" else {"settings"}
     made_from = manifest.raw["made_from"]
     if not all(isinstance(made_from[fact], dict) for fact in facts):
-        return "made_from does not say what the cache is made from"
+        return "made_from has no settings or no model"
     return None
 
 
 def is_plain_name(name: str) -> bool:
-    """True for names that are safe as a file name inside the cache, as hook names are."""
+    """True for names that are safe as file names inside the cache; hook names are."""
     return bool(name) and name.isascii() and name[0] != "." and all(c.isalnum() or c in "._-" for c in name)

@@ -1,7 +1,7 @@
-"""The shards of a column as one tensor: file-backed memory, no copies.
+"""Memory mapping: the shards of a column as one file-backed tensor, without copies.
 
-Address space for the whole column is reserved once, then each shard's data is mapped over its part of it
-(MAP_FIXED). The pages are private and copy-on-write: writing to the tensor changes nobody's file.
+Address space for the whole column is reserved once, then the data of each shard is mapped to its part of it
+(MAP_FIXED). The pages are private and copy-on-write: writing to the tensor does not change a file.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _MADV_POPULATE_READ = 22  # Linux 5.14
 def map_files(files: Sequence[Path], n_bytes: Sequence[int], *, dtype: torch.dtype) -> Tensor:
     """A flat tensor over the data of ``files``, of which file i contributes ``n_bytes[i]`` bytes.
 
-    Every file but the last must contribute a multiple of the page size. Where the platform has no such
-    mapping, the files are read into ordinary memory instead, with a warning. The mapping lives as long as
-    the tensor or a view of it. A file that is cut short while it is mapped kills the process on access, as
-    with every memory map.
+    Every file except the last must contribute a multiple of the page size. Where the platform does not
+    support this mapping, the files are read into ordinary memory, with a warning. The mapping lives as long
+    as the tensor or a view of it. As with every memory map, access kills the process if a file was truncated
+    while it was mapped.
     """
     if sum(n_bytes) == 0:
         return torch.empty(0, dtype=dtype)
@@ -50,7 +50,7 @@ def map_files(files: Sequence[Path], n_bytes: Sequence[int], *, dtype: torch.dty
 
 
 def populate(tensor: Tensor) -> None:
-    """Bring a contiguous mapped tensor's pages into the page cache, reading them in order."""
+    """Read the pages of a contiguous mapped tensor into the page cache, in order."""
     libc = _libc()
     if libc is not None:
         start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
@@ -88,7 +88,7 @@ def _map(files: Sequence[Path], n_bytes: Sequence[int]) -> ctypes.Array[ctypes.c
     if libc is None:
         raise NotImplementedError("no mmap on this platform")
     if any(size % mmap.ALLOCATIONGRANULARITY for size in n_bytes[:-1]):
-        raise NotImplementedError(f"pages of {mmap.ALLOCATIONGRANULARITY:,} bytes do not fit its shards")
+        raise NotImplementedError(f"its shards are not multiples of {mmap.ALLOCATIONGRANULARITY:,} bytes")
     total = sum(n_bytes)
     private = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
     base = _mmap(libc, None, total, 0, private | mmap.MAP_ANONYMOUS, -1)
@@ -102,7 +102,7 @@ def _map(files: Sequence[Path], n_bytes: Sequence[int]) -> ctypes.Array[ctypes.c
         libc.munmap(base, total)
         raise
     buffer = (ctypes.c_ubyte * total).from_address(base)
-    # The tensor holds the buffer. Never at exit: threads may still be reading then.
+    # The tensor holds the buffer. Do not unmap at exit: threads may still be reading then.
     weakref.finalize(buffer, libc.munmap, base, total).atexit = False
     return buffer
 

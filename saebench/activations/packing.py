@@ -1,4 +1,6 @@
-"""Documents into contexts: laid end to end, cut into equal pieces, held-out text apart from the rest.
+"""Packing: documents are concatenated, cut into contexts of equal length, and grouped into batches.
+
+Held-out documents have contexts of their own.
 
 Shapes: B contexts, T = ctx positions.
 """
@@ -18,7 +20,7 @@ Int32 = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Context:
-    """What the model reads at once: ``tokens`` and ``docs`` [length], the document of each token."""
+    """One input of the model: ``tokens`` [length], and ``docs`` [length], the document of each token."""
 
     tokens: Int32
     docs: Int32
@@ -33,9 +35,9 @@ class Context:
 
 @dataclass(frozen=True)
 class ContextBatch:
-    """Contexts for one forward pass, and which of their positions become rows.
+    """Contexts for one forward pass, and the positions that become rows of the cache.
 
-    ``tokens_BT`` int32, 0 beyond each context's length; ``keep_BT`` bool.
+    ``tokens_BT`` is int32, and 0 after the end of each context; ``keep_BT`` is bool.
     """
 
     contexts: Sequence[Context]
@@ -55,12 +57,12 @@ def pack(
     separator: int,
     bos: int | None = None,
 ) -> Iterator[Context]:
-    """Contexts of ``ctx`` tokens, in the order in which they fill up.
+    """Contexts of ``ctx`` tokens, in the order in which they are filled.
 
     Each document is followed by ``separator``, which counts as a part of it. Held-out documents and the
-    others run in two separate streams, so no context mixes them; what is left of each at the end is a
-    shorter context. With ``bos`` every context begins with that token, which belongs to the document of the
-    token after it. Documents are numbered from 0 as they are read.
+    others are two separate streams, so no context mixes them; the rest of each stream is a shorter context.
+    With ``bos`` every context begins with that token, which belongs to the document of the token after it.
+    Documents are numbered from 0 in the order of reading.
     """
     width = ctx - (bos is not None)
     streams = {False: _Stream(width, bos), True: _Stream(width, bos)}
@@ -109,7 +111,8 @@ def batches(
 ) -> Iterator[ContextBatch]:
     """Group contexts into batches, until exactly ``max_rows`` rows are kept (the last context is cut).
 
-    Without ``keep_first`` position 0 of each context is no row, without ``keep_last`` its last one.
+    Without ``keep_first`` position 0 of each context is not a row; without ``keep_last`` its last position is
+    not.
     """
     first, last = int(not keep_first), int(not keep_last)
     dropped = first + last

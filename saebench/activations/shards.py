@@ -1,8 +1,8 @@
-"""Shards: one column of a cache as fixed-size safetensors files whose data begins on a page.
+"""Shards: the fixed-size, page-aligned safetensors files that hold a column of a cache.
 
-A shard is an ordinary safetensors file holding one tensor named ``data``. Its header is padded with spaces
-so that the data begins at byte 65,536, and a full shard's data is a multiple of 64 KiB: the shards of a
-column can then be mapped back to back into one tensor (mapping.py). Equal tensors make equal bytes.
+A shard is a safetensors file with one tensor named ``data``. Its header is padded with spaces so that the
+data begins at byte 65,536, and the data of a full shard is a multiple of 64 KiB, so that the shards of a
+column can be mapped one after the other into one tensor (mapping.py). Equal tensors make equal bytes.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def shard_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 def write_shard(path: Path, rows: Tensor, dtype: str) -> str:
-    """Write ``rows`` [n, ...] as one shard, whole or not at all; returns the SHA-256 of the file.
+    """Write ``rows`` [n, ...] as one shard, atomically; returns the SHA-256 of the file.
 
     Raises:
-        UserError: the disk is full or refuses the write.
+        UserError: the disk is full or not writable.
     """
     assert rows.dtype == TORCH_DTYPES[dtype], rows.dtype
     header = shard_header(dtype, tuple(rows.shape))
@@ -68,7 +68,10 @@ def write_shard(path: Path, rows: Tensor, dtype: str) -> str:
 
 
 def check_shard(path: Path, dtype: str, shape: tuple[int, ...]) -> None:
-    """Refuse a shard that is missing, cut short, or of another type or shape. Does not read its data."""
+    """Raise a UserError for a shard that is missing, truncated, or of another type or shape.
+
+    Does not read its data.
+    """
     expected = DATA_START + row_bytes(dtype, shape)
     try:
         seen = path.stat().st_size
@@ -78,10 +81,10 @@ def check_shard(path: Path, dtype: str, shape: tuple[int, ...]) -> None:
         raise UserError(f"{path} is missing from the cache; restore it or make the cache again") from None
     if seen != expected:
         raise UserError(
-            f"{path} has {seen:,} bytes but {expected:,} were written; restore it or make the cache again"
+            f"{path} has {seen:,} bytes instead of {expected:,}; restore it or make the cache again"
         )
     if header != shard_header(dtype, shape):
         raise UserError(
-            f"{path} does not begin as a shard of type {dtype} and shape {list(shape)}; "
+            f"{path} does not have the header of a shard of type {dtype} and shape {list(shape)}; "
             "restore it or make the cache again"
         )

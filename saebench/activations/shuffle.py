@@ -1,4 +1,4 @@
-"""The order in which training visits rows: shuffled over the whole cache, decided by seed and position alone.
+"""RowOrder: the shuffled order in which training visits rows, a function of seed and position alone.
 
 Rows that are not held out are numbered 0..n-1 ("train index"). The order is an endless sequence, epoch after
 epoch; position p of it belongs to epoch p // n. Within an epoch the shuffle has two levels:
@@ -8,11 +8,10 @@ epoch; position p of it belongs to epoch p // n. Within an epoch the shuffle has
 2. Consecutive permuted blocks form windows (up to 2^20 rows or 1 GiB). The rows of a window are permuted by
    (seed, epoch, window).
 
-So a batch mixes rows of blocks from everywhere, while only one window need be at hand at a time, and reading
-is in pieces that disks like. A cache of one window gets a full permutation. Permutations come from a hash
-that is written out below, so the order is the same on every machine and under every library version.
-
-Nothing here depends on batch size, memory, threads or device.
+A batch therefore mixes rows of blocks from the whole cache, while only one window is read at a time, in
+pieces that are large enough for disks. The order of a cache with one window is a full permutation.
+Permutations come from a hash defined in this module, so the order is the same on every machine and with
+every library version. It does not depend on batch size, memory, threads or device.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ import numpy.typing as npt
 from saebench.core.hashing import splitmix64
 
 BLOCK_BYTES = 256 << 10
-MOST_BLOCKS = 1 << 23  # their tables are 400 MB: memory is bounded at any size of the cache
+MOST_BLOCKS = 1 << 23  # the tables take 400 MB: memory is bounded for a cache of any size
 WINDOW_BYTES = 1 << 30
 WINDOW_ROWS = 1 << 20
 
 Int64 = npt.NDArray[np.int64]
 
-_BYTES_PER_WINDOW_ROW = 3 * 4 + 4 * 8  # three windows as uint32, and the keys, scratch and result of one sort
+_BYTES_PER_WINDOW_ROW = 3 * 4 + 4 * 8  # three windows as uint32, and keys, buffer and result of one sort
 _SCAN_ROWS = 1 << 20
 
 
 def permutation(n: int, *key: int | str) -> Int64:
     """The numbers 0..n-1 in an order that depends only on n and ``key``.
 
-    Number i gets the key splitmix64(h + i * golden), where h is 8 bytes of SHA-256 of the repr of ``key``;
-    the numbers are sorted by it. splitmix64 is a bijection, so no two keys are equal.
+    Number i gets the sort key splitmix64(h + i * 0x9E3779B97F4A7C15), where h is the first 8 bytes of the
+    SHA-256 of the repr of ``key``. splitmix64 is a bijection, so no two sort keys are equal.
     """
     seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
     z = np.arange(n, dtype=np.uint64)
@@ -77,24 +76,24 @@ class RowOrder:
         window_blocks: int | None = None,
     ) -> None:
         self.seed = seed
-        self._run_starts, self._run_ends = _runs(held_out)
-        self.n_rows = int(self._run_ends[-1]) if len(self._run_ends) else 0
+        self._range_starts, self._range_ends = _kept_ranges(held_out)
+        self.n_rows = int(self._range_ends[-1]) if len(self._range_ends) else 0
         self.block_rows = block_rows or max(1, BLOCK_BYTES // row_bytes, -(-self.n_rows // MOST_BLOCKS))
         window_rows = min(WINDOW_ROWS, WINDOW_BYTES // row_bytes)
         self.window_blocks = window_blocks or max(1, window_rows // self.block_rows)
         self.n_blocks = -(-self.n_rows // self.block_rows)
         self.n_windows = -(-self.n_blocks // self.window_blocks)
-        self._missing = self.n_blocks * self.block_rows - self.n_rows  # rows that the last block lacks
+        self._missing = self.n_blocks * self.block_rows - self.n_rows  # by which the last block is short
         self._lock, self._making = threading.Lock(), threading.Lock()
         self._blocks: dict[int, Int64] = {}
         self._windows: dict[tuple[int, int], npt.NDArray[np.uint32]] = {}
 
     @property
     def memory_bytes(self) -> int:
-        """Bound on the memory of the tables that this object holds or makes."""
+        """Upper bound of the memory of all tables of this object."""
         window_rows = min(self.n_rows, self.block_rows * self.window_blocks)
-        runs = self._run_starts.nbytes + self._run_ends.nbytes
-        return runs + 48 * self.n_blocks + _BYTES_PER_WINDOW_ROW * window_rows
+        ranges = self._range_starts.nbytes + self._range_ends.nbytes
+        return ranges + 48 * self.n_blocks + _BYTES_PER_WINDOW_ROW * window_rows
 
     def rows(self, start: int, stop: int) -> Int64:
         """Row numbers at positions [start, stop) of the endless sequence, [stop - start]."""
@@ -118,7 +117,7 @@ class RowOrder:
         return Span(epoch, window, epoch * self.n_rows + start, epoch * self.n_rows + stop)
 
     def prepare(self, span: Span) -> list[tuple[int, int]]:
-        """Make the tables of a window ahead of its use; returns its rows as ascending [first, end) ranges."""
+        """Compute the tables of a window ahead of use; returns its rows as ascending [first, end) ranges."""
         self._window(span)
         first = span.window * self.window_blocks
         blocks = np.sort(self._block_order(span.epoch)[first : first + self.window_blocks])
@@ -147,9 +146,9 @@ class RowOrder:
         return blocks[place] * self.block_rows + offset
 
     def _to_rows(self, train_index: Int64) -> Int64:
-        run = np.searchsorted(self._run_ends, train_index, side="right")
-        begin = np.where(run > 0, self._run_ends[run - 1], 0)
-        return self._run_starts[run] + train_index - begin
+        place = np.searchsorted(self._range_ends, train_index, side="right")
+        begin = np.where(place > 0, self._range_ends[place - 1], 0)
+        return self._range_starts[place] + train_index - begin
 
     def _block_order(self, epoch: int) -> Int64:
         with self._lock:
@@ -160,7 +159,7 @@ class RowOrder:
         return known
 
     def _window(self, span: Span) -> npt.NDArray[np.uint32]:
-        """The permutation of a window's rows; two windows are kept."""
+        """The permutation of the rows of a window; two windows are cached."""
         key = (span.epoch, span.window)
         known = self._known(key)
         if known is None:
@@ -183,10 +182,11 @@ class RowOrder:
                 del table[next(iter(table))]
 
 
-def _runs(held_out: npt.NDArray[np.bool_]) -> tuple[Int64, Int64]:
-    """Runs of consecutive rows that are not held out: the first row of each, and the rows up to its end.
+def _kept_ranges(held_out: npt.NDArray[np.bool_]) -> tuple[Int64, Int64]:
+    """Ranges of consecutive rows that are not held out: the first row of each, and the number of kept rows up
+    to its end.
 
-    Scanned in pieces, so the only memory is that of the runs.
+    ``held_out`` is scanned in pieces, so memory grows only with the number of ranges.
     """
     starts: list[Int64] = []
     lengths: list[Int64] = []
@@ -194,13 +194,13 @@ def _runs(held_out: npt.NDArray[np.bool_]) -> tuple[Int64, Int64]:
     for first in range(0, len(held_out), _SCAN_ROWS):
         kept = ~held_out[first : first + _SCAN_ROWS]
         edges = np.flatnonzero(np.diff(kept.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
-        run_starts, run_lengths = edges[:, 0] + first, edges[:, 1] - edges[:, 0]
-        if carried and len(run_starts) and run_starts[0] == first:
-            lengths[-1][-1] += run_lengths[0]
-            run_starts, run_lengths = run_starts[1:], run_lengths[1:]
-        if len(run_starts):
-            starts.append(run_starts)
-            lengths.append(run_lengths)
+        range_starts, range_lengths = edges[:, 0] + first, edges[:, 1] - edges[:, 0]
+        if carried and len(range_starts) and range_starts[0] == first:
+            lengths[-1][-1] += range_lengths[0]
+            range_starts, range_lengths = range_starts[1:], range_lengths[1:]
+        if len(range_starts):
+            starts.append(range_starts)
+            lengths.append(range_lengths)
         carried = bool(kept[-1])
     if not starts:
         return np.empty(0, np.int64), np.empty(0, np.int64)

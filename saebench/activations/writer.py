@@ -1,4 +1,4 @@
-"""CacheWriter: writes an activation cache, and resumes after a kill with the bytes of an undisturbed writer.
+"""CacheWriter: writes a cache so that a killed writer can resume and end with the same bytes.
 
 Rows are appended in an order that the caller can repeat. Every full shard is written whole (temporary name,
 fsync, rename) and then recorded in journal.json (saebench/core/journal.py). A writer that finds a journal
@@ -48,10 +48,11 @@ State = Literal["empty", "unfinished", "complete"]
 
 
 def inspect_target(path: Path, identity: Mapping[str, Any]) -> State:
-    """What directory ``path`` holds already, for a writer of the cache described by ``identity``.
+    """Whether directory ``path`` holds nothing, an unfinished or the complete cache described by
+    ``identity``.
 
     Raises:
-        UserError: the directory holds a different cache, or files that are none of ours.
+        UserError: the directory holds a different cache, or other files.
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; choose another --out")
@@ -64,16 +65,17 @@ def inspect_target(path: Path, identity: Mapping[str, Any]) -> State:
     names = [entry.name for entry in path.iterdir()] if path.exists() else []
     unexpected = sorted(name for name in names if name != LOCK_NAME and not name.endswith(TEMPORARY_SUFFIX))
     if unexpected:
-        raise UserError(f"{path} is no cache but holds {unexpected[0]!r}; choose another --out")
+        raise UserError(f"{path} is not a cache but holds {unexpected[0]!r}; choose another --out")
     return "empty"
 
 
 class CacheWriter:
-    """Appends rows and contexts to the cache in ``path``; use as a context manager, under its directory lock.
+    """Appends rows and contexts to the cache in ``path``; a context manager, used under its directory lock.
 
     ``rows`` and ``contexts`` are the two groups of columns. One shard is written in the background while the
-    next fills, so memory is two shards of every column. ``identity`` is JSON: it says what the cache is made
-    from, decides whether unfinished work is the same, and becomes ``made_from`` in the manifest.
+    next one is filled, so memory holds two shards of every column. ``identity`` is JSON that says what the
+    cache is made from: unfinished work is resumed only if it is the same, and it becomes ``made_from`` in the
+    manifest.
     """
 
     def __init__(
@@ -112,13 +114,13 @@ class CacheWriter:
             self._clear()
 
     def _clear(self) -> None:
-        """Nothing to go on from: leave the place free for another try with other settings."""
+        """Nothing was written: empty the directory, so that it can be used with other settings."""
         for name in self._types:
             shutil.rmtree(self.path / name.split("/")[0], ignore_errors=True)
         (self.path / JOURNAL_NAME).unlink(missing_ok=True)
 
     def finish(self, files: Mapping[str, bytes]) -> None:
-        """Write what is left, the other ``files``, and the manifest that makes the cache complete."""
+        """Write the remaining rows, the other ``files``, and the manifest, which makes the cache complete."""
         self.rows.flush()
         self.contexts.flush()
         self._wait()
@@ -141,7 +143,7 @@ class CacheWriter:
         (self.path / JOURNAL_NAME).unlink()
 
     def submit(self, group: str, index: int, rows: dict[str, Tensor], types: Types) -> None:
-        """Hand over one shard of every column of a group; waits for the one before."""
+        """Write one shard of every column of a group in the background; waits for the previous shard."""
         self._wait()
         self._flushing = self._executor.submit(self._write, group, index, rows, types)
 
@@ -187,7 +189,7 @@ class CacheWriter:
 
 
 class ColumnGroup:
-    """Columns that grow together, shard by shard. ``position`` is the number of rows appended or skipped."""
+    """Columns with the same number of rows. ``position`` is the number of rows appended or skipped."""
 
     def __init__(
         self,
@@ -207,7 +209,7 @@ class ColumnGroup:
         self._buffers: dict[str, Tensor] = {}
 
     def skip(self, n_rows: int) -> None:
-        """Count rows that are on disk already."""
+        """Advance ``position`` over rows that are on disk already."""
         self.position += n_rows
         assert self.position <= self.keeps, (self.position, self.keeps)
 
@@ -232,7 +234,7 @@ class ColumnGroup:
                 self.flush()
 
     def flush(self) -> None:
-        """Write the rows at hand as a shard."""
+        """Write the buffered rows as a shard."""
         if self._filled:
             rows = {name: buffer[: self._filled] for name, buffer in self._buffers.items()}
             self._writer.submit(self._name, self._submitted, rows, self._types)
@@ -264,7 +266,7 @@ def _require_same(path: Path, seen: Any, wanted: Mapping[str, Any]) -> None:
 
 
 def _difference(seen: Any, wanted: Any, name: str = "") -> str | None:
-    """The first setting that differs, in words."""
+    """The first setting that differs, as words for an error sentence."""
     if isinstance(seen, dict) and isinstance(wanted, dict):
         for key in sorted({*seen, *wanted}):
             found = _difference(seen.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))

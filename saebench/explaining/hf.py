@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from saebench.core.errors import UserError
@@ -30,13 +29,10 @@ class HuggingFace:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
-        from saebench.assets import resolve_model
         from saebench.core.device import pick_device
         from saebench.sources.model_info import peek_model
 
-        if not isinstance(resolve_model(model), Path):
-            raise UserError(f"--model {model} is no local folder; the hf provider fetches none")
-        info = peek_model(model)
+        info = peek_model(model, local_only=True)
         self.model, self.version = shown_name(model), info.hash
         self._n_ctx = info.n_ctx or 2**31
         local = {"local_files_only": True, "trust_remote_code": False}

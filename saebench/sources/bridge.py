@@ -1,4 +1,4 @@
-"""Starting TransformerLens's bridge on a folder of weights, every failure a sentence."""
+"""Loading a model folder with TransformerLens's bridge; every failure becomes a UserError."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from saebench.core.errors import UserError
 
 
 def load_bridge(folder: str, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The TransformerBridge of the model in ``folder``, called ``name``, frozen and without dropout.
+    """The TransformerBridge of the model in ``folder``, with frozen weights and without dropout.
+
+    ``name`` is what error sentences call the model.
 
     Raises:
-        UserError: weights with gaps or damage, a model that the bridge does not know, or too little memory.
+        UserError: missing or damaged weights, a model that the bridge does not know, or too little GPU
+            memory.
     """
     from transformer_lens.model_bridge import TransformerBridge
     from transformers.utils import logging as transformers_logging
@@ -34,14 +37,20 @@ def load_bridge(folder: str, name: str, device: torch.device, dtype: torch.dtype
         raise UserError(f"model {name} cannot be loaded ({reason})") from None
     except Exception as error:
         if type(error).__module__.startswith(("safetensors", "builtins")) and "afetensor" in repr(error):
-            raise UserError(f"the weights of model {name} are damaged ({error}); get them again") from None
+            raise UserError(
+                f"the weights of model {name} in {folder} are damaged ({error}); download the *.safetensors "
+                "files again"
+            ) from None
         raise
     bridge.eval()
     return bridge.requires_grad_(False)
 
 
 class _AllWeights:
-    """A model's transformers class that refuses gaps in the weights, which are else filled at random."""
+    """A stand-in for a transformers model class that refuses missing weights.
+
+    transformers itself fills them with random numbers.
+    """
 
     def __init__(self, folder: str, name: str) -> None:
         self._folder, self._name = folder, name
@@ -56,7 +65,8 @@ class _AllWeights:
         model, report = real.from_pretrained(folder, output_loading_info=True, **options)
         if missing := sorted(report["missing_keys"]):
             raise UserError(
-                f"the weights of model {self._name} lack {len(missing)} tensors that its config.json "
-                f"asks for ({missing[0]}); get both from one place"
+                f"the *.safetensors files of model {self._name} in {self._folder} lack {len(missing)} "
+                f"tensors that its config.json asks for ({missing[0]}); download config.json and all "
+                "*.safetensors files of one revision of the model into that folder"
             )
         return model

@@ -1,4 +1,4 @@
-"""Where a model comes from, and what its config says of it before any weight is loaded."""
+"""ModelInfo: a model's files, hash, sizes and usual hooks, read from its config without loading weights."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _HASHED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model as its config describes it. ``folder`` holds its files, of a hub model perhaps without weights.
+    """A model as its config describes it.
 
-    ``hash`` is the SHA-256 over the names and contents of a local folder's weight, config and tokenizer
-    files, or of name and commit of a hub model. ``revision`` is that commit, None for a local folder.
+    ``folder`` holds its files; the folder of a hub model may have no weights yet. ``hash`` is the SHA-256
+    over the names and contents of the weight, config and tokenizer files of a local folder, or over the name
+    and commit of a hub model. ``revision`` is that commit, and None for a local folder.
     """
 
     name: str
@@ -38,11 +39,11 @@ class ModelInfo:
     n_ctx: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """What manifests record: enough to load the same model again and to tell that it is the same."""
+        """What manifests record: enough to load the same model again and to check that it is the same."""
         return {"name": self.name, "revision": self.revision, "hash": self.hash}
 
     def usual_hooks(self) -> dict[str, int]:
-        """Names and widths of the hooks that models commonly have, from the config alone."""
+        """Names and widths of the hooks that most models have, computed from the config."""
         widths = {
             "hook_resid_pre": self.d_model,
             "hook_resid_mid": self.d_model,
@@ -59,30 +60,31 @@ class ModelInfo:
         return {f"blocks.{i}.{name}": width for i in range(self.n_layers) for name, width in widths.items()}
 
     def check_hook(self, hook: str) -> None:
-        """Refuse a hook that the model cannot have, as far as its config tells.
+        """Raise a UserError for a hook that a model with this config cannot have.
 
         Raises:
-            UserError: a layer beyond the last, or a name unlike any; the nearest names are offered.
+            UserError: a layer beyond the last, or an unknown name; the sentence gives the nearest names.
         """
         usual = self.usual_hooks()
         layer = layer_of(hook)
         if layer is not None and layer >= self.n_layers:
             raise UserError(
-                f"--hook {hook} is beyond the {self.n_layers} layers of {self.name}, "
-                f"blocks.0 to blocks.{self.n_layers - 1}"
+                f"--hook {hook} is beyond the {self.n_layers} layers of {self.name}; "
+                f"give a hook in blocks.0 to blocks.{self.n_layers - 1}"
             )
         if hook not in usual and not is_rare(hook):
             raise UserError(unknown_hook(hook, list(usual), self.name))
 
 
-def peek_model(name: str, *, revision: str | None = None) -> ModelInfo:
-    """What is known of model ``name`` without loading it: reads config.json and hashes files.
+def peek_model(name: str, *, revision: str | None = None, local_only: bool = False) -> ModelInfo:
+    """The `ModelInfo` of model ``name``: reads config.json and hashes files, but loads no weights.
 
-    ``name`` is 'demo', 'smollm2', a local Hugging Face folder, or a hub name (then config and tokenizer are
-    fetched, but no weights).
+    ``name`` is 'demo', 'smollm2', a local Hugging Face folder, or a hub name. Of a hub model only the config
+    and tokenizer files are downloaded; with ``local_only`` nothing is.
 
     Raises:
-        UserError: no such model, a folder without config, weights or tokenizer, or a hub out of reach.
+        UserError: no such model, a folder without config, weights or tokenizer, or a hub that cannot be
+            reached.
     """
     from transformers import AutoConfig
 
@@ -94,13 +96,15 @@ def peek_model(name: str, *, revision: str | None = None) -> ModelInfo:
             raise UserError(f"--revision {revision} is for models from a hub, but {name} is a local folder")
         folder, commit = source, None
         _require_weights(folder, name)
+    elif local_only:
+        raise UserError(f"model {name} is not a local folder; give the path of a Hugging Face model folder")
     else:
         folder = fetch(source, revision, _DESCRIPTION_FILES)
         commit = folder.name
     if not any((folder / file).exists() for file in _TOKENIZER_FILES):
         raise UserError(f"model {name} has no tokenizer in {folder}; put its tokenizer.json there")
     try:
-        # Said aloud: left unsaid, the library asks on the terminal whether to run a folder's own code.
+        # Without an explicit False the library asks on the terminal whether to run the folder's own code.
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config = config.get_text_config()
         d_model, heads = int(config.hidden_size), int(config.num_attention_heads)
@@ -121,13 +125,13 @@ def peek_model(name: str, *, revision: str | None = None) -> ModelInfo:
             vocab_size=int(config.vocab_size),
             n_ctx=int(n_ctx) if n_ctx else None,
         )
-    except Exception as error:  # every class of config has errors of its own
+    except Exception as error:  # each config class raises errors of its own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model {name}: config.json does not describe a language model ({reason})") from None
 
 
 def fetch_weights(info: ModelInfo) -> Path:
-    """The folder with everything in it; fetches a hub model's weights (safetensors only)."""
+    """The folder with all files of the model; downloads a hub model's weights (safetensors only)."""
     if info.revision is None:
         return info.folder
     folder = fetch(info.name, info.revision, _DESCRIPTION_FILES + _WEIGHT_FILES)
@@ -136,33 +140,43 @@ def fetch_weights(info: ModelInfo) -> Path:
 
 
 def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
-    """Files of a hub model, in the hub library's own cache; the folder's name is the commit.
+    """Download files of a hub model into the cache of huggingface_hub; the name of the folder is the commit.
 
     Raises:
-        UserError: one sentence for each way in which a hub says no.
+        UserError: the model or revision does not exist, access is restricted, or the hub cannot be reached.
     """
     from huggingface_hub import errors, snapshot_download
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError:
-        raise UserError(f"model {name} asks for permission on the hub; get it there and log in") from None
+        raise UserError(
+            f"access to model {name} is restricted; request it on the hub and log in with `hf auth login`"
+        ) from None
     except errors.RevisionNotFoundError:
-        raise UserError(f"model {name} has no revision {revision!r} on the hub") from None
+        raise UserError(
+            f"model {name} has no revision {revision!r} on the hub; give a branch, tag or commit of it"
+        ) from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"model {name!r} is neither a local folder nor a model on the hub") from None
+        raise UserError(
+            f"model {name!r} is neither a local folder nor a model on the hub; check the name"
+        ) from None
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         raise UserError(
-            f"model {name!r} is no local folder, and the hub cannot be reached ({type(error).__name__}); "
+            f"model {name!r} is not a local folder, and the hub cannot be reached ({type(error).__name__}); "
             "check the name and the network, or use --model demo"
         ) from None
     except errors.HFValidationError:
-        raise UserError(f"model {name!r} is neither a local folder nor a name a hub could have") from None
+        raise UserError(
+            f"model {name!r} is neither a local folder nor a valid hub name; give a folder or owner/name"
+        ) from None
 
 
 def _require_weights(folder: Path, name: str) -> None:
     if not any(folder.glob("*.safetensors")):
-        raise UserError(f"model {name} has no *.safetensors in {folder}; other kinds of weights are not read")
+        raise UserError(
+            f"model {name} has no *.safetensors in {folder}; convert its weights to safetensors first"
+        )
 
 
 def _hash_folder(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""The one adapter to TransformerLens: a language model whose activations can be read and replaced.
+"""Model and load_model: a language model whose activations can be read and replaced, with TransformerLens.
 
 Shapes: B contexts, T positions, D width of a hook, V vocabulary.
 """
@@ -29,7 +29,7 @@ from saebench.sources.tokenizer import ModelTokenizer
 
 __all__ = ["Model", "ModelInfo", "load_model", "peek_model"]
 
-Edit = Callable[[Tensor], Tensor]
+EditFunction = Callable[[Tensor], Tensor]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SWITCHED_OFF = re.compile(r"Cannot add hook (\S+) because (\S+) is False")
@@ -38,8 +38,8 @@ _SWITCHED_OFF = re.compile(r"Cannot add hook (\S+) because (\S+) is False")
 class Model:
     """A causal language model, for inference. Made by `load_model`.
 
-    Hooks have TransformerLens names (blocks.2.hook_resid_post). Activations of several heads
-    (attn.hook_z) appear flat, [B, T, n_heads * d_head].
+    Hooks have TransformerLens names (blocks.2.hook_resid_post). The activations of
+    several heads (attn.hook_z) are flattened to [B, T, n_heads * d_head].
     """
 
     def __init__(self, info: ModelInfo, bridge: Any, tokens: ModelTokenizer) -> None:
@@ -86,13 +86,13 @@ class Model:
         return list(self._points)
 
     def check_hook(self, hook: str) -> None:
-        """Raises UserError, with the nearest names, when the model has no such hook."""
+        """Raise a UserError, with the nearest names, when the model has no such hook."""
         self.info.check_hook(hook)
         if hook not in self._points:
             raise UserError(unknown_hook(hook, self.hook_names(), self.name))
 
     def hook_dim(self, hook: str) -> int:
-        """Width of the activations at ``hook``; found by running two tokens."""
+        """Width of the activations at ``hook``, measured by running the model on two tokens."""
         return int(self.run_to(torch.zeros(1, 2, dtype=torch.long), [hook])[hook].shape[-1])
 
     def residual_hook(self, hook: str) -> bool:
@@ -101,10 +101,10 @@ class Model:
 
     @torch.no_grad()
     def run_to(self, tokens_BT: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
-        """Activations [B, T, D] at ``hooks``; nothing beyond the last layer needed is computed.
+        """Activations [B, T, D] at ``hooks``; layers after the last one needed are not computed.
 
         Raises:
-            UserError: an unknown hook, or one without an activation for each token (attention patterns).
+            UserError: an unknown hook, or one that does not give one vector per token (attention patterns).
         """
         for hook in hooks:
             self.check_hook(hook)
@@ -119,16 +119,16 @@ class Model:
         layers = [layers_needed(hook) for hook in hooks]
         stop = None if None in layers else max(layer for layer in layers if layer is not None)
         listeners = [(hook, keep(hook)) for hook in hooks]
-        if stop == self.n_layers:  # the bridge stops before a layer, and there is none after the last
+        if stop == self.n_layers:  # the bridge can only stop before a layer, and none follows the last
             stop = None
             listeners.append(("ln_final.hook_in", _stop_here))
         self._run(tokens_BT, listeners, return_type=None, stop_at_layer=stop)
         return {hook: self._per_token(hook, found.get(hook), tokens_BT) for hook in hooks}
 
-    def logits(self, tokens_BT: Tensor, *, edit: Mapping[str, Edit] | None = None) -> Tensor:
+    def logits(self, tokens_BT: Tensor, *, edit: Mapping[str, EditFunction] | None = None) -> Tensor:
         """Logits [B, T, V]; each function in ``edit`` replaces the activations [B, T, D] at its hook."""
 
-        def replace(name: str, function: Edit) -> Callable[..., Tensor]:
+        def replace(name: str, function: EditFunction) -> Callable[..., Tensor]:
             def hook(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
                 flat_BTD = rearrange(value, "b t ... -> b t (...)")
                 new = function(flat_BTD).to(value.dtype).view_as(value)
@@ -146,9 +146,9 @@ class Model:
 
     @torch.no_grad()
     def variants(self, tokens_1T: Tensor, hook: str, x_FTD: Tensor) -> Tensor:
-        """Logits [F, T, V] of one context whose activations at ``hook`` are replaced by each of ``x_FTD``.
+        """Logits [F, T, V] of one context, with its activations at ``hook`` replaced by each of ``x_FTD``.
 
-        In the residual stream between blocks the model runs once up to the hook and F times from there on.
+        At a residual stream hook between blocks the model runs once up to the hook, and F times after it.
         """
         self.check_hook(hook)
         if is_between_blocks(hook):
@@ -172,19 +172,20 @@ class Model:
         """Activations [B, T, D] at ``hooks``, and the gradient [B, T, D] of the model's loss at each.
 
         The loss is the SUM of the next-token cross entropies, in nats, over positions 0 .. length - 2 of each
-        context. So a row holds what its token's activation does to its own prediction and to all later ones
-        of its context, and depends neither on the context's length nor on its neighbors in the batch. It is
-        the total derivative, through everything that follows: the effect of `logits`' ``edit`` to first
-        order. The last of the ``length_B`` tokens of a context predicts nothing, and its gradient in the
-        residual stream is exactly 0; so is that of the padding behind it.
+        context. The gradient of a token therefore covers its own prediction and all later ones of its
+        context, and depends neither on the context's length nor on the other contexts of the batch. It is
+        the total derivative, through all later computation: the effect of `logits`' ``edit`` to first order.
+        The last of the ``length_B`` tokens of a context predicts nothing, so its gradient in the residual
+        stream is exactly 0; so is that of the padding after it.
 
-        ``of`` is another scalar of the logits [b, T, V] of some contexts, to be used instead of the loss.
+        ``of`` replaces the loss by another scalar function of the logits [b, T, V] of some contexts.
 
-        One pass forward and one back over as many contexts at once as keep the logits within a bound.
+        Contexts are processed in groups, one forward and one backward pass each, so that the logits stay
+        within ``LOGIT_BYTES``.
 
         Raises:
-            UserError: an unknown hook, one without an activation for each token, or one that the predictions
-                do not depend on.
+            UserError: an unknown hook, one that does not give one vector per token, or one that the
+                predictions do not depend on.
         """
         for hook in hooks:
             self.check_hook(hook)
@@ -215,7 +216,7 @@ class Model:
                     found[hook] = value
                 elif needs_change_in_place(hook):
                     found[hook] = value if value.requires_grad else value.requires_grad_()
-                else:  # a tensor of its own, so that only what reads the hook counts, as with an edit
+                else:  # a new tensor, so that only what reads the hook counts, as with an edit
                     found[hook] = (
                         value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
                     )
@@ -224,7 +225,7 @@ class Model:
             return store
 
         listeners = [(hook, keep(hook)) for hook in hooks]
-        with torch.enable_grad(), self._fitting(tokens_BT):
+        with torch.enable_grad(), self._out_of_memory_as_user_error(tokens_BT):
             logits_BTV = self._run(tokens_BT, listeners, return_type="logits", stop_at_layer=None)
             flat = {hook: self._per_token(hook, found.get(hook), tokens_BT) for hook in hooks}
             loss = summed_cross_entropy(logits_BTV, tokens_BT, length_B) if of is None else of(logits_BTV)
@@ -233,8 +234,8 @@ class Model:
         for hook in hooks:
             if hook not in gradients:
                 raise UserError(
-                    f"the predictions of {self.name} do not depend on --hook {hook}, so there is no gradient "
-                    "to keep; choose another hook"
+                    f"the predictions of {self.name} do not depend on --hook {hook}, so it has no gradient; "
+                    "choose another hook"
                 )
         return (
             {hook: value.detach() for hook, value in flat.items()},
@@ -242,35 +243,36 @@ class Model:
         )
 
     def _per_token(self, hook: str, value: Tensor | None, tokens_BT: Tensor) -> Tensor:
-        """What was seen at ``hook``, [B, T, D]; raises a UserError when it is not one vector a token."""
+        """The value at ``hook`` as [B, T, D]; raises a UserError when it is not one vector per token."""
         if value is None:
             raise UserError(f"--hook {hook} was not reached in a forward pass of {self.name}; choose another")
         if value.shape[:2] != tokens_BT.shape or value.ndim < 3 or not value.is_floating_point():
             raise UserError(
                 f"--hook {hook} has shape {list(value.shape)} for {list(tokens_BT.shape)} tokens; "
-                "choose a hook with a vector for each token"
+                "choose a hook with one vector per token"
             )
         return rearrange(value, "b t ... -> b t (...)")
 
     def final_scale(self, tokens_BT: Tensor) -> Tensor:
-        """[B, T] float32: what the final norm divides by, the s of `unembedding`.
+        """[B, T] float32: the number that the final norm divides by, the s of `unembedding`.
 
-        The standard deviation of the residual stream, or its root mean square, with the norm's epsilon.
+        It is the standard deviation of the residual stream (LayerNorm) or its root mean square (RMSNorm),
+        with the norm's epsilon.
         """
         hook = "ln_final.hook_scale"
         return self.run_to(tokens_BT, [hook])[hook][..., 0].float()
 
     @torch.no_grad()
     def unembedding(self) -> Tensor:
-        """The direct effect of a residual direction on the logits, [d_model, V] float32 on the CPU.
+        """The direct effect of a residual stream direction on the logits, [d_model, V] float32 on the CPU.
 
         A direction d in the residual stream adds d @ U / s to the logits, where s is the scale of the final
-        norm in that context (its standard deviation, or root mean square) and
+        norm in that context (see `final_scale`) and
 
             U = C diag(w) W_U, minus its mean over the vocabulary.
 
-        w is the gain of the final norm; C subtracts the mean over d_model when that norm is a LayerNorm, and
-        is the identity for RMSNorm. A logit's mean over the vocabulary does not change any probability.
+        w is the gain of the final norm. C subtracts the mean over d_model when that norm is a LayerNorm, and
+        is the identity for RMSNorm. Subtracting the mean over the vocabulary changes no probability.
         """
         cfg = self._bridge.cfg
         W_U_DV = self._bridge.original_model.get_output_embeddings().weight.T.float().cpu()
@@ -285,18 +287,19 @@ class Model:
 
     def _run(self, tokens_BT: Tensor, listeners: list[tuple[str, Callable[..., Any]]], **options: Any) -> Any:
         tokens_BT = tokens_BT.to(self.device, torch.long)
-        with self._fitting(tokens_BT):
+        with self._out_of_memory_as_user_error(tokens_BT):
             try:
                 return self._bridge.run_with_hooks(tokens_BT, fwd_hooks=listeners, **options)
             except ValueError as error:
                 if found := _SWITCHED_OFF.search(str(error)):
                     raise UserError(
-                        f"--hook {found[1]} is computed only after {found[2]} was switched on; choose another"
+                        f"--hook {found[1]} is computed only when TransformerLens sets {found[2]}, which "
+                        "saebench does not; choose another"
                     ) from None
                 raise
 
     @contextlib.contextmanager
-    def _fitting(self, tokens_BT: Tensor) -> Iterator[None]:
+    def _out_of_memory_as_user_error(self, tokens_BT: Tensor) -> Iterator[None]:
         try:
             yield
         except torch.cuda.OutOfMemoryError:
@@ -311,24 +314,27 @@ def load_model(
 ) -> Model:
     """Load a causal language model for inference.
 
-    ``name`` is 'demo', 'smollm2', a local Hugging Face folder, or a hub name; weights are read from
-    safetensors only and no code comes with a model. ``dtype`` ('fp32', 'bf16', 'fp16') is that of the
-    computation.
+    ``name`` is 'demo', 'smollm2', a local Hugging Face folder, or a hub name. Weights are read from
+    safetensors only, and no code of the model's repository runs. ``dtype`` ('fp32', 'bf16', 'fp16') is the
+    type that the model computes in.
 
     >>> model = sb.load_model("demo")
     >>> model.n_layers, model.d_model
     (4, 256)
 
     Raises:
-        UserError: no such model, files missing or damaged, a tokenizer that does not fit, a model that is not
-            causal or that TransformerLens does not know, or too little memory on the GPU.
+        UserError: no such model, missing or damaged files, a tokenizer with ids outside the model's
+            vocabulary, a model that is not causal or that TransformerLens does not know, or too little GPU
+            memory.
     """
     info = peek_model(name, revision=revision)
     tokens = ModelTokenizer(info)
     folder = fetch_weights(info)
     bridge = load_bridge(str(folder), name, torch.device(device), _DTYPES[dtype])
     if getattr(bridge.cfg, "attention_dir", "causal") != "causal":
-        raise UserError(f"model {name} reads its text in both directions; a causal language model is needed")
+        raise UserError(
+            f"model {name} is not causal (its attention is bidirectional); give a causal language model"
+        )
     return Model(info, bridge, tokens)
 
 

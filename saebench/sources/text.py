@@ -1,4 +1,4 @@
-"""Text for harvesting: where documents come from, and which of them are held out."""
+"""Documents for harvesting, from built-in texts, files and data sets; which of them are held out."""
 
 from __future__ import annotations
 
@@ -20,60 +20,60 @@ _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 
 @dataclass(frozen=True)
 class Document:
-    """One document. ``label`` names it for a reader ("1862 Abraham Lincoln (Republican)"), or is ''."""
+    """One document. ``label`` is shown to people ("1862 Abraham Lincoln (Republican)"), or ''."""
 
     text: str
     label: str = ""
 
 
 def is_held_out(text: str) -> bool:
-    """True for the one document in 20 that neither a demo model nor an SAE is trained on.
+    """True for about one document in 20; neither the demo model nor an SAE is trained on these.
 
-    The choice is a hash of the document's own bytes, so it is the same in every cache, on every
-    machine and in whatever order documents are read: 8 bytes of SHA-256 of the UTF-8 text, as a
-    big-endian integer, divisible by 20.
+    The choice depends only on a hash of the document's bytes, so it is the same in every cache, on every
+    machine and for every order of the documents: the first 8 bytes of the SHA-256 of the UTF-8 text, as a
+    big-endian integer, are divisible by 20.
     """
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
 def read_documents(name: str, *, column: str = "text", split: str = "train") -> Iterator[Document]:
-    """The documents of a text, in an order that is always the same, read as they are needed.
+    """Iterate over the documents of a text in a fixed order, reading them when they are needed.
 
     ``name`` is one of
 
-    - 'sotu': State-of-the-Union addresses, shuffled by hash, so that the first few are a sample;
-    - a local .jsonl, .json, .parquet or .csv file: a document a row, in ``column``;
-    - any other local file: plain UTF-8 text, cut at blank lines into documents of 4,000 characters or more
-      (one document would be held out, or not, as a whole);
+    - 'sotu': State of the Union addresses, shuffled by hash, so that the first few are a sample;
+    - a local .jsonl, .json, .parquet or .csv file: one document per row, in ``column``;
+    - any other local file: plain UTF-8 text, cut at blank lines into documents of at least 4,000 characters
+      (a document is held out as a whole, so a text needs several);
     - a local folder that `datasets` reads, or the hub name of a data set: its ``split``, streamed.
 
-    Rows may carry a name in a column ``label`` or ``title``. Documents of white space only are left out.
+    A column ``label`` or ``title`` gives the label. Documents of white space only are left out.
 
     Raises:
-        UserError: no such file, data set, split or column; a value that is no string; no document at all.
-            All but the first are found while reading.
+        UserError: no such file, data set, split or column; a value that is not a string; or no document. A
+            missing file is reported at once, all else while reading.
     """
     from saebench.assets import resolve_text
 
     source = resolve_text(name)
     documents: Iterable[Document]
     if name == "sotu":
-        documents = _mixed(_labeled_addresses(_rows(source, name, split)))
-    elif _is_plain(source):
-        documents = _sections(Path(source))
+        documents = _shuffled(_labeled_addresses(_rows(source, name, split)))
+    elif _is_plain_text(source):
+        documents = _cut_at_blank_lines(Path(source))
     else:
         documents = _documents(_rows(source, name, split), name, column)
     return _non_empty(documents, name)
 
 
 def text_fingerprint(name: str, *, column: str = "text", split: str = "train") -> dict[str, Any]:
-    """What a manifest says of a text: its name as given, and the SHA-256 of its file or its hub revision."""
+    """What a manifest records of a text: its name, and the SHA-256 of its file or its revision on the hub."""
     from saebench.assets import resolve_text
 
     source = resolve_text(name)
     where: dict[str, Any] = {"name": name}
-    if name == "sotu" or _is_plain(source):
+    if name == "sotu" or _is_plain_text(source):
         return {**where, "sha256": sha256_file(Path(source))}
     if isinstance(source, Path) and source.is_file():
         return {**where, "sha256": sha256_file(source), "column": column}
@@ -85,12 +85,12 @@ def text_fingerprint(name: str, *, column: str = "text", split: str = "train") -
     return {**where, "revision": _hub_revision(source)}
 
 
-def _is_plain(source: Path | str) -> bool:
+def _is_plain_text(source: Path | str) -> bool:
     return isinstance(source, Path) and source.is_file() and source.suffix not in _READERS
 
 
 def _rows(source: Path | str, name: str, split: str) -> Iterator[Mapping[str, Any]]:
-    """The rows of a data set, streamed; `datasets` keeps no copy on disk."""
+    """The rows of a data set, streamed: `datasets` keeps no copy on disk."""
     import datasets
 
     try:
@@ -104,7 +104,7 @@ def _rows(source: Path | str, name: str, split: str) -> Iterator[Mapping[str, An
         yield from rows
     except UserError:
         raise
-    except Exception as error:  # the reader has dozens of them
+    except Exception as error:  # `datasets` raises many kinds
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"--text {name} cannot be read as a data set ({reason}); check the file or name"
@@ -112,19 +112,26 @@ def _rows(source: Path | str, name: str, split: str) -> Iterator[Mapping[str, An
 
 
 def _hub_revision(name: str) -> str:
-    """The commit that the hub's data set stands at."""
+    """The current commit of a data set on the hub."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         return str(HfApi().dataset_info(name).sha)
     except GatedRepoError:
-        raise UserError(f"--text {name} asks for permission on the hub; get it there and log in") from None
+        raise UserError(
+            f"access to --text {name} is restricted; request it on the hub and log in with `hf auth login`"
+        ) from None
     except RepositoryNotFoundError:
-        raise UserError(f"--text {name} is neither a local file nor a data set on the hub") from None
-    except Exception as error:  # no network, a refusal, an odd name: the hub's client has dozens of them
+        raise UserError(
+            f"--text {name} is neither a local file nor a data set on the hub; check the name"
+        ) from None
+    except Exception as error:  # no network, a refusal, an invalid name: the hub's client raises many kinds
         reason = type(error).__name__
-        raise UserError(f"--text {name} is no local file and the hub cannot be reached ({reason})") from None
+        raise UserError(
+            f"--text {name} is not a local file, and the hub cannot be reached ({reason}); check the "
+            "name and the network, or use --text sotu"
+        ) from None
 
 
 def _documents(rows: Iterator[Mapping[str, Any]], name: str, column: str) -> Iterator[Document]:
@@ -148,8 +155,8 @@ def _labeled_addresses(rows: Iterator[Mapping[str, Any]]) -> Iterator[Document]:
         yield Document(row["text"], f"{row['year']} {row['president']} ({row['party']})")
 
 
-def _mixed(documents: Iterable[Document]) -> list[Document]:
-    """Shuffled by hash, held-out documents spread evenly, so that the first few documents have some."""
+def _shuffled(documents: Iterable[Document]) -> list[Document]:
+    """Shuffled by hash, with held-out documents at even distances, so that the first few contain some."""
     shuffled = sorted(documents, key=lambda document: hashlib.sha256(document.text.encode()).digest()[8:])
     groups: dict[bool, list[Document]] = {True: [], False: []}
     for document in shuffled:
@@ -162,8 +169,8 @@ def _mixed(documents: Iterable[Document]) -> list[Document]:
     return [document for _, document in sorted(placed, key=lambda pair: pair[0])]
 
 
-def _sections(path: Path) -> Iterator[Document]:
-    """Plain text, cut at the first blank line after every ``SECTION_CHARACTERS``."""
+def _cut_at_blank_lines(path: Path) -> Iterator[Document]:
+    """Documents of a plain text file, cut at the first blank line after ``SECTION_CHARACTERS`` characters."""
     numbers = itertools.count(1)
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -178,7 +185,7 @@ def _sections(path: Path) -> Iterator[Document]:
             yield Document("".join(lines), f"{path.name} {next(numbers)}")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start} of a piece of it); convert it"
+            f"{path} is not UTF-8 text (invalid byte {error.object[error.start]:#04x}); convert it to UTF-8"
         ) from None
 
 
@@ -189,4 +196,4 @@ def _non_empty(documents: Iterable[Document], name: str) -> Iterator[Document]:
             found = True
             yield document
     if not found:
-        raise UserError(f"--text {name} is empty; give a text with words in it")
+        raise UserError(f"--text {name} has no document with text in it; give a text that is not empty")

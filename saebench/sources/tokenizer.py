@@ -1,4 +1,4 @@
-"""A model's tokenizer: its ids, and the bytes that each stands for."""
+"""A model's tokenizer: text to token ids, and the bytes that each id stands for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class ModelTokenizer:
-    """The tokenizer of one model; ``separator`` is the id that stands between documents (end of text)."""
+    """The tokenizer of one model.
+
+    ``bos`` is the id of the BOS token, or None. ``separator`` is the id put between documents (end of text).
+    """
 
     def __init__(self, info: ModelInfo) -> None:
         from transformers import AutoTokenizer
@@ -24,17 +27,26 @@ class ModelTokenizer:
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"the tokenizer of model {info.name} cannot be read ({reason})") from None
+            raise UserError(
+                f"the tokenizer of model {info.name} in {info.folder} cannot be read ({reason}); "
+                "download its tokenizer files again"
+            ) from None
         except Exception as error:  # the tokenizers library raises bare Exception
-            raise UserError(f"the tokenizer of model {info.name} cannot be read ({error})") from None
+            raise UserError(
+                f"the tokenizer of model {info.name} in {info.folder} cannot be read ({error}); "
+                "download its tokenizer files again"
+            ) from None
         ids = self.tokenizer.get_vocab().values()
         largest = max(ids, default=-1)
         if largest < 0:
-            raise UserError(f"the tokenizer of model {info.name} has no tokens; put its tokenizer.json there")
+            raise UserError(
+                f"the tokenizer of model {info.name} has no tokens; put the model's tokenizer.json into "
+                f"{info.folder}"
+            )
         if largest >= info.vocab_size:
             raise UserError(
-                f"the tokenizer of model {info.name} does not fit it: it has token {largest} "
-                f"but the model's vocabulary ends at {info.vocab_size - 1}"
+                f"the tokenizer of model {info.name} has token {largest}, but the model's vocabulary ends at "
+                f"{info.vocab_size - 1}; download tokenizer and config of one revision of it"
             )
         self._vocab_size = info.vocab_size
         self.bos: int | None = self.tokenizer.bos_token_id
@@ -42,25 +54,26 @@ class ModelTokenizer:
         separator = next((end for end in ends if end is not None), None)
         if separator is None:
             raise UserError(
-                f"the tokenizer of model {info.name} names no end-of-text token; set its eos_token"
+                f"the tokenizer of model {info.name} has neither an eos_token nor a bos_token; set "
+                "eos_token in its tokenizer_config.json"
             )
         self.separator: int = separator
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, without special tokens around it."""
+        """Token ids of ``text``, without special tokens around them."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     def adds_bos(self) -> bool:
-        """True when the tokenizer by itself begins a text with the BOS token."""
+        """True when the tokenizer by default begins a text with the BOS token."""
         ids = self.tokenizer("a", verbose=False)["input_ids"]
         return self.bos is not None and bool(ids) and ids[0] == self.bos
 
     def bytes(self) -> list[bytes]:
-        """The bytes that each id of the model's vocabulary stands for, b'' for an id that is no token.
+        """The bytes that each id of the model's vocabulary stands for, b'' for an id without a token.
 
-        Covers byte-level BPE (GPT-2), SentencePiece-like pieces with byte fallback (Llama) and plain
-        vocabularies. Special tokens are their own names.
+        Covers byte-level BPE (GPT-2), SentencePiece pieces with byte fallback (Llama) and plain
+        vocabularies. A special token stands for its own name.
         """
         table: list[bytes] = [b""] * self._vocab_size
         special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
@@ -86,7 +99,7 @@ class ModelTokenizer:
 
 
 def _byte_alphabet() -> dict[str, bytes]:
-    """The characters that GPT-2's byte-level BPE writes for bytes (Radford et al. 2019, encoder.py)."""
+    """Character -> byte in GPT-2's byte-level BPE (Radford et al. 2019, encoder.py)."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

@@ -1,4 +1,4 @@
-"""Harvesting: rows are the model's own activations, and a killed harvest ends as if it had not been."""
+"""Harvesting: rows equal the model's activations, and a killed harvest resumes to the same bytes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
-def test_rows_are_what_the_model_computes(tiny_cache, tiny_model_folder):
+def test_rows_equal_the_model_activations(tiny_cache, tiny_model_folder):
     cache = tiny_cache
     model = sb.load_model(str(tiny_model_folder))
     found = model.run_to(cache.context_tokens, cache.hooks)
@@ -52,7 +52,7 @@ def test_rows_are_what_the_model_computes(tiny_cache, tiny_model_folder):
     cache.verify()
 
 
-def test_the_columns_tell_where_each_row_is_from(tiny_cache, tiny_text):
+def test_columns_locate_each_row_in_its_document(tiny_cache, tiny_text):
     cache = tiny_cache
     documents = list(read_documents(str(tiny_text)))
     vocab = cache.vocab()
@@ -68,26 +68,26 @@ def test_the_columns_tell_where_each_row_is_from(tiny_cache, tiny_text):
         mine = cache.doc == number
         assert (cache.held_out[mine] == is_held_out(document.text)).all()
         spelled = b"".join(vocab[i] for i in cache.tokens[mine].tolist() if i != 0)
-        # Position 0 of each context is no row, so pieces of the text are missing from its rows.
+        # Position 0 of each context has no row, so parts of the text are missing from the rows.
         assert len(spelled) <= len(document.text.encode())
     assert 0 < cache.held_out.sum() < cache.n_rows / 3
     for context in range(cache.n_contexts):
         assert len(cache.held_out[cache.ctx == context].unique()) == 1
 
 
-def test_first_positions_can_be_kept(settings):
+def test_keep_first_keeps_position_0(settings):
     cache = sb.harvest(**settings, keep_first=True)
     assert (cache.pos == 0).sum() == cache.n_contexts
     assert cache.manifest["made_from"]["settings"]["keep_first"] is True
 
 
-def test_a_bos_token_can_begin_every_context(settings):
+def test_bos_always_begins_every_context(settings):
     cache = sb.harvest(**settings, bos="always")
     assert (cache.context_tokens[:, 0] == 0).all()
     assert cache.n_rows == 500
 
 
-def test_equal_harvests_are_equal_bytes_and_a_finished_one_is_left_alone(settings, tmp_path, capsys):
+def test_equal_harvests_give_equal_bytes_and_a_complete_one_is_opened(settings, tmp_path, capsys):
     first = sb.harvest(**settings)
     assert first.n_rows == 500
     second = sb.harvest(**{**settings, "out": tmp_path / "elsewhere"})
@@ -104,7 +104,7 @@ def test_equal_harvests_are_equal_bytes_and_a_finished_one_is_left_alone(setting
         ({"hook": ("blocks.1.hook_resid_post",)}, r"its settings\.hook is"),
     ],
 )
-def test_another_harvest_is_refused_and_nothing_changes(settings, change, message):
+def test_other_harvest_into_the_same_directory_raises_user_error(settings, change, message):
     cache = sb.harvest(**settings)
     before = contents(cache.path)
     with pytest.raises(UserError, match=message):
@@ -112,7 +112,7 @@ def test_another_harvest_is_refused_and_nothing_changes(settings, change, messag
     assert contents(cache.path) == before
 
 
-def test_a_directory_with_other_files_is_refused(settings):
+def test_directory_with_other_files_raises_user_error(settings):
     settings["out"].mkdir()
     (settings["out"] / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"thesis\.tex"):
@@ -132,27 +132,27 @@ def test_a_directory_with_other_files_is_refused(settings):
         ({"column": "body"}, "no column 'body'"),
     ],
 )
-def test_mistakes_are_found_and_leave_no_cache(settings, change, message):
+def test_invalid_settings_raise_user_error_and_leave_no_cache(settings, change, message):
     with pytest.raises(UserError, match=message):
         sb.harvest(**{**settings, **change})
     assert not set(contents(settings["out"])) - {".lock"}
     assert sb.harvest(**settings).n_rows == 500
 
 
-def test_no_model_is_loaded_for_a_text_that_cannot_be_read(settings, tmp_path, monkeypatch):
+def test_unreadable_text_raises_before_the_model_is_loaded(settings, tmp_path, monkeypatch):
     def load_model(*_: object, **__: object) -> None:
         pytest.fail("the model was loaded")
 
     monkeypatch.setattr("saebench.activations.harvest.load_model", load_model)
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "numbers.jsonl").write_text('{"text": 5}\n')
-    for name, message in (("empty.txt", "is empty"), ("numbers.jsonl", "is int, not text")):
+    for name, message in (("empty.txt", "has no document with text"), ("numbers.jsonl", "is int, not text")):
         with pytest.raises(UserError, match=message):
             sb.harvest(**{**settings, "text": str(tmp_path / name)})
     assert not settings["out"].exists()
 
 
-def test_activations_that_are_not_finite_are_refused(settings, tmp_path):
+def test_nonfinite_activations_raise_user_error(settings, tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = Path(shutil.copytree(settings["model"], tmp_path / "broken"))
@@ -169,10 +169,10 @@ def test_activations_that_are_not_finite_are_refused(settings, tmp_path):
         sb.harvest(**{**settings, "model": str(folder), "dtype": "fp16"})
 
 
-def test_a_short_text_keeps_what_there_is_and_says_so(settings, capsys):
+def test_short_text_gives_fewer_rows_with_a_warning(settings, capsys):
     cache = sb.harvest(**{**settings, "tokens": 10**6})
     assert 0 < cache.n_rows < 10**6
-    assert f"ended after {cache.n_rows:,} rows of the 1,000,000" in capsys.readouterr().err
+    assert f"ended after {cache.n_rows:,} of the 1,000,000 rows" in capsys.readouterr().err
     text = Path(settings["out"].parent / "one.txt")
     text.write_text("One document only.")
     cache = sb.harvest(**{**settings, "text": str(text), "out": settings["out"].parent / "one"})
@@ -180,7 +180,7 @@ def test_a_short_text_keeps_what_there_is_and_says_so(settings, capsys):
     assert cache.n_rows > 3
 
 
-def test_two_writers_on_one_directory(settings):
+def test_second_writer_raises_user_error(settings):
     from saebench.core.files import directory_lock
 
     with (
@@ -259,7 +259,7 @@ assert attempt(full) == 0
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 @pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_killed_or_out_of_disk_it_resumes_to_the_same_bytes(tiny_model_folder, tmp_path, gradients):
+def test_resume_after_kill_or_full_disk_gives_identical_bytes(tiny_model_folder, tmp_path, gradients):
     settings = {
         "gradients": gradients,
         "model": str(tiny_model_folder),

@@ -1,4 +1,4 @@
-"""The training order: every row once an epoch, no held-out row, the same from whatever side it is asked."""
+"""The training order: every row once per epoch, no held-out row, independent of how it is read."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def orders(draw):
 
 @given(orders(), st.integers(0, 3))
 @settings(max_examples=300, deadline=None)
-def test_an_epoch_visits_every_train_row_once_and_no_other(case, epoch):
+def test_epoch_visits_every_training_row_exactly_once(case, epoch):
     order, train_rows = case
     assert order.n_rows == len(train_rows)
     rows = order.rows(epoch * order.n_rows, (epoch + 1) * order.n_rows)
@@ -45,7 +45,7 @@ def test_an_epoch_visits_every_train_row_once_and_no_other(case, epoch):
 
 @given(orders(), st.integers(0, 500), st.lists(st.integers(0, 90), max_size=8))
 @settings(max_examples=200, deadline=None)
-def test_a_position_has_its_row_however_it_is_asked_for(case, start, sizes):
+def test_rows_do_not_depend_on_the_requested_range(case, start, sizes):
     order, _ = case
     parts, position = [], start
     for size in sizes:
@@ -56,7 +56,7 @@ def test_a_position_has_its_row_however_it_is_asked_for(case, start, sizes):
 
 @given(orders(), st.integers(0, 400))
 @settings(max_examples=200, deadline=None)
-def test_a_window_reads_no_more_than_its_blocks(case, position):
+def test_window_reads_only_its_blocks(case, position):
     order, _ = case
     span = order.span_at(position)
     assert span.start <= position < span.stop
@@ -65,7 +65,7 @@ def test_a_window_reads_no_more_than_its_blocks(case, position):
     assert span.stop - span.start <= order.block_rows * order.window_blocks
 
 
-def test_tables_stay_small_however_large_the_cache_is(monkeypatch):
+def test_table_memory_is_bounded_for_large_caches(monkeypatch):
     monkeypatch.setattr("saebench.activations.shuffle.MOST_BLOCKS", 10)
     for n in (1, 9, 10, 11, 995):
         order = RowOrder(np.zeros(n, bool), seed=0, row_bytes=1 << 20)
@@ -74,21 +74,21 @@ def test_tables_stay_small_however_large_the_cache_is(monkeypatch):
 
 
 @pytest.mark.parametrize("scan_rows", [1, 2, 3, 7, 1000])
-def test_runs_do_not_depend_on_how_the_mask_is_scanned(monkeypatch, scan_rows):
+def test_kept_ranges_do_not_depend_on_scan_size(monkeypatch, scan_rows):
     held_out = np.random.default_rng(0).random(500) < 0.3
     monkeypatch.setattr("saebench.activations.shuffle._SCAN_ROWS", scan_rows)
     order = RowOrder(held_out, seed=0, row_bytes=4, block_rows=500, window_blocks=1)
     assert (np.sort(order.rows(0, order.n_rows)) == np.flatnonzero(~held_out)).all()
 
 
-def test_the_permutation_is_fixed_for_ever():
+def test_permutation_equals_recorded_values():
     assert permutation(8, 0, 0, "blocks").tolist() == [7, 4, 5, 1, 6, 0, 3, 2]
     assert (np.sort(permutation(10_007, 3)) == np.arange(10_007)).all()
     assert not (permutation(100, 1) == permutation(100, 2)).all()
 
 
 def test_one_window_is_a_uniform_shuffle():
-    """Mean place of each row over 400 epochs: all within 5 standard errors of the middle."""
+    """The mean position of each row over 400 epochs is within 5 standard errors of the middle."""
     order = RowOrder(np.zeros(50, bool), seed=0, row_bytes=8, block_rows=7, window_blocks=100)
     places = np.array([np.argsort(order.rows(e * 50, e * 50 + 50)) for e in range(400)])
     error = np.sqrt((50**2 - 1) / 12 / 400)
@@ -104,7 +104,7 @@ def cache(make_cache, tmp_path_factory):
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
 @pytest.mark.parametrize("batch_size", [1, 64, 333, 2_000])
-def test_iterating_equals_asking_for_batches(cache, prefetch, batch_size, device):
+def test_iterate_equals_batch(cache, prefetch, batch_size, device):
     sizes = {"batch_size": batch_size, "block_rows": 16, "window_blocks": 5}
     loader = Loader(cache, seed=3, prefetch=prefetch, device=device, **sizes)
     plain = Loader(cache, seed=3, memory_bytes=1 << 20, **sizes)
@@ -130,7 +130,7 @@ def test_batches_cover_the_epoch(cache):
 
 @pytest.fixture(scope="module")
 def with_gradients(make_cache, tmp_path_factory):
-    """Rows that name themselves: row i holds i, and its gradient -i; fp16, so gradients are bf16."""
+    """Row i holds i, and its gradient -i; activations are fp16, so gradients are bf16."""
     folder = tmp_path_factory.mktemp("gradients")
     names = torch.arange(200.0)[:, None].expand(-1, 6)
     np.save(folder / "g.npy", -names.numpy())
@@ -139,7 +139,7 @@ def with_gradients(make_cache, tmp_path_factory):
 
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_each_row_comes_with_its_own_gradient(with_gradients, prefetch, device):
+def test_each_row_has_its_own_gradient(with_gradients, prefetch, device):
     sizes = {"batch_size": 33, "block_rows": 7, "window_blocks": 3, "prefetch": prefetch, "device": device}
     loader = Loader(with_gradients, seed=1, gradients=True, **sizes)
     plain = Loader(with_gradients, seed=1, **sizes)
@@ -153,7 +153,7 @@ def test_each_row_comes_with_its_own_gradient(with_gradients, prefetch, device):
     assert i == 19
 
 
-def test_gradients_are_read_ahead_and_counted(with_gradients, cache, monkeypatch):
+def test_gradients_are_prefetched_and_counted_in_memory(with_gradients, cache, monkeypatch):
     touched = []
     monkeypatch.setattr("saebench.activations.loader.populate", lambda rows: touched.append(rows.dtype))
     next(Loader(with_gradients, batch_size=8, seed=0, gradients=True).iterate())
@@ -166,7 +166,7 @@ def test_gradients_are_read_ahead_and_counted(with_gradients, cache, monkeypatch
         Loader(cache, batch_size=8, seed=0, gradients=True)
 
 
-def test_leaving_early_ends_the_threads(cache):
+def test_leaving_the_loop_ends_the_threads(cache):
     before = threading.active_count()
     batches = Loader(cache, batch_size=8, seed=0).iterate()
     next(batches)
@@ -175,7 +175,7 @@ def test_leaving_early_ends_the_threads(cache):
     assert threading.active_count() == before
 
 
-def test_an_exception_in_the_thread_arrives_after_the_items_before_it():
+def test_thread_exception_is_raised_after_earlier_items():
     def items():
         yield 1
         yield 2
@@ -187,7 +187,7 @@ def test_an_exception_in_the_thread_arrives_after_the_items_before_it():
     assert seen == [1, 2]
 
 
-def test_wrong_requests_are_refused(cache, make_cache, tmp_path):
+def test_invalid_arguments_raise_user_error(cache, make_cache, tmp_path):
     with pytest.raises(UserError, match="no hook 'nothing'"):
         Loader(cache, "nothing", batch_size=8, seed=0)
     with pytest.raises(UserError, match="lower --batch-size"):
@@ -216,8 +216,8 @@ print(most - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_memory_stays_bounded_on_a_cache_larger_than_it(make_cache, tmp_path):
-    """A 256 MiB cache read within 64 MiB."""
+def test_memory_is_bounded_on_a_cache_larger_than_memory(make_cache, tmp_path):
+    """Reads a cache of 256 MiB within 64 MiB."""
     cache = make_cache(tmp_path / "cache", torch.zeros(1, 1024).expand(131_072, 1024), dtype="bf16")
     script = [sys.executable, "-c", MEMORY_SCRIPT, str(cache.path)]
     ran = subprocess.run(script, capture_output=True, text=True, cwd=Path(__file__).parents[2])

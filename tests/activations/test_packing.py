@@ -1,4 +1,4 @@
-"""Packing loses no token, mixes no streams, and stops at exactly as many rows as were asked for."""
+"""Packing keeps every token, never mixes held-out documents with others, and stops at max_rows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_contexts_spell_the_documents(texts, ctx, with_bos):
 
 @given(texts, st.integers(2, 12), st.integers(1, 5), st.booleans(), st.booleans(), st.integers(1, 300))
 @settings(max_examples=200, deadline=None)
-def test_batches_keep_the_rows_asked_for(texts, ctx, batch_size, keep_first, keep_last, max_rows):
+def test_batches_keep_exactly_max_rows(texts, ctx, batch_size, keep_first, keep_last, max_rows):
     kept_positions = {"keep_first": keep_first, "keep_last": keep_last}
 
     def contexts():

@@ -68,7 +68,7 @@ def test_from_a_folder_to_the_store(own_store, folder):
 
 
 def test_only_local_folders_are_read(own_store, tmp_path):
-    with pytest.raises(UserError, match="is no local folder"):
+    with pytest.raises(UserError, match="is not a local folder"):
         sb.explain(own_store, provider="hf", model="some/model", quiet=True)
 
 

@@ -1,4 +1,4 @@
-"""Gradients of the model's loss: those of the model itself, beside the rows they belong to."""
+"""Gradients of the model's loss equal those of transformers, and are stored with their rows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tokens_BT():
 
 
 def summed_loss(logits_BTV, tokens_BT, lengths_B):
-    """The definition, in float64: -log p of every real token after the first of its context."""
+    """The definition in float64: the sum of -log p over all tokens after the first of each context."""
     log_p_BTV = logits_BTV.double().log_softmax(-1)
     return -sum(
         log_p_BTV[b, t, tokens_BT[b, t + 1]] for b, n in enumerate(lengths_B.tolist()) for t in range(n - 1)
@@ -45,7 +45,7 @@ def summed_loss(logits_BTV, tokens_BT, lengths_B):
 
 @pytest.fixture(scope="module")
 def reference(tiny_model_folder, tokens_BT):
-    """Gradients by the transformers model alone, in float64, with tensors of its modules kept."""
+    """Gradients of the transformers model in float64, with the tensors of its modules retained."""
     from transformers import GPT2LMHeadModel
 
     gpt2 = GPT2LMHeadModel.from_pretrained(tiny_model_folder).double().eval()
@@ -66,7 +66,7 @@ def reference(tiny_model_folder, tokens_BT):
     return {name: tensor.grad for name, tensor in kept.items()}
 
 
-def test_gradients_are_those_of_the_model(model, tokens_BT, reference):
+def test_gradients_equal_those_of_transformers(model, tokens_BT, reference):
     activations, gradients = model.gradients(tokens_BT, LENGTHS, HOOKS)
     assert set(reference) == set(HOOKS) and list(gradients) == list(activations) == list(HOOKS)
     for hook in HOOKS:
@@ -78,8 +78,8 @@ def test_gradients_are_those_of_the_model(model, tokens_BT, reference):
         torch.testing.assert_close(activations[hook], seen[hook])
 
 
-def test_every_usual_hook_has_the_gradient_that_an_edit_has_to_first_order(tiny_model_folder, tokens_BT):
-    """Central differences of the float64 loss along random directions, one of them for each hook."""
+def test_gradients_of_all_usual_hooks_equal_finite_differences_of_edits(tiny_model_folder, tokens_BT):
+    """Central differences of the float64 loss along random directions, one per hook."""
     model = load_model(str(tiny_model_folder))
     model._bridge.original_model.double()
     hooks = [*model.info.usual_hooks(), "hook_embed"]
@@ -101,7 +101,7 @@ def test_every_usual_hook_has_the_gradient_that_an_edit_has_to_first_order(tiny_
         )
 
 
-def test_a_hook_has_the_same_gradient_whatever_is_asked_for_beside_it(model, tokens_BT):
+def test_gradient_does_not_depend_on_other_hooks(model, tokens_BT):
     hooks = list(model.info.usual_hooks())
     _, together = model.gradients(tokens_BT, LENGTHS, hooks)
     for hook in hooks:
@@ -111,8 +111,8 @@ def test_a_hook_has_the_same_gradient_whatever_is_asked_for_beside_it(model, tok
         assert torch.equal(together[f"blocks.1.hook_{last}"], together[f"blocks.1.hook_{added}"])
 
 
-def test_the_gradient_of_a_stream_is_that_of_all_that_reads_it(model, tokens_BT):
-    """The stream in the middle of a block is read by the MLP's norm and by the skip connection."""
+def test_gradient_of_resid_mid_includes_the_skip_connection(model, tokens_BT):
+    """hook_resid_mid is read by the norm of the MLP and by the skip connection."""
     hooks = [f"blocks.1.{name}" for name in ("hook_resid_mid", "hook_resid_post", "ln2.hook_in")]
     _, together = model.gradients(tokens_BT, LENGTHS, ["blocks.0.hook_resid_pre", *hooks])
     mid, post, norm = (together[hook] for hook in hooks)
@@ -121,7 +121,7 @@ def test_the_gradient_of_a_stream_is_that_of_all_that_reads_it(model, tokens_BT)
     torch.testing.assert_close(model.gradients(tokens_BT, LENGTHS, hooks[2:])[1][hooks[2]], norm)
 
 
-def test_what_predicts_nothing_has_no_gradient_and_padding_changes_none(model, tokens_BT):
+def test_last_position_has_zero_gradient_and_padding_changes_nothing(model, tokens_BT):
     _, gradients = model.gradients(tokens_BT, LENGTHS, HOOKS)
     is_last_or_padding = torch.arange(17) >= LENGTHS[:, None] - 1
     other_BT = torch.where(torch.arange(17) >= LENGTHS[:, None], 7, tokens_BT)
@@ -132,7 +132,7 @@ def test_what_predicts_nothing_has_no_gradient_and_padding_changes_none(model, t
         assert torch.equal(again[hook], gradients[hook])
 
 
-def test_neither_neighbors_nor_the_bound_on_logits_change_a_gradient(model, tokens_BT, monkeypatch):
+def test_gradient_does_not_depend_on_batch_or_logit_bound(model, tokens_BT, monkeypatch):
     _, gradients = model.gradients(tokens_BT, LENGTHS, HOOKS)
     monkeypatch.setattr(backward, "LOGIT_BYTES", 3 * 17 * 4 * TINY_VOCABULARY)
     assert backward.contexts_at_once(17, TINY_VOCABULARY) == 3
@@ -146,7 +146,7 @@ def test_neither_neighbors_nor_the_bound_on_logits_change_a_gradient(model, toke
             torch.testing.assert_close(alone[hook], gradients[hook][part, : LENGTHS[b]], rtol=1e-4, atol=1e-6)
 
 
-def test_the_gradient_of_another_scalar_is_that_of_the_loss_when_it_is_the_loss(model, tokens_BT):
+def test_gradient_of_a_given_scalar_equals_that_of_the_loss(model, tokens_BT):
     def loss(logits_BTV):
         return summed_loss(logits_BTV, tokens_BT, LENGTHS)
 
@@ -156,16 +156,16 @@ def test_the_gradient_of_another_scalar_is_that_of_the_loss_when_it_is_the_loss(
         torch.testing.assert_close(gradients[hook], expected[hook], rtol=1e-4, atol=1e-6)
 
 
-def test_a_hook_without_a_gradient_for_each_token_is_refused(model, tokens_BT, monkeypatch):
+def test_hooks_without_a_gradient_per_token_raise_user_error(model, tokens_BT, monkeypatch):
     for hook, message in (
         ("blocks.0.attn.hook_pattern", r"shape .* for \[4, 17\] tokens"),
         ("embed.hook_in", r"shape .* for \[4, 17\] tokens"),
         ("blocks.0.hook_resid_pos", "not a hook"),
-        ("blocks.1.attn.hook_result", "only after use_attn_result was switched on"),
+        ("blocks.1.attn.hook_result", "only when TransformerLens sets use_attn_result"),
     ):
         with pytest.raises(UserError, match=message):
             model.gradients(tokens_BT, LENGTHS, [hook])
-    with pytest.raises(UserError, match="switched on"):
+    with pytest.raises(UserError, match="only when TransformerLens sets"):
         model.run_to(tokens_BT, ["blocks.1.attn.hook_result"])
     x, y = (torch.ones(2, requires_grad=True) for _ in range(2))
     assert list(backward.gradients_of(x.sum(), {"y": y, "x": x})) == ["x"]
@@ -193,7 +193,7 @@ def cache(settings, tmp_path_factory):
     return sb.harvest(**settings, gradients=True, tokens=10**6, out=tmp_path_factory.mktemp("g") / "cache")
 
 
-def test_a_harvest_keeps_the_gradient_of_every_row(cache, tiny_cache, model):
+def test_harvest_stores_the_gradient_of_every_row(cache, tiny_cache, model):
     lengths_B, ctx_N, pos_N = cache.context_len, cache.ctx.long(), cache.pos.long()
     assert torch.equal(cache.context_tokens, tiny_cache.context_tokens)
     assert cache.n_rows == (lengths_B - 2).sum() and cache.n_rows + cache.n_contexts == tiny_cache.n_rows
@@ -210,7 +210,7 @@ def test_a_harvest_keeps_the_gradient_of_every_row(cache, tiny_cache, model):
     cache.verify()
 
 
-def test_a_plain_harvest_has_none_and_is_what_it_was(tiny_cache):
+def test_harvest_without_gradients_is_unchanged(tiny_cache):
     assert not tiny_cache.has_gradients()
     assert "gradients" not in tiny_cache.manifest["made_from"]["settings"]
     with pytest.raises(UserError, match=rf"{tiny_cache.path} has no gradients .* harvest --gradients"):
@@ -223,13 +223,13 @@ def test_gradients_of_an_fp16_cache_are_bf16(settings, tmp_path, cache, dtype, o
     made = sb.harvest(**small, gradients=True, out=tmp_path / "cache")
     assert made.n_rows == 301 and (made.pos == 0).any()
     assert (made.dtype, made.gradients().dtype) == (TORCH_DTYPES[dtype], TORCH_DTYPES[own])
-    # The last context is cut at the rows asked for, so it has another end than in the whole cache.
+    # The last context is cut at the number of rows, so it ends earlier than in the whole cache.
     whole = (made.pos > 0) & (made.ctx < made.n_contexts - 1)
     expected = cache.gradients()[: whole.sum()].to(TORCH_DTYPES[own])
     torch.testing.assert_close(made.gradients()[whole], expected, rtol=2e-2, atol=1e-5)
 
 
-def test_gradients_that_are_not_finite_are_refused(settings, tmp_path, monkeypatch):
+def test_nonfinite_gradients_raise_user_error(settings, tmp_path, monkeypatch):
     from saebench.sources.models import Model
 
     real = Model.gradients
@@ -245,18 +245,20 @@ def test_gradients_that_are_not_finite_are_refused(settings, tmp_path, monkeypat
         sb.harvest(**settings, tokens=300, gradients=True, out=tmp_path / "cache")
 
 
-def test_the_forecast_counts_gradients(settings, tmp_path, capsys):
-    said = []
+def test_forecast_includes_gradients(settings, tmp_path, capsys):
+    forecasts = []
     for gradients in (False, True):
         out = tmp_path / str(gradients)
         sb.harvest(**{**settings, "quiet": False, "tokens": 300}, gradients=gradients, out=out)
-        said.append(next(line for line in capsys.readouterr().err.splitlines() if "harvest: up to" in line))
-    assert "gradients" not in said[0] and "32 + 32 values and as many gradients" in said[1]
-    kib = [float(line.partition("disk ")[2].split()[0]) for line in said]
+        forecasts.append(
+            next(line for line in capsys.readouterr().err.splitlines() if "harvest: up to" in line)
+        )
+    assert "gradients" not in forecasts[0] and "32 + 32 values and as many gradients" in forecasts[1]
+    kib = [float(line.partition("disk ")[2].split()[0]) for line in forecasts]
     assert kib[1] - kib[0] == pytest.approx(300 * 2 * 32 * 4 / 1024, rel=0.1)
 
 
-def test_a_context_of_two_tokens_leaves_no_row(settings, tmp_path):
+def test_two_token_contexts_raise_user_error(settings, tmp_path):
     with pytest.raises(UserError, match="--ctx 2 leaves no row with a gradient"):
         sb.harvest(**{**settings, "ctx": 2}, gradients=True, out=tmp_path / "cache")
     cache = sb.harvest(
@@ -274,7 +276,7 @@ def arrays(tmp_path):
     return tmp_path, x_ND, g_ND
 
 
-def test_an_import_takes_gradients(arrays):
+def test_import_stores_gradients(arrays):
     folder, x_ND, g_ND = arrays
     settings = {"source": folder / "x.npy", "out": folder / "cache", "shard_rows": 32_768, "quiet": True}
     cache = sb.import_activations(**settings, gradients=folder / "g.npy")
@@ -286,7 +288,7 @@ def test_an_import_takes_gradients(arrays):
     cache.verify()
 
 
-def test_gradients_that_do_not_fit_the_rows_are_refused(arrays):
+def test_gradients_of_other_shape_raise_user_error(arrays):
     folder, _, g_ND = arrays
     settings = {"source": folder / "x.npy", "out": folder / "cache", "quiet": True}
     np.save(folder / "short.npy", g_ND[1:])
@@ -304,12 +306,12 @@ def test_gradients_that_do_not_fit_the_rows_are_refused(arrays):
         cache.gradients()
 
 
-def test_a_manifest_with_gradients_of_no_hook_is_refused(arrays):
+def test_manifest_with_gradients_of_unknown_hook_raises_user_error(arrays):
     folder, *_ = arrays
     settings = {"source": folder / "x.npy", "out": folder / "cache", "quiet": True}
     path = sb.import_activations(**settings, gradients=folder / "g.npy").path / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["columns"]["gradient/other"] = manifest["columns"].pop("gradient/imported")
     path.write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="column gradient/other fits no hook"):
+    with pytest.raises(UserError, match="column gradient/other does not match an activation column"):
         sb.open_cache(path.parent)

@@ -1,4 +1,4 @@
-"""The adapter to TransformerLens: activations are the model's own; what cannot be loaded is explained."""
+"""The TransformerLens adapter: activations equal those of transformers, and load errors are explained."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def copy(tiny_model_folder, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_model_folder, tmp_path / "copy"))
 
 
-def test_activations_and_logits_are_those_of_the_model(model, huggingface, tokens_BT):
+def test_activations_and_logits_equal_transformers(model, huggingface, tokens_BT):
     with torch.no_grad():
         expected = huggingface(tokens_BT, output_hidden_states=True)
     torch.testing.assert_close(model.logits(tokens_BT), expected.logits)
@@ -50,7 +50,7 @@ def test_activations_and_logits_are_those_of_the_model(model, huggingface, token
     ("hook", "blocks", "unembeds"),
     [("hook_embed", 0, 0), ("blocks.0.hook_resid_post", 1, 0), ("blocks.1.attn.hook_z", 2, 0)],
 )
-def test_no_more_is_computed_than_a_hook_needs(model, tokens_BT, hook, blocks, unembeds):
+def test_layers_after_the_hook_are_not_computed(model, tokens_BT, hook, blocks, unembeds):
     counts = {"mlp": 0, "unembed": 0}
 
     def count(name):
@@ -65,7 +65,7 @@ def test_no_more_is_computed_than_a_hook_needs(model, tokens_BT, hook, blocks, u
     assert counts == {"mlp": blocks, "unembed": unembeds}
 
 
-def test_every_usual_hook_exists_with_the_width_foretold(model):
+def test_usual_hooks_exist_with_predicted_widths(model):
     usual = model.info.usual_hooks()
     found = model.run_to(torch.zeros(1, 3, dtype=torch.long), list(usual))
     assert {hook: value.shape[-1] for hook, value in found.items()} == usual
@@ -75,7 +75,7 @@ def test_every_usual_hook_exists_with_the_width_foretold(model):
 @pytest.mark.parametrize(
     "hook", ["blocks.0.hook_resid_post", "blocks.1.attn.hook_z", "blocks.1.hook_mlp_out"]
 )
-def test_an_edit_replaces_what_it_says(model, tokens_BT, hook):
+def test_edit_replaces_the_activation(model, tokens_BT, hook):
     clean = model.logits(tokens_BT)
     seen = model.run_to(tokens_BT, [hook])[hook]
     torch.testing.assert_close(model.logits(tokens_BT, edit={hook: lambda x: seen}), clean)
@@ -84,7 +84,7 @@ def test_an_edit_replaces_what_it_says(model, tokens_BT, hook):
     torch.testing.assert_close(model.logits(tokens_BT), clean)
 
 
-def test_the_unembedding_gives_the_logits_up_to_a_constant(model, tokens_BT):
+def test_unembedding_gives_logits_up_to_a_constant(model, tokens_BT):
     x_BTD = model.run_to(tokens_BT, ["blocks.1.hook_resid_post"])["blocks.1.hook_resid_post"]
     scale = (x_BTD.var(dim=-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     logits = model.logits(tokens_BT)
@@ -102,7 +102,7 @@ def test_token_bytes_spell_the_text(model):
     assert not model.tokens.adds_bos()
 
 
-def test_a_llama_model_has_grouped_heads_and_an_rms_norm(tmp_path, tiny_model_folder, tokens_BT):
+def test_llama_model_with_grouped_heads_and_rms_norm(tmp_path, tiny_model_folder, tokens_BT):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -142,19 +142,19 @@ def test_a_llama_model_has_grouped_heads_and_an_rms_norm(tmp_path, tiny_model_fo
         ("", "did you mean"),
     ],
 )
-def test_a_wrong_hook_is_refused_before_the_model_is_loaded(tiny_model_folder, hook, message):
+def test_unknown_hook_raises_before_the_model_is_loaded(tiny_model_folder, hook, message):
     with pytest.raises(UserError, match=message):
         peek_model(str(tiny_model_folder)).check_hook(hook)
 
 
-def test_a_hook_without_a_vector_a_token_is_refused(model, tokens_BT):
-    with pytest.raises(UserError, match="a vector for each token"):
+def test_hook_without_one_vector_per_token_raises_user_error(model, tokens_BT):
+    with pytest.raises(UserError, match="one vector per token"):
         model.run_to(tokens_BT, ["blocks.0.attn.hook_pattern"])
     with pytest.raises(UserError, match="is not a hook"):
         model.run_to(tokens_BT, ["blocks.0.mlp.hook_nothing"])
 
 
-def test_the_hash_is_that_of_the_files(tiny_model_folder, copy):
+def test_hash_depends_on_file_contents(tiny_model_folder, copy):
     one, two = peek_model(str(tiny_model_folder)), peek_model(str(copy))
     assert one.hash == two.hash
     config = json.loads((copy / "config.json").read_text())
@@ -162,7 +162,7 @@ def test_the_hash_is_that_of_the_files(tiny_model_folder, copy):
     assert peek_model(str(copy)).hash != one.hash
 
 
-def test_folders_with_something_missing_are_refused(copy):
+def test_missing_files_raise_user_error(copy):
     for file, message in [("tokenizer.json", "no tokenizer"), ("model.safetensors", "safetensors")]:
         content = (copy / file).read_bytes()
         (copy / file).unlink()
@@ -179,7 +179,7 @@ def test_folders_with_something_missing_are_refused(copy):
         load_model(str(copy))
 
 
-def test_damaged_files_are_refused(copy):
+def test_damaged_files_raise_user_error(copy):
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"cannot be loaded|damaged"):
@@ -189,8 +189,8 @@ def test_damaged_files_are_refused(copy):
         load_model(str(copy))
 
 
-def test_a_model_with_gaps_in_its_weights_is_refused(copy):
-    """transformers would fill a missing layer with random numbers and say so only in its log."""
+def test_missing_weights_raise_user_error(copy):
+    """transformers itself fills a missing layer with random numbers and only logs it."""
     config = json.loads((copy / "config.json").read_text())
     layers = "n_layer" if "n_layer" in config else "num_hidden_layers"
     (copy / "config.json").write_text(json.dumps({**config, layers: config[layers] + 1}))
@@ -198,11 +198,11 @@ def test_a_model_with_gaps_in_its_weights_is_refused(copy):
         load_model(str(copy))
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(copy):
+def test_tokenizer_with_too_large_ids_raises_user_error(copy):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=1)).save_pretrained(copy)
-    with pytest.raises(UserError, match=r"does not fit it: it has token 399 .* ends at 299"):
+    with pytest.raises(UserError, match=r"has token 399, .* ends at 299"):
         load_model(str(copy))
 
 
@@ -216,37 +216,35 @@ def test_a_tokenizer_that_does_not_fit_is_refused(copy):
         ),
     ],
 )
-def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(copy, monkeypatch, file, change):
+def test_remote_code_is_neither_run_nor_asked_about(copy, monkeypatch, file, change):
     (copy / "code.py").write_text(f"open({str(copy / 'ran')!r}, 'w')\nclass Own: pass\n")
     (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | change))
-    asked = []
-    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
-    with contextlib.suppress(UserError):  # a tokenizer.json is enough without its class
+    calls = []
+    monkeypatch.setattr("builtins.input", lambda question: calls.append(question) or "y")
+    with contextlib.suppress(UserError):  # with a tokenizer.json the class is not needed
         load_model(str(copy))
-    assert not asked and not (copy / "ran").exists()
+    assert not calls and not (copy / "ran").exists()
 
 
-def test_hub_names_fail_in_one_sentence():
+def test_unreachable_hub_raises_user_error():
     with pytest.raises(UserError, match="hub cannot be reached"):
         load_model("someone/some-model-that-is-not-here")
     with pytest.raises(UserError, match="does not exist"):
         load_model("./no/such/folder")
 
 
-def test_the_hub_is_asked_for_safetensors_only_and_its_commit_is_kept(
-    monkeypatch, tiny_model_folder, tmp_path
-):
+def test_hub_download_is_safetensors_only_and_records_the_commit(monkeypatch, tiny_model_folder, tmp_path):
     commit = Path(shutil.copytree(tiny_model_folder, tmp_path / "c0ffee"))
-    asked = []
+    calls = []
 
     def snapshot_download(name, *, revision, allow_patterns):
-        asked.append((name, revision, tuple(allow_patterns)))
+        calls.append((name, revision, tuple(allow_patterns)))
         return str(commit)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     model = load_model("someone/tiny", revision="main")
     assert model.info.to_json() == {"name": "someone/tiny", "revision": "c0ffee", "hash": model.hash}
-    assert asked == [
+    assert calls == [
         ("someone/tiny", "main", ("*.json", "*.model", "*.txt")),
         ("someone/tiny", "c0ffee", ("*.json", "*.model", "*.txt", "*.safetensors")),
     ]

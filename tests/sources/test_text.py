@@ -1,4 +1,4 @@
-"""Documents arrive whole, in the same order each time, from every kind of source; what is wrong is named."""
+"""Documents from every kind of source: complete, in a fixed order, with errors that name the problem."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_rows_become_documents(tmp_path, suffix):
         list(read_documents(str(path)))
 
 
-def test_a_folder_is_read_like_a_data_set_of_the_hub(tmp_path):
+def test_folder_is_read_like_a_hub_data_set(tmp_path):
     write(tmp_path / "train.jsonl", TEXTS)
     write(tmp_path / "test.jsonl", ["other"])
     assert [d.text for d in read_documents(str(tmp_path))] == TEXTS
@@ -57,25 +57,25 @@ def test_a_folder_is_read_like_a_data_set_of_the_hub(tmp_path):
     assert text_fingerprint(str(tmp_path)) != before
 
 
-def test_the_hub_is_asked_for_a_revision_and_streamed(tmp_path, monkeypatch):
+def test_hub_data_set_is_streamed_at_a_revision(tmp_path, monkeypatch):
     import datasets
 
     folder = write(tmp_path / "train.parquet", TEXTS).parent
-    asked = {}
+    call = {}
     real = datasets.load_dataset
 
     def load_dataset(name, *, revision, **rest):
-        asked.update(name=name, revision=revision, **rest)
+        call.update(name=name, revision=revision, **rest)
         return real(str(folder), **rest)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr("saebench.sources.text._hub_revision", lambda name: "c0ffee")
     assert [d.text for d in read_documents("someone/texts", split="train")] == TEXTS
-    assert asked == {"name": "someone/texts", "revision": "c0ffee", "split": "train", "streaming": True}
+    assert call == {"name": "someone/texts", "revision": "c0ffee", "split": "train", "streaming": True}
     assert text_fingerprint("someone/texts")["revision"] == "c0ffee"
 
 
-def test_plain_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
+def test_plain_text_is_cut_at_blank_lines_without_loss(tmp_path):
     path = tmp_path / "book.txt"
     paragraphs = [f"Paragraph {i}. " + "word " * 300 for i in range(20)]
     path.write_text("\n\n".join(paragraphs))
@@ -85,7 +85,7 @@ def test_plain_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
     assert all(4_000 <= len(d.text) < 6_500 for d in documents[:-1])
 
 
-def test_the_addresses_are_labeled_and_mixed():
+def test_addresses_are_labeled_and_shuffled():
     documents = list(read_documents("sotu"))
     assert len(documents) == 192
     assert "1862 Abraham Lincoln (Republican)" in {d.label for d in documents}
@@ -96,14 +96,14 @@ def test_the_addresses_are_labeled_and_mixed():
 
 
 @pytest.mark.parametrize("content", [b"", b"  \n\n \n"])
-def test_an_empty_text_is_refused(tmp_path, content):
+def test_empty_text_raises_user_error(tmp_path, content):
     path = tmp_path / "empty.txt"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="is empty"):
+    with pytest.raises(UserError, match="has no document with text"):
         list(read_documents(str(path)))
 
 
-def test_what_is_no_text_is_refused(tmp_path):
+def test_invalid_text_raises_user_error(tmp_path):
     numbers = write(tmp_path / "numbers.jsonl", [1, 2])
     with pytest.raises(UserError, match="row 0, column 'text' is int"):
         list(read_documents(str(numbers)))
