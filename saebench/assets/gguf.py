@@ -1,9 +1,13 @@
-"""A llama-architecture GGUF file as an ordinary Hugging Face folder, with weights in bf16.
+"""Conversion of a GGUF file with the llama architecture into a Hugging Face folder with bf16 weights.
 
-GGUF is llama.cpp's file for quantized models. Two things differ from Hugging Face's layout: names, and the
-rows of the query and key projections, which llama.cpp stores with the two halves of each head's rotary
-dimensions interleaved (`permute` in its conversion script). Everything is written from the file alone; no
-code of it runs.
+GGUF is the file format of llama.cpp for quantized models. Two things differ from the Hugging Face layout: the
+names, and the rows of the query and key projections, which llama.cpp stores with the two halves of each
+head's rotary dimensions interleaved (`permute` in its conversion script).
+
+The conversion of transformers (`from_pretrained(gguf_file=...)`) gives the same weights but cannot replace
+this one: up to version 5.23 it does not know the pre-tokenizer "smollm" and uses GPT-2's, which splits white
+space before digits differently; it takes the marks of chat turns for BOS and EOS; and what it writes depends
+on its version, while the hash of these files identifies the model in caches and runs.
 
 Shape suffixes: R rows out, C columns in.
 """
@@ -37,8 +41,8 @@ END_OF_TEXT = "<|endoftext|>"
 def convert(gguf_file: Path, folder: Path) -> None:
     """Write config.json, model.safetensors (bf16), tokenizer.json and their companions into `folder`.
 
-    The embedding is tied to the unembedding. Raises UserError when the file is not a llama model with
-    GPT-2-style byte-level BPE. The caller syncs the folder to the disk and renames it into place.
+    The embedding is tied to the unembedding. The caller syncs the folder to disk and renames it. Raises
+    UserError when the file is not a llama model with the byte-level BPE of GPT-2.
     """
     import gguf
 
@@ -47,21 +51,22 @@ def convert(gguf_file: Path, folder: Path) -> None:
     for name, wanted in (("general.architecture", "llama"), ("tokenizer.ggml.model", "gpt2")):
         if metadata.get(name) != wanted:
             raise UserError(
-                f"{gguf_file} has {name} {metadata.get(name)!r}, and only {wanted!r} can be converted"
+                f"{gguf_file} has {name} {metadata.get(name)!r} instead of {wanted!r}, and cannot be "
+                "converted; give a GGUF file of SmolLM2"
             )
     _write_weights(reader, metadata, folder / "model.safetensors")
     _write_tokenizer(metadata, folder)
     config = _config(metadata)
     write_json_atomic(folder / "config.json", config)
-    # Generation also ends where a chat turn does.
+    # Generation also stops at the end of a chat turn.
     ends = [config["eos_token_id"], *_ids_of(metadata, "<|im_end|>")]
     write_json_atomic(folder / "generation_config.json", {"bos_token_id": ends[0], "eos_token_id": ends})
 
 
 def undo_rotary_permutation(weight_RC: np.ndarray, n_heads: int) -> np.ndarray:
-    """Rows of a query or key projection from llama.cpp's order to Hugging Face's, [R, C] both.
+    """Reorder the rows of a query or key projection [R, C] from llama.cpp's order to Hugging Face's.
 
-    In each head, row 2 i + j of the file is row j d_head / 2 + i of Hugging Face's.
+    In each head, row 2 i + j of the file becomes row j d_head / 2 + i.
     """
     rows, columns = weight_RC.shape
     return weight_RC.reshape(n_heads, rows // n_heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
@@ -87,7 +92,7 @@ def _write_weights(reader: Any, metadata: dict[str, Any], file: Path) -> None:
 
 
 def _hugging_face_name(name: str) -> str:
-    """`blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`."""
+    """`blk.3.attn_q.weight` becomes `model.layers.3.self_attn.q_proj.weight`."""
     if name == "token_embd.weight":
         return "model.embed_tokens.weight"
     if name == "output_norm.weight":
@@ -97,7 +102,8 @@ def _hugging_face_name(name: str) -> str:
         return f"model.layers.{int(layer)}.{TENSOR_NAMES[kind]}.{leaf}"
     except (KeyError, ValueError):
         raise UserError(
-            f"the GGUF file has a tensor {name!r} that a tied llama model does not have"
+            f"the GGUF file has a tensor {name!r}, which a llama model with tied embeddings does not have; "
+            "give a GGUF file of SmolLM2"
         ) from None
 
 
@@ -134,12 +140,13 @@ def _ids_of(metadata: dict[str, Any], token: str) -> list[int]:
 
 
 def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
-    """SmolLM's tokenizer: byte-level BPE that splits digits singly before GPT-2's own pattern."""
+    """SmolLM's tokenizer: byte-level BPE that splits off every digit before it applies GPT-2's pattern."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     if metadata["tokenizer.ggml.pre"] != "smollm":
         raise UserError(
-            f"unknown pre-tokenizer {metadata['tokenizer.ggml.pre']!r} in a GGUF file; 'smollm' is known"
+            f"the GGUF file has tokenizer.ggml.pre {metadata['tokenizer.ggml.pre']!r} instead of 'smollm'; "
+            "give a GGUF file of SmolLM2"
         )
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
@@ -157,9 +164,8 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
         ]
     )
     tokenizer.save(str(folder / "tokenizer.json"))
-    # The file names chat marks as begin and end. What stood between documents in pretraining is
-    # <|endoftext|>, and documents are what activations are harvested from; SmolLM2's base tokenizer says the
-    # same.
+    # The file gives the marks of chat turns as BOS and EOS. Activations are harvested from documents, which
+    # pretraining separated by <|endoftext|>; the tokenizer of the SmolLM2 base model uses it too.
     write_json_atomic(
         folder / "tokenizer_config.json",
         {

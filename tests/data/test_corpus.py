@@ -1,9 +1,9 @@
-"""Documentation pages into prose, documents into contexts."""
+"""Extraction of prose from documentation pages, and packing into contexts."""
 
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saebench_data.scripts.packing import pack
@@ -35,6 +35,7 @@ def test_only_prose_is_kept() -> None:
     width=st.integers(2, 9),
     overlap=st.booleans(),
 )
+@settings(deadline=None)
 def test_contexts_cover_the_stream(lengths: list[int], width: int, overlap: bool) -> None:
     stream = np.arange(sum(lengths))
     documents = np.split(stream, np.cumsum(lengths)[:-1])

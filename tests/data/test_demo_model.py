@@ -1,4 +1,4 @@
-"""The embedded language model: an ordinary folder that has learned more than pairs of words."""
+"""The embedded language model: a Hugging Face folder whose held-out loss is below a bigram model's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from saebench_data.scripts.packing import encode_documents, pack, read_addresses
 FOLDER = saebench_data.path("demo_model")
 
 
-def test_it_is_small_and_ordinary() -> None:
+def test_folder_is_small_and_standard() -> None:
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) <= 24 * 2**20
     config = json.loads((FOLDER / "config.json").read_text())
     assert (config["n_layer"], config["n_embd"], config["vocab_size"]) == (4, 256, 8192)
@@ -25,7 +25,7 @@ def test_it_is_small_and_ordinary() -> None:
 
 
 def test_held_out_loss_is_below_a_bigram() -> None:
-    """On the first contexts of some held-out addresses; the bigram has counted all other addresses.
+    """Measured on the first contexts of some held-out addresses; the bigram counts all other addresses.
 
     README.md has the losses on all held-out text; measure_demo_model.py recomputes them.
     """
@@ -42,7 +42,7 @@ def test_held_out_loss_is_below_a_bigram() -> None:
     assert abs(model_losses(untrained, contexts_CT[:2]).mean() - np.log(8192)) < 0.2
 
 
-def test_tokenizer_keeps_every_string() -> None:
+def test_tokenizer_round_trips_every_string() -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(FOLDER, local_files_only=True)
@@ -55,7 +55,7 @@ def test_tokenizer_keeps_every_string() -> None:
     assert tokenizer.tokenize(" Congress") == ["ĠCongress"]
 
 
-def test_transformer_lens_opens_it_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformer_lens_loads_it_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from transformer_lens.model_bridge import TransformerBridge
 

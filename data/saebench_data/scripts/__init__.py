@@ -1,1 +1,1 @@
-"""How the embedded text and model were made, and how their numbers are measured again."""
+"""Scripts that made the embedded text and model, and that measure the losses in README.md."""

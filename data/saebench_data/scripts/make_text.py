@@ -19,14 +19,14 @@ from typing import Any
 LAST_YEAR = 1980
 ROWS = 192
 
-# The file holds one column chunk per column and one page in it, so that zstd sees all of the text at once.
+# The file has one chunk per column with one page in it, so that zstd compresses all of the text at once.
 ONE_PAGE = 1 << 26
 
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def read_addresses(npm_package: Path) -> list[dict[str, Any]]:
-    """Rows of text, year, president and party, ordered by file name: by year, then president."""
+    """Rows with text, year, president and party, sorted by file name: by year, then president."""
     rows = []
     for file in sorted((npm_package / "sotu" / "data").glob("*.json")):
         if not re.fullmatch(r"\d{4}_\w+", file.stem) or int(file.stem[:4]) > LAST_YEAR:

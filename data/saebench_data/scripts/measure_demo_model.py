@@ -1,12 +1,11 @@
-"""Recompute the numbers of README.md: held-out loss of the demo model and of what it must beat.
+"""Recompute the numbers of README.md: held-out losses of the demo model and of its baselines.
 
     python -m saebench_data.scripts.measure_demo_model corpus.parquet
 
-Every loss is a mean over the same predictions: the held-out documents of a source are laid end to end with
-the end-of-text token between them and cut into contexts of N_CTX tokens, and every token but the first of a
-context is predicted, in nats per token. The n-grams are counted on training documents; kappa is tuned on
-training documents that those counts leave out. Without a corpus only the State of the Union, which is
-shipped, can be measured.
+Every loss is a mean over the same predictions, in nats per token: the held-out documents of a source are
+concatenated with the end-of-text token between them and cut into contexts of N_CTX tokens, and every token
+except the first of a context is predicted. The n-grams are counted on training documents; kappa is tuned on
+training documents that are not counted. Without a corpus only the embedded State of the Union is measured.
 
 Shape suffixes: C contexts, T positions of a context.
 """
@@ -24,7 +23,13 @@ import torch
 
 import saebench_data
 from saebench_data.scripts.ngrams import Bigram
-from saebench_data.scripts.packing import Document, encode_documents, pack, read_addresses, read_documents
+from saebench_data.scripts.packing import (
+    CorpusDocument,
+    encode_documents,
+    pack,
+    read_addresses,
+    read_documents,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,7 +52,7 @@ class Losses:
 
 
 def model_losses(model: Any, contexts_CT: np.ndarray, *, batch: int = 16) -> np.ndarray:
-    """Loss of every token but the first of each context under a Hugging Face model, [C, T - 1]."""
+    """Loss [C, T - 1] of a Hugging Face model on every token except the first of each context."""
     pieces = []
     for tokens in torch.from_numpy(contexts_CT).long().split(batch):
         tokens = tokens.to(model.device)
@@ -70,8 +75,8 @@ def load(folder: Path, *, device: str = "cpu") -> tuple[Any, Any, Tokenizer]:
     return model.to(device), untrained.to(device), Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-def count_bigram(tokenizer: Tokenizer, documents: Sequence[Document]) -> Bigram:
-    """A bigram of all these training documents, its kappa tuned on those that are set aside for tuning."""
+def count_bigram(tokenizer: Tokenizer, documents: Sequence[CorpusDocument]) -> Bigram:
+    """A bigram model of these training documents, with kappa tuned on those reserved for tuning."""
     assert not any(document.held_out for document in documents)
     tokens = encode_documents(tokenizer, [document.text for document in documents])
     vocab_size = tokenizer.get_vocab_size()
@@ -81,8 +86,8 @@ def count_bigram(tokenizer: Tokenizer, documents: Sequence[Document]) -> Bigram:
     return Bigram(tokens, vocab_size=vocab_size, kappa=kappa)
 
 
-def measure(documents: Sequence[Document], folder: Path, *, device: str = "cpu") -> list[Losses]:
-    """One line a source, and a last one named "all" when there are several."""
+def measure(documents: Sequence[CorpusDocument], folder: Path, *, device: str = "cpu") -> list[Losses]:
+    """One line per source, and a last line "all" when there are several sources."""
     model, untrained, tokenizer = load(folder, device=device)
     training = [document for document in documents if not document.held_out]
     bigram = count_bigram(tokenizer, training)
@@ -118,7 +123,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("corpus", type=Path, nargs="?", help="what make_corpus.py wrote")
-    parser.add_argument("--model", type=Path, help="a Hugging Face folder; the shipped one by default")
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder; by default the embedded model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     documents = read_documents(arguments.corpus) if arguments.corpus else read_addresses()

@@ -1,11 +1,11 @@
-"""What a language model must beat: how often tokens, and pairs of tokens, occur.
+"""Baselines for a language model: unigram and bigram models of token counts.
 
     unigram   p(w)     = (c(w) + 1) / (N + V)
     bigram    p(w | v) = a(v) c(v, w) / c(v) + (1 - a(v)) p(w),   a(v) = c(v) / (c(v) + kappa t(v))
 
 c counts tokens and neighboring pairs, N is the number of tokens, V the size of the vocabulary and t(v) the
-number of different tokens seen after v. kappa = 1 is Witten and Bell's interpolation (1991); `tune_kappa`
-chooses it on text that the counts do not contain. Losses are negative log probabilities, in nats.
+number of distinct tokens seen after v. kappa = 1 is the interpolation of Witten and Bell (1991); `tune_kappa`
+chooses it on text that is not counted. Losses are negative log probabilities, in nats.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ KAPPAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 
 
 class Bigram:
-    """Unigram and interpolated bigram of token streams.
+    """Unigram and interpolated bigram models of token streams.
 
-    Parameters: `documents`, integer arrays of token ids below `vocab_size`.
+    `documents` are integer arrays of token ids below `vocab_size`.
     """
 
     def __init__(self, documents: Sequence[np.ndarray], *, vocab_size: int, kappa: float = 1.0) -> None:
@@ -32,7 +32,7 @@ class Bigram:
         first = self._keys // vocab_size
         self._followed_V = np.bincount(first, weights=self._pair_counts, minlength=vocab_size)
         self._types_V = np.bincount(first, minlength=vocab_size)
-        # A last key that no pair has: every search ends at an entry.
+        # A last key that no pair has, so that every search returns a valid index.
         self._keys = np.append(self._keys, vocab_size**2)
         self._pair_counts = np.append(self._pair_counts, 0)
 
@@ -41,12 +41,12 @@ class Bigram:
         return key
 
     def unigram_losses(self, contexts_CT: np.ndarray) -> np.ndarray:
-        """Loss of every token but the first of each context, [C, T - 1]."""
+        """Unigram loss [C, T - 1] of every token except the first of each context."""
         losses_CT: np.ndarray = -np.log(self._unigram_V[contexts_CT[:, 1:]])
         return losses_CT
 
     def losses(self, contexts_CT: np.ndarray) -> np.ndarray:
-        """Loss of every token but the first of each context given the one before it, [C, T - 1]."""
+        """Bigram loss [C, T - 1] of every token but the first of each context, given the previous token."""
         previous, token = contexts_CT[:, :-1], contexts_CT[:, 1:]
         key = self._key(previous, token)
         at = np.searchsorted(self._keys, key)

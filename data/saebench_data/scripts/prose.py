@@ -1,4 +1,4 @@
-"""Prose out of documentation pages: what a reader would read aloud."""
+"""Extraction of prose from HTML documentation: paragraphs without programs, tables and navigation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SKIPPED_CLASSES = re.compile(
     "screen|synopsis|cmdsynopsis|refsynopsisdiv"
 )
 
-MIN_PARAGRAPH = 25  # characters; shorter ones are headings of what was skipped, versions, single names
+MIN_PARAGRAPH = 25  # characters; shorter ones are headings of skipped parts, versions, single names
 
 
 class _Prose(HTMLParser):
@@ -37,7 +37,7 @@ class _Prose(HTMLParser):
             self._skipping.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in self._skipping:  # closing an element closes those left open inside it
+        if tag in self._skipping:  # closing an element also closes the open elements inside it
             while self._skipping.pop() != tag:
                 pass
         if BLOCKS.fullmatch(tag):
@@ -62,7 +62,7 @@ PAGE_FOOTER = re.compile(r"^This page (was )?last (modified|updated)")
 
 
 def paragraphs_of(html: str) -> list[str]:
-    """The paragraphs, headings and list items of one page, white space collapsed, in reading order."""
+    """The paragraphs, headings and list items of one page, in order, with white space collapsed."""
     parser = _Prose()
     parser.feed(html)
     parser.close()

@@ -3,9 +3,9 @@
     python -m saebench_data.scripts.make_corpus ... --out corpus.parquet
     python -m saebench_data.scripts.train_demo_model corpus.parquet --out data/demo_model
 
-The defaults are the run that made demo_model/; data/README.md has its losses. Schedules were compared with
---tune, which sets aside training documents (packing.Document.tuning), so that held-out documents are measured
-once, at the end.
+The defaults are the settings that made demo_model/; README.md has its losses. Schedules were compared with
+--tune, which reserves training documents (packing.CorpusDocument.tuning), so that held-out documents are
+measured only once, at the end.
 
 Shape suffixes: B contexts in a batch, T positions.
 """
@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from saebench_data.scripts.packing import (
     END_OF_TEXT,
     STATE_OF_THE_UNION,
-    Document,
+    CorpusDocument,
     encode_documents,
     pack,
     read_documents,
@@ -45,24 +45,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="the Hugging Face folder to write")
     parser.add_argument("--epochs", type=int, default=28)
-    parser.add_argument("--repeats", type=int, default=2, help="times the addresses are seen in an epoch")
+    parser.add_argument("--repeats", type=int, default=2, help="how often the addresses are seen per epoch")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--batch", type=int, default=128, help=f"contexts of {N_CTX} tokens in a step")
+    parser.add_argument("--batch", type=int, default=128, help=f"contexts of {N_CTX} tokens per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--tune", action="store_true", help="leave out the tuning documents and report their loss"
     )
     parser.add_argument(
-        "--stop-after", type=int, default=None, help="steps to take of the schedule, to try things out"
+        "--stop-after", type=int, default=None, help="stop after this many steps of the schedule, for a trial"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
 def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
-    """A byte-level BPE in GPT-2's manner: every string has tokens, and tokens carry their leading space."""
+    """A byte-level BPE like GPT-2's: it encodes every string, and tokens include their leading space."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -79,7 +79,7 @@ def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
 def batches(
     documents: list[np.ndarray], order: np.random.Generator, *, epochs: int, batch: int, device: str
 ) -> Iterator[torch.Tensor]:
-    """Batches [B, T + 1] of contexts; each epoch packs the documents anew, in another order."""
+    """Batches [B, T + 1] of contexts; each epoch packs the documents in a new order."""
     for _ in range(epochs):
         shuffled = [documents[i] for i in order.permutation(len(documents))]
         packed = pack(shuffled, N_CTX + 1, step=N_CTX)
@@ -106,7 +106,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    # 1. Documents: held-out ones are dropped here and never seen again in this file.
+    # 1. Documents: held-out ones are dropped here and not used below.
     learned = [document for document in read_documents(arguments.corpus) if not document.held_out]
     tuning = [document for document in learned if document.tuning]
     if arguments.tune:
@@ -190,7 +190,7 @@ def main() -> None:
             print(json.dumps(line | {"seconds": round(time.monotonic() - started, 1)}), flush=True)
 
     # 5. An ordinary Hugging Face folder, weights in bf16.
-    # The same function as GPT-2's own gelu_new, in one kernel: a forward pass on a CPU takes 30% less time.
+    # The same function as gelu_new of GPT-2, in one kernel: a forward pass on a CPU takes 30% less time.
     model.config.activation_function = "gelu_pytorch_tanh"
     model.eval().to(torch.bfloat16).save_pretrained(arguments.out)
     PreTrainedTokenizerFast(
@@ -211,7 +211,7 @@ def main() -> None:
 def tuning_losses(
     loss_of: Callable[[torch.Tensor], torch.Tensor],
     tokenizer: Tokenizer,
-    tuning: list[Document],
+    tuning: list[CorpusDocument],
     batch: int,
     device: str,
 ) -> dict[str, float]:
