@@ -1,1 +1,1 @@
-"""Questions about SAEs: what fires in a prompt, what latents cause and contribute, how two SAEs compare."""
+"""Analysis of SAEs: prompts, interventions, attribution, matching, geometry, absorption, figures."""

@@ -1,4 +1,4 @@
-"""An SAE at its place in its model, and the prompts that both read.
+"""AttachedSAE: an SAE together with the model and hook that it reads, and tokenized prompts.
 
 Shapes: T tokens of a prompt.
 """
@@ -33,12 +33,12 @@ Positions = int | slice | Iterable[int] | None
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A text as the model reads it."""
+    """A prompt as token ids, as the model reads it."""
 
     ids: tuple[int, ...]
-    """Token ids, BOS first where the model was harvested with it."""
+    """Token ids, with BOS first if the contexts of the SAE's cache begin with it."""
     tokens: tuple[str, ...]
-    r"""Each by itself; bytes that are no whole character appear as ``\xf0``."""
+    r"""The text of each token; bytes that are not a whole character appear as ``\xf0``."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -50,7 +50,7 @@ class TokenizedPrompt:
 
 @dataclass(frozen=True)
 class AttachedSAE:
-    """An SAE, the model and hook it reads; ``bos`` is the token that prompts begin with, or None."""
+    """An SAE with the model and hook that it reads; ``bos`` is the token id that begins prompts, or None."""
 
     sae: SAE
     model: Model
@@ -63,14 +63,17 @@ class AttachedSAE:
         """Tokenize ``text`` as a harvest does; ``new_tokens`` more must fit into the model's context.
 
         Raises:
-            UserError: no text, an empty one, or one that is too long.
+            UserError: ``text`` is not a string, is not valid Unicode, is empty, or is too long.
         """
         if not isinstance(text, str):
-            raise UserError(f"text is {text!r:.60}, which is no string; give the text of one prompt")
+            raise UserError(f"text is {text!r:.60}, which is not a string; give the text of one prompt")
         try:
             ids = self.model.tokens.encode(text.encode().decode())
         except UnicodeEncodeError as error:
-            raise UserError(f"text is not valid Unicode ({error.reason} at {error.start}); mend it") from None
+            raise UserError(
+                f"text has the character {text[error.start]!r} at position {error.start}, which is not valid "
+                "Unicode; give a str of valid Unicode characters"
+            ) from None
         if not ids:
             raise UserError(f"text is {text!r}, which has no token; give at least one word")
         if self.bos is not None:
@@ -87,7 +90,7 @@ class AttachedSAE:
         return TokenizedPrompt(tuple(ids), tuple(token_text(self.vocab[id]) for id in ids))
 
     def text(self, ids: Iterable[int]) -> str:
-        """The decoded bytes of tokens; what is no whole character becomes a replacement character."""
+        """The text of tokens; bytes that are not a whole character become a replacement character."""
         return b"".join(self.vocab[id] for id in ids).decode("utf-8", "replace")
 
 
@@ -97,15 +100,16 @@ def attach(
     hook: str | None = None,
     bos: bool | None = None,
 ) -> AttachedSAE:
-    """Bring together what ``sae`` (a run directory, or an SAE in memory), ``model`` and ``hook`` name.
+    """Load ``sae`` (a run directory, or an SAE in memory) and ``model``, and check that they and ``hook``
+    fit.
 
-    ``model`` 'cache' is the one that the SAE was trained on, as its folder says; ``hook`` None is its hook
-    there; ``bos`` None begins prompts as the contexts of the training began, or, where no model read any, as
-    the tokenizer does.
+    ``model`` 'cache' is the model that the SAE was trained on, as recorded in the run; ``hook`` None is the
+    hook recorded there. With ``bos`` None prompts begin with BOS if the contexts of the training did; when
+    the run does not record that, if the tokenizer adds BOS by default.
 
     Raises:
-        UserError: no SAE, no such model or hook, a model that is not the one that the SAE was trained on, a
-            hook of another width, or an SAE in memory without the model and hook that it cannot know.
+        UserError: no such SAE, model or hook, a model other than the one that the SAE was trained on, a hook
+            of another width, or an SAE in memory without ``model`` and ``hook``.
     """
     from saebench.sources.models import Model, load_model, peek_model
 
@@ -115,20 +119,21 @@ def attach(
     origin = Provenance() if run is None else run.provenance
     recorded = origin.model
     if hook is None and (hook := origin.hook_name) is None:
-        raise UserError("nothing says at which hook this SAE was trained; name it with hook=...")
+        raise UserError("the hook that this SAE was trained at is not recorded; give it with hook=...")
     if isinstance(model, str):
         name, revision = model, None
         if model == "cache":
             if recorded is None:
-                raise UserError("nothing says on which model this SAE was trained; name it with model=...")
+                raise UserError(
+                    "the model that this SAE was trained on is not recorded; give it with model=..."
+                )
             name, revision = recorded["name"], recorded["revision"]
         info = peek_model(name, revision=revision)
     else:
         info = model.info
     require_same_model(
         info, recorded, made=f"{sae} was trained on", says="the SAE says",
-        way_out="name that model, or give saebench.load(...) with model and hook: an SAE in memory is not "
-        "compared",
+        way_out="give that model, or saebench.load(...) with model and hook to skip this check",
     )  # fmt: skip
     if bos is None and run is not None and (contexts := run.contexts()) is not None:
         bos = contexts.bos
@@ -143,10 +148,10 @@ def attach(
 
 
 def read_sae(sae: SAE | str | PathLike[str], name: str) -> tuple[SAE, Provenance]:
-    """The SAE that the argument ``name`` is or leads to, and what is known of where it was trained.
+    """Load the SAE given as the argument ``name``; returns it with its provenance.
 
     Raises:
-        UserError: neither an SAE nor a folder that holds one.
+        UserError: neither an SAE nor a directory that holds one.
     """
     if isinstance(sae, SAE):
         return sae, Provenance()
@@ -157,14 +162,14 @@ def read_sae(sae: SAE | str | PathLike[str], name: str) -> tuple[SAE, Provenance
 def open_for(
     *saes: SAE | str | PathLike[str], cache: ActivationCache | str | PathLike[str] | None
 ) -> ActivationCache:
-    """``cache``, or else the one that the first of ``saes`` whose folder says so was trained on."""
+    """Open ``cache``; None is the cache that the first of ``saes`` that records one was trained on."""
     from saebench.activations.cache import ActivationCache, open_cache
 
     runs = [Run(run_folder(sae)) for sae in saes if not isinstance(sae, SAE)]
     if cache is None:
         own = next((run for run in runs if run.provenance.cache is not None), None)
         if own is None:
-            raise UserError("nothing says on which cache the SAE was trained; name it with cache=...")
+            raise UserError("the cache that the SAE was trained on is not recorded; give it with cache=...")
         return own.open_cache()
     opened = cache if isinstance(cache, ActivationCache) else open_cache(Path(cache))
     for run in runs:
@@ -173,32 +178,32 @@ def open_for(
 
 
 def run_folder(sae: object, name: str = "sae") -> Path:
-    """``sae`` as a path; raises a UserError when the argument ``name`` is nothing like one."""
+    """``sae`` as a path; raises a UserError when the argument ``name`` is neither a str nor a path."""
     if not isinstance(sae, str | os.PathLike):
         raise UserError(f"{name} is {sae!r:.60}; give a run directory, or an SAE from saebench.load")
     return Path(sae)
 
 
 def check_features(features: int | Iterable[int], sae: SAE) -> list[int]:
-    """One or many latents as a list without repeats, in order.
+    """One or several latents as a list without repeats, in the given order.
 
     Raises:
-        UserError: none at all, or one that the SAE has not.
+        UserError: no latent, or one that the SAE does not have.
     """
     found: list[int] = []
     for feature in _listed(features, "features"):
         if not 0 <= feature < sae.d_sae:
             raise UserError(
-                f"feature {feature} is none of the SAE's {sae.d_sae:,} latents; give 0 to {sae.d_sae - 1}"
+                f"feature is {feature}, but the SAE has {sae.d_sae:,} latents; give 0 to {sae.d_sae - 1}"
             )
         found.append(feature)
     if not found:
-        raise UserError("features is empty; name at least one latent")
+        raise UserError("features is empty; give at least one latent")
     return list(dict.fromkeys(found))
 
 
 def check_positions(positions: Positions, length: int) -> list[int]:
-    """Positions in a prompt of ``length`` tokens, in order; None for all but position 0.
+    """Sorted positions in a prompt of ``length`` tokens; None means all except position 0.
 
     Raises:
         UserError: a position outside the prompt (negative ones count from its end).
@@ -227,7 +232,7 @@ def _listed(numbers: Any, name: str) -> list[int]:
 
 
 def _bos(model: Model, bos: bool | None) -> int | None:
-    """The token with which prompts begin, or None."""
+    """The BOS token id that begins prompts, or None."""
     if bos is None:
         bos = model.tokens.adds_bos()
     if bos and model.tokens.bos is None:

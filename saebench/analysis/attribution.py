@@ -1,6 +1,6 @@
-"""Which latents make the model prefer one next token to another.
+"""logit_attribution: what each latent contributes to a logit difference of the next token.
 
-Shapes: T positions of a prompt, D = d_in, V vocabulary, E entries of its codes that are not zero.
+Shapes: T positions of a prompt, D = d_in, V vocabulary, E nonzero entries of its codes.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
     from saebench.saes.base import SAE
     from saebench.sources.models import Model
 
-WAYS = ("gradient", "direct")
+METHODS = ("gradient", "direct")
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """What `logit_attribution` found."""
+    """The result of `logit_attribution`."""
 
     latents: pd.DataFrame
-    """feature, pos, token, value, attribution, the largest |attribution| first; when checked also effect:
-    the score without any edit minus the score with this latent set to 0 at this position, NaN where that
-    was not tried."""
+    """feature, pos, token, value, attribution, the largest |attribution| first; with ``check`` also effect:
+    the score without an edit minus the score with this latent set to 0 at this position, NaN where it was
+    not measured."""
     score: float
     """logit(target) - logit(against); without ``against``, logit(target) minus the mean of all logits."""
     correlation: float | None
-    """Pearson's, of attribution and effect where it was tried; None when fewer than two differ."""
+    """Pearson correlation of attribution and measured effect; None with fewer than two distinct values."""
     target: str
     """The text of the target token."""
 
@@ -58,22 +58,22 @@ def logit_attribution(
     keep_first: bool = False,
     bos: bool | None = None,
 ) -> Attribution:
-    """What each latent that fires in ``text`` adds to a logit difference at ``position``.
+    """The contribution of each latent that fires in ``text`` to a logit difference at ``position``.
 
     The score is L = logit(target) - logit(against). With z_i the value of latent i at a position p, d_i its
-    decoder row and x the activations, its attribution is, by 'gradient',
+    decoder row and x the activations, the attribution by 'gradient' is
 
         z_i d_i . dL/dx_p,
 
-    gradient x activation in the model with the SAE spliced in, its error term held fixed: the effect of
-    setting z_i to 0 there, to first order, on all ways from there to the score (Marks et al. 2024, arXiv
-    2403.19647). By 'direct' it is
+    gradient x activation in the model with the SAE spliced in and its error term held fixed. It is what the
+    score loses, to first order and along all paths, when z_i is set to 0 at p (Marks et al. 2024, arXiv
+    2403.19647). The attribution by 'direct' is
 
         z_i d_i . u / s,  u = U[:, target] - U[:, against],
 
     with U the unembedding through the final norm and s that norm's scale, frozen at the prompt
-    (`Model.unembedding`): only what the latent writes at ``position`` itself and the unembedding reads,
-    nothing that later layers make of it. Position 0 is left out unless ``keep_first``.
+    (`Model.unembedding`): the path from the latent at ``position`` straight to the unembedding, without later
+    layers. Position 0 is left out unless ``keep_first``.
 
     >>> found = sb.logit_attribution("The Congress", run, model, target=5, against=9, check=3)
     >>> found.latents.columns.tolist()
@@ -84,41 +84,41 @@ def logit_attribution(
         sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
         model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
         hook: where the SAE reads; by default where it was trained.
-        target: a token as a string, with the space before it if it has one, or its id; by default the one
+        target: a token as a string, with its leading space if it has one, or its id; by default the token
             that the model predicts.
-        against: another one; by default the mean over the vocabulary.
-        position: where the prediction is made; negative ones count from the end.
+        against: another token; by default the mean over the vocabulary.
+        position: the position of the prediction; negative numbers count from the end.
         by: 'gradient' or 'direct'.
-        check: so many of the largest are set to 0, one at a time, to see what the score really loses.
-        keep_first: also what fires at position 0.
+        check: for this many of the largest attributions, measure the effect by setting the latent to 0.
+        keep_first: include position 0.
         bos: whether the text begins with the BOS token; by default as in the SAE's cache.
 
     Raises:
         UserError: a target that is not exactly one token, a position outside the text, 'direct' at a hook
-            that is not in the residual stream, another ``by``, a negative ``check``, and what `features_of`
-            raises.
+            that is not in the residual stream, an unknown ``by``, a negative ``check``, and what
+            `features_of` raises.
     """
-    if by not in WAYS:
-        raise UserError(f"by is {by!r}; give {' or '.join(map(repr, WAYS))}")
+    if by not in METHODS:
+        raise UserError(f"by is {by!r}; give {' or '.join(map(repr, METHODS))}")
     if not isinstance(check, int) or check < 0:
-        raise UserError(f"check is {check!r:.60}; give how many latents to set to 0, one at a time, or 0")
+        raise UserError(f"check is {check!r:.60}; give the number of latents to set to 0, at least 0")
     attached = attach(sae, model, hook, bos)
     prompt = attached.read(text)
     at = _position(position, len(prompt))
     if at == 0 and not keep_first:
         raise UserError(
-            "position 0 reads nothing but itself, and is left out; give a later one or keep_first=True"
+            "position is 0, which is left out by default; give a later position or keep_first=True"
         )
     if target is not None:
-        _tokens(attached, target, against)  # complains before the model runs
+        _tokens(attached, target, against)  # raises before the model runs
     if by == "direct" and not attached.model.residual_hook(attached.hook):
         raise UserError(
-            f"by is 'direct', but {attached.hook} is not in the residual stream, which is all that the "
+            f"by is 'direct', but {attached.hook} is not in the residual stream, which the "
             "unembedding reads; give by='gradient'"
         )
     clean_BTV = logits_of(attached, prompt.ids)
-    likeliest = int(clean_BTV[0, at].argmax())
-    score = _Score(at, *_tokens(attached, likeliest if target is None else target, against))
+    predicted = int(clean_BTV[0, at].argmax())
+    score = _Score(at, *_tokens(attached, predicted if target is None else target, against))
     slope_TD = _direct(attached, prompt, score) if by == "direct" else _gradient(attached, prompt, score)
     first = at if by == "direct" else 0 if keep_first else 1
     latents = _latents(attached, prompt, slope_TD, range(first, at + 1))
@@ -138,7 +138,7 @@ def logit_attribution(
 
 @dataclass(frozen=True)
 class _Score:
-    """A scalar of the logits of one context."""
+    """L = logit(target) - logit(against) at one position, as a function of the logits of one context."""
 
     position: int
     target: int
@@ -148,13 +148,13 @@ class _Score:
         return self.of(logits_1TV[0, self.position].float())
 
     def of(self, last_V: Tensor) -> Tensor:
-        """The last axis of anything over the vocabulary, [..., V] -> [...]."""
+        """The difference along the last axis, the vocabulary: [..., V] -> [...]."""
         other = last_V.mean(-1) if self.against is None else last_V[..., self.against]
         return last_V[..., self.target] - other
 
 
 def _gradient(attached: AttachedSAE, prompt: TokenizedPrompt, score: _Score) -> Tensor:
-    """[T, D]: dL/dx at the hook; with the error held fixed it is also the gradient at decode(z)."""
+    """[T, D]: dL/dx at the hook; with the error term held fixed it is also dL/d decode(z)."""
     _, gradients = attached.model.gradients(
         prompt.ids_1T, torch.tensor([len(prompt)]), [attached.hook], of=score
     )
@@ -174,7 +174,7 @@ def _direct(attached: AttachedSAE, prompt: TokenizedPrompt, score: _Score) -> Te
 def _latents(
     attached: AttachedSAE, prompt: TokenizedPrompt, slope_TD: Tensor, positions: range
 ) -> pd.DataFrame:
-    """The report: z_i d_i . slope of every latent that fires at ``positions``."""
+    """The table of `Attribution`: z_i d_i . slope of every latent that fires at ``positions``."""
     import pandas as pd
 
     sae = attached.sae
@@ -214,7 +214,7 @@ def _token(attached: AttachedSAE, token: str | int, name: str) -> int:
         if len(ids) == 1:
             return ids[0]
         pieces = ", ".join(repr(token_text(attached.vocab[id])) for id in ids[:8])
-        what = f"{len(ids)} tokens ({pieces}{', ...' if len(ids) > 8 else ''})" if ids else "no token"
+        what = f"{len(ids)} tokens ({pieces}{', ...' if len(ids) > 8 else ''})" if ids else "empty"
         raise UserError(f"{name} is {token!r:.60}, which is {what}; give exactly one, or an id")
     try:
         id = operator.index(token)
@@ -222,7 +222,7 @@ def _token(attached: AttachedSAE, token: str | int, name: str) -> int:
         raise UserError(f"{name} is {token!r:.60}; give a token as a string, or its id") from None
     if not 0 <= id < attached.model.vocab_size:
         raise UserError(
-            f"{name} is {id}, which is no token of {attached.model.name}; "
+            f"{name} is {id}, which is not a token id of {attached.model.name}; "
             f"give 0 to {attached.model.vocab_size - 1}"
         )
     return id

@@ -1,4 +1,4 @@
-"""Contexts of a cache, drawn by a seed, for a model to read again.
+"""draw_contexts: a random sample of the contexts of a cache, for running the model on them again.
 
 Shapes: T positions of one context, C contexts.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CacheContext:
-    """A context of a cache: its number, its tokens [T], and the positions that are rows."""
+    """A context of a cache: its number, its token ids [T], and the positions that have rows in the cache."""
 
     ctx: int
     ids_T: Tensor
@@ -27,15 +27,15 @@ class CacheContext:
 
 
 def draw_contexts(cache: ActivationCache, n: int, *, rows: str, seed: int) -> list[CacheContext]:
-    """The first ``n`` contexts of a random order, or of those of them that are held out.
+    """The first ``n`` contexts of a random order of all contexts, or of the held-out ones.
 
     Raises:
-        UserError: a cache without contexts, or without a held-out one.
+        UserError: a cache without contexts, or without held-out ones.
     """
     if cache.ctx is None or cache.pos is None or cache.context_tokens is None or cache.context_len is None:
         raise UserError(
             f"{cache.path} was imported without tokens, so a model cannot read its contexts; "
-            "name a cache that was harvested"
+            "give a cache that was harvested"
         )
     order_C = torch.randperm(cache.n_contexts, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
     starts_C = torch.searchsorted(cache.ctx, order_C)  # rows are in the order of their contexts

@@ -1,4 +1,4 @@
-"""Pearson's correlation of every latent of one SAE with every one of another, from their sparse codes.
+"""Correlations: the Pearson correlation of each latent of one SAE with each latent of another.
 
 Shapes: N rows, A and B latents of the two SAEs.
 """
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 2**27
 CONSTANT = 1e-12
-"""A variance below this share of the mean square is rounding."""
+"""A variance below this fraction of the mean square is a rounding error: the latent is constant."""
 
 
 class Correlations:
-    """Sums over rows of z_i, z_i^2 and z_i z_j in float64, from which correlations are made.
+    """Accumulates sums over rows of z_i, z_i^2 and z_i z_j in float64, and computes correlations from them.
 
     (mean z_i z_j - mean z_i mean z_j) / (std z_i std z_j),  and 0 where a latent is constant.
     """
@@ -30,8 +30,8 @@ class Correlations:
         self.n_rows = 0
 
     def add(self, codes_a: SparseCodes, codes_b: SparseCodes) -> None:
-        """Codes of the same N rows. Only products of entries that are not zero are formed, a block of a's
-        latents at a time."""
+        """Add the codes of the same N rows. Only products of nonzero entries are computed, in blocks of the
+        latents of ``codes_a``."""
         a_NA, b_NB = _sparse(codes_a), _sparse(codes_b)
         for moments, codes in zip(self.moments, (a_NA, b_NB), strict=True):
             moments[0] += torch.from_numpy(codes.sum(axis=0))
@@ -45,20 +45,20 @@ class Correlations:
         self.n_rows += codes_a.n_rows
 
     def result(self) -> Tensor:
-        """[A, B] float32; the sums are used up."""
+        """The correlations [A, B] float32. Overwrites the sums: call it once, after the last `add`."""
         (mean_A, scale_A), (mean_B, scale_B) = (self._standard(moments) for moments in self.moments)
         found_AB = self.product_AB.div_(self.n_rows).addr_(mean_A, mean_B, alpha=-1)
         return found_AB.mul_(scale_A[:, None]).mul_(scale_B).clamp_(-1, 1).float()
 
     def _standard(self, moments: Tensor) -> tuple[Tensor, Tensor]:
-        """Means, and 1 / standard deviation or 0 where that is 0."""
+        """Means, and 1 / standard deviation, or 0 for a constant latent."""
         mean, square = moments / self.n_rows
         variance = square - mean.square()
         return mean, torch.where(variance > CONSTANT * square, variance.rsqrt(), 0.0)
 
 
 def _sparse(codes: SparseCodes) -> Any:
-    """[N, M] float64 as scipy has it; repeated latents are added up."""
+    """[N, M] float64 as a scipy sparse array; repeated latents are summed."""
     from scipy.sparse import csr_array
 
     row, index, value = (part.cpu().numpy() for part in codes.merged())

@@ -1,4 +1,4 @@
-"""The map of decoder directions as a Plotly figure: points, or a grid of cells when there are many."""
+"""decoder_scatter: the map of decoder directions as points, or as a grid of cells when there are many."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 MOST_POINTS = 200_000
-"""Points that a map draws one by one; of more it shows how many there are in each place."""
+"""The largest number of points drawn individually; larger maps are drawn as a grid of cells."""
 MAP_CELLS = 160
 
 
@@ -22,7 +22,7 @@ MAP_CELLS = 160
 def decoder_scatter(
     points: pd.DataFrame, color: str = "cluster", features: pd.DataFrame | None = None
 ) -> go.Figure:
-    """The map of `decoder_map`, each latent a point, colored by its cluster or by a number.
+    """Scatter plot of `decoder_map`: one point per latent, colored by its cluster or by a number.
 
     >>> points = sb.decoder_map(run, n_clusters=3)
     >>> figure = sb.figures.decoder_scatter(points, "density", store.features())
@@ -30,13 +30,13 @@ def decoder_scatter(
     True
 
     Args:
-        points: columns feature, x, y, cluster, as `decoder_map` gives them.
-        color: 'cluster', or a column of numbers of ``points`` or ``features``; density is shown by its
+        points: columns feature, x, y, cluster, as `decoder_map` returns them.
+        color: 'cluster', or a numeric column of ``points`` or ``features``; density is shown as its
             logarithm.
-        features: as `FeatureStore.features` gives them; top_token is shown with each point.
+        features: a table as `FeatureStore.features` returns it; its top_token is shown with each point.
 
-    Each point's customdata is its feature. Of more than 200,000 points it shows how many there are in each
-    cell of a grid, or the mean of the numbers there.
+    The customdata of a point is its feature. With more than 200,000 points the figure shows a grid instead:
+    the number of points in each cell, or the mean of their numbers.
     """
     import numpy as np
     import plotly.graph_objects as go
@@ -82,7 +82,7 @@ def decoder_scatter(
 
 
 def _map_cells(points: pd.DataFrame, color: str) -> go.Figure:
-    """The map as a grid: how many points are in each cell, or the mean of their numbers."""
+    """The map as a grid: the number of points in each cell, or the mean of their numbers."""
     import numpy as np
     import plotly.graph_objects as go
 
@@ -110,7 +110,7 @@ def _map_cells(points: pd.DataFrame, color: str) -> go.Figure:
 
 
 def _without_axes(figure: go.Figure) -> go.Figure:
-    """A map's looks: no axes, equal scales."""
+    """The style of a map: no axes, equal scales."""
     bare = {"showgrid": False, "zeroline": False, "showticklabels": False, "showline": False}
     return styled(figure, "", "", height=520).update_layout(
         xaxis=bare, yaxis={**bare, "scaleanchor": "x", "scaleratio": 1}

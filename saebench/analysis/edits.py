@@ -28,22 +28,22 @@ MODES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "clamp": lambda values, strength: torch.full_like(values, strength),
     "scale": lambda values, strength: values * strength,
 }
-"""How a latent's value becomes another one."""
+"""The functions that compute the new value of a latent from its value and the strength."""
 
 
 @dataclass(frozen=True)
 class LatentEdit:
-    """What is done to the values of ``features``, and where."""
+    """A change of the values of ``features`` at some positions."""
 
     features: list[int]
     mode: str
     strength: float
     positions: list[int]
     onwards: range | None = None
-    """Positions behind the prompt that are edited as well, as they are generated."""
+    """Positions after the prompt that are also edited, when they are generated."""
 
     def spliced(self, attached: AttachedSAE, length: int) -> dict[str, Callable[[Tensor], Tensor]]:
-        """The edit for `Model.logits` over one context of ``length`` tokens."""
+        """The ``edit`` argument of `Model.logits` for one context of ``length`` tokens."""
         keep_BT = torch.zeros(1, length, dtype=torch.bool)
         keep_BT[0, self.positions] = True
         if self.onwards is not None:
@@ -51,7 +51,7 @@ class LatentEdit:
         return {attached.hook: replace_at(keep_BT, lambda x_PD: self.apply(attached.sae, x_PD))}
 
     def apply(self, sae: SAE, x_PD: Tensor) -> Tensor:
-        """x + decode(z') - decode(z) of rows, [P, D] float32; decoding is linear but for b_dec."""
+        """x + decode(z') - decode(z) for rows x, [P, D] float32; decoding is linear except for b_dec."""
         codes = sae.encode(x_PD.to(sae.W_dec.device))
         values_PF = latent_values(codes, self.features)
         change_PF = MODES[self.mode](values_PF, self.strength) - values_PF
@@ -59,7 +59,7 @@ class LatentEdit:
 
 
 def latent_values(codes: SparseCodes, features: Sequence[int]) -> Tensor:
-    """The values [N, F] of a few latents in ``codes`` of N rows; repeated picks are added up."""
+    """The values [N, F] of a few latents in ``codes`` of N rows; repeated picks are summed."""
     slot_M = torch.full((codes.d_sae,), -1, device=codes.values.device)
     slot_M[list(features)] = torch.arange(len(features), device=slot_M.device)
     row, index, value = codes.coo()
@@ -71,16 +71,16 @@ def latent_values(codes: SparseCodes, features: Sequence[int]) -> Tensor:
 
 
 def logits_of(attached: AttachedSAE, ids: Sequence[int], edit: LatentEdit | None = None) -> Tensor:
-    """[1, T, V] of a prompt, edited or not; raises a UserError when they are not finite."""
+    """Logits [1, T, V] of a prompt, with an edit if given; raises a UserError for NaN or infinity."""
     edits = edit.spliced(attached, len(ids)) if edit is not None else None
     logits_BTV = attached.model.logits(torch.tensor([ids]), edit=edits)
     if not logits_BTV.isfinite().all():
         if edit is None:
             raise UserError(
                 f"the predictions of {attached.model.name} hold NaN or infinity on this text; "
-                "load the model in fp32, or get its weights again"
+                "load the model in fp32, or download its weights again"
             )
         raise UserError(
-            f"with strength {edit.strength:g} the predictions hold NaN or infinity; give a smaller one"
+            f"with strength {edit.strength:g} the predictions hold NaN or infinity; give a smaller strength"
         )
     return logits_BTV

@@ -1,4 +1,4 @@
-"""The effects of latents as columns of a store's feature table."""
+"""index_effects: publish the effects of latents as columns of the feature table of a store."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def index_effects(config: EffectsConfig) -> LossEffects:
     True
 
     Raises:
-        UserError: the store has not this SAE, or indexed it over another cache, and what `loss_effects`
-            raises.
+        UserError: the store does not have this SAE, or indexed it over another cache, and what
+            `loss_effects` raises.
     """
     from saebench.activations.cache import open_cache
     from saebench.sources.models import load_model
@@ -49,10 +49,10 @@ def index_effects(config: EffectsConfig) -> LossEffects:
     cache = open_cache(config.cache) if config.cache is not None else run.open_cache()
     device = pick_device(config.device)
     sae = run.load(device=device)
-    name, info = _indexed(config, sae, cache)
-    draw_contexts(cache, 1, rows=config.rows, seed=config.seed)  # complains before a model is loaded
+    name, info = _find_in_store(config, sae, cache)
+    draw_contexts(cache, 1, rows=config.rows, seed=config.seed)  # raises before a model is loaded
     with directory_lock(config.store, what="the feature store"):
-        pass  # and so does a store that is being written
+        pass  # raises when the store is being written
     assert cache.model is not None, "contexts without the model that read them"
     named, revision = config.model, None
     if named == "cache":
@@ -71,7 +71,7 @@ def index_effects(config: EffectsConfig) -> LossEffects:
 def publish_effects(
     store: Path, sae: str, info: dict[str, Any], found: LossEffects, settings: dict[str, Any]
 ) -> None:
-    """Write effects beside the SAE ``sae`` of a store; ``info`` is what FeatureStore.info() says of it."""
+    """Publish the effects of the SAE ``sae`` in a store; ``info`` is its FeatureStore.info()."""
     from saebench.store.database import insert
     from saebench.store.extras import publish_extra
     from saebench.store.schema import EFFECT
@@ -91,8 +91,8 @@ def publish_effects(
     publish_extra(Path(store), sae, EXTRA, build, made_from=info)
 
 
-def _indexed(config: EffectsConfig, sae: SAE, cache: ActivationCache) -> tuple[str, dict[str, Any]]:
-    """Name and info of this SAE in the store."""
+def _find_in_store(config: EffectsConfig, sae: SAE, cache: ActivationCache) -> tuple[str, dict[str, Any]]:
+    """The name and info of this SAE in the store."""
     from saebench.store.query import open_store
 
     with open_store(config.store) as first:
@@ -105,11 +105,11 @@ def _indexed(config: EffectsConfig, sae: SAE, cache: ActivationCache) -> tuple[s
             continue
         if info["cache_hash"] != cache.hash:
             raise UserError(
-                f"the store {config.store} indexed {name!r} over another cache than {cache.path}; name that "
-                "one with --cache"
+                f"the store {config.store} indexed {name!r} over a cache other than {cache.path}; give that "
+                "cache with --cache"
             )
         return name, info
     raise UserError(
-        f"the store {config.store} has not the SAE {config.run} (its weights are those of none of "
-        f"{', '.join(names)}); run saebench index {config.run} into it first"
+        f"the store {config.store} does not have the SAE {config.run}: its weights differ from those of "
+        f"{', '.join(names)}; run saebench index to add it to that store first"
     )

@@ -1,10 +1,10 @@
-"""What each latent is worth to the model: the change of its loss on sampled contexts without that latent.
+"""loss_effects: the change of the model's loss on sampled contexts when one latent is ablated.
 
-The SAE is spliced in with its error (interventions.py), and with z_i(p) the value of latent i at position p
-and d_i its decoder row, latent i is taken out of a context everywhere at once: x'_p = x_p - z_i(p) d_i.
+The SAE is spliced in with its error term (edits.py). With z_i(p) the value of latent i at position p and d_i
+its decoder row, latent i is ablated at all positions of a context at once: x'_p = x_p - z_i(p) d_i.
 
-Shapes: T positions of one context, D = d_in, V vocabulary, M = d_sae, F latents taken out, each alone,
-E entries of codes that are not zero.
+Shapes: T positions of one context, D = d_in, V vocabulary, M = d_sae, F latents ablated one
+at a time, E nonzero entries of codes.
 """
 
 from __future__ import annotations
@@ -36,28 +36,30 @@ ROWS = ("held-out", "all")
 
 @dataclass(frozen=True)
 class LossEffects:
-    """What `loss_effects` found. A positive effect: without the latent the model predicts worse."""
+    """The result of `loss_effects`. With a positive effect the model predicts worse without the latent."""
 
     features: pd.DataFrame
-    """A row for each latent that was looked at: feature; loss_effect (mean change of the cross entropy of the
-    next token, in nats) and kl (mean KL(with || without)), both over all tokens whose prediction the latent
-    could change in the contexts where it was taken out; loss_effect_n, how many these contexts are;
-    loss_estimate, what gradient x activation says loss_effect would be, over loss_estimate_n contexts: all of
-    the sample in which it fires. NaN where n is 0."""
+    """One row per requested latent: feature; loss_effect (mean change of the cross entropy of the next token,
+    in nats) and kl (mean KL(with || without)), both over all tokens whose prediction the latent could change
+    in the contexts where it was ablated; loss_effect_n, the number of these contexts; loss_estimate, the
+    estimate of loss_effect by gradient x activation over loss_estimate_n contexts, all of the sample in which
+    the latent fires. NaN where n is 0."""
     pairs: pd.DataFrame
-    """A row for each latent that was taken out of a context: feature, ctx, n_firings, n_tokens, effect, kl,
+    """One row per latent and context in which it was ablated: feature, ctx, n_firings, n_tokens, effect, kl,
     estimate; the last three are sums over the n_tokens predictions of the context, in nats."""
     correlation: float | None
-    """Pearson's, of effect and estimate over ``pairs``; None when fewer than two differ."""
+    """Pearson correlation of effect and estimate over ``pairs``; None with fewer than two distinct values."""
     n_contexts: int
-    """Size of the sample."""
+    """Number of sampled contexts."""
 
     def __repr__(self) -> str:
-        told = "" if self.correlation is None else f", correlation with the estimate {self.correlation:.3f}"
+        correlation = (
+            "" if self.correlation is None else f", correlation with the estimate {self.correlation:.3f}"
+        )
         n = int((self.features["loss_effect_n"] > 0).sum())
         return (
-            f"LossEffects({n:,} latents taken out of {len(self.pairs):,} contexts in all, "
-            f"a sample of {self.n_contexts:,} contexts{told})"
+            f"LossEffects({n:,} latents ablated in {len(self.pairs):,} pairs of latent and context, "
+            f"a sample of {self.n_contexts:,} contexts{correlation})"
         )
 
 
@@ -74,16 +76,16 @@ def loss_effects(
     seed: int = 0,
     quiet: bool = False,
 ) -> LossEffects:
-    """The change of the model's loss without each latent, exactly on a few contexts, to first order on many.
+    """The change of the model's loss without each latent: exact on a few contexts, to first order on many.
 
-    A ``sample`` of the cache's contexts is drawn; a latent is taken out of the first ``contexts`` of them in
-    which it fires, one latent and one context at a time, and the model runs on from the hook. Positions
-    that are no rows of the cache (position 0, mostly) are left alone. The estimate is
+    A ``sample`` of the cache's contexts is drawn. A latent is ablated in the first ``contexts`` of them in
+    which it fires, one latent and one context at a time, and the model is run from the hook to the end.
+    Positions that are not rows of the cache (usually position 0) are not changed. The estimate is
 
         - sum_p z_i(p) d_i . dL/dx_p,  L the summed cross entropy of the context,
 
-    for all latents of a context from one pass forward and one back (attribution patching; Syed et al. 2023,
-    arXiv 2310.10348; Marks et al. 2024, arXiv 2403.19647).
+    for all latents of a context from one forward and one backward pass (attribution patching; Syed et al.
+    2023, arXiv 2310.10348; Marks et al. 2024, arXiv 2403.19647).
 
     >>> found = sb.loss_effects(run, cache, model, contexts=2, sample=8, quiet=True)
     >>> found.features.columns.tolist()
@@ -93,19 +95,19 @@ def loss_effects(
 
     Args:
         sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
-        cache: whose contexts are read; by default the one that the SAE was trained on.
+        cache: the cache whose contexts are sampled; by default the one that the SAE was trained on.
         model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
         hook: where the SAE reads; by default where it was trained.
         features: one or many latents; by default all.
-        contexts: so many for each latent at most; 0 for the estimate alone.
-        sample: so many are looked at, at most; a rare latent fires in none of a small sample.
+        contexts: the largest number of contexts per latent; 0 computes only the estimate.
+        sample: the largest number of contexts to draw; in a small sample a rare latent may never fire.
         rows: 'held-out' draws from contexts that the SAE was not trained on, 'all' from all.
-        seed: of the sample; the same gives the same.
+        seed: seed of the sample; equal seeds give equal results.
         quiet: no progress display.
 
     Raises:
         UserError: no such SAE, cache, model or hook, a cache of another model, without contexts or without
-            held-out ones, an unknown latent, predictions that are not finite, or a number below its bound.
+            held-out ones, an unknown latent, predictions with NaN or infinity, or a number below its bound.
     """
     if rows not in ROWS:
         raise UserError(f"rows is {rows!r}; give {' or '.join(map(repr, ROWS))}")
@@ -116,23 +118,23 @@ def loss_effects(
     attached = attach(sae, model, hook)
     if opened.model is not None and opened.model["hash"] != attached.model.hash:
         raise UserError(
-            f"the cache {opened.path} was made by {opened.model['name']}, which is not {attached.model.name} "
-            "(their hashes differ); name its own model"
+            f"the cache {opened.path} was made by model {opened.model['name']}, but model is "
+            f"{attached.model.name} (their hashes differ); give model={opened.model['name']!r}"
         )
     wanted_M = torch.zeros(attached.sae.d_sae, dtype=torch.bool)
     wanted_M[slice(None) if features is None else check_features(features, attached.sae)] = True
     drawn = draw_contexts(opened, sample, rows=rows, seed=seed)
-    sums = _Sums(wanted_M)
+    sums = _EffectSums(wanted_M)
     with progress("effects", total=len(drawn), unit="ctx", quiet=quiet) as bar:
         for place in drawn:
-            sums.add(_Read.of(attached, place), contexts)
+            sums.add(_EncodedContext.of(attached, place), contexts)
             bar.update(1)
     return sums.result(len(drawn))
 
 
 @dataclass(frozen=True)
-class _Read:
-    """A context as the model and the SAE see it."""
+class _EncodedContext:
+    """A context with the model's activations and predictions, and the codes of the SAE."""
 
     attached: AttachedSAE
     place: CacheContext
@@ -140,14 +142,14 @@ class _Read:
     logp_TV: Tensor
     """Log-probabilities of the predictions that a latent could change."""
     first: int
-    """Position of the first of them."""
+    """Position of the first of these predictions."""
     codes: tuple[Tensor, Tensor, Tensor]
     """Position, latent and value of each entry [E], sorted by position."""
     estimate_E: Tensor
     """- z d . dL/dx of each entry."""
 
     @classmethod
-    def of(cls, attached: AttachedSAE, place: CacheContext) -> _Read:
+    def of(cls, attached: AttachedSAE, place: CacheContext) -> _EncodedContext:
         sae, ids_1T, length = attached.sae, place.ids_T[None], torch.tensor([len(place.ids_T)])
         seen: list[Tensor] = []
 
@@ -159,8 +161,8 @@ class _Read:
         x_1TD, gradient_TD = x[attached.hook], gradients[attached.hook][0]
         if not (seen[0].isfinite().all() and x_1TD.isfinite().all()):
             raise UserError(
-                f"what {attached.model.name} computes on context {place.ctx} holds NaN or infinity; "
-                "load the model in fp32, or get its weights again"
+                f"the activations or predictions of {attached.model.name} on context {place.ctx} hold NaN or "
+                "infinity; load the model in fp32, or download its weights again"
             )
         first = int(place.positions.min())
         with torch.no_grad():
@@ -182,7 +184,7 @@ class _Read:
 
     @torch.no_grad()
     def without(self, features: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Effect and KL, each float64 [F] summed over tokens, of taking out latents, one alone at a time."""
+        """Effect and KL of ablating latents one at a time, each float64 [F] and summed over tokens."""
         position_E, latent_E, value_E = self.codes
         W_MD, length = self.attached.sae.W_dec, len(self.place.ids_T)
         target_T1 = self.place.ids_T[self.first + 1 :, None].to(self.logp_TV.device)
@@ -197,9 +199,8 @@ class _Read:
             logits_FTV = self.attached.model.variants(
                 self.place.ids_T[None], self.attached.hook, self.x_1TD.float() - taken_FTD
             )[:, self.first : -1]
-            begins_F = (value_FT != 0).int().argmax(
-                dim=1
-            ) - self.first  # earlier predictions stay as they are
+            # Predictions before the first firing do not change.
+            begins_F = (value_FT != 0).int().argmax(dim=1) - self.first
             effect, kl = [], []
             for logits_TV, begin in zip(logits_FTV, begins_F.tolist(), strict=True):
                 logp_TV = logits_TV[begin:].float().log_softmax(-1)
@@ -214,8 +215,8 @@ class _Read:
             yield found
 
 
-class _Sums:
-    """Sums over contexts, for every latent."""
+class _EffectSums:
+    """Sums over contexts of the effects of each latent."""
 
     def __init__(self, wanted_M: Tensor) -> None:
         self.wanted_M = wanted_M
@@ -225,7 +226,7 @@ class _Sums:
         self.estimated_M = torch.zeros(len(wanted_M), dtype=torch.int64)
         self.pairs: list[dict[str, Any]] = []
 
-    def add(self, read: _Read, contexts: int) -> None:
+    def add(self, read: _EncodedContext, contexts: int) -> None:
         if read.n_tokens == 0:
             return
         latent_E = read.codes[1].cpu()
@@ -260,7 +261,7 @@ class _Sums:
         frame["loss_effect"] = summed["effect"].to_numpy() / n_tokens
         frame["kl"] = summed["kl"].to_numpy() / n_tokens
         frame["loss_effect_n"] = self.times_M[self.wanted_M].numpy()
-        estimate_M = self.estimate_M / self.estimated_tokens_M  # 0 / 0 is NaN: it fired nowhere
+        estimate_M = self.estimate_M / self.estimated_tokens_M  # 0 / 0 is NaN: the latent never fired
         frame["loss_estimate"] = estimate_M[self.wanted_M].numpy()
         frame["loss_estimate_n"] = self.estimated_M[self.wanted_M].numpy()
         correlation = None

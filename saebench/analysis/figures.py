@@ -1,4 +1,4 @@
-"""Plotly figures of what the API returns, in one visual language (looks.py)."""
+"""Plotly figures of the results of the Python API, in one style (plot_style.py)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ EFFECTS = {"kl": "KL(clean || steered), nats", "difference": "log-probability of
 
 
 def histogram(bins: pd.DataFrame) -> go.Figure:
-    """The activations of one feature, counts on a logarithmic axis.
+    """Histogram of the activations of one feature, with counts on a logarithmic axis.
 
     >>> alive = store.features(flags={"dead": False}, limit=1)
     >>> figure = sb.figures.histogram(store.histogram(alive["feature"][0]))
@@ -65,7 +65,7 @@ def histogram(bins: pd.DataFrame) -> go.Figure:
     True
 
     Args:
-        bins: columns lo, hi, count, as `FeatureStore.histogram` gives them.
+        bins: columns lo, hi, count, as `FeatureStore.histogram` returns them.
     """
     import plotly.graph_objects as go
 
@@ -81,9 +81,9 @@ def histogram(bins: pd.DataFrame) -> go.Figure:
 
 
 def density_histogram(features: pd.DataFrame | Mapping[str, pd.DataFrame]) -> go.Figure:
-    """How often the latents of an SAE fire: how many of them fire on which share of the tokens.
+    """Histogram of activation density: the number of latents by the fraction of tokens on which they fire.
 
-    Of several SAEs, by name, it shows a line each: which share of its latents is in each bin.
+    Given several SAEs by name, it shows one line per SAE with the fraction of its latents in each bin.
 
     >>> figure = sb.figures.density_histogram(store.features())
     >>> bool(figure.data[0].y.sum() == (store.features()["n_act"] > 0).sum())
@@ -92,8 +92,8 @@ def density_histogram(features: pd.DataFrame | Mapping[str, pd.DataFrame]) -> go
     2
 
     Args:
-        features: column density, as `FeatureStore.features` gives it; those that never fire are counted
-            beside the bars.
+        features: a table with the column density, as `FeatureStore.features` returns it. Latents that never
+            fire are not in a bar; a note gives their number.
     """
     import numpy as np
     import plotly.graph_objects as go
@@ -127,19 +127,19 @@ def density_histogram(features: pd.DataFrame | Mapping[str, pd.DataFrame]) -> go
                 hovertemplate="%{y:,} latents<br>fire on %{customdata[0]:.2%} to %{customdata[1]:.2%}"
                 "<extra></extra>",
             ))  # fmt: skip
-    styled(figure, "share of the tokens that it fires on", "share of the latents" if several else "latents")
+    styled(figure, "activation density", "fraction of latents" if several else "latents")
     ticks = range(math.floor(edges[0]), math.ceil(edges[-1]) + 1)
     axis = {"tickvals": list(ticks), "ticktext": [f"{100 * 10.0**tick:g}%" for tick in ticks]}
-    silent = 0 if several else int((densities[""] == 0).sum())
-    if silent:
-        note(figure, f"{silent:,} of {len(densities['']):,} fire on none")
+    n_dead = 0 if several else int((densities[""] == 0).sum())
+    if n_dead:
+        note(figure, f"{n_dead:,} of {len(densities['']):,} never fire")
     if several:
         figure.update_layout(showlegend=True, yaxis={"tickformat": ".0%", "rangemode": "tozero"})
     return figure.update_layout(bargap=0, xaxis=axis)
 
 
 def score_distribution(scores: pd.DataFrame) -> go.Figure:
-    """How good explanations are: for each way of scoring, which share of features has at least each score.
+    """Distribution of explanation scores: per scorer, the fraction of features with at least each score.
 
     >>> import pandas as pd
     >>> scores = pd.DataFrame({"scorer": ["rule", "rule", "shuffled"], "value": [0.9, 0.4, 0.0]})
@@ -148,7 +148,7 @@ def score_distribution(scores: pd.DataFrame) -> go.Figure:
     ('rule', 1.0, 0.0, 'shuffled')
 
     Args:
-        scores: columns scorer and value (from 0 to 1), as `FeatureStore.all_explanation_scores` gives them.
+        scores: columns scorer and value (from 0 to 1), as `FeatureStore.all_explanation_scores` returns them.
     """
     import numpy as np
     import plotly.graph_objects as go
@@ -166,26 +166,26 @@ def score_distribution(scores: pd.DataFrame) -> go.Figure:
             line={"color": kind, "dash": "dot" if name in BASELINES else "solid"},
             hovertemplate="%{customdata:,} features have %{x:.2f} or more<extra>" + shown + "</extra>",
         ))  # fmt: skip
-    styled(figure, "score", "features with at least that")
+    styled(figure, "score", "features with at least this score")
     return figure.update_layout(
         showlegend=True, xaxis={"range": [0, 1]}, yaxis={"tickformat": ".0%", "range": [0, 1.02]}
     )
 
 
 def prompt_heatmap(found: pd.DataFrame, top: int = 20, *, keep_first: bool = False) -> go.Figure:
-    """Which latents fire where in a prompt: a row a latent, a column a token.
+    """Heatmap of the activations in a prompt: one row per latent, one column per token.
 
     >>> figure = sb.figures.prompt_heatmap(sb.features_of("The Congress", run, model), top=5)
     >>> figure.data[0].z.shape[0] <= 5
     True
 
     Args:
-        found: columns pos, token, feature, value, first, as `features_of` gives them (without its ``top``).
-        top: the latents with the largest values, the largest on top.
-        keep_first: also position 0, which is out of proportion in most models.
+        found: columns pos, token, feature, value, first, as `features_of` returns them (without ``top``).
+        top: the number of latents to show, those with the largest values.
+        keep_first: include position 0, whose activations are much larger in most models.
 
     Raises:
-        UserError: other columns, nothing to show, or more than 512 tokens.
+        UserError: missing columns, nothing to show, or more than 512 tokens.
     """
     import plotly.graph_objects as go
 
@@ -197,11 +197,11 @@ def prompt_heatmap(found: pd.DataFrame, top: int = 20, *, keep_first: bool = Fal
     shown = found if keep_first else found[~found["first"]]
     if shown.empty:
         raise UserError(
-            "found has no latent that fires behind position 0; give keep_first=True or a longer text"
+            "found has no latent that fires after position 0; give keep_first=True or a longer text"
         )
     columns = shown.drop_duplicates("pos").set_index("pos")["token"].sort_index()
     if len(columns) > MOST_TOKENS:
-        raise UserError(f"found has {len(columns):,} tokens; show at most {MOST_TOKENS} at once")
+        raise UserError(f"found has {len(columns):,} tokens; give at most {MOST_TOKENS}")
     largest = shown.groupby("feature")["value"].max()
     rows = largest.sort_values(kind="stable", ascending=False).index[:top]
     values = shown.pivot_table(index="feature", columns="pos", values="value", aggfunc="sum", fill_value=0.0)
@@ -222,7 +222,7 @@ def prompt_heatmap(found: pd.DataFrame, top: int = 20, *, keep_first: bool = Fal
 
 
 def matching_similarity(matching: Matching) -> go.Figure:
-    """How alike the pairs of `match` are, with its threshold and stability.
+    """Histogram of the similarities of the pairs of `match`, with its threshold and stability.
 
     >>> figure = sb.figures.matching_similarity(sb.match(run, run, quiet=True))
     >>> int(figure.data[0].y.sum()) == sb.load(run).d_sae
@@ -251,15 +251,15 @@ def matching_similarity(matching: Matching) -> go.Figure:
 
 
 def steering_curve(steering: Steering, measure: str = "kl") -> go.Figure:
-    """What each strength of a sweep does to the predictions on the prompt: mean and largest over positions.
+    """Effect of each steering strength on the predictions on the prompt: mean and largest over positions.
 
     >>> found = sb.steer("The Congress", 3, run, model, strength=[0, 4, 8], new_tokens=0)
     >>> sb.figures.steering_curve(found).data[0].x.tolist()
     [0.0, 4.0, 8.0]
 
     Args:
-        steering: what `steer` gives for several strengths.
-        measure: 'kl', or 'difference' of the log-probabilities of the text's own tokens.
+        steering: the result of `steer` for several strengths.
+        measure: 'kl', or 'difference' of the log-probabilities of the tokens of the text.
     """
     import plotly.graph_objects as go
 
@@ -291,7 +291,7 @@ def training_curves(
     *,
     log: bool = False,
 ) -> go.Figure:
-    """The course of one or several trainings, a panel a measure, a color a run.
+    """Training curves of one or several runs: one panel per measure, one color per run.
 
     >>> sb.figures.training_curves(run, ["fvu"]).data[0].y[-1] < 1
     True
@@ -299,41 +299,41 @@ def training_curves(
     'log'
 
     Args:
-        runs: run directories, or name -> table with a column for each measure, as
-            `FeatureStore.metrics_wide` gives it.
-        measures: names in their metrics.jsonl.
-        log: logarithmic axes of the measures.
+        runs: run directories, or a mapping of names to tables with one column per measure, as
+            `FeatureStore.metrics_wide` returns them.
+        measures: names of measures in metrics.jsonl.
+        log: use logarithmic axes for the measures.
 
     Raises:
-        UserError: no run, one without metrics, or a measure that none of them has.
+        UserError: no run, a run without metrics, or a measure that no run has.
     """
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    courses = _courses(runs)
-    if not courses or not measures:
-        raise UserError(f"{'measures' if courses else 'runs'} is empty; name at least one")
-    known = {str(name): None for _, course in courses for name in course.columns}
+    tables = _metrics_tables(runs)
+    if not tables or not measures:
+        raise UserError(f"{'measures' if tables else 'runs'} is empty; name at least one")
+    known = {str(name): None for _, table in tables for name in table.columns}
     for measure in measures:
         if measure not in known:
-            raise UserError(f"{measure!r} is no measure of these runs; there is {', '.join(known)}")
+            raise UserError(f"{measure!r} is not a measure of these runs; give one of {', '.join(known)}")
     columns = min(len(measures), PANELS)
     rows = -(-len(measures) // columns)
     figure = make_subplots(rows=rows, cols=columns, subplot_titles=list(measures))
     dashes = itertools.cycle(["solid"] * len(KINDS) + ["dot"] * len(KINDS) + ["dash"] * len(KINDS))
-    for at, ((title, course), kind, dash) in enumerate(
-        zip(courses, itertools.cycle(KINDS), dashes, strict=False)
+    for at, ((title, table), kind, dash) in enumerate(
+        zip(tables, itertools.cycle(KINDS), dashes, strict=False)
     ):
         name = html.escape(title)
         for i, measure in enumerate(measures):
-            across = "tokens" if "tokens" in course else "step"
-            points = course[[across, measure]].dropna() if measure in course else course.iloc[:0]
+            x_axis = "tokens" if "tokens" in table else "step"
+            points = table[[x_axis, measure]].dropna() if measure in table else table.iloc[:0]
             figure.add_trace(
                 go.Scatter(
-                    x=points[across].tolist() if len(points) else [],
+                    x=points[x_axis].tolist() if len(points) else [],
                     y=points[measure].tolist() if len(points) else [], name=name, legendgroup=f"{at}",
                     showlegend=i == 0, mode="lines", line={"color": kind, "dash": dash, "width": 1.5},
-                    hovertemplate="%{x:,} " + across + ": %{y:.4g}<extra>" + name + "</extra>",
+                    hovertemplate="%{x:,} " + x_axis + ": %{y:.4g}<extra>" + name + "</extra>",
                 ),
                 row=i // columns + 1, col=i % columns + 1,
             )  # fmt: skip
@@ -341,11 +341,11 @@ def training_curves(
     figure.update_xaxes(title={"text": "tokens"}, row=rows)
     if log:
         figure.update_yaxes(type="log")
-    return figure.update_layout(showlegend=len(courses) > 1)
+    return figure.update_layout(showlegend=len(tables) > 1)
 
 
-def _courses(runs: Any) -> list[tuple[str, pd.DataFrame]]:
-    """Title and metrics of each run; two run directories may have the same title."""
+def _metrics_tables(runs: Any) -> list[tuple[str, pd.DataFrame]]:
+    """Title and table of metrics of each run; two run directories can have the same title."""
     if isinstance(runs, Mapping):
         return list(runs.items())
     folders = [Path(runs)] if isinstance(runs, str | PathLike) else [Path(run) for run in runs]

@@ -1,6 +1,6 @@
-"""Where decoder rows point: a map in the plane, clusters, and how many say the same.
+"""Geometry of decoder directions: a map in the plane, clusters, and redundancy.
 
-All goes by directions: rows are given unit norm first.
+Decoder rows are normalized to unit norm first.
 
 Shapes: M = d_sae latents, D = d_in, C clusters, B latents of a block, P pairs.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from saebench.analysis.attach import read_sae
-from saebench.analysis.umap import neighbor_layout, principal_layout
+from saebench.analysis.umap import principal_layout, umap_layout
 from saebench.core.deprecation import renamed_arguments
 from saebench.core.errors import UserError
 from saebench.saes.base import SAE
@@ -32,19 +32,19 @@ MOST_ROUNDS = 100
 
 @dataclass(frozen=True)
 class Redundancy:
-    """What `redundancy` found."""
+    """The result of `redundancy`."""
 
     pairs: pd.DataFrame
-    """feature, other, cosine: pairs of latents (feature < other) with a cosine of at least ``threshold``, the
+    """feature, other, cosine: pairs of latents (feature < other) whose cosine is at least ``threshold``, the
     largest first."""
     threshold: float
     share: float
-    """Of the latents, how many are in such a pair."""
+    """The fraction of latents that are in such a pair."""
     effective_rank: float
     """exp(-sum p log p), p = s / sum s, with s the singular values of the unit decoder rows (Roy and Vetterli
-    2007): how many directions they fill, at most d_in."""
+    2007): the number of dimensions that they span effectively, at most d_in."""
     participation_ratio: float
-    """(sum s^2)^2 / sum s^4: the same, ruled by the large ones."""
+    """(sum s^2)^2 / sum s^4: a similar number, dominated by the large singular values."""
 
     def __repr__(self) -> str:
         return (
@@ -64,14 +64,14 @@ def decoder_map(
     neighbors: int = 15,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Every latent as a point of the plane: feature, x, y, cluster.
+    """Map of the latents in the plane: feature, x, y, cluster.
 
-    By 'pca' the points are the unit decoder rows on their first two principal axes: exact, and the same
-    for everyone, but two axes show little of many directions. By 'umap' near directions become near points,
-    by our own torch implementation of UMAP's objective (McInnes et al. 2018, arXiv 1802.03426) on the
-    exact nearest neighbors by cosine, begun from the principal axes: which points are neighbors means
-    something, large distances do not. ``cluster`` is that of `clusters`, found among directions, not in the
-    plane.
+    By 'pca' the points are the unit decoder rows projected to their first two principal axes. This is exact,
+    but two axes show only a small part of many directions. By 'umap' near directions become near points, by a
+    torch implementation of UMAP's objective (McInnes et al. 2018, arXiv 1802.03426) on the exact nearest
+    neighbors by cosine, initialized with the principal axes. There the neighbors of a point are meaningful;
+    large distances are not. ``cluster`` is that of `clusters`, computed from the directions, not from the
+    points.
 
     >>> points = sb.decoder_map(run, n_clusters=4)
     >>> points.columns.tolist(), len(points) == sb.load(run).d_sae
@@ -80,13 +80,13 @@ def decoder_map(
     Args:
         sae: a run directory, or an SAE in memory.
         method: 'pca' or 'umap'.
-        n_clusters: of ``cluster``, the largest being 0.
-        neighbors: of each latent, that 'umap' keeps near.
-        seed: of the clusters' beginnings, and of 'umap'; the same gives the same.
+        n_clusters: number of clusters; 0 is the largest one.
+        neighbors: number of nearest neighbors of each latent that 'umap' uses.
+        seed: seed of the clusters and of 'umap'; equal seeds give equal results.
 
     Raises:
-        UserError: no such SAE, weights that are not finite, fewer than 3 latents, or a setting that makes no
-            sense.
+        UserError: no such SAE, weights with NaN or infinity, fewer than 3 latents, or a setting outside its
+            bounds.
     """
     if method not in METHODS:
         raise UserError(f"method is {method!r}; give {' or '.join(map(repr, METHODS))}")
@@ -94,11 +94,9 @@ def decoder_map(
         raise UserError(f"neighbors is {neighbors}; give at least 2")
     unit_MD = _directions(sae)
     if len(unit_MD) < 3:
-        raise UserError(f"the SAE has {len(unit_MD)} latents; a map needs at least 3")
+        raise UserError(f"the SAE has {len(unit_MD)} latents, but a map needs at least 3; give a wider SAE")
     found = _clustered(unit_MD, n_clusters, seed)
-    points_M2 = (
-        principal_layout(unit_MD) if method == "pca" else neighbor_layout(unit_MD, neighbors, seed=seed)
-    )
+    points_M2 = principal_layout(unit_MD) if method == "pca" else umap_layout(unit_MD, neighbors, seed=seed)
     found.insert(1, "x", points_M2[:, 0].numpy())
     found.insert(2, "y", points_M2[:, 1].numpy())
     return found[["feature", "x", "y", "cluster"]]
@@ -108,9 +106,8 @@ def decoder_map(
 def clusters(sae: SAE | str | PathLike[str], n: int = 32, *, seed: int = 0) -> pd.DataFrame:
     """Group the latents by direction: feature, cluster, cosine (with the mean direction of its cluster).
 
-    Spherical k-means: the sum of the cosines rises until no latent changes its cluster. Begun as greedy
-    k-means++ is, with 1 - cosine as the distance. Clusters are numbered by size, 0 the
-    largest; none is empty.
+    Spherical k-means, initialized by greedy k-means++ with 1 - cosine as the distance, and run until no
+    latent changes its cluster. Clusters are numbered by size, 0 is the largest; none is empty.
 
     >>> found = sb.clusters(run, 4)
     >>> found["cluster"].value_counts().is_monotonic_decreasing
@@ -118,18 +115,18 @@ def clusters(sae: SAE | str | PathLike[str], n: int = 32, *, seed: int = 0) -> p
 
     Args:
         sae: a run directory, or an SAE in memory.
-        n: how many, at most as many as latents.
-        seed: of the beginning; the same gives the same.
+        n: number of clusters, at most the number of latents.
+        seed: seed of the initialization; equal seeds give equal results.
 
     Raises:
-        UserError: no such SAE, weights that are not finite, or more clusters than latents.
+        UserError: no such SAE, weights with NaN or infinity, or more clusters than latents.
     """
     return _clustered(_directions(sae), n, seed)
 
 
 @torch.no_grad()
 def redundancy(sae: SAE | str | PathLike[str], *, threshold: float = 0.9) -> Redundancy:
-    """Which latents of one SAE write nearly the same direction, and how many directions all of them fill.
+    """Pairs of latents with nearly the same decoder direction, and the effective rank of all directions.
 
     >>> found = sb.redundancy(run, threshold=0.5)
     >>> bool((found.pairs.feature < found.pairs.other).all()), 1 <= found.effective_rank <= 32
@@ -137,16 +134,16 @@ def redundancy(sae: SAE | str | PathLike[str], *, threshold: float = 0.9) -> Red
 
     Args:
         sae: a run directory, or an SAE in memory.
-        threshold: two rows with at least this cosine count as the same.
+        threshold: the smallest cosine of a reported pair.
 
     Raises:
-        UserError: no such SAE, weights that are not finite, a threshold outside 0 to 1, or one that millions
-            of pairs reach.
+        UserError: no such SAE, weights with NaN or infinity, a threshold outside 0 to 1, or more than 5
+            million pairs.
     """
     import pandas as pd
 
     if not 0 < threshold <= 1:
-        raise UserError(f"threshold is {threshold}; give a cosine above 0 and at most 1")
+        raise UserError(f"threshold is {threshold}; give a cosine greater than 0 and at most 1")
     unit_MD = _directions(sae)
     feature, other, cosine = _pairs(unit_MD, threshold)
     pairs = pd.DataFrame({"feature": feature.numpy(), "other": other.numpy(), "cosine": cosine.numpy()})
@@ -175,20 +172,20 @@ def _clustered(unit_MD: Tensor, n: int, seed: int) -> pd.DataFrame:
 
     if not 1 <= n <= len(unit_MD):
         raise UserError(f"the number of clusters is {n}; give 1 to {len(unit_MD)}, the number of latents")
-    centre_CD = _kmeanspp_init(unit_MD, n, seed)
+    center_CD = _kmeanspp_init(unit_MD, n, seed)
     cluster_M = torch.full((len(unit_MD),), -1)
     for _ in range(MOST_ROUNDS):
-        cosine_M, nearest_M = _nearest(unit_MD, centre_CD)
+        cosine_M, nearest_M = _nearest(unit_MD, center_CD)
         nearest_M = _without_empty(nearest_M, cosine_M, n)
         if torch.equal(nearest_M, cluster_M):
             break
         cluster_M = nearest_M
         sums_CD = torch.zeros(n, unit_MD.shape[1], dtype=torch.float64)
-        centre_CD = torch.nn.functional.normalize(sums_CD.index_add_(0, cluster_M, unit_MD.double())).float()
+        center_CD = torch.nn.functional.normalize(sums_CD.index_add_(0, cluster_M, unit_MD.double())).float()
     size_C = torch.bincount(cluster_M, minlength=n)
     place_C = torch.empty(n, dtype=torch.int64)
     place_C[size_C.sort(descending=True, stable=True).indices] = torch.arange(n)
-    cosine_M = (unit_MD * centre_CD[cluster_M]).sum(1).clamp_(-1, 1)
+    cosine_M = (unit_MD * center_CD[cluster_M]).sum(1).clamp_(-1, 1)
     return pd.DataFrame(
         {
             "feature": range(len(unit_MD)),
@@ -199,8 +196,8 @@ def _clustered(unit_MD: Tensor, n: int, seed: int) -> pd.DataFrame:
 
 
 def _kmeanspp_init(unit_MD: Tensor, n: int, seed: int) -> Tensor:
-    """[C, D]: rows; each is the best of a few drawn with a probability that grows with 1 - cosine to those
-    before (greedy k-means++)."""
+    """[C, D] initial centers (greedy k-means++): each is the best of a few rows, drawn with probabilities
+    proportional to 1 - cosine to the nearest center so far."""
     generator = torch.Generator().manual_seed(seed)
     tried = 2 + int(math.log(n))
     chosen = [int(torch.randint(len(unit_MD), (1,), generator=generator))]
@@ -211,7 +208,7 @@ def _kmeanspp_init(unit_MD: Tensor, n: int, seed: int) -> Tensor:
         if total_M[-1] > 0:
             drawn = torch.rand(tried, generator=generator, dtype=torch.float64) * total_M[-1]
             drawn_L = torch.searchsorted(total_M, drawn, right=True).clamp_max(len(unit_MD) - 1)
-        else:  # all that is left are copies of those chosen
+        else:  # all other rows equal a chosen one
             drawn_L = torch.tensor([next(i for i in range(len(unit_MD)) if i not in set(chosen))])
         left_LM = torch.minimum(apart_M, (1 - unit_MD[drawn_L] @ unit_MD.T).clamp_min(0))
         best = int(left_LM.double().sum(1).argmin())
@@ -221,7 +218,7 @@ def _kmeanspp_init(unit_MD: Tensor, n: int, seed: int) -> Tensor:
 
 
 def _without_empty(cluster_M: Tensor, cosine_M: Tensor, n: int) -> Tensor:
-    """A cluster that lost all its latents gets the one that fits worst where it is, from one of several."""
+    """Give each empty cluster the latent with the smallest cosine to its center in a cluster of several."""
     for empty in (torch.bincount(cluster_M, minlength=n) == 0).nonzero()[:, 0].tolist():
         shared_M = torch.bincount(cluster_M, minlength=n)[cluster_M] > 1
         worst = int(torch.where(shared_M, cosine_M, torch.inf).argmin())
@@ -230,15 +227,15 @@ def _without_empty(cluster_M: Tensor, cosine_M: Tensor, n: int) -> Tensor:
     return cluster_M
 
 
-def _nearest(unit_MD: Tensor, centre_CD: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest cosine [M] of each row with a center, and which that is [M]; in blocks."""
-    block = max(1, BLOCK_BYTES // (4 * len(centre_CD)))
-    found = [(part_BD @ centre_CD.T).max(dim=1) for part_BD in torch.split(unit_MD, block)]
+def _nearest(unit_MD: Tensor, center_CD: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest cosine [M] of each row with a center, and the index [M] of that center; in blocks."""
+    block = max(1, BLOCK_BYTES // (4 * len(center_CD)))
+    found = [(part_BD @ center_CD.T).max(dim=1) for part_BD in torch.split(unit_MD, block)]
     return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
 
 def _pairs(unit_MD: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``(i, j, cosine)`` [P], i < j, of all pairs that reach the threshold; in blocks of rows."""
+    """``(i, j, cosine)`` [P], i < j, of all pairs with a cosine of at least ``threshold``; in blocks."""
     block = max(1, BLOCK_BYTES // (4 * len(unit_MD)))
     found, n_found = [(torch.empty(0, dtype=torch.int64),) * 2 + (torch.empty(0),)], 0
     for start in range(0, len(unit_MD), block):
@@ -248,7 +245,7 @@ def _pairs(unit_MD: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
         n_found += len(row)
         if n_found > MOST_PAIRS:
             raise UserError(
-                f"more than {MOST_PAIRS:,} pairs have a cosine of {threshold} or more; raise threshold"
+                f"more than {MOST_PAIRS:,} pairs have a cosine of at least {threshold}; raise threshold"
             )
     first, second, cosine = (torch.cat(parts) for parts in zip(*found, strict=True))
     return first, second, cosine

@@ -1,12 +1,8 @@
-"""What latents cause: change their values inside the model, leave all else alone, see what it predicts.
+"""ablate and steer: change the values of latents inside the model and measure its predictions.
 
-An SAE is spliced in at its hook with its error term kept: with codes z of an activation x and z' as edited,
+The edits themselves are in edits.py.
 
-    x' = x + decode(z') - decode(z),
-
-so that what the SAE does not explain passes untouched, and no edit leaves the model's logits as they are.
-
-Shapes: B = 1 context, T positions, P edited ones, D = d_in, F latents, V vocabulary, S scored predictions.
+Shapes: B = 1 context, T positions, V vocabulary, S scored predictions.
 """
 
 from __future__ import annotations
@@ -42,20 +38,20 @@ if TYPE_CHECKING:
     from saebench.sources.models import Model
 
 NEXT_SHOWN = 10
-"""Likeliest next tokens that are reported, of the clean and of the steered predictions each."""
+"""Number of the most likely next tokens that are reported, of the clean and of the steered predictions."""
 
 
 @dataclass(frozen=True)
 class Steering:
-    """What `steer` found."""
+    """The result of `steer`."""
 
     effects: pd.DataFrame
-    """strength and the columns of `ablate`: a row for each strength and position of the prompt."""
+    """strength and the columns of `ablate`: one row per strength and position of the prompt."""
     texts: pd.DataFrame
-    """strength, clean, steered: how the model goes on after the prompt."""
+    """strength, clean, steered: the texts that the model generates after the prompt."""
     next_tokens: pd.DataFrame
     """strength, token, text, logp_clean, logp_steered, difference: for each strength the tokens that are
-    among the 10 likeliest to follow the prompt with or without it, those that gain most first."""
+    among the 10 most likely next ones with or without steering, the largest difference first."""
 
 
 @torch.no_grad()
@@ -69,11 +65,11 @@ def ablate(
     positions: Positions = None,
     bos: bool | None = None,
 ) -> pd.DataFrame:
-    """Set latents to 0 in the model's activations on ``text``: what changes in its predictions.
+    """Set latents to 0 in the model's activations on ``text`` and compare its predictions.
 
-    A row for each position: pos, token, edited (whether latents were set to 0 here), next_token,
-    logp_clean and logp_edited (log-probability of the next token of the text, in nats; unknown at the last),
-    difference (edited minus clean), kl (KL(clean || edited) of the prediction made here, in nats).
+    The result has one row per position: pos, token, edited (whether the latents were set to 0 here),
+    next_token, logp_clean and logp_edited (log-probability of the next token of the text, in nats; NaN at the
+    last position), difference (edited minus clean), kl (KL(clean || edited) of the prediction, in nats).
 
     >>> effects = sb.ablate("The Congress of the United States", [3, 7], run, model)
     >>> bool((effects.kl[~effects.edited & (effects.pos == 0)] == 0).all())
@@ -81,11 +77,11 @@ def ablate(
 
     Args:
         text: one prompt, tokenized as a harvest does.
-        features: one or many latents, set to 0 together.
+        features: one or several latents, set to 0 together.
         sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
         model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
         hook: where the SAE reads; by default where it was trained.
-        positions: where in the text: a position, several, or a slice; by default all but position 0.
+        positions: the edited positions: one, several, or a slice; by default all except position 0.
         bos: whether the text begins with the BOS token; by default as in the SAE's cache.
 
     Raises:
@@ -120,7 +116,7 @@ def steer(
     bos: bool | None = None,
     on_token: Callable[[], object] | None = None,
 ) -> Steering:
-    """Change latents while the model reads ``text`` and goes on: its predictions, and what it writes.
+    """Change latents while the model reads ``text`` and continues it; compare predictions and texts.
 
     >>> found = sb.steer("The Congress", 3, run, model, strength=[0, 5], new_tokens=4)
     >>> found.texts.columns.tolist()
@@ -130,23 +126,23 @@ def steer(
 
     Args:
         text: one prompt, tokenized as a harvest does.
-        features: one or many latents, all changed in the same way.
+        features: one or several latents, all changed in the same way.
         sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
         model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
         hook: where the SAE reads; by default where it was trained.
-        strength: a number in units of the latent's value, or several to be tried one after the other.
+        strength: a number in units of the latent's value, or several, each applied alone.
         mode: with v the latent's value, 'add' makes it v + strength, 'clamp' strength, 'scale' v * strength.
-        positions: where in the text: a position, several, or a slice; by default all but position 0. The
-            default and a slice without an end also hold for the tokens that are generated.
-        new_tokens: at most so many are generated; the end-of-text token ends a text sooner.
-        temperature: 0 takes the likeliest token; above 0 they are drawn from softmax(logits / temperature),
-            with the same random numbers for all texts.
-        seed: of these numbers.
+        positions: the edited positions: one, several, or a slice; by default all except position 0. The
+            default and a slice without an end also include the generated tokens.
+        new_tokens: the largest number of tokens to generate; the end-of-text token ends a text earlier.
+        temperature: 0 takes the most likely token; above 0 tokens are drawn from softmax(logits /
+            temperature), with the same random numbers for all texts.
+        seed: seed of the random numbers.
         bos: whether the text begins with the BOS token; by default as in the SAE's cache.
-        on_token: called before each token of each text, to show progress; what it raises ends the run.
+        on_token: called before each token of each text, to show progress; an exception in it ends the call.
 
     Raises:
-        UserError: a strength, mode, temperature or number of tokens that makes no sense, and what `ablate`
+        UserError: a strength, mode, temperature or number of tokens outside its bounds, and what `ablate`
             raises.
     """
     import pandas as pd
@@ -180,7 +176,7 @@ def steer(
 
 @dataclass(frozen=True)
 class Generation(Settings):
-    """How a text goes on; see `steer`."""
+    """Settings of text generation; see `steer`."""
 
     new_tokens: Annotated[int, AtLeast(0)]
     temperature: Annotated[float, AtLeast(0)]
@@ -199,7 +195,7 @@ class Generation(Settings):
         for _ in range(self.new_tokens):
             self.on_token()
             scores_V = logits_of(attached, ids, edit)[0, -1].double().cpu()
-            if self.temperature > 0:  # the largest of logits and Gumbel noise is a sample of their softmax
+            if self.temperature > 0:  # the argmax of logits plus Gumbel noise is a sample of their softmax
                 noise_V = -torch.empty_like(scores_V).exponential_(generator=generator).log()
                 scores_V = scores_V / self.temperature + noise_V
             new = int(scores_V.argmax())
@@ -212,7 +208,7 @@ class Generation(Settings):
 def _effects(
     prompt: TokenizedPrompt, clean_BTV: Tensor, edited_BTV: Tensor, edit: LatentEdit
 ) -> pd.DataFrame:
-    """The report of `ablate` on an edit."""
+    """The table that `ablate` returns, for an edit."""
     import pandas as pd
 
     length = len(prompt)
@@ -236,12 +232,12 @@ def _effects(
 
 
 def _next_tokens(attached: AttachedSAE, clean_V: Tensor, edited_V: Tensor) -> pd.DataFrame:
-    """What may follow the prompt; see `Steering`."""
+    """The most likely next tokens; see `Steering.next_tokens`."""
     import pandas as pd
 
     logps_2V = torch.stack([clean_V, edited_V]).float().log_softmax(-1).cpu()
-    likeliest = logps_2V.topk(min(NEXT_SHOWN, logps_2V.shape[1])).indices
-    ids = torch.unique(likeliest).tolist()
+    most_likely = logps_2V.topk(min(NEXT_SHOWN, logps_2V.shape[1])).indices
+    ids = torch.unique(most_likely).tolist()
     clean, edited = logps_2V[:, ids].numpy()
     frame = pd.DataFrame(
         {
@@ -256,7 +252,7 @@ def _next_tokens(attached: AttachedSAE, clean_V: Tensor, edited_V: Tensor) -> pd
 
 
 def _nothing() -> None:
-    """Nobody watches the progress."""
+    """The default of ``on_token``."""
 
 
 def _check_strengths(strength: float | Iterable[float]) -> list[float]:
@@ -269,12 +265,12 @@ def _check_strengths(strength: float | Iterable[float]) -> list[float]:
         raise UserError("strength is empty; give a number or several")
     for value in values:
         if not abs(value) <= torch.finfo(torch.float32).max:
-            raise UserError(f"strength is {value}; give a finite number, at most 3.4e38")
+            raise UserError(f"strength is {value}; give a number between -3.4e38 and 3.4e38")
     return values
 
 
 def _onwards(positions: Positions, length: int, new_tokens: int) -> range | None:
-    """Positions of the ``new_tokens`` that are edited too."""
+    """The edited positions among the generated tokens, or None."""
     if positions is None:
         positions = slice(None)
     if not isinstance(positions, slice) or positions.stop is not None or (positions.step or 1) < 0:
@@ -287,9 +283,9 @@ def _onwards(positions: Positions, length: int, new_tokens: int) -> range | None
 def _nothing_to_edit(positions: Positions, length: int) -> UserError:
     if positions is None:
         return UserError(
-            "text is one token, and position 0 is left alone unless it is named; "
-            "give a longer one or positions=[0]"
+            "text is one token, and position 0 is not edited by default; give a longer text or positions=[0]"
         )
     return UserError(
-        f"positions {positions} names none of the {length} tokens of the text; give 0 to {length - 1}"
+        f"positions is {positions}, which includes none of the {length} tokens of the text; give 0 to "
+        f"{length - 1}"
     )

@@ -1,4 +1,4 @@
-"""Which latents of two SAEs are the same: other seeds, widths, architectures or checkpoints.
+"""match and splits: corresponding latents of two SAEs of other seeds, widths, architectures or checkpoints.
 
 Shapes: N rows, D = d_in, A and B latents of the two SAEs, P = min(A, B) pairs.
 """
@@ -31,31 +31,32 @@ if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
     from saebench.core.codes import SparseCodes
 
-WAYS = ("decoder", "activation")
+METHODS = ("decoder", "activation")
 BYTES_PER_PAIR = 20
-"""The similarities in float32, and two copies in float64 while the best pairs are looked for."""
+"""The similarities in float32, and two copies in float64 while the best pairs are computed."""
 MOST_ROWS = 8192
 
 
 @dataclass(frozen=True)
 class Matching:
-    """What `match` found. P = min(A, B) pairs with similarities s_p."""
+    """The result of `match`: P = min(A, B) pairs with similarities s_p."""
 
     pairs: pd.DataFrame
-    """feature_a, feature_b, similarity of each pair, the largest first. Beside them whom each of the two is
-    most similar to when partners may be shared: best_of_a (a latent of b), best_of_a_similarity, best_of_b
-    (a latent of a), best_of_b_similarity."""
+    """feature_a, feature_b, similarity of each pair, the largest first; and the most similar latent of the
+    other SAE for each of the two, which several latents can share: best_of_a (the latent of b most similar to
+    feature_a), best_of_a_similarity, best_of_b (the latent of a most similar to feature_b),
+    best_of_b_similarity."""
     unmatched: pd.DataFrame
-    """side ('a' or 'b'), feature, best, similarity: latents of the wider SAE that are in no pair, and the
-    one of the other SAE that is most similar."""
+    """side ('a' or 'b'), feature, best, similarity: the latents of the wider SAE that are in no pair, and the
+    most similar latent of the other SAE."""
     by: str
     threshold: float
     mean_similarity: float
-    """sum of s_p / P. By decoder, the pairwise mean correlation coefficient of arXiv 2505.20254."""
+    """sum of s_p / P. By 'decoder' it is the pairwise mean correlation coefficient of arXiv 2505.20254."""
     stability: float
-    """How many s_p are at least ``threshold``, divided by P."""
+    """The number of s_p that are at least ``threshold``, divided by P."""
     n_rows: int | None
-    """Rows that activations were compared on; None by decoder."""
+    """The number of rows that activations were compared on; None by 'decoder'."""
 
     def __repr__(self) -> str:
         return (
@@ -77,16 +78,18 @@ def match(
     memory_gib: float = 4.0,
     quiet: bool = False,
 ) -> Matching:
-    """Pair the latents of two SAEs one to one, so that the sum of the similarities is largest.
+    """Pair the latents of two SAEs one to one so that the sum of the similarities is as large as possible.
 
     By 'decoder' the similarity is |cos| of the decoder rows (Paulo and Belrose 2025, arXiv 2501.16615, who
-    call a pair shared above 0.7, though in the encoder too). By 'activation' it is Pearson's correlation of
-    the two latents' values over held-out rows of a cache, silent rows included:
+    call a latent shared when the similarity is above 0.7 in the decoder and in the encoder). By 'activation'
+    it is the Pearson correlation of the values of the two latents over held-out rows of a cache, including
+    rows where they are 0:
 
         (mean z_i z_j - mean z_i mean z_j) / (std z_i std z_j),  0 where a latent is constant (dead).
 
-    The A x B matrix of similarities is held, 20 bytes a pair; a line on standard error says how much that
-    is. Of activations only sums over rows are kept. Two SAEs of 8,192 latents take some seconds by decoder.
+    The A x B matrix of similarities is kept in memory, at 20 bytes per pair; a line on standard error gives
+    the amount. Of activations only sums over rows are kept. Two SAEs of 8,192 latents take a few seconds by
+    'decoder'.
 
     >>> found = sb.match(run, run)
     >>> bool((found.pairs.feature_a == found.pairs.feature_b).all())
@@ -96,23 +99,23 @@ def match(
 
     Args:
         a: a run directory, or an SAE in memory.
-        b: another one; by decoder of the same d_in.
+        b: another SAE; by 'decoder' with the same d_in.
         by: 'decoder' or 'activation'.
-        cache: rows to compare activations on; by default those that a, or else b, was trained on.
-        hook: which rows of the cache both read; by default each where it was trained.
-        rows: so many of the cache's held-out rows, at most.
-        threshold: of ``stability``.
-        memory_gib: more is refused.
-        quiet: nothing on standard error.
+        cache: the cache to compare activations on; by default the one that a, or else b, was trained on.
+        hook: the hook of the cache that both read; by default for each the hook it was trained at.
+        rows: the largest number of held-out rows to use.
+        threshold: the smallest similarity that counts for ``stability``.
+        memory_gib: the largest amount of memory to use, in GiB.
+        quiet: write nothing to standard error.
 
     Raises:
-        UserError: no such SAE, cache or hook, SAEs or rows of another width, no held-out rows, rows that are
-            not finite, another ``by``, a number that makes no sense, or too much memory.
+        UserError: no such SAE, cache or hook, SAEs or rows of different widths, no held-out rows, rows with
+            NaN or infinity, an unknown ``by``, a number outside its bounds, or too much memory.
     """
-    if by not in WAYS:
-        raise UserError(f"by is {by!r}; give {' or '.join(map(repr, WAYS))}")
+    if by not in METHODS:
+        raise UserError(f"by is {by!r}; give {' or '.join(map(repr, METHODS))}")
     if not -1 <= threshold <= 1:
-        raise UserError(f"threshold is {threshold}; similarities are between -1 and 1, so give one of these")
+        raise UserError(f"threshold is {threshold}; give a number between -1 and 1")
     if rows < 2:
         raise UserError(f"rows is {rows}; a correlation needs at least 2")
     sides = [read_sae(a, "a"), read_sae(b, "b")]
@@ -131,29 +134,29 @@ def match(
 def splits(
     a: SAE | str | PathLike[str], b: SAE | str | PathLike[str], *, threshold: float = 0.7, at_least: int = 2
 ) -> pd.DataFrame:
-    """Latents of the narrow SAE ``a`` that became several in the wide ``b``: feature_a, n, feature_b, cosine.
+    """Latents of the narrow SAE ``a`` that are split in the wide ``b``: feature_a, n, feature_b, cosine.
 
-    A latent j of b belongs to the latent i of a whose decoder row is nearest, argmax_i cos(d_i, d_j), if
-    that cosine is at least ``threshold``; i is split when at least ``at_least`` latents belong to it, n of
-    them. No latent of b belongs to two. With the default 0.7 parts may be up to right angles apart: the
-    cosine of two orthogonal directions with their mean is 0.71. (Splitting: Bricken et al. 2023; the exact
-    reading is ours. Only directions are looked at, not when latents fire.)
+    A latent j of b belongs to the latent i of a with the nearest decoder row, argmax_i cos(d_i, d_j), if that
+    cosine is at least ``threshold``. Latent i is split when the number n of latents that belong to it is at
+    least ``at_least``. No latent of b belongs to two latents. With the default 0.7, the parts of a latent can
+    be orthogonal: the cosine of two orthogonal directions with their mean is 0.71. (Feature splitting:
+    Bricken et al. 2023; this definition is ours. It uses directions only, not activations.)
 
-    A row for each part; the latents with most parts first, and of each the nearest part first.
+    The result has one row per part: latents with the most parts first, and their nearest part first.
 
     >>> sb.splits(run, run).columns.tolist()
     ['feature_a', 'n', 'feature_b', 'cosine']
 
     Raises:
-        UserError: no such SAE, another d_in, ``a`` wider than ``b``, a threshold not above 0 and at most 1,
-            or ``at_least`` below 2.
+        UserError: no such SAE, different d_in, ``a`` wider than ``b``, a threshold outside 0 to 1, or
+            ``at_least`` below 2.
     """
     import pandas as pd
 
     if not 0 < threshold <= 1:
-        raise UserError(f"threshold is {threshold}; give a cosine above 0 and at most 1")
+        raise UserError(f"threshold is {threshold}; give a cosine greater than 0 and at most 1")
     if at_least < 2:
-        raise UserError(f"at_least is {at_least}; a split makes at least 2 of one")
+        raise UserError(f"at_least is {at_least}; it must be at least 2")
     (narrow, _), (wide, _) = read_sae(a, "a"), read_sae(b, "b")
     _require_same_width(narrow, wide)
     if narrow.d_sae > wide.d_sae:
@@ -172,7 +175,7 @@ def splits(
 
 
 def _nearest(rows_ND: Tensor, table_MD: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest cosine [N] of each row with a row of the table, and which that is [N]; in blocks."""
+    """The largest cosine [N] of each row with a row of the table, and that row's index [N]; in blocks."""
     unit_ND, unit_MD = (torch.nn.functional.normalize(t.detach().float().cpu()) for t in (rows_ND, table_MD))
     block = max(1, BLOCK_BYTES // (4 * len(unit_MD)))
     found = [(part_ND @ unit_MD.T).clamp_(-1, 1).max(dim=1) for part_ND in torch.split(unit_ND, block)]
@@ -223,7 +226,7 @@ def _correlations(
     rows: int,
     quiet: bool,
 ) -> tuple[Tensor, int]:
-    """Pearson's correlation [A, B] float32 of all pairs, and the number of rows it is over."""
+    """The Pearson correlation [A, B] float32 of all pairs, and the number of rows used."""
     row_N = first_rows(opened.held_out, True, limit=rows)
     if len(row_N) < 2:
         raise UserError(
@@ -234,7 +237,7 @@ def _correlations(
     for sae, origin in sides:
         if hook is None and origin.hook_name is None and len(opened.hooks) > 1:
             raise UserError(
-                "nothing says which rows of the cache an SAE in memory reads; name them with hook=..., "
+                "an SAE in memory does not record its hook, and the cache has several; give hook=..., "
                 f"one of {', '.join(opened.hooks)}"
             )
         place = opened.resolve_hook(hook or origin.hook_name)
@@ -265,8 +268,8 @@ def _encoded(
 def _require_same_width(a: SAE, b: SAE) -> None:
     if a.d_in != b.d_in:
         raise UserError(
-            f"a reads {a.d_in} dimensions and b {b.d_in}, so that their decoder rows have no angle; give two "
-            "SAEs of the same width, or match by='activation'"
+            f"a has d_in {a.d_in} and b has d_in {b.d_in}, so their decoder rows cannot be compared; give "
+            "two SAEs of the same d_in, or match by='activation'"
         )
 
 

@@ -1,6 +1,6 @@
-"""Which latents fire on which token of a prompt.
+"""features_of and compare_prompts: the latents that fire on the tokens of a prompt.
 
-Shapes: T tokens of a prompt, D = d_in, E entries of its codes that are not zero.
+Shapes: T tokens of a prompt, D = d_in, E nonzero entries of its codes.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def features_of(
 ) -> pd.DataFrame:
     """The latents that fire on each token of ``text``: pos, token, feature, value, first.
 
-    Sorted by position, then from the largest value down. Values are those of ``sae.encode``, exactly.
-    ``first`` marks position 0, which is shown but on which SAEs are neither trained nor measured.
+    Rows are sorted by position, then by value, the largest first. Values are exactly those of ``sae.encode``.
+    ``first`` marks position 0, on which SAEs are by default neither trained nor evaluated.
 
     >>> found = sb.features_of("The Congress of the United States", run, model, top=3)
     >>> found.columns.tolist()
@@ -45,12 +45,12 @@ def features_of(
         sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
         model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
         hook: where the SAE reads; by default where it was trained.
-        top: only that many of the strongest on each token.
+        top: the number of latents per token, those with the largest values; by default all.
         bos: whether the text begins with the BOS token; by default as in the SAE's cache.
 
     Raises:
-        UserError: an empty or too long text, no such SAE, model or hook, another model than the SAE's, or
-            ``top`` below 1.
+        UserError: an empty or too long text, no such SAE, model or hook, a model other than the one that the
+            SAE was trained on, or ``top`` below 1.
     """
     if top is not None and top < 1:
         raise UserError(f"top is {top}; it must be at least 1, or None for all")
@@ -68,18 +68,18 @@ def compare_prompts(
     keep_first: bool = False,
     bos: bool | None = None,
 ) -> pd.DataFrame:
-    """What fires otherwise in ``b`` than in ``a``: feature, max_a, mean_a, max_b, mean_b, difference.
+    """Compare the activations of latents on two prompts: feature, max_a, mean_a, max_b, mean_b, difference.
 
-    ``difference`` is that of the ``by`` ('max' or 'mean'), b minus a; rows are sorted by its absolute value,
-    the largest first. Means are over all tokens of the prompt, also those where the latent is silent.
-    Position 0 is left out unless ``keep_first``. Other arguments and errors are those of `features_of`.
+    ``difference`` is the maximum or mean (``by``) in b minus that in a; rows are sorted by its absolute
+    value, the largest first. Means are over all tokens of a prompt, including those where the latent is 0.
+    Position 0 is left out unless ``keep_first``. The other arguments and errors are those of `features_of`.
 
     >>> found = sb.compare_prompts("the rights of man", "the price of corn", run, model)
     >>> bool((found.difference == found.max_b - found.max_a).all())
     True
 
     Raises:
-        UserError: also for another ``by``, or a prompt with nothing beyond position 0.
+        UserError: also for an unknown ``by``, or a prompt of one token without ``keep_first``.
     """
     import pandas as pd
 
@@ -92,7 +92,7 @@ def compare_prompts(
         if n_tokens == 0:
             raise UserError(
                 f"prompt {name} is {text!r}, one token, and position 0 is left out; "
-                "give a longer one or keep_first=True"
+                "give a longer prompt or keep_first=True"
             )
         fires = _features(text, attached, None)
         values = fires[~fires["first"] | keep_first].groupby("feature")["value"]
@@ -112,7 +112,7 @@ def _features(text: str, attached: AttachedSAE, top: int | None) -> pd.DataFrame
     if not x_TD.isfinite().all():
         raise UserError(
             f"the activations of {attached.model.name} at {attached.hook} hold NaN or infinity on this text; "
-            "load the model in fp32, or get its weights again"
+            "load the model in fp32, or download its weights again"
         )
     pos_E, feature_E, value_E = sae.encode(x_TD.to(sae.W_dec.device)).merged()
     frame = pd.DataFrame(

@@ -1,4 +1,6 @@
-"""Directions as points of the plane: their principal axes, or UMAP's picture of who is near whom.
+"""Layouts of directions in the plane: by principal axes, and by UMAP.
+
+The implementation of UMAP is deterministic for a seed and uses torch alone.
 
 Shapes: M rows of unit norm, D dimensions, J neighbors, E edges, R repelled points.
 """
@@ -13,19 +15,19 @@ from torch import Tensor
 from saebench.store.geometry import nearest_rows
 
 SPREAD_A, SPREAD_B = 1.577, 0.8951
-"""The curve 1 / (1 + a d^2b) of UMAP's min_dist 0.1 and spread 1."""
+"""a and b of the curve 1 / (1 + a d^(2b)) for UMAP's min_dist 0.1 and spread 1."""
 REPELLED = 5
-"""Random points that an edge's ends are pushed from each time it is looked at."""
+"""Number of random points that repel the first end of an edge each time the edge is sampled."""
 LONGEST_STEP = 4.0
 START_SIZE = 10.0
-MANY = 2_000
+MANY_ROWS = 2_000
 
 
 def principal_layout(unit_MD: Tensor) -> Tensor:
     """[M, 2] float32: the centered rows on the two axes of largest variance.
 
-    An axis points where its coefficient of largest magnitude is positive, so that the map has no mirror
-    images.
+    The sign of an axis is chosen so that its coefficient of largest magnitude is positive, which makes the
+    layout unique.
     """
     centered_MD = unit_MD.double() - unit_MD.double().mean(0)
     axes_D2 = torch.linalg.eigh(centered_MD.T @ centered_MD).eigenvectors[:, -2:].flip(1)
@@ -36,23 +38,23 @@ def principal_layout(unit_MD: Tensor) -> Tensor:
     return points_M2.float()
 
 
-def neighbor_layout(unit_MD: Tensor, n_neighbors: int, *, seed: int, rounds: int | None = None) -> Tensor:
+def umap_layout(unit_MD: Tensor, n_neighbors: int, *, seed: int, rounds: int | None = None) -> Tensor:
     """[M, 2] float32: UMAP (McInnes et al. 2018) of the rows by 1 - cosine; deterministic.
 
-    The graph is UMAP's, from exact neighbors. Its layout is reached in rounds in which all points move at
-    once, each by the mean of the forces that UMAP would apply one after the other, so that it is made of
-    whole tensors.
+    The graph is that of UMAP, computed from exact neighbors. The layout is computed in rounds. In each round
+    all points move at once, by the mean of the forces that UMAP would apply one after the other, so that a
+    round consists of operations on whole tensors.
     """
     first_E, second_E, weight_E = fuzzy_graph(unit_MD, min(n_neighbors, len(unit_MD) - 1))
     generator = torch.Generator().manual_seed(seed)
     points_M2 = principal_layout(unit_MD)
     points_M2 = START_SIZE * points_M2 / points_M2.abs().max().clamp_min(1e-12)
-    points_M2 += 1e-2 * torch.randn(points_M2.shape, generator=generator)  # copies must be able to part
-    rounds = rounds or (200 if len(unit_MD) > MANY else 500)
+    points_M2 += 1e-2 * torch.randn(points_M2.shape, generator=generator)  # so that equal rows can separate
+    rounds = rounds or (200 if len(unit_MD) > MANY_ROWS else 500)
     chance_E = weight_E / weight_E.max()
     for i in range(rounds):
-        looked_at = torch.rand(len(chance_E), generator=generator) < chance_E
-        first, second = first_E[looked_at], second_E[looked_at]
+        sampled = torch.rand(len(chance_E), generator=generator) < chance_E
+        first, second = first_E[sampled], second_E[sampled]
         pushed_R = first.repeat_interleave(REPELLED)
         from_R = torch.randint(len(points_M2), (len(pushed_R),), generator=generator)
         force_M2 = torch.zeros_like(points_M2)
@@ -64,11 +66,11 @@ def neighbor_layout(unit_MD: Tensor, n_neighbors: int, *, seed: int, rounds: int
 
 
 def fuzzy_graph(unit_MD: Tensor, n_neighbors: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Edges ``(i, j, weight)`` [E], both ways: UMAP's union of each row's fuzzy set of neighbors.
+    """Edges ``(i, j, weight)`` [E], in both directions: UMAP's union of the fuzzy neighbor sets of the rows.
 
-    With distances d_ij = 1 - cos, a row's set is exp(-max(0, d_ij - rho_i) / sigma_i), where rho_i is its
-    smallest distance above 0 and sigma_i makes the J members sum to log2(J + 1); the union of w_ij and w_ji
-    is w_ij + w_ji - w_ij w_ji.
+    With distances d_ij = 1 - cos, the weights in the set of row i are exp(-max(0, d_ij - rho_i) / sigma_i),
+    where rho_i is its smallest distance above 0, and sigma_i is chosen so that the J weights sum to
+    log2(J + 1). The union of w_ij and w_ji is w_ij + w_ji - w_ij w_ji.
     """
     other_MJ, cosine_MJ = nearest_rows(unit_MD, n_neighbors)
     n, n_neighbors = other_MJ.shape
@@ -91,7 +93,7 @@ def fuzzy_graph(unit_MD: Tensor, n_neighbors: int) -> tuple[Tensor, Tensor, Tens
 
 
 def _widths(beyond_MJ: Tensor, target: float) -> Tensor:
-    """sigma [M, 1], found by bisection: the sum of exp(-beyond / sigma) grows with it."""
+    """sigma [M, 1] by bisection: the sum of exp(-beyond / sigma) increases with sigma."""
     low_M1 = torch.full((len(beyond_MJ), 1), 1e-6, dtype=torch.float64)
     high_M1 = torch.full_like(low_M1, 1e3)
     for _ in range(64):
@@ -109,7 +111,7 @@ def _attraction(apart_E2: Tensor) -> Tensor:
 
 
 def _repulsion(apart_R2: Tensor) -> Tensor:
-    """A point is not pushed from itself: there the distance is 0."""
+    """A point does not repel itself: there the distance is 0."""
     squared_R1 = apart_R2.square().sum(1, keepdim=True)
     slope_R1 = 2 * SPREAD_B / ((0.001 + squared_R1) * (1 + SPREAD_A * squared_R1**SPREAD_B))
     return (slope_R1 * apart_R2).clamp_(-LONGEST_STEP, LONGEST_STEP)

@@ -1,4 +1,4 @@
-"""A run on the tiny model: an SAE that was started on its activations, not trained."""
+"""A run on the tiny model: an SAE that was initialized on its activations, but not trained."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tiny_model(tiny_model_folder: Path) -> Model:
 
 @pytest.fixture(scope="session")
 def make_sae(tiny_cache: ActivationCache, hook: str) -> MakeSae:
-    """``make_sae(architecture)``: an SAE as it is when training begins, ready to encode."""
+    """``make_sae(architecture)``: an initialized SAE that can encode."""
 
     def make(name: str) -> SAE:
         x_ND = tiny_cache.activations(hook)[:600].float()

@@ -1,4 +1,4 @@
-"""Absorption is found where it was planted in a tree of features, and not where it was not."""
+"""Absorption on a tree of features: planted pairs are found, and no others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ N_HELD_OUT = 2000
 
 
 def pursuit(rows_FD: Tensor) -> SAE:
-    """Matching pursuit over a dictionary: it takes the atom that explains most, until nothing is left."""
+    """Matching pursuit over a dictionary: takes the atom that explains most, until the residual is zero."""
     sae_class = architecture("matching-pursuit")
     sae: SAE = sae_class(sae_class.Spec(d_sae=len(rows_FD), k=4, tolerance=1e-3), rows_FD.shape[1])
     with torch.no_grad():
@@ -34,7 +34,7 @@ def pursuit(rows_FD: Tensor) -> SAE:
 
 
 def swallowed(features_FD: Tensor, pairs: set[tuple[int, int]] = PLANTED) -> Tensor:
-    """The dictionary in which a child's atom is that of both itself and its parent."""
+    """The dictionary in which the atom of a child is the sum of its own and its parent's feature."""
     rows_FD = features_FD.clone()
     for parent, child in pairs:
         rows_FD[child] += features_FD[parent]
@@ -60,7 +60,7 @@ def make_tree(
 
 
 @pytest.mark.parametrize("level", [0, 4, 8])
-def test_planted_pairs_are_found_and_no_other(make_tree: MakeTree, level: int) -> None:
+def test_exactly_the_planted_pairs_are_found(make_tree: MakeTree, level: int) -> None:
     features_FD, cache = make_tree(level)
     found = absorbed(pursuit(swallowed(features_FD)), cache, quiet=True)
     assert set(zip(found["general"], found["specific"], strict=True)) == PLANTED
@@ -70,12 +70,14 @@ def test_planted_pairs_are_found_and_no_other(make_tree: MakeTree, level: int) -
 
 
 @pytest.mark.parametrize("level", [0, 4, 8])
-def test_the_true_features_absorb_nothing(make_tree: MakeTree, level: int) -> None:
+def test_true_features_give_no_pairs(make_tree: MakeTree, level: int) -> None:
     features_FD, cache = make_tree(level)
     assert absorbed(pursuit(features_FD), cache, quiet=True).empty
 
 
-def test_only_what_was_planted_of_one_parent(make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_children_of_the_planted_parent_are_found(
+    make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
     features_FD, cache = make_tree(2)
     sae = pursuit(swallowed(features_FD, {(1, 14), (1, 16)}))
     found = absorbed(sae, cache, quiet=True)
@@ -87,8 +89,8 @@ def test_only_what_was_planted_of_one_parent(make_tree: MakeTree, monkeypatch: p
     assert len(absorbed(sae, cache, share=0.99, quiet=True)) < 2
 
 
-def test_the_length_of_a_decoder_row_does_not_matter(make_tree: MakeTree) -> None:
-    """Rows of other lengths, values that make up for it."""
+def test_result_does_not_depend_on_decoder_norms(make_tree: MakeTree) -> None:
+    """Decoder rows of other norms, with values that compensate."""
     features_FD, cache = make_tree(3)
     sae = pursuit(swallowed(features_FD))
 
@@ -108,21 +110,21 @@ def test_the_length_of_a_decoder_row_does_not_matter(make_tree: MakeTree) -> Non
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"share": 0}, "share is 0; give a number above 0"),
-        ({"cosine": 1.5}, "cosine is 1.5; give a number above 0 and at most 1"),
+        ({"share": 0}, "share is 0; give a number greater than 0"),
+        ({"cosine": 1.5}, "cosine is 1.5; give a number greater than 0 and at most 1"),
         ({"rows": 0}, "rows is 0; it must be at least 1"),
         ({"at_least": 0}, "at_least is 0; it must be at least 1"),
-        ({"cache": None}, "nothing says on which cache the SAE was trained"),
+        ({"cache": None}, "the cache that the SAE was trained on is not recorded"),
         ({"sae": pursuit(torch.eye(5))}, "name the hook"),
         ({"hook": "blocks.9"}, "no hook 'blocks.9'"),
     ],
 )
-def test_what_makes_no_sense_is_one_sentence(
+def test_invalid_arguments_raise_user_error(
     tiny_cache: ActivationCache, changes: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         absorbed(**{"sae": pursuit(torch.eye(32)), "cache": tiny_cache, "quiet": True, **changes})
 
 
-def test_a_run_is_read_where_it_was_trained(run: Path) -> None:
+def test_run_uses_its_own_cache_and_hook(run: Path) -> None:
     absorbed(run, rows=200, quiet=True)

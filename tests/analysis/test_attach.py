@@ -1,4 +1,4 @@
-"""Which SAE, model and hook a question is about, and every way in which they do not fit."""
+"""The SAE, model and hook that arguments name, and the errors when they do not fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from saebench.sources.models import Model, load_model
 
 @pytest.fixture(scope="module")
 def other_model(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Model:
-    """The tiny model with another epsilon, so with another hash."""
+    """The tiny model with another epsilon, and therefore another hash."""
     folder = tmp_path_factory.mktemp("models") / "other"
     shutil.copytree(tiny_model_folder, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -25,14 +25,14 @@ def other_model(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Pat
     return load_model(str(folder))
 
 
-def test_another_model_than_the_saes_is_refused(run: Path, other_model: Model, hook: str) -> None:
+def test_other_model_than_trained_on_raises_user_error(run: Path, other_model: Model, hook: str) -> None:
     for model in (other_model, other_model.name):
         with pytest.raises(UserError, match=r"is not the one that .* was trained on"):
             attach(run, model)
     assert attach(load(run), other_model, hook).model is other_model
 
 
-def test_whatever_is_a_path_names_a_run(run: Path, tiny_model: Model, hook: str) -> None:
+def test_every_path_type_names_a_run(run: Path, tiny_model: Model, hook: str) -> None:
     """A finished training, as train returns it, is one."""
 
     class Finished:
@@ -44,11 +44,13 @@ def test_whatever_is_a_path_names_a_run(run: Path, tiny_model: Model, hook: str)
         assert attached.hook == hook and attached.sae.d_sae == load(run).d_sae
 
 
-def test_what_an_sae_in_memory_cannot_know_is_asked_for(run: Path, tiny_model: Model, hook: str) -> None:
+def test_sae_in_memory_without_model_or_hook_raises_user_error(
+    run: Path, tiny_model: Model, hook: str
+) -> None:
     sae = load(run)
-    with pytest.raises(UserError, match=r"at which hook .*hook=\.\.\."):
+    with pytest.raises(UserError, match=r"the hook that .*hook=\.\.\."):
         attach(sae, tiny_model)
-    with pytest.raises(UserError, match=r"on which model .*model=\.\.\."):
+    with pytest.raises(UserError, match=r"the model that .*model=\.\.\."):
         attach(sae, hook=hook)
 
 
@@ -60,7 +62,9 @@ def test_what_an_sae_in_memory_cannot_know_is_asked_for(run: Path, tiny_model: M
         ("blocks.0.mlp.hook_post", r"reads 32 dimensions but blocks\.0\.mlp\.hook_post .* has 128"),
     ],
 )
-def test_a_hook_that_does_not_fit(run: Path, tiny_model: Model, place: str, sentence: str) -> None:
+def test_hook_of_other_width_raises_user_error(
+    run: Path, tiny_model: Model, place: str, sentence: str
+) -> None:
     with pytest.raises(UserError, match=sentence):
         attach(run, tiny_model, place)
 
@@ -69,17 +73,17 @@ def test_a_hook_that_does_not_fit(run: Path, tiny_model: Model, place: str, sent
     ("text", "sentence"),
     [
         ("", "text is '', which has no token"),
-        (None, "text is None, which is no string"),
+        (None, "text is None, which is not a string"),
         ("a\ud800", "not valid Unicode"),
         ("peace " * 80, r"text has \d+ tokens, but .* reads at most 64; shorten it"),
     ],
 )
-def test_texts_that_cannot_be_read(run: Path, tiny_model: Model, text: Any, sentence: str) -> None:
+def test_invalid_texts_raise_user_error(run: Path, tiny_model: Model, text: Any, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         attach(run, tiny_model).read(text)
 
 
-def test_other_nonsense(run: Path, tiny_model: Model, tmp_path: Path) -> None:
+def test_arguments_of_wrong_type_raise_user_error(run: Path, tiny_model: Model, tmp_path: Path) -> None:
     for sae, sentence in ((tmp_path, "sae.json"), (7, "sae is 7; give a run directory")):
         with pytest.raises(UserError, match=sentence):
             attach(sae, tiny_model)  # type: ignore[arg-type]
@@ -105,7 +109,7 @@ def test_prompts_begin_with_bos_as_the_contexts_of_the_training_did(
     [(None, [1, 2, 3, 4]), (0, [0]), ([-1, 1, 1], [1, 4]), (slice(None), [0, 1, 2, 3, 4]),
      (slice(-2, None), [3, 4]), (slice(None, None, -2), [0, 2, 4]), (slice(7, 9), []), (range(2), [0, 1])],
 )  # fmt: skip
-def test_positions(positions: Any, expected: list[int]) -> None:
+def test_positions_are_sorted_and_resolved(positions: Any, expected: list[int]) -> None:
     assert check_positions(positions, 5) == expected
 
 
@@ -114,16 +118,16 @@ def test_positions(positions: Any, expected: list[int]) -> None:
     [(5, "position 5 is outside the text, which has 5 tokens; give 0 to 4"), ([0, -6], "position -6"),
      (1.5, "positions is 1.5; give whole numbers"), ("ab", "give whole numbers")],
 )  # fmt: skip
-def test_positions_that_are_none(positions: Any, sentence: str) -> None:
+def test_invalid_positions_raise_user_error(positions: Any, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         check_positions(positions, 5)
 
 
 @pytest.mark.parametrize(
     ("features", "sentence"),
-    [(96, "feature 96 is none of the SAE's 96 latents; give 0 to 95"), ([3, -1], "feature -1"),
+    [(96, "feature is 96, but the SAE has 96 latents; give 0 to 95"), ([3, -1], "feature is -1"),
      ([], "features is empty"), ("topk", "give whole numbers"), (0.5, "features is 0.5")],
 )  # fmt: skip
-def test_features_that_are_none(run: Path, features: Any, sentence: str) -> None:
+def test_invalid_features_raise_user_error(run: Path, features: Any, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         check_features(features, load(run))

@@ -1,4 +1,4 @@
-"""What latents add to a logit difference, against finite differences and edits of the residual by hand."""
+"""logit_attribution against finite differences and manual edits of the residual stream."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def score_of(model: Model, edit: dict[str, Callable[[Tensor], Tensor]] | None = 
 
 
 def scaled(sae: SAE, feature: int, pos: int, factor: float) -> Callable[[Tensor], Tensor]:
-    """The SAE spliced in with its error, one value of its codes multiplied."""
+    """The model with the SAE and its error term spliced in, and one value of the codes multiplied."""
 
     def edit(x_BTD: Tensor) -> Tensor:
         z_TM = sae.encode(x_BTD[0]).to_dense()
@@ -49,7 +49,7 @@ def scaled(sae: SAE, feature: int, pos: int, factor: float) -> Callable[[Tensor]
 @pytest.mark.parametrize(
     "place", ["blocks.0.hook_resid_post", "blocks.1.hook_resid_mid", "blocks.1.hook_attn_out"]
 )
-def test_gradient_x_activation_is_a_finite_difference_of_the_spliced_model(
+def test_gradient_attribution_equals_finite_differences(
     make_sae: Callable[[str], SAE], tiny_model: Model, place: str, name: str
 ) -> None:
     sae, at = make_sae(name), 9
@@ -68,7 +68,7 @@ def test_gradient_x_activation_is_a_finite_difference_of_the_spliced_model(
 
 
 @pytest.mark.parametrize("by", ["gradient", "direct"])
-def test_the_check_is_an_ablation_by_hand(run: Path, tiny_model: Model, hook: str, by: str) -> None:
+def test_check_equals_manual_ablation(run: Path, tiny_model: Model, hook: str, by: str) -> None:
     plain = logit_attribution(TEXT, run, tiny_model, target=TARGET, against=AGAINST, by=by)
     assert plain.correlation is None
     found = logit_attribution(TEXT, run, tiny_model, target=TARGET, against=AGAINST, by=by, check=4)
@@ -87,7 +87,7 @@ def test_the_check_is_an_ablation_by_hand(run: Path, tiny_model: Model, hook: st
 
 @pytest.mark.parametrize("against", [AGAINST, None])
 @pytest.mark.parametrize("place", ["blocks.0.hook_resid_post", LAST])
-def test_direct_is_what_the_unembedding_reads_with_the_norm_frozen(
+def test_direct_attribution_equals_unembedding_with_frozen_norm(
     run: Path, tiny_model: Model, tiny_model_folder: Path, place: str, against: int | None
 ) -> None:
     from transformers import GPT2LMHeadModel
@@ -113,7 +113,7 @@ def test_direct_is_what_the_unembedding_reads_with_the_norm_frozen(
     assert found.score == pytest.approx(float(expected), abs=1e-5)
 
 
-def test_its_rows_are_what_fires_up_to_the_position(run: Path, tiny_model: Model) -> None:
+def test_rows_are_the_latents_that_fire_up_to_the_position(run: Path, tiny_model: Model) -> None:
     fires = features_of(TEXT, run, tiny_model).set_index(["pos", "feature"])["value"]
     for keep_first in (False, True):
         found = logit_attribution(
@@ -125,7 +125,7 @@ def test_its_rows_are_what_fires_up_to_the_position(run: Path, tiny_model: Model
         assert got.equals(wanted.sort_index())
 
 
-def test_tokens_by_name_are_their_ids(run: Path, tiny_model: Model) -> None:
+def test_tokens_as_strings_equal_their_ids(run: Path, tiny_model: Model) -> None:
     [a], [b] = (tiny_model.tokens.encode(text) for text in "ab")
     by_id = logit_attribution(TEXT, run, tiny_model, target=a, against=np.int64(b))  # type: ignore[arg-type]
     by_name = logit_attribution(TEXT, run, tiny_model, target="a", against="b")
@@ -133,12 +133,12 @@ def test_tokens_by_name_are_their_ids(run: Path, tiny_model: Model) -> None:
     assert by_name.score == by_id.score
 
 
-def test_the_target_is_by_default_what_the_model_predicts(run: Path, tiny_model: Model) -> None:
-    likeliest = int(tiny_model.logits(ids(tiny_model))[0, -3].argmax())
+def test_default_target_is_the_predicted_token(run: Path, tiny_model: Model) -> None:
+    predicted = int(tiny_model.logits(ids(tiny_model))[0, -3].argmax())
     found = logit_attribution(TEXT, run, tiny_model, position=-3)
-    named = logit_attribution(TEXT, run, tiny_model, position=-3, target=likeliest)
+    named = logit_attribution(TEXT, run, tiny_model, position=-3, target=predicted)
     assert found.latents.equals(named.latents)
-    assert found.target == named.target == token_text(tiny_model.token_bytes()[likeliest])
+    assert found.target == named.target == token_text(tiny_model.token_bytes()[predicted])
 
 
 @pytest.mark.parametrize(
@@ -146,14 +146,14 @@ def test_the_target_is_by_default_what_the_model_predicts(run: Path, tiny_model:
     [
         ({"target": "a#"}, "target is 'a#', which is 2 tokens \\('a', '#'\\); give exactly one, or an id"),
         ({"against": "#" * 9}, r"against is '#########', which is 9 tokens \('#', .*, \.\.\.\)"),
-        ({"target": ""}, "target is '', which is no token; give exactly one"),
-        ({"target": 400}, "target is 400, which is no token of .*; give 0 to 399"),
+        ({"target": ""}, "target is '', which is empty; give exactly one"),
+        ({"target": 400}, "target is 400, which is not a token id of .*; give 0 to 399"),
         ({"target": -1}, "target is -1"),
         ({"target": 1.5}, "target is 1.5; give a token as a string, or its id"),
         ({"target": 9, "against": 9}, r"target and against are both token 9"),
         ({"position": 99}, "position 99 is outside the text"),
         ({"position": [1, 2]}, r"position is \[1, 2\]; give one whole number"),
-        ({"position": 0}, "position 0 reads nothing but itself.* keep_first=True"),
+        ({"position": 0}, "position is 0, .* keep_first=True"),
         ({"by": "logits"}, "by is 'logits'; give 'gradient' or 'direct'"),
         ({"check": -1}, "check is -1"),
         ({"check": 2.0}, "check is 2.0"),
@@ -161,7 +161,7 @@ def test_the_target_is_by_default_what_the_model_predicts(run: Path, tiny_model:
         ({"text": ""}, "has no token"),
     ],
 )
-def test_what_makes_no_sense_is_one_sentence(
+def test_invalid_arguments_raise_user_error(
     run: Path, tiny_model: Model, settings: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):

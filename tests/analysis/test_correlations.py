@@ -1,11 +1,11 @@
-"""Correlations from sparse codes, against numpy on dense ones."""
+"""Correlations from sparse codes against numpy on dense arrays."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saebench.analysis import correlations
@@ -29,7 +29,8 @@ def part(codes: SparseCodes, rows: slice) -> SparseCodes:
     n_a=st.integers(1, 9), n_b=st.integers(1, 9), n=st.integers(2, 60), size=st.integers(1, 60),
     k=st.integers(1, 4), seed=st.integers(0, 999), block=st.sampled_from([1, 300, 2**27]),
 )  # fmt: skip
-def test_they_are_those_of_numpy(
+@settings(deadline=None)
+def test_sparse_correlations_equal_numpy(
     n_a: int, n_b: int, n: int, size: int, k: int, seed: int, block: int
 ) -> None:
     a, b = random_codes(n, n_a, k, seed), random_codes(n, n_b, k, seed + 1)

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of what ``import saebench as sb`` offers run, and none of it lacks one."""
+"""Every public function has an example in its docstring, and all examples run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FUNCTIONS = {name: thing for name, thing in THINGS.items() if inspect.isfunction
 
 
 def examples() -> list[Any]:
-    """The docstrings with examples, each as a test; of a class those of its own methods, too."""
+    """All docstrings with examples, including those of the methods of classes; one test each."""
     finder, found = doctest.DocTestFinder(exclude_empty=True), []
     for name, thing in THINGS.items():
         if inspect.isfunction(thing) or inspect.isclass(thing):
@@ -46,12 +46,12 @@ def store(tmp_path_factory: pytest.TempPathFactory, run: Path, tiny_cache: Activ
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_public_function_shows_how_it_is_called(name: str) -> None:
+def test_every_public_function_has_an_example(name: str) -> None:
     assert ">>> " in (FUNCTIONS[name].__doc__ or "")
 
 
 @pytest.mark.parametrize("example", examples(), ids=lambda test: test.name)
-def test_the_examples_run(
+def test_examples_run(
     example: doctest.DocTest, run: Path, tiny_cache: ActivationCache, tiny_model: Model, store: Any,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""What latents are worth: against the model run on by hand, finite differences, and the store they go to."""
+"""loss_effects against manual ablation and finite differences, and the columns in the store."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def losses(
 
 
 def scaled(sae: SAE, feature: int, factor: float) -> Callable[[Tensor], Tensor]:
-    """One latent's contribution times ``factor`` at all positions but 0, the error kept."""
+    """Multiply the contribution of one latent by ``factor`` at all positions except 0."""
 
     def edit(x_BTD: Tensor) -> Tensor:
         z_TM = sae.encode(x_BTD[0]).to_dense()
@@ -53,7 +53,7 @@ def scaled(sae: SAE, feature: int, factor: float) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize(
     "place", ["blocks.0.hook_resid_post", "blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out"]
 )
-def test_each_effect_is_that_of_the_latent_taken_out_by_hand(
+def test_effects_equal_manual_ablation(
     make_sae: Callable[[str], SAE], tiny_model: Model, tiny_cache: ActivationCache, name: str, place: str
 ) -> None:
     sae = make_sae(name)
@@ -73,7 +73,7 @@ def test_each_effect_is_that_of_the_latent_taken_out_by_hand(
 
 
 @pytest.mark.parametrize("place", ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"])
-def test_between_blocks_the_model_runs_once_up_to_the_hook(
+def test_model_runs_once_up_to_a_hook_between_blocks(
     tiny_model: Model, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids_1T = torch.arange(9)[None]
@@ -91,7 +91,7 @@ def test_between_blocks_the_model_runs_once_up_to_the_hook(
     assert batches == [1]
 
 
-def test_the_estimate_is_the_slope(
+def test_estimate_equals_finite_differences(
     run: Path, tiny_model: Model, tiny_cache: ActivationCache, hook: str
 ) -> None:
     sae, step = load(run), 1e-2
@@ -107,7 +107,7 @@ def test_the_estimate_is_the_slope(
     assert found.correlation is not None and found.correlation > 0.8
 
 
-def test_features_are_sums_of_their_pairs(run: Path, tiny_cache: ActivationCache, tiny_model: Model) -> None:
+def test_features_are_means_of_their_pairs(run: Path, tiny_cache: ActivationCache, tiny_model: Model) -> None:
     found = loss_effects(run, tiny_cache, tiny_model, contexts=2, **SMALL)
     features = found.features.set_index("feature")
     assert len(features) == 96
@@ -121,13 +121,14 @@ def test_features_are_sums_of_their_pairs(run: Path, tiny_cache: ActivationCache
             for column, summed in (("loss_effect", "effect"), ("kl", "kl")):
                 assert row[column] == pytest.approx(sums[summed][feature] / sums["n_tokens"][feature])
     assert (features["loss_effect_n"] > 0).sum() > 30
-    whole = features[features["loss_estimate_n"] == 1].index  # one context: the estimate is the pair's
+    # With one context the estimate of the feature equals that of its pair.
+    whole = features[features["loss_estimate_n"] == 1].index
     pairs = found.pairs.set_index("feature")
     expected = pairs["estimate"][whole] / pairs["n_tokens"][whole]
     np.testing.assert_allclose(features["loss_estimate"][whole], expected, rtol=1e-6)
 
 
-def test_estimates_alone_are_the_same_and_a_seed_repeats(
+def test_estimates_do_not_depend_on_contexts_and_equal_seeds_repeat(
     run: Path, tiny_cache: ActivationCache, tiny_model: Model
 ) -> None:
     found = loss_effects(run, tiny_cache, tiny_model, contexts=1, **SMALL)
@@ -143,7 +144,7 @@ def test_estimates_alone_are_the_same_and_a_seed_repeats(
     )
 
 
-def test_contexts_are_drawn_from_those_that_are_held_out(tiny_cache: ActivationCache) -> None:
+def test_contexts_are_drawn_from_held_out_ones(tiny_cache: ActivationCache) -> None:
     drawn = draw_contexts(tiny_cache, 10_000, rows="held-out", seed=1)
     held_out = {int(ctx) for ctx in tiny_cache.ctx[tiny_cache.held_out]}
     assert {place.ctx for place in drawn} == held_out and len(drawn) == len(held_out)
@@ -164,38 +165,38 @@ def stored(tmp_path_factory: pytest.TempPathFactory, run: Path, tiny_cache: Acti
     return out
 
 
-def test_the_command_publishes_columns_that_can_be_sorted_by(
+def test_index_effects_publishes_sortable_columns(
     stored: Path, run: Path, tiny_cache: ActivationCache, tiny_model: Model,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     words = ["effects", str(stored), "--run", str(run), "--contexts", "1", "--sample", "6", "--quiet"]
     assert main([*words, "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
+    answer = json.loads(capsys.readouterr().out)
     expected = loss_effects(run, tiny_cache, tiny_model, contexts=1, **SMALL)
-    assert said["n_pairs"] == len(expected.pairs) and said["correlation"] == expected.correlation
+    assert answer["n_pairs"] == len(expected.pairs) and answer["correlation"] == expected.correlation
     assert check_store(stored) == []
     with sb.open_store(stored) as store:
         frame = store.features(order_by="loss_effect", descending=True).dropna(subset="loss_effect")
         wanted = expected.features.set_index("feature")
         assert frame["loss_effect"].is_monotonic_decreasing
-        assert len(frame) == said["n_measured"] == (wanted["loss_effect_n"] > 0).sum()
+        assert len(frame) == answer["n_measured"] == (wanted["loss_effect_n"] > 0).sum()
         for name in wanted:
             np.testing.assert_array_equal(frame[name], wanted[name][frame["feature"]])
         dead = store.features(ranges={"n_act": (0, 0)})
         assert dead["loss_effect_n"].isna().all()
 
 
-def test_an_sae_that_the_store_has_not_is_one_sentence(
+def test_sae_not_in_the_store_raises_user_error(
     stored: Path, tmp_path: Path, make_sae: Callable[[str], SAE], tiny_cache: ActivationCache, hook: str
 ) -> None:
     make_sae("relu").save(tmp_path / "other", hook_name=hook, model=tiny_cache.model)
-    with pytest.raises(UserError, match=r"has not the SAE .*other.*; run saebench index"):
+    with pytest.raises(UserError, match=r"does not have the SAE .*other.*; run saebench index"):
         sb.index_effects(stored, run=tmp_path / "other", cache=tiny_cache.path, quiet=True)
     with pytest.raises(UserError, match=r"other does not say which cache .*; name it with --cache"):
         sb.index_effects(stored, run=tmp_path / "other", quiet=True)
 
 
-def test_a_store_that_is_being_written_is_said_before_anything_is_measured(
+def test_locked_store_raises_before_measuring(
     stored: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("saebench.sources.models.load_model", lambda *_, **__: pytest.fail("measured"))
@@ -213,18 +214,18 @@ def test_a_store_that_is_being_written_is_said_before_anything_is_measured(
         ({"sample": 0}, "sample is 0; give a whole number, at least 1"),
         ({"seed": 1.5}, "seed is 1.5; give a whole number"),
         ({"rows": "training"}, "rows is 'training'; give 'held-out' or 'all'"),
-        ({"features": 96}, "feature 96 is none of the SAE's 96 latents"),
+        ({"features": 96}, "feature is 96, but the SAE has 96 latents"),
         ({"hook": "blocks.7.hook_resid_post"}, "blocks.7"),
     ],
 )
-def test_what_makes_no_sense_is_one_sentence(
+def test_invalid_arguments_raise_user_error(
     run: Path, tiny_cache: ActivationCache, tiny_model: Model, changes: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         loss_effects(**{"sae": run, "cache": tiny_cache, "model": tiny_model, "quiet": True, **changes})
 
 
-def test_a_cache_that_the_model_did_not_make_or_that_has_no_contexts(
+def test_cache_of_other_model_or_without_contexts_raises_user_error(
     run: Path, tiny_cache: ActivationCache, tiny_model: Model, hook: str, tmp_path: Path,
     make_cache: Callable[..., ActivationCache], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""Figures show the numbers that they were given, and a hostile token stays text."""
+"""Figures show the given numbers; tokens and names are escaped."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ POINTS = pd.DataFrame(
 )
 
 
-def test_a_histogram_has_every_activation_in_its_bin() -> None:
+def test_histogram_has_the_count_of_every_bin() -> None:
     bins = pd.DataFrame({"lo": [0.0, 1.0, 2.0], "hi": [1.0, 2.0, 3.0], "count": [100, 0, 1]})
     [bars] = figures.histogram(bins).data
     assert bars.y.tolist() == [100, 0, 1]
     assert (bars.x - bars.width / 2).tolist() == [0, 1, 2] and (bars.x + bars.width / 2).tolist() == [1, 2, 3]
 
 
-def test_densities_are_counted_by_their_logarithm() -> None:
+def test_density_histogram_bins_are_logarithmic() -> None:
     density = np.array([0.0, 0.0, 1e-4, 1e-4, 1e-3, 0.2])
     figure = figures.density_histogram(pd.DataFrame({"density": density}))
     [bars] = figure.data
     assert bars.y.sum() == 4 and bars.y[0] == 2 and bars.y[-1] == 1
     assert bars.customdata[0, 0] == pytest.approx(1e-4) and bars.customdata[-1, 1] == pytest.approx(0.2)
     assert "0.01%" in figure.layout.xaxis.ticktext
-    assert figure.layout.annotations[0].text == "2 of 6 fire on none"
+    assert figure.layout.annotations[0].text == "2 of 6 never fire"
     assert figures.density_histogram(pd.DataFrame({"density": [0.0]})).data[0].y.sum() == 0
 
 
-def test_a_heat_map_has_the_strongest_rows_and_every_token_as_text() -> None:
+def test_prompt_heatmap_has_top_latents_and_escaped_tokens() -> None:
     figure = figures.prompt_heatmap(PROMPT, top=3)
     [heat] = figure.data
     assert list(heat.y) == ["4", "7", "2"]
@@ -63,11 +63,11 @@ def test_a_heat_map_has_the_strongest_rows_and_every_token_as_text() -> None:
     assert with_first.data[0].y[0] == "9" and len(with_first.layout.xaxis.ticktext) == 4
 
 
-def test_a_map_has_every_latent_and_its_color() -> None:
+def test_decoder_scatter_has_every_latent_and_its_color() -> None:
     figure = figures.decoder_scatter(POINTS)
     assert sum(len(trace.x) for trace in figure.data) == 12
     assert [trace.name for trace in figure.data] == [str(c) for c in range(9)]
-    assert figure.data[0].marker.color == figure.data[8].marker.color == KINDS[0]  # they go round
+    assert figure.data[0].marker.color == figure.data[8].marker.color == KINDS[0]  # colors repeat
     features = pd.DataFrame(
         {"feature": range(12), "density": [0.0, *[0.01] * 11], "top_token": ["<b>", None, *["x"] * 10]}
     )
@@ -76,7 +76,7 @@ def test_a_map_has_every_latent_and_its_color() -> None:
     assert points.text[0] == "feature 0<br>&lt;b&gt;" and points.text[1] == "feature 1<br>"
 
 
-def test_pairs_are_counted_by_their_similarity() -> None:
+def test_matching_similarity_counts_pairs_per_bin() -> None:
     found = match(random_sae(30, 4, 1), random_sae(40, 4, 2), quiet=True)
     figure = figures.matching_similarity(found)
     [bars] = figure.data
@@ -86,7 +86,7 @@ def test_pairs_are_counted_by_their_similarity() -> None:
     assert f"{found.stability:.1%}" in figure.layout.annotations[0].text
 
 
-def test_a_sweep_is_shown_by_its_strengths() -> None:
+def test_steering_curve_has_one_point_per_strength() -> None:
     effects = pd.DataFrame(
         {
             "strength": np.repeat([-1.0, 2.0], 3), "pos": [0, 1, 2] * 2, "edited": [False, True, True] * 2,
@@ -100,7 +100,7 @@ def test_a_sweep_is_shown_by_its_strengths() -> None:
     assert mean.y.tolist() == largest.y.tolist() == [-4, 2]
 
 
-def test_trainings_are_shown_side_by_side(tmp_path: Path) -> None:
+def test_training_curves_have_one_line_per_run_and_measure(tmp_path: Path) -> None:
     for name, values in {"a": [0.5, 0.25], "<b>": [0.75, 0.5]}.items():
         (tmp_path / name).mkdir()
         lines = [json.dumps({"tokens": 10 * i, "fvu": v, "l0": 3}) for i, v in enumerate(values)]
@@ -113,13 +113,13 @@ def test_trainings_are_shown_side_by_side(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty has no metrics.jsonl; name a run directory"):
         figures.training_curves(tmp_path / "empty")
-    with pytest.raises(UserError, match="'kl' is no measure of these runs; there is tokens, fvu, l0"):
+    with pytest.raises(UserError, match="'kl' is not a measure of these runs; give one of tokens, fvu, l0"):
         figures.training_curves(tmp_path / "a", ["kl"])
     with pytest.raises(UserError, match="runs is empty"):
         figures.training_curves([])
 
 
-def test_they_stand_on_any_background_and_are_plain_data() -> None:
+def test_figures_are_transparent_and_serializable() -> None:
     found = match(random_sae(5, 4, 1), random_sae(5, 4, 2), quiet=True)
     for figure in (
         figures.prompt_heatmap(PROMPT), figures.decoder_scatter(POINTS), figures.matching_similarity(found)
@@ -136,14 +136,14 @@ def test_they_stand_on_any_background_and_are_plain_data() -> None:
         ("density_histogram", [PROMPT], "features has no column 'density'"),
         ("prompt_heatmap", [POINTS], "found has no column 'pos'; give what features_of"),
         ("prompt_heatmap", [PROMPT, 0], "top is 0; it must be at least 1"),
-        ("prompt_heatmap", [PROMPT[:1]], "no latent that fires behind position 0; give keep_first=True"),
-        ("prompt_heatmap", [fires(*((i, "", 1, 1) for i in range(600)))], "has 599 tokens; show at most 512"),
+        ("prompt_heatmap", [PROMPT[:1]], "no latent that fires after position 0; give keep_first=True"),
+        ("prompt_heatmap", [fires(*((i, "", 1, 1) for i in range(600)))], "has 599 tokens; give at most 512"),
         ("decoder_scatter", [PROMPT], "points has no column 'x'"),
         ("decoder_scatter", [POINTS, "density"], "color is 'density'; give one of cluster"),
         ("decoder_scatter", [POINTS, "cluster", PROMPT.drop(columns="feature")], "features has no column"),
         ("steering_curve", [SimpleNamespace(), "loss"], "measure is 'loss'; give 'kl' or 'difference'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_shown_is_one_sentence(draw: str, arguments: list[Any], sentence: str) -> None:
+def test_invalid_arguments_raise_user_error(draw: str, arguments: list[Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         getattr(figures, draw)(*arguments)

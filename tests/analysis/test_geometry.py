@@ -1,4 +1,4 @@
-"""Maps, clusters and redundancy of decoder rows, where the answer is planted or can be computed by hand."""
+"""Maps, clusters and redundancy of decoder rows against planted or computed answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from saebench.analysis import geometry, umap
 from saebench.analysis.geometry import METHODS, clusters, decoder_map, redundancy
-from saebench.analysis.umap import fuzzy_graph, neighbor_layout, principal_layout
+from saebench.analysis.umap import fuzzy_graph, principal_layout, umap_layout
 from saebench.core.errors import UserError
 from saebench.saes.topk import TopKSAE
 
@@ -34,20 +34,20 @@ def random_rows(n: int, d: int, seed: int = 0) -> Tensor:
 
 
 def planted(n: int, n_groups: int, d: int = 24, noise: float = 0.12) -> tuple[Tensor, Tensor]:
-    """Rows [n, d] around ``n_groups`` orthonormal directions, of any length, and the group of each."""
+    """Rows [n, d] of any norm around ``n_groups`` orthonormal directions, and the group of each."""
     group_M = torch.arange(n) % n_groups
     rows_MD = torch.eye(d)[group_M] + noise * random_rows(n, d)
     return rows_MD * (0.1 + torch.rand(n, 1, generator=torch.Generator().manual_seed(1))), group_M
 
 
 def purity(points_M2: Tensor, group_M: Tensor, n: int = 5) -> float:
-    """Of the ``n`` points nearest to each, how many are of its group."""
+    """The fraction of the ``n`` nearest points of each point that belong to its group."""
     apart_MM = torch.cdist(points_M2, points_M2).fill_diagonal_(torch.inf)
     near_MN = apart_MM.topk(n, largest=False).indices
     return (group_M[near_MN] == group_M[:, None]).double().mean().item()
 
 
-def test_pca_is_that_of_the_singular_vectors() -> None:
+def test_pca_equals_singular_vectors() -> None:
     W_MD = random_rows(40, 7)
     unit = normalize(W_MD).double()
     centered = unit - unit.mean(0)
@@ -64,16 +64,16 @@ def test_pca_is_that_of_the_singular_vectors() -> None:
     np.testing.assert_allclose(mirrored["y"][::-1], found["y"], atol=1e-6)
 
 
-def test_the_neighbor_layout_keeps_groups_together_where_two_axes_cannot() -> None:
+def test_umap_layout_separates_groups_better_than_pca() -> None:
     rows_MD, group_M = planted(240, 12)
-    near = neighbor_layout(normalize(rows_MD), 10, seed=0, rounds=200)
+    near = umap_layout(normalize(rows_MD), 10, seed=0, rounds=200)
     assert purity(near, group_M) > 0.97
     assert purity(near, group_M) > purity(principal_layout(normalize(rows_MD)), group_M) + 0.1
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_same_seed_is_the_same_map(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(umap, "MANY", 0)  # the shorter course
+def test_equal_seeds_give_equal_maps(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(umap, "MANY_ROWS", 0)  # fewer rounds
     sae = sae_of(torch.cat([random_rows(30, 6), torch.ones(5, 6), torch.zeros(2, 6)]))  # copies, zeros
     first, again = (decoder_map(sae, method, n_clusters=4, seed=3) for _ in range(2))
     assert first.equals(again)
@@ -84,7 +84,7 @@ def test_the_same_seed_is_the_same_map(method: str, monkeypatch: pytest.MonkeyPa
 
 @settings(deadline=None)
 @given(st.integers(4, 25), st.integers(2, 8), st.integers(0, 99))
-def test_the_graph_is_the_union_of_fuzzy_sets(n: int, k: int, seed: int) -> None:
+def test_fuzzy_graph_equals_its_definition(n: int, k: int, seed: int) -> None:
     unit = normalize(random_rows(n, 5, seed)).double()
     k = min(k, n - 1)
     first, second, weight = fuzzy_graph(unit.float(), k)
@@ -116,7 +116,7 @@ def test_planted_clusters_are_found_and_numbered_by_size() -> None:
 
 @settings(deadline=None)
 @given(st.integers(1, 20), st.data())
-def test_every_latent_is_in_the_cluster_whose_mean_direction_is_nearest(n: int, data: st.DataObject) -> None:
+def test_every_latent_is_in_the_cluster_with_the_nearest_center(n: int, data: st.DataObject) -> None:
     rows_MD = random_rows(n, 3, data.draw(st.integers(0, 99)))
     if data.draw(st.booleans()):
         rows_MD[: n // 2] = rows_MD[0]  # copies
@@ -135,7 +135,7 @@ def test_every_latent_is_in_the_cluster_whose_mean_direction_is_nearest(n: int, 
 
 @settings(deadline=None)
 @given(st.integers(1, 30), st.integers(0, 99), st.sampled_from([0.2, 0.5, 0.9, 1.0]))
-def test_pairs_are_all_those_above_the_threshold(n: int, seed: int, threshold: float) -> None:
+def test_redundancy_finds_all_pairs_above_the_threshold(n: int, seed: int, threshold: float) -> None:
     unit = normalize(random_rows(n, 3, seed))
     found = redundancy(sae_of(3 * unit), threshold=threshold)
     cosine = {(i, j): float(unit[i] @ unit[j]) for i, j in itertools.combinations(range(n), 2)}
@@ -155,7 +155,7 @@ def test_pairs_are_all_those_above_the_threshold(n: int, seed: int, threshold: f
     assert 1 - 1e-6 <= found.effective_rank <= 3 + 1e-6
 
 
-def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_does_not_depend_on_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     sae = sae_of(random_rows(50, 4))
     whole, grouped = redundancy(sae, threshold=0.6), clusters(sae, 7)
     monkeypatch.setattr(geometry, "BLOCK_BYTES", 1)
@@ -167,7 +167,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clusters(sae, 7)["cluster"].equals(grouped["cluster"])
 
 
-def test_ranks_count_directions() -> None:
+def test_effective_rank_counts_directions() -> None:
     even = redundancy(sae_of(torch.eye(6).repeat(3, 1)), threshold=0.99)
     assert (even.effective_rank, even.participation_ratio) == (pytest.approx(6), pytest.approx(6))
     assert (len(even.pairs), even.share) == (18, 1.0)
@@ -179,7 +179,7 @@ def test_ranks_count_directions() -> None:
     assert uneven.participation_ratio == pytest.approx(25 / 17)
 
 
-def test_a_run_is_read_from_its_folder(run: Path) -> None:
+def test_run_directory_equals_sae_in_memory(run: Path) -> None:
     assert len(clusters(run, 5)) == len(decoder_map(run, n_clusters=2)) == 96
 
 
@@ -189,22 +189,22 @@ def test_a_run_is_read_from_its_folder(run: Path) -> None:
         (decoder_map, {"method": "tsne"}, "method is 'tsne'; give 'pca' or 'umap'"),
         (decoder_map, {"neighbors": 1}, "neighbors is 1; give at least 2"),
         (decoder_map, {"n_clusters": 9}, "the number of clusters is 9; give 1 to 5"),
-        (decoder_map, {"sae": sae_of(torch.ones(2, 4))}, "the SAE has 2 latents; a map needs at least 3"),
+        (decoder_map, {"sae": sae_of(torch.ones(2, 4))}, "the SAE has 2 latents, but a map needs at least 3"),
         (clusters, {"n": 0}, "the number of clusters is 0; give 1 to 5"),
         (clusters, {"sae": 3}, "sae is 3; give a run directory"),
         (clusters, {"sae": "nowhere"}, "nowhere holds no SAE"),
         (clusters, {"sae": sae_of(torch.full((5, 4), torch.nan))}, "holds NaN or infinity"),
-        (redundancy, {"threshold": 0.0}, "threshold is 0.0; give a cosine above 0 and at most 1"),
+        (redundancy, {"threshold": 0.0}, "threshold is 0.0; give a cosine greater than 0 and at most 1"),
         (redundancy, {"threshold": math.nan}, "threshold is nan"),
     ],
 )
-def test_what_makes_no_sense_is_one_sentence(function: Any, changes: dict[str, Any], sentence: str) -> None:
+def test_invalid_arguments_raise_user_error(function: Any, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         function(**{"sae": sae_of(random_rows(5, 4)), **({"n": 2} if function is clusters else {}),
                     **({"n_clusters": 2} if function is decoder_map else {}), **changes})  # fmt: skip
 
 
-def test_too_many_pairs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_pairs_raise_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(geometry, "MOST_PAIRS", 9)
-    with pytest.raises(UserError, match=r"more than 9 pairs have a cosine of 0.9 or more; raise threshold"):
+    with pytest.raises(UserError, match=r"more than 9 pairs have a cosine of at least 0.9; raise threshold"):
         redundancy(sae_of(torch.ones(5, 3)))

@@ -1,4 +1,4 @@
-"""Edits of latents inside the model, against the same done by hand on the residual stream."""
+"""ablate and steer against manual edits of the residual stream."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ MODES: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def strongest(run: Path, model: Model, n: int = 2) -> list[int]:
-    """The latents that fire hardest in the text behind position 0."""
+def top_latents(run: Path, model: Model, n: int = 2) -> list[int]:
+    """The latents with the largest values in the text after position 0."""
     found = prompts.features_of(TEXT, run, model)
     values = found[~found["first"]].groupby("feature")["value"].max()
     return [int(feature) for feature in values.nlargest(n).index]
@@ -43,7 +43,7 @@ def ids(model: Model) -> Tensor:
 def by_hand(
     sae: SAE, model: Model, hook: str, positions: list[int], new: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """log probabilities [T, V] when ``new`` makes other codes [T, d_sae] of those at ``positions``."""
+    """Log probabilities [T, V] when ``new`` changes the codes [T, d_sae] at ``positions``."""
 
     def edit(x_BTD: Tensor) -> Tensor:
         z = sae.encode(x_BTD[0]).to_dense()
@@ -57,7 +57,7 @@ def by_hand(
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_spliced_with_its_error_and_not_edited_it_leaves_the_logits(
+def test_splicing_without_an_edit_leaves_logits_unchanged(
     make_sae: Callable[[str], SAE], tiny_model: Model, hook: str, name: str
 ) -> None:
     attached = attach(make_sae(name), tiny_model, hook)
@@ -69,7 +69,7 @@ def test_spliced_with_its_error_and_not_edited_it_leaves_the_logits(
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("mode", MODES)
-def test_an_edit_adds_the_difference_of_the_two_reconstructions(
+def test_edit_adds_the_difference_of_reconstructions(
     make_sae: Callable[[str], SAE], tiny_model: Model, hook: str, mode: str, name: str
 ) -> None:
     sae = make_sae(name)
@@ -87,7 +87,7 @@ def test_an_edit_adds_the_difference_of_the_two_reconstructions(
 @pytest.mark.parametrize(
     ("positions", "at"), [(None, range(1, 13)), ([2], range(2, 3)), (slice(3, None), range(3, 13))]
 )
-def test_ablating_is_editing_the_residual_by_hand(
+def test_ablate_equals_manual_edit_of_the_residual_stream(
     run: Path, tiny_model: Model, hook: str, positions: Any, at: range
 ) -> None:
     fires = prompts.features_of(TEXT, run, tiny_model, top=1)
@@ -113,16 +113,16 @@ def test_ablating_is_editing_the_residual_by_hand(
     assert (found["kl"][: at[0]] == 0).all() and found["kl"].max() > 1e-4
 
 
-def test_a_latent_that_is_silent_has_no_effect(run: Path, tiny_model: Model) -> None:
+def test_inactive_latent_has_no_effect(run: Path, tiny_model: Model) -> None:
     fired = set(prompts.features_of(TEXT, run, tiny_model)["feature"])
-    silent = next(feature for feature in range(load(run).d_sae) if feature not in fired)
-    found = ablate(TEXT, silent, run, tiny_model)
+    inactive = next(feature for feature in range(load(run).d_sae) if feature not in fired)
+    found = ablate(TEXT, inactive, run, tiny_model)
     assert (found["kl"] == 0).all()
     assert (found["difference"][:-1] == 0).all()
 
 
-def test_a_sweep_is_one_table_of_what_each_strength_gives(run: Path, tiny_model: Model, hook: str) -> None:
-    [feature] = strongest(run, tiny_model, 1)
+def test_several_strengths_equal_single_calls(run: Path, tiny_model: Model, hook: str) -> None:
+    [feature] = top_latents(run, tiny_model, 1)
     swept = steer(TEXT, feature, run, tiny_model, strength=(0.5, 8), mode="clamp", new_tokens=3)
     length = ids(tiny_model).shape[1]
     assert swept.effects["strength"].tolist() == [0.5] * length + [8] * length
@@ -138,10 +138,10 @@ def test_a_sweep_is_one_table_of_what_each_strength_gives(run: Path, tiny_model:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_generation_is_the_edited_models_own_and_repeats(
+def test_generation_uses_the_edited_model_and_repeats(
     run: Path, tiny_model: Model, hook: str, temperature: float
 ) -> None:
-    [feature] = strongest(run, tiny_model, 1)
+    [feature] = top_latents(run, tiny_model, 1)
 
     def write(strength: float, seed: int = 0) -> Any:
         return steer(
@@ -157,8 +157,8 @@ def test_generation_is_the_edited_models_own_and_repeats(
         assert write(60, seed=1)["clean"] != steered["clean"]
 
 
-def test_greedy_steps_by_hand(run: Path, tiny_model: Model, hook: str) -> None:
-    [feature] = strongest(run, tiny_model, 1)
+def test_greedy_generation_equals_manual_steps(run: Path, tiny_model: Model, hook: str) -> None:
+    [feature] = top_latents(run, tiny_model, 1)
     sae, vocab = load(run), tiny_model.token_bytes()
 
     def push(x_BTD: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def test_greedy_steps_by_hand(run: Path, tiny_model: Model, hook: str) -> None:
     [(None, {1, 2, 3, 4, 5, 6}), (slice(2, None), {2, 3, 4, 5, 6}), (slice(0, None, 3), {0, 3, 6}),
      (slice(2, 4), {2, 3}), ([1], {1}), (-1, {3})],
 )  # fmt: skip
-def test_open_positions_hold_for_generated_tokens_too(
+def test_open_positions_include_generated_tokens(
     run: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch, positions: Any, edited: set[int]
 ) -> None:
     kept: list[Tensor] = []
@@ -189,7 +189,7 @@ def test_open_positions_hold_for_generated_tokens_too(
     monkeypatch.setattr(edits, "replace_at", lambda keep, new: kept.append(keep) or real(keep, new))
     text = "etc:"
     assert len(tiny_model.tokens.encode(text)) == 4
-    monkeypatch.setattr(tiny_model.tokens, "separator", -1)  # nothing ends the text early
+    monkeypatch.setattr(tiny_model.tokens, "separator", -1)  # no token ends the text early
     steer(text, 0, run, tiny_model, strength=1, positions=positions, new_tokens=4)
     for keep in kept:
         length = keep.shape[1]
@@ -197,7 +197,7 @@ def test_open_positions_hold_for_generated_tokens_too(
     assert {keep.shape[1] for keep in kept} == {4, 5, 6, 7}
 
 
-def test_the_end_of_text_token_ends_a_text(
+def test_end_of_text_token_ends_generation(
     run: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = int(tiny_model.logits(ids(tiny_model))[0, -1].argmax())
@@ -206,8 +206,8 @@ def test_the_end_of_text_token_ends_a_text(
     assert texts[["clean", "steered"]].to_numpy().tolist() == [["", ""]]
 
 
-def test_next_tokens_are_the_likeliest_of_both_predictions(run: Path, tiny_model: Model, hook: str) -> None:
-    [feature] = strongest(run, tiny_model, 1)
+def test_next_tokens_are_the_most_likely_of_both_predictions(run: Path, tiny_model: Model, hook: str) -> None:
+    [feature] = top_latents(run, tiny_model, 1)
     found = steer(TEXT, feature, run, tiny_model, strength=[0, 40], new_tokens=0).next_tokens
     sae, last = load(run), len(ids(tiny_model)[0]) - 1
 
@@ -225,7 +225,7 @@ def test_next_tokens_are_the_likeliest_of_both_predictions(run: Path, tiny_model
     assert (found.loc[found["strength"] == 0, "difference"] == 0).all()
 
 
-def test_what_is_raised_while_a_token_is_waited_for_ends_the_run(run: Path, tiny_model: Model) -> None:
+def test_exception_in_on_token_ends_steer(run: Path, tiny_model: Model) -> None:
     seen: list[int] = []
 
     def on_token() -> None:
@@ -241,11 +241,11 @@ def test_what_is_raised_while_a_token_is_waited_for_ends_the_run(run: Path, tiny
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"strength": float("nan")}, "strength is nan; give a finite number"),
+        ({"strength": float("nan")}, "strength is nan; give a number between"),
         ({"strength": [1, float("inf")]}, "strength is inf"),
         ({"strength": []}, "strength is empty"),
         ({"strength": None}, "strength is None; give a number or several"),
-        ({"strength": 1e39}, "strength is 1e\\+39; give a finite number"),
+        ({"strength": 1e39}, "strength is 1e\\+39; give a number between"),
         ({"strength": 3e38, "features": range(96)}, r"with strength 3e\+38 .* NaN or infinity"),
         ({"mode": "multiply"}, "mode is 'multiply'; give 'add', 'clamp', 'scale'"),
         ({"new_tokens": -1}, "new_tokens is -1; it must be at least 0"),
@@ -253,23 +253,23 @@ def test_what_is_raised_while_a_token_is_waited_for_ends_the_run(run: Path, tiny
         ({"new_tokens": 60}, r"and 60 new ones, but .* at most 64; shorten it or lower new_tokens"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"seed": -1}, "seed is -1"),
-        ({"features": 96}, "feature 96 is none of the SAE's 96 latents"),
+        ({"features": 96}, "feature is 96, but the SAE has 96 latents"),
         ({"positions": 99}, "position 99 is outside the text"),
-        ({"positions": slice(40, 50)}, r"names none of the \d+ tokens"),
+        ({"positions": slice(40, 50)}, r"includes none of the \d+ tokens"),
         ({"text": "a", "new_tokens": 0}, r"one token.* positions=\[0\]"),
         ({"text": ""}, "has no token"),
     ],
 )
-def test_what_makes_no_sense_is_one_sentence(
+def test_invalid_arguments_raise_user_error(
     run: Path, tiny_model: Model, settings: dict[str, Any], sentence: str
 ) -> None:
-    feature = strongest(run, tiny_model, 1)
+    feature = top_latents(run, tiny_model, 1)
     settings = {"text": TEXT, "features": feature, "strength": 1.0, "new_tokens": 2, **settings}
     with pytest.raises(UserError, match=sentence):
         steer(sae=run, model=tiny_model, **settings)
 
 
-def test_one_token_can_be_edited_when_it_is_named(run: Path, tiny_model: Model) -> None:
+def test_single_token_can_be_edited_when_given(run: Path, tiny_model: Model) -> None:
     with pytest.raises(UserError, match=r"positions=\[0\]"):
         ablate("a", 0, run, tiny_model)
     assert ablate("a", 0, run, tiny_model, positions=0)["edited"].tolist() == [True]

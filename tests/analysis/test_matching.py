@@ -1,4 +1,4 @@
-"""Latents of two SAEs paired one to one, and those of a narrow one that are several in a wide one."""
+"""One-to-one matching of the latents of two SAEs, and splits of a narrow SAE in a wide one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from saebench.activations.cache import ActivationCache
 from saebench.analysis import correlations, matching
-from saebench.analysis.matching import WAYS, match, splits
+from saebench.analysis.matching import METHODS, match, splits
 from saebench.core.errors import UserError
 from saebench.runs.run import load
 from saebench.saes.base import SAE
@@ -40,7 +40,7 @@ def random_sae(n: int, d: int, seed: int) -> SAE:
 
 
 def permuted(sae: SAE, order_M: Tensor) -> SAE:
-    """Latent j is latent ``order[j]`` of ``sae``."""
+    """An SAE whose latent j is latent ``order[j]`` of ``sae``."""
     other = copy.deepcopy(sae)
     with torch.no_grad():
         for name in ("W_dec", "W_enc_MD", "b_enc"):
@@ -60,15 +60,13 @@ def dense(sae: SAE, cache: ActivationCache) -> np.ndarray[Any, Any]:
         return sae.encode(cache.activations()[cache.held_out]).to_dense().double().numpy()
 
 
-@pytest.mark.parametrize("by", WAYS)
-def test_a_permuted_copy_is_matched_exactly(
-    run: Path, tiny_cache: ActivationCache, hook: str, by: str
-) -> None:
+@pytest.mark.parametrize("by", METHODS)
+def test_permuted_copy_is_matched_exactly(run: Path, tiny_cache: ActivationCache, hook: str, by: str) -> None:
     sae = load(run)
     order_M = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(1))
     found = match(run, permuted(sae, order_M), by, hook=hook, quiet=True)
     pairs = found.pairs
-    if by == "activation":  # a latent that is silent is like no other
+    if by == "activation":  # a dead latent has correlation 0 with every other
         with torch.no_grad():
             held_out_ND = tiny_cache.activations(hook)[tiny_cache.held_out]
             fires = sae.encode(held_out_ND).to_dense().std(0) > 0
@@ -86,7 +84,7 @@ def test_a_permuted_copy_is_matched_exactly(
 
 
 @pytest.mark.parametrize("pieces", [False, True])
-def test_correlations_are_those_of_numpy(
+def test_activation_similarity_equals_numpy(
     cache: ActivationCache, monkeypatch: pytest.MonkeyPatch, pieces: bool
 ) -> None:
     if pieces:  # 7 rows, and 1 latent of a, at a time
@@ -112,7 +110,7 @@ def test_correlations_are_those_of_numpy(
     np.testing.assert_allclose(alone["similarity"], expected.max(0)[alone["feature"]], atol=1e-6)
 
 
-def test_so_many_held_out_rows_are_read(cache: ActivationCache) -> None:
+def test_rows_limits_the_held_out_rows_read(cache: ActivationCache) -> None:
     a, b = random_sae(5, 8, 1), random_sae(5, 8, 2)
     found = match(a, b, "activation", cache, rows=40, quiet=True)
     expected = np.corrcoef(dense(a, cache)[:40].T, dense(b, cache)[:40].T)[:5, 5:]
@@ -123,7 +121,7 @@ def test_so_many_held_out_rows_are_read(cache: ActivationCache) -> None:
     )
 
 
-def test_a_latent_that_never_fires_is_like_no_other(cache: ActivationCache) -> None:
+def test_dead_latent_has_similarity_zero(cache: ActivationCache) -> None:
     a = random_sae(5, 8, 1)
     with torch.no_grad():
         a.b_enc[2] = -1e6
@@ -133,7 +131,8 @@ def test_a_latent_that_never_fires_is_like_no_other(cache: ActivationCache) -> N
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 1000))
-def test_no_other_pairing_has_a_larger_sum(n_a: int, n_b: int, seed: int) -> None:
+@settings(deadline=None)
+def test_matching_maximizes_the_sum(n_a: int, n_b: int, seed: int) -> None:
     a, b = random_sae(n_a, 4, seed), random_sae(n_b, 4, seed + 1)
     cosine = (a.W_dec @ b.W_dec.T).abs().detach().numpy()
     if n_a > n_b:
@@ -146,9 +145,9 @@ def test_no_other_pairing_has_a_larger_sum(n_a: int, n_b: int, seed: int) -> Non
     assert len(found.unmatched) == abs(n_a - n_b)
 
 
-def test_rows_that_were_split_are_found() -> None:
-    """Of 12 orthonormal rows, 3 and 7 are two each at right angles, 5 is three that hardly differ, 11 is
-    gone, all others are as they were."""
+def test_planted_splits_are_found() -> None:
+    """Of 12 orthonormal rows, 3 and 7 are split into two orthogonal rows each and 5 into three similar
+    rows; 11 is removed, and the others are unchanged."""
     axes = torch.eye(16)
     parts = [[axes[i]] for i in range(12)]
     parts[3] = [axes[3] + axes[12], axes[3] - axes[12]]
@@ -168,7 +167,7 @@ def test_rows_that_were_split_are_found() -> None:
     assert splits(a, a).empty
 
 
-def test_splits_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_do_not_depend_on_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = random_sae(6, 4, 1), random_sae(40, 4, 2)
     whole = splits(a, b)
     assert not whole.empty
@@ -178,7 +177,7 @@ def test_splits_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(again["cosine"], whole["cosine"], atol=1e-6)
 
 
-def test_the_memory_is_said_first(capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_is_announced_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
     a = random_sae(5, 4, 1)
     match(a, a)
     assert capsys.readouterr().err == "match: matching 5 with 5 latents takes up to 0.5 GiB\n"
@@ -191,24 +190,24 @@ def test_the_memory_is_said_first(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ({"by": "encoder"}, "by is 'encoder'; give 'decoder' or 'activation'"),
         ({"threshold": float("nan")}, "threshold is nan"),
-        ({"threshold": 1.5}, "threshold is 1.5; similarities are between -1 and 1"),
+        ({"threshold": 1.5}, "threshold is 1.5; give a number between -1 and 1"),
         ({"rows": 1}, "rows is 1; a correlation needs at least 2"),
         ({"memory_gib": 0.1}, r"5 with 5 latents takes up to 0.5 GiB, and memory_gib is 0.1; raise it"),
-        ({"by": "activation"}, r"on which cache .*cache=\.\.\."),
+        ({"by": "activation"}, r"the cache that the SAE was trained on .*cache=\.\.\."),
         ({"by": "activation", "cache": Path("nowhere")}, "nowhere"),
         (
             {"by": "activation", "cache": "tiny"},
-            r"in memory reads; name them .*, one of blocks",
+            r"in memory does not record its hook.*, one of blocks",
         ),
         ({"by": "activation", "cache": "tiny", "hook": "blocks.0.hook_resid_post"}, "has 32; name the hook"),
         ({"by": "activation", "cache": "tiny", "hook": "blocks.0.resid"}, "no hook 'blocks.0.resid'"),
         ({"a": 7}, "a is 7; give a run directory"),
         ({"b": "nowhere"}, "nowhere holds no SAE"),
-        ({"b": random_sae(5, 4, 1)}, "a reads 8 dimensions and b 4"),
+        ({"b": random_sae(5, 4, 1)}, "a has d_in 8 and b has d_in 4"),
         ({"b": sae_of(torch.full((5, 8), torch.nan))}, "the weights of a or b hold NaN"),
     ],
 )
-def test_what_makes_no_sense_is_one_sentence(
+def test_invalid_arguments_raise_user_error(
     tiny_cache: ActivationCache, settings: dict[str, Any], sentence: str
 ) -> None:
     a = random_sae(5, 8, 1)
@@ -218,7 +217,7 @@ def test_what_makes_no_sense_is_one_sentence(
         match(**{"a": a, "b": a, "quiet": True, **settings})
 
 
-def test_rows_that_cannot_be_compared(
+def test_incompatible_rows_raise_user_error(
     tmp_path: Path, make_cache: Callable[..., ActivationCache], cache: ActivationCache
 ) -> None:
     a = random_sae(5, 8, 1)
@@ -229,14 +228,14 @@ def test_rows_that_cannot_be_compared(
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"threshold": 0}, "threshold is 0; give a cosine above 0"),
+        ({"threshold": 0}, "threshold is 0; give a cosine greater than 0"),
         ({"threshold": float("nan")}, "threshold is nan"),
-        ({"at_least": 1}, "at_least is 1; a split makes at least 2"),
+        ({"at_least": 1}, "at_least is 1; it must be at least 2"),
         ({"b": random_sae(4, 8, 1)}, "a has 5 latents and b only 4; give the narrower SAE first"),
-        ({"b": random_sae(9, 4, 1)}, "a reads 8 dimensions and b 4"),
+        ({"b": random_sae(9, 4, 1)}, "a has d_in 8 and b has d_in 4"),
     ],
 )
-def test_splits_that_make_no_sense(settings: dict[str, Any], sentence: str) -> None:
+def test_invalid_splits_arguments_raise_user_error(settings: dict[str, Any], sentence: str) -> None:
     a = random_sae(5, 8, 1)
     with pytest.raises(UserError, match=sentence):
         splits(**{"a": a, "b": a, **settings})

@@ -1,4 +1,4 @@
-"""What fires in a prompt is what the SAE says of the model's activations, to the last bit."""
+"""features_of and compare_prompts equal encoding the model's activations directly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXT, OTHER = "The Congress of the United States", "the people, and their peace"
 
 
 def codes(sae: SAE, model: Model, hook: str, text: str) -> Tensor:
-    """[T, d_sae], by the shortest way."""
+    """Dense activations [T, d_sae], computed directly."""
     ids = torch.tensor([model.tokens.encode(text)])
     with torch.no_grad():
         return sae.encode(model.run_to(ids, [hook])[hook][0]).to_dense()
@@ -36,7 +36,7 @@ def dense(frame: pd.DataFrame, shape: torch.Size) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_values_are_those_of_encoding_directly(make_sae, tiny_model: Model, hook: str, name: str) -> None:
+def test_values_equal_direct_encoding(make_sae, tiny_model: Model, hook: str, name: str) -> None:
     sae = make_sae(name)
     found = features_of(TEXT, sae, tiny_model, hook)
     expected = codes(sae, tiny_model, hook, TEXT)
@@ -44,13 +44,13 @@ def test_values_are_those_of_encoding_directly(make_sae, tiny_model: Model, hook
     assert torch.equal(dense(found, expected.shape), expected)
 
 
-def test_a_run_knows_its_hook_and_model(run: Path, tiny_model: Model, hook: str) -> None:
+def test_run_directory_gives_hook_and_model(run: Path, tiny_model: Model, hook: str) -> None:
     found = features_of(TEXT, run)
     pd.testing.assert_frame_equal(found, features_of(TEXT, load(run), tiny_model, hook))
     pd.testing.assert_frame_equal(found, features_of(TEXT, str(run), tiny_model.name))
 
 
-def test_rows_go_by_position_and_value_and_show_the_text(run: Path, tiny_model: Model) -> None:
+def test_rows_are_sorted_and_spell_the_text(run: Path, tiny_model: Model) -> None:
     found = features_of(TEXT, run, tiny_model)
     assert found.columns.tolist() == ["pos", "token", "feature", "value", "first"]
     order = found.sort_values(["pos", "value"], ascending=[True, False], ignore_index=True)
@@ -59,19 +59,19 @@ def test_rows_go_by_position_and_value_and_show_the_text(run: Path, tiny_model: 
     assert (found["first"] == (found["pos"] == 0)).all()
 
 
-def test_top_keeps_the_strongest_of_each_token(run: Path, tiny_model: Model) -> None:
+def test_top_keeps_the_largest_values_per_token(run: Path, tiny_model: Model) -> None:
     found, top = features_of(TEXT, run, tiny_model), features_of(TEXT, run, tiny_model, top=2)
     for pos, rows in top.groupby("pos"):
         assert rows["value"].tolist() == found[found["pos"] == pos]["value"].nlargest(2).tolist()
     assert top["pos"].nunique() == found["pos"].nunique()
 
 
-def test_tokens_that_are_no_whole_characters_are_shown_as_bytes(run: Path, tiny_model: Model) -> None:
+def test_partial_characters_are_shown_as_bytes(run: Path, tiny_model: Model) -> None:
     found = features_of("a☃", run, tiny_model).drop_duplicates("pos")
     assert found["token"].tolist() == ["a", r"\xe2", r"\x98", r"\x83"]
 
 
-def test_bos_begins_the_prompt_if_the_cache_or_the_caller_says_so(
+def test_bos_follows_the_cache_or_the_argument(
     run: Path, tiny_model: Model, tiny_cache: ActivationCache
 ) -> None:
     assert tiny_cache.manifest["made_from"]["settings"]["bos"] is False
@@ -82,7 +82,7 @@ def test_bos_begins_the_prompt_if_the_cache_or_the_caller_says_so(
 
 @pytest.mark.parametrize("by", ["max", "mean"])
 @pytest.mark.parametrize("keep_first", [False, True])
-def test_two_prompts_are_compared_feature_by_feature(
+def test_compare_prompts_equals_two_calls(
     run: Path, tiny_model: Model, hook: str, by: str, keep_first: bool
 ) -> None:
     found = compare_prompts(TEXT, OTHER, run, tiny_model, by=by, keep_first=keep_first)
@@ -98,7 +98,7 @@ def test_two_prompts_are_compared_feature_by_feature(
     assert (compare_prompts(TEXT, TEXT, run, tiny_model)["difference"] == 0).all()
 
 
-def test_what_makes_no_sense_is_one_sentence(run: Path, tiny_model: Model) -> None:
+def test_invalid_arguments_raise_user_error(run: Path, tiny_model: Model) -> None:
     with pytest.raises(UserError, match="top is 0; it must be at least 1"):
         features_of(TEXT, run, tiny_model, top=0)
     with pytest.raises(UserError, match="by is 'median'; give 'max' or 'mean'"):

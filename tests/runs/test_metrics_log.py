@@ -1,4 +1,4 @@
-"""The course of a training is what was written, however it was written and whenever it is read."""
+"""MetricsLog reads every written line once, however it was written and whenever it is read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LINES = st.lists(st.fixed_dictionaries({"fvu": st.floats(0, 1), "l0": st.integer
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=LINES, cuts=st.lists(st.integers(0, 400), max_size=6))
-def test_whole_lines_are_read_once_wherever_writing_pauses(
+def test_complete_lines_are_read_once_at_any_pause(
     tmp_path: Path, lines: list[dict[str, float]], cuts: list[int]
 ) -> None:
     numbered = [{"step": step, **line} for step, line in enumerate(lines)]
@@ -25,33 +25,33 @@ def test_whole_lines_are_read_once_wherever_writing_pauses(
     path = tmp_path / "metrics.jsonl"
     path.unlink(missing_ok=True)
     path.touch()
-    course, seen, written = MetricsLog(tmp_path), 0, 0
+    log, seen, written = MetricsLog(tmp_path), 0, 0
     for stop in [*sorted(cut for cut in cuts if cut < len(content)), len(content)]:
         with open(path, "ab") as file:
             file.write(content[written:stop])
         written = stop
-        seen += course.update()
-        assert course.lines == numbered[:seen]
+        seen += log.update()
+        assert log.lines == numbered[:seen]
         assert seen == content[:stop].count(b"\n")
-    assert course.lines == numbered
+    assert log.lines == numbered
 
 
-def test_a_file_that_was_cut_or_written_anew_is_read_again(tmp_path: Path) -> None:
+def test_truncated_or_replaced_file_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
-    course = MetricsLog(tmp_path)
-    course.update()
+    log = MetricsLog(tmp_path)
+    log.update()
     path.write_text('{"step": 1}\n')  # shorter, as after a resume from a checkpoint
-    course.update()
-    assert course.lines == [{"step": 1}]
+    log.update()
+    assert log.lines == [{"step": 1}]
     other = tmp_path / "new"
     other.write_text('{"step": 7}\nnonsense\n[1]\n{"step": 8}\n')
     other.replace(path)
-    course.update()
-    assert [line["step"] for line in course.lines] == [7, 8]
+    log.update()
+    assert [line["step"] for line in log.lines] == [7, 8]
 
 
-def test_what_is_not_there_yet_is_a_sentence(tmp_path: Path) -> None:
+def test_missing_metrics_raise_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no metrics.jsonl; name a run directory"):
         read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step"')
