@@ -111,12 +111,12 @@ def check_rule(rule: Any) -> None:
                 f"the rule has version {rule['version']!r} and this saebench knows {VERSION}; "
                 "install a newer saebench or explain again"
             )
-        sound = set(rule) == {"version", "any"} and all(
+        valid = set(rule) == {"version", "any"} and all(
             set(term) == {"all"} and term["all"] and all(map(_is_atom, term["all"])) for term in rule["any"]
         )
     except (KeyError, TypeError, AttributeError):
-        sound = False
-    if not sound:
+        valid = False
+    if not valid:
         raise UserError(
             f"{json.dumps(rule, default=str)[:200]} is not a rule; see saebench.explaining.grammar"
         )

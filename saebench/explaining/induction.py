@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saebench.explaining.grammar import CLASSES, OFFSETS, VERSION, Atom, Rule
-from saebench.explaining.token_index import Rows, Words
+from saebench.explaining.token_index import Rows, TokenIndex
 from saebench.store.folds import TRAIN
 
 Numbers = NDArray[Any]
@@ -73,7 +73,7 @@ class SoFar:
 class Induction:
     """Finds rules on one text; what all latents share is counted once."""
 
-    def __init__(self, words: Words) -> None:
+    def __init__(self, words: TokenIndex) -> None:
         self.words = words
         train = words.rows[TRAIN]
         self.base_V = {offset: words.counts(TRAIN, offset).astype(np.float64) for offset in OFFSETS}

@@ -14,7 +14,7 @@ from saebench.explaining.provider import Provider, Question, Reply
 from saebench.explaining.rules import LEAST_FIRINGS, blocks
 from saebench.explaining.sampling import Examples, Sampler, Window
 from saebench.explaining.scored_items import score_items
-from saebench.explaining.token_index import Words
+from saebench.explaining.token_index import TokenIndex
 from saebench.store.folds import TEST, TRAIN
 
 if TYPE_CHECKING:
@@ -27,14 +27,14 @@ class OutOfBudget(Exception):
     """The next questions could take more tokens than are left."""
 
 
-class Asked:
+class LlmExplainer:
     """Explains the features of one store by asking ``provider``."""
 
     def __init__(
         self, store: FeatureStore, provider: Provider, *, n: int, window: int, seed: int, budget: int | None
     ) -> None:
         self.store, self.provider, self.n, self.seed, self.budget = store, provider, n, seed, budget
-        self.words = Words(store)
+        self.words = TokenIndex(store)
         self.sampler = Sampler(self.words, n=n, window=window, seed=seed)
         self._prompt = prompting.version()
         self.version = f"{self._prompt} {provider.version}".strip()

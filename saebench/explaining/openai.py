@@ -34,7 +34,7 @@ NEEDS_A_KEY = ("api.openai.com",)
 LOGPROBS = {"logprobs": True, "top_logprobs": 20}
 
 
-class _Again(Exception):
+class _Retry(Exception):
     """A failure that may pass; ``wait`` seconds, if the server says how long."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
@@ -142,7 +142,7 @@ class OpenAICompatible:
                     self._logprobs = False
                     status, headers, text = await self._post(client, body)
                 return self._read(status, headers, text, yes_or_no)
-            except _Again as failure:
+            except _Retry as failure:
                 reason = str(failure)
                 if attempt < self._retries:
                     doubled = self._first_wait * 2**attempt * random.uniform(0.5, 1.5)
@@ -162,18 +162,18 @@ class OpenAICompatible:
                 async for part in response.aiter_bytes():
                     data += part
                     if len(data) > LARGEST_ANSWER:
-                        raise _Again(f"the answer is larger than {LARGEST_ANSWER >> 20} MiB")
+                        raise _Retry(f"the answer is larger than {LARGEST_ANSWER >> 20} MiB")
                 return response.status_code, response.headers, data.decode("utf-8", "replace")
         except httpx.ConnectError as error:
             if not self._answered:
                 raise UserError(
                     f"nothing answers at {self._url} ({type(error).__name__}); check --base-url"
                 ) from None
-            raise _Again("the server is gone") from None
+            raise _Retry("the server is gone") from None
         except (httpx.TimeoutException, TimeoutError):
-            raise _Again(f"no whole answer within {self._timeout:g} s") from None
+            raise _Retry(f"no whole answer within {self._timeout:g} s") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise _Again(f"the connection failed ({type(error).__name__})") from None
+            raise _Retry(f"the connection failed ({type(error).__name__})") from None
 
     def _read(self, status: int, headers: Any, text: str, yes_or_no: bool) -> Reply:
         if status in (401, 403):
@@ -183,7 +183,7 @@ class OpenAICompatible:
                 f"{self._url} knows no model {self.model!r} (status 404); check --model, --base-url"
             )
         if status in (408, 409, 429) or status >= 500:
-            raise _Again(f"the server answers with status {status}", _retry_after(headers))
+            raise _Retry(f"the server answers with status {status}", _retry_after(headers))
         if status != 200:
             return Reply("failed", reason=f"the server answers with status {status}")
         try:
@@ -197,12 +197,12 @@ class OpenAICompatible:
             if isinstance(usage, int) and 0 <= usage <= MOST_TOKENS:
                 tokens = usage
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-            raise _Again("the server's answer is not understood") from None
+            raise _Retry("the server's answer is not understood") from None
         self._answered = True
         if refused:
             return Reply("refused", reason="the server declines to answer", tokens=tokens)
         if not isinstance(content, str):
-            raise _Again("the server's answer is not understood")
+            raise _Retry("the server's answer is not understood")
         content = content.encode("utf-8", "replace").decode()  # half a character cannot be written
         return Reply("ok", content, chance_of_yes(choice) if yes_or_no else None, tokens=tokens)
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from saebench.explaining.grammar import VERSION, Rule, describe
 from saebench.explaining.induction import Induction
-from saebench.explaining.scoring import Judge, RuleScore
-from saebench.explaining.token_index import Rows, Words
+from saebench.explaining.scoring import RuleScore, RuleScorer
+from saebench.explaining.token_index import Rows, TokenIndex
 from saebench.store.folds import TEST, TRAIN
 
 if TYPE_CHECKING:
@@ -25,14 +25,14 @@ BLOCK = 4_000_000
 """Activations read at once."""
 
 
-class Rules:
+class RuleExplainer:
     """Explains the features of one store; records are what the journal keeps (tables.py)."""
 
     def __init__(self, store: FeatureStore, seed: int) -> None:
         self.store, self.version = store, PROMPT
-        self.words = Words(store)
+        self.words = TokenIndex(store)
         self.induction = Induction(self.words)
-        self.judge = Judge(self.words, seed)
+        self.judge = RuleScorer(self.words, seed)
 
     def explain(self, features: Sequence[int]) -> Iterator[dict[str, Any]]:
         """A record for each of ``features``, in order: explanation, scores of the rule and of one token."""

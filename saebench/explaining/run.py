@@ -127,12 +127,12 @@ def make_explainer(store: FeatureStore, config: ExplainConfig) -> Explainer:
         UserError: see explain.
     """
     if config.provider == "rules":
-        from saebench.explaining.rules import Rules
+        from saebench.explaining.rules import RuleExplainer
 
-        return Rules(store, config.seed)
-    from saebench.explaining.llm import Asked
+        return RuleExplainer(store, config.seed)
+    from saebench.explaining.llm import LlmExplainer
 
-    return Asked(
+    return LlmExplainer(
         store, make_provider(config), n=config.examples, window=config.window, seed=config.seed,
         budget=config.budget,
     )  # fmt: skip

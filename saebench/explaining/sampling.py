@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saebench.core.hashing import hash_random
-from saebench.explaining.token_index import Rows, Words
+from saebench.explaining.token_index import Rows, TokenIndex
 from saebench.store.folds import TEST, TRAIN
 
 BEFORE = 2 / 3
@@ -45,7 +45,7 @@ class Examples:
 class Sampler:
     """Draws examples; the same seed draws the same ones, whatever else is drawn."""
 
-    def __init__(self, words: Words, *, n: int, window: int, seed: int) -> None:
+    def __init__(self, words: TokenIndex, *, n: int, window: int, seed: int) -> None:
         self.words, self.n, self.window, self.seed = words, n, window, seed
         new_N = np.ones(words.n_rows, dtype=bool)
         new_N[1:] = (np.diff(words.ctx_N) != 0) | (np.diff(words.doc_N) != 0) | (np.diff(words.pos_N) != 1)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saebench.explaining.token_index import Rows, Words
+from saebench.explaining.token_index import Rows, TokenIndex
 from saebench.store.folds import TEST
 
 RESAMPLINGS = 400
@@ -38,10 +38,10 @@ class RuleScore:
         return asdict(self)
 
 
-class Judge:
+class RuleScorer:
     """Scores rules on the test fold of one text."""
 
-    def __init__(self, words: Words, seed: int) -> None:
+    def __init__(self, words: TokenIndex, seed: int) -> None:
         self.words = words
         docs = np.unique(words.doc_N[words.rows[TEST]])
         self.n_groups = max(1, min(len(docs), MOST_GROUPS))

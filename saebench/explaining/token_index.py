@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Rows = NDArray[np.int64]
 
 
-class Words:
+class TokenIndex:
     """The rows of a store's text.
 
     Attributes:
@@ -145,16 +145,6 @@ class Words:
             return self.repeated_N[row_R]
         there_R = self.token_N[atom["at"]][row_R]
         return self.tokens_of(atom)[there_R]
-
-    def holds_rule(self, rule: Rule, row_R: Rows) -> NDArray[np.bool_]:
-        """[R]: whether the rule holds at each row."""
-        found_R = np.zeros(len(row_R), dtype=bool)
-        for term in rule["any"]:
-            left = np.flatnonzero(~found_R)
-            for atom in term["all"]:
-                left = left[self.holds(atom, row_R[left])]
-            found_R[left] = True
-        return found_R
 
     def rows_where(self, rule: Rule, fold: int) -> Rows:
         """All rows of a fold at which the rule holds, ascending."""

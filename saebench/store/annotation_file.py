@@ -201,7 +201,7 @@ def newer(table: str) -> str:
     return f"{replacing(table)} WHERE {new} > {own}"
 
 
-def sound(table: str, row: Mapping[str, Any], what: str | None = None) -> dict[str, Any]:
+def checked_row(table: str, row: Mapping[str, Any], what: str | None = None) -> dict[str, Any]:
     """``row`` with exactly the columns of ``table``, each of its kind and within its limit."""
     place = f" in {what}" if what else ""
     if set(row) != set(TABLES[table]):
@@ -248,7 +248,7 @@ def checked(content: Any, what: str) -> dict[str, list[dict[str, Any]]]:
         entries = content.get(table, [])
         if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
             raise UserError(f"{table!r} in {what} is not a list of entries; make the export again")
-        rows[table] = [sound(table, entry, what) for entry in entries]
+        rows[table] = [checked_row(table, entry, what) for entry in entries]
         for entry in rows[table]:
             _check_time(entry["time"], what)
     return rows

@@ -23,12 +23,12 @@ from saebench.store.annotation_file import (
     TABLES,
     AnnotationFile,
     checked,
+    checked_row,
     insert,
     newer,
     now,
     replacing,
     select,
-    sound,
     where,
 )
 
@@ -142,7 +142,7 @@ class Annotations:
             condition, values = where({"sae": self.sae_hash, "name": name})
             connection.execute(f"DELETE FROM list_entries WHERE {condition}", values)
             for row in rows:
-                entry = sound("list_entries", dict(zip(columns, row, strict=True)) | {"name": new})
+                entry = checked_row("list_entries", dict(zip(columns, row, strict=True)) | {"name": new})
                 insert(connection, "list_entries", entry, "DO NOTHING")
 
     def remove_list(self, name: str) -> None:
@@ -211,7 +211,7 @@ class Annotations:
         """Add what ``export_json`` wrote, of all SAEs; the number of entries that were new or newer.
 
         Of two labels of a feature, or two views of a name, the newer one stays. Importing twice changes
-        nothing more. Nothing is taken over unless all of it is sound.
+        nothing more. Nothing is taken over unless all of it is valid.
 
         Raises:
             UserError: it is not such a file, or an entry breaks a limit.
@@ -240,7 +240,7 @@ class Annotations:
     def _row(self, table: str, **values: Any) -> dict[str, Any]:
         author = values.pop("author", None)
         given = {"author": self.author if author is None else author, "time": now(), **values}
-        return sound(table, {"sae": self.sae_hash, **given})
+        return checked_row(table, {"sae": self.sae_hash, **given})
 
     def _put(self, table: str, **values: Any) -> None:
         row = self._row(table, **values)

@@ -143,17 +143,6 @@ def check_fit(sae: SAE, cache: ActivationCache, hook: str) -> None:
         )
 
 
-def build_store(
-    out: Path, sae: SAE, cache: ActivationCache, options: Options, *, W_U_DV: Tensor | None = None,
-    no_logits: str = "", evaluation: dict[str, Any] | None = None, metrics: Path | None = None,
-) -> publish.Manifest:  # fmt: skip
-    """Write one SAE into the store ``out`` and publish it as the next generation; see Job."""
-    job = Job(
-        sae=sae, options=options, W_U_DV=W_U_DV, no_logits=no_logits, evaluation=evaluation, metrics=metrics
-    )
-    return build_all(out, [job], cache)
-
-
 def build_all(out: Path, jobs: Sequence[Job], cache: ActivationCache) -> publish.Manifest:
     """Write SAEs into the store ``out``, in one pass over the cache, and publish them as one generation."""
     corpus = Corpus(cache)

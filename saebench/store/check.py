@@ -1,4 +1,4 @@
-"""Prove that a store is sound: its files are those that were published, its tables agree with each other."""
+"""Checking a store: its files are those that were published, and its tables agree with each other."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def check_store(
         UserError: there is no store, its manifest is damaged, or its format is newer; the run, cache or
             model is not the one that the store was made with.
     """
-    witness, rows = load_references(run, cache, model)
+    reference, rows = load_references(run, cache, model)
     path = Path(path)
     manifest = publish.read_manifest(path)
     findings = [] if manifest.saes else [Finding(publish.MANIFEST, "the store has no SAE")]
@@ -85,8 +85,8 @@ def check_store(
             elif not damaged & {sae.file.path, text.path if text else ""}:
                 extras = {name: file for name, file in extras_of(sae).items() if file.path not in damaged}
                 findings += _check_tables(path, sae, text, extras, bar)
-    if witness is not None:
-        findings += _check_references(path, manifest, damaged, witness, rows, model, run)
+    if reference is not None:
+        findings += _check_references(path, manifest, damaged, reference, rows, model, run)
     return findings
 
 

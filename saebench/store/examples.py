@@ -1,4 +1,4 @@
-"""Which firings of a latent are shown, and which places where it stays silent.
+"""Choosing the stored examples of each latent: firings, and windows in which it does not fire.
 
 Shapes: S activations of a group of latents, G segments (a latent in one context), E examples, L latents that
 fire, K parts of their firings.
@@ -21,17 +21,16 @@ from saebench.store.windows import Windows
 
 
 def per_decile(n: int) -> int:
-    """Examples of each tenth of the firings, where ``n`` are kept of the other groups."""
+    """Examples stored per decile, when the other groups have ``n``."""
     return -(-n // 5)
 
 
 def examples(acts: Activations, corpus: Corpus, *, n: int, window: int, seed: int) -> dict[str, Any]:
-    """Rows of the example table for a group of latents, ``n`` at most in each group of examples.
+    """Rows of the example table for a group of latents, at most ``n`` in each group.
 
-    Top: the largest activation of each of the ``n`` contexts in which the latent fires hardest; equal ones
-    in the order of rows. Random: ``n`` firings, uniform without replacement. Tenths: see ``deciles``.
-    Negatives: see negatives.py; without text there are no near misses. All choices depend on seed, latent
-    and row alone.
+    Top: the largest activation of each of the ``n`` contexts with the largest activations; ties are broken
+    by row. Random: ``n`` firings, uniform without replacement. Deciles: see ``deciles``. Negatives: see
+    negatives.py; without text there are no near misses. All choices depend on seed, latent and row only.
     """
     top_E, random_E = top(acts, corpus, n), random(acts, n, seed)
     decile_E, at_E, size_E = deciles(acts, per_decile(n), seed)

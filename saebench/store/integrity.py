@@ -1,9 +1,9 @@
-"""What must hold in a healthy store, as queries that return whatever breaks it.
+"""Integrity rules of a store: queries that return what breaks them.
 
-Each query gives the offending features (or contexts, tokens) in its first column, and no row when all is
-well. ``$name`` are parameters taken from the meta table; ``{some}`` picks the features whose tables are
-recounted from raw activations: all of them in a store of ordinary size, a fixed sample in a very large one.
-``{few}`` picks fewer, for what takes the square of the work.
+The first column of each query has the features (or contexts, tokens) that break the rule; an intact store
+gives no rows. ``$name`` are parameters from the meta table. ``{some}`` selects the features whose tables are
+computed again from the activations: all of them, or a fixed sample in a very large store. ``{few}`` selects
+fewer, for rules whose work grows with the square of their number.
 """
 
 from __future__ import annotations
@@ -143,22 +143,22 @@ SAE_RULES = (
           "SELECT feature FROM sae.feature LEFT JOIN (SELECT feature, count(*) AS n, count(DISTINCT "
           f"(ctx, pos)) AS m FROM sae.example WHERE grp = {GROUP_RANDOM} GROUP BY feature) USING "
           "(feature) WHERE coalesce(n, 0) <> least(n_act, $examples) OR n <> m"),
-    _rule("feature example", "there are too few or too many examples of the tenths, or one is there twice",
+    _rule("feature example", "a decile has too few or too many examples, or one of them twice",
           "SELECT feature FROM (SELECT feature, d, (n_act * d + 9) // 10 - (n_act * (d - 1) + 9) // 10 AS "
           f"there FROM sae.feature, range({DECILES[0]}, {DECILES[-1] + 1}) t(d)) LEFT JOIN (SELECT feature, "
           "grp AS d, count(*) AS n, count(DISTINCT (ctx, pos)) AS m FROM sae.example GROUP BY ALL) USING "
           "(feature, d) WHERE coalesce(n, 0) <> least(there, ($examples + 4) // 5) OR n <> m"),
-    _rule("act example", "an example is in a tenth that its activation does not belong to",
+    _rule("act example", "an example is in a decile that its activation does not belong to",
           "SELECT feature FROM sae.example JOIN (SELECT feature, ctx, pos, rank() OVER (PARTITION BY feature "
           "ORDER BY value) - 1 AS low, count(*) OVER (PARTITION BY feature, value) AS same, count(*) OVER "
           f"(PARTITION BY feature) AS n FROM sae.act WHERE {{some}}) USING (feature, ctx, pos) WHERE "
           f"{_DECILES} AND NOT grp BETWEEN low * 10 // n + 1 AND (low + same - 1) * 10 // n + 1"),
     _rule("feature example", "the weights of examples do not add up to the firings",
-          f"SELECT feature FROM sae.feature JOIN (SELECT feature, {_DECILES} AS tenths, sum(weight) AS total "
+          f"SELECT feature FROM sae.feature JOIN (SELECT feature, {_DECILES} AS d, sum(weight) AS total "
           f"FROM sae.example WHERE {_DECILES} OR grp = {GROUP_RANDOM} GROUP BY ALL) USING (feature) WHERE "
           "NOT coalesce(abs(total - n_act) <= 1e-6 * n_act, false) UNION ALL SELECT feature FROM sae.example "
           f"WHERE (weight IS NULL) = ({_DECILES} OR grp = {GROUP_RANDOM})"),
-    _rule("example", "a silent example has activations, is there twice, or there are too many",
+    _rule("example", "an example without firings has activations, is listed twice, or there are too many",
           f"SELECT feature FROM sae.example WHERE {_SILENT} GROUP BY feature, grp HAVING count(*) > "
           "$examples OR count(*) <> count(DISTINCT (ctx, pos)) OR max(coalesce(list_max(list_transform(acts, "
           "lambda a: abs(a))), 0)) > 0"),

@@ -1,9 +1,9 @@
-"""The tables of a feature store, format 2: one place that says what each column is.
+"""The tables of a feature store, format 2: names, types and descriptions of all columns.
 
-Three kinds of DuckDB files. An *SAE file* holds what one SAE does on one text; a *text file* holds the
-contexts and tokens, and is shared by all SAEs indexed over that text; an *extra* holds what was derived
-from an SAE file after indexing, and comes and goes by itself. Identifiers in SQL come from here and nowhere
-else.
+There are three kinds of DuckDB files. An *SAE file* holds what one SAE does on one text; a *text file* holds
+the contexts and tokens, and is shared by all SAEs indexed over that text; an *extra* holds what was derived
+from an SAE file after indexing, and is added, replaced and removed separately. Identifiers in SQL come from
+this module only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from saebench.core.errors import UserError
 FORMAT_VERSION = 2
 
 DENSE_ABOVE = 0.1
-"""A latent that fires on more than this share of the tokens is called dense; one that never fires is dead."""
+"""A latent that fires on more than this share of the tokens is dense; one that never fires is dead."""
 
 HIST_BINS = 40
 POSITION_BUCKETS = 16
@@ -28,7 +28,7 @@ LOGITS_PER_SIGN = 10
 NEIGHBORS_PER_FEATURE = 16
 
 QUANTILE_GRID = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 0.9999, 1)
-"""The quantiles that are kept of each latent: finer where the large activations are."""
+"""The quantiles stored for each latent; closer together at large activations."""
 
 GROUP_TOP, GROUP_RANDOM, GROUP_NEAR_MISS, GROUP_NEGATIVE = 0, 20, 30, 31
 DECILES = range(1, 11)
@@ -95,17 +95,17 @@ FEATURE = _table(
     ("top_token", "VARCHAR", "text of the token on which it fires most often"),
     ("top_token_share", "FLOAT", "share of its firings that fall on top_token"),
     ("top_token_p_fire", "FLOAT", "share of top_token's occurrences on which it fires"),
-    ("entropy_tok", "FLOAT", "entropy in bits of the token it fires on; 0 is one token only"),
+    ("entropy_tok", "FLOAT", "entropy in bits of the token it fires on; 0 when it fires on one token only"),
     ("mean_pos", "FLOAT", "mean position in the context of its firings"),
-    ("first_pos_share", "FLOAT", "share of its firings on the first token that the cache keeps of a context"),
+    ("first_pos_share", "FLOAT", "share of its firings on the first token of a context that the cache keeps"),
     ("logit_top", "VARCHAR", "text of the token whose logit it raises most"),
-    ("logit_max", "FLOAT", "by how much it raises that logit for one unit of activation"),
-    ("logit_kurtosis", "FLOAT", "excess kurtosis of its effects on all logits; high when few stand out"),
+    ("logit_max", "FLOAT", "change of that logit per unit of activation"),
+    ("logit_kurtosis", "FLOAT", "excess kurtosis of its effects on all logits; high if it affects few"),
     ("enc_norm", "FLOAT", "norm of its encoder direction"),
     ("b_enc", "FLOAT", "its encoder bias"),
     ("dec_norm", "FLOAT", "norm of its decoder row"),
     ("enc_dec_cos", "FLOAT", "cosine of its encoder and decoder directions"),
-    ("dec_max_cos", "FLOAT", "cosine with the nearest other decoder row"),
+    ("dec_max_cos", "FLOAT", "cosine with the nearest decoder row of another latent"),
     ("dec_nn", "UINTEGER", "the latent with that nearest decoder row"),
     ("dead", "BOOLEAN", "fires on no token"),
     ("dense", "BOOLEAN", f"fires on more than {DENSE_ABOVE:.0%} of the tokens"),
@@ -143,27 +143,27 @@ POSITION = _table(
 EXAMPLE = _table(
     "example", "sae", "feature grp rank",
     ("feature", "UINTEGER", "latent"),
-    ("grp", "UTINYINT", "0: the largest of each context where it fires hardest; 1 to 10: from each tenth of "
-     "its firings, by rising activation; 20: random firings; 30: windows where it stays silent around a "
-     "token it fires on elsewhere; 31: random windows where it stays silent"),
-    ("rank", "UINTEGER", "place in its group"),
+    ("grp", "UTINYINT", "0: the largest activation of each of the contexts with the largest activations; "
+     "1 to 10: firings from each decile of its activations, 1 the smallest; 20: random firings; 30: windows "
+     "without firings around a token that it fires on elsewhere; 31: random windows without firings"),
+    ("rank", "UINTEGER", "rank in its group"),
     ("ctx", "UINTEGER", "context"),
     ("pos", "UINTEGER", "position"),
     ("value", "FLOAT", "activation there; 0 in groups 30 and 31"),
     ("doc", "UINTEGER", "document"),
     ("fold", "UTINYINT", "fold of the document: 0 to explain with, 1 to score on"),
-    ("weight", "DOUBLE", "firings that it stands for, so that a group's sum is n_act (the tenths' together); "
-     "NULL in groups that are no sample of the firings"),
+    ("weight", "DOUBLE", "number of firings that it represents: the weights of group 20 add up to n_act, "
+     "and so do those of the deciles together; NULL in groups that are not samples of the firings"),
     ("start", "UINTEGER", "position of the window's first token"),
     ("tokens", "UINTEGER[]", "token ids of the window"),
-    ("acts", "FLOAT[]", "activation at each token of the window; 0 also where the cache keeps no row"),
+    ("acts", "FLOAT[]", "activation at each token of the window; 0 also where the cache has no row"),
 )  # fmt: skip
 
 FEATURE_TOKEN = _table(
     "feature_token", "sae", "feature role rank",
     ("feature", "UINTEGER", "latent"),
     ("role", "TINYINT", "0: the token it fires on; -1: the one before it; 1: the one after it"),
-    ("rank", "UINTEGER", "place, by falling n"),
+    ("rank", "UINTEGER", "rank by n, largest first"),
     ("token", "UINTEGER", "token id"),
     ("n", "BIGINT", "times it fires with the token in that role"),
     ("p_token_given_fire", "DOUBLE", "n / n_act"),
@@ -174,7 +174,7 @@ FEATURE_TOKEN = _table(
 TOKEN_FEATURE = _table(
     "token_feature", "sae", "token rank",
     ("token", "UINTEGER", "token id"),
-    ("rank", "UINTEGER", "place, by falling n * log(lift): it fires on the token often, and on others less"),
+    ("rank", "UINTEGER", "rank by n * log(lift), largest first: often on this token, and less on others"),
     ("feature", "UINTEGER", "latent"),
     ("n", "BIGINT", "times it fires on the token"),
     ("p_token_given_fire", "DOUBLE", "n / n_act"),
@@ -185,7 +185,7 @@ TOKEN_FEATURE = _table(
 FEATURE_LABEL = _table(
     "feature_label", "sae", "feature rank",
     ("feature", "UINTEGER", "latent"),
-    ("rank", "UINTEGER", "place, by falling n"),
+    ("rank", "UINTEGER", "rank by n, largest first"),
     ("label", "VARCHAR", "label of documents"),
     ("n", "BIGINT", "times it fires in documents with the label"),
     ("p_label_given_fire", "DOUBLE", "n / n_act"),
@@ -196,20 +196,20 @@ LOGIT = _table(
     "logit", "sae", "feature sign rank",
     ("feature", "UINTEGER", "latent"),
     ("sign", "TINYINT", "+1 promoted, -1 suppressed"),
-    ("rank", "UINTEGER", "place, strongest first"),
+    ("rank", "UINTEGER", "rank, largest effect first"),
     ("token", "UINTEGER", "token id"),
-    ("value", "FLOAT", "its logit's change for one unit of activation, before the final norm's scale"),
+    ("value", "FLOAT", "change of its logit per unit of activation, before the scale of the final norm"),
 )  # fmt: skip
 
 NEIGHBOR = _table(
     "neighbor", "sae", "kind feature rank",
     ("feature", "UINTEGER", "latent"),
     ("kind", "UTINYINT", "0: decoder rows, 1: encoder directions, 2: firing together, 3: correlation"),
-    ("rank", "UINTEGER", "place, nearest first"),
+    ("rank", "UINTEGER", "rank, nearest first"),
     ("other", "UINTEGER", "the other latent"),
     ("score", "FLOAT", "cosine (kinds 0, 1); tokens on which both fire / either fires (2); correlation of "
      "the activations over tokens (3)"),
-    ("n_both", "UINTEGER", "tokens, of the pair_tokens looked at, on which both fire (kinds 2 and 3)"),
+    ("n_both", "UINTEGER", "tokens on which both fire, among the pair_tokens compared (kinds 2 and 3)"),
 )  # fmt: skip
 
 ACT_BY_CTX = _table(
@@ -238,24 +238,24 @@ TEXT_META = Table("meta", "text", ("key",), SAE_META.columns)
 TOKEN = _table(
     "token", "text", "token",
     ("token", "UINTEGER", "token id"),
-    ("bytes", "BLOB", "its exact bytes, which need not be whole characters"),
-    ("text", "VARCHAR", "its bytes as text; bytes that are no whole character as \\x.."),
+    ("bytes", "BLOB", "its exact bytes, which may be part of a character"),
+    ("text", "VARCHAR", "its bytes as text; bytes that are not a whole character as \\x.."),
     ("n", "BIGINT", "rows of the cache with this token"),
 )  # fmt: skip
 
 CONTEXT = _table(
     "context", "text", "ctx",
     ("ctx", "UINTEGER", "context"),
-    ("n_tokens", "UINTEGER", "tokens in it, padding left out"),
+    ("n_tokens", "UINTEGER", "tokens in it, without padding"),
     ("tokens", "UINTEGER[]", "token ids"),
     ("docs", "UINTEGER[]", "document of each token"),
-    ("kept", "BOOLEAN[]", "whether the cache keeps a row of the token"),
+    ("kept", "BOOLEAN[]", "whether the cache has a row for the token"),
 )  # fmt: skip
 
 DOCUMENT = _table(
     "document", "text", "doc",
     ("doc", "UINTEGER", "document"),
-    ("label", "VARCHAR", "what the text calls it, if anything"),
+    ("label", "VARCHAR", "its label in the text, or NULL"),
 )  # fmt: skip
 
 SAE_TABLES = {
@@ -266,17 +266,6 @@ SAE_TABLES = {
     )
 }  # fmt: skip
 TEXT_TABLES = {table.name: table for table in (TEXT_META, TOKEN, CONTEXT, DOCUMENT)}
-
-
-def require_column(table: Table, name: str) -> str:
-    """``name`` if it is a column of ``table``.
-
-    Raises:
-        UserError: it is not; the nearest names are offered.
-    """
-    if name in table.names:
-        return name
-    raise UserError(f"{name!r} is not a column of the {table.name} table; {nearest(name, table.names)}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -297,21 +286,21 @@ def one_of(known: Mapping[str, int], name: str, what: str) -> int:
     return known[name]
 
 
-# Extras: files beside the SAE file, one a name, each attached under its name (extras.py)
+# Extras: files beside the SAE file, one per name, each attached under its name (extras.py)
 
 EXPLANATION = _table(
     "explanation", "explanations", "feature provider model",
     ("feature", "UINTEGER", "latent"),
-    ("provider", "VARCHAR", "who explained: rules, hf, openai"),
-    ("model", "VARCHAR", "the language model asked; empty for rules"),
+    ("provider", "VARCHAR", "what made it: rules, hf or openai"),
+    ("model", "VARCHAR", "the language model; empty for rules"),
     ("prompt", "VARCHAR", "version of the prompts, or of the grammar of rules"),
     ("text", "VARCHAR", "the explanation; NULL unless status is ok"),
-    ("rule", "VARCHAR", "the same as JSON that can be evaluated (explaining/grammar.py)"),
-    ("status", "VARCHAR", "ok, few (it fires too seldom to tell), failed, refused or unparsed"),
-    ("reason", "VARCHAR", "why there is none, one sentence"),
+    ("rule", "VARCHAR", "the same rule as JSON, which can be evaluated (explaining/grammar.py)"),
+    ("status", "VARCHAR", "ok, few (too few firings to explain), failed, refused or unparsed"),
+    ("reason", "VARCHAR", "why there is no explanation, one sentence"),
     ("n_train", "BIGINT", "firings in the documents from which explanations are made"),
     ("n_test", "BIGINT", "firings in the documents on which they are scored"),
-    ("tokens", "BIGINT", "tokens sent to and taken from the language model for it"),
+    ("tokens", "BIGINT", "tokens of prompts and answers of the language model for it"),
 )  # fmt: skip
 
 EXPL_SCORE = _table(
@@ -330,7 +319,7 @@ EXPL_SCORE = _table(
     ("fp", "BIGINT", "false positives"),
     ("fn", "BIGINT", "false negatives"),
     ("tn", "BIGINT", "true negatives"),
-    ("n_failed", "BIGINT", "questions that were not answered; they are in none of the counts"),
+    ("n_failed", "BIGINT", "questions without an answer, which the counts leave out"),
     ("rule", "VARCHAR", "the rule that was scored, JSON"),
 )  # fmt: skip
 
@@ -347,7 +336,7 @@ EXPL_ITEM = _table(
     ("n_shown", "UINTEGER", "tokens shown"),
     ("marked", "UINTEGER[]", "positions that were marked in it"),
     ("truth", "BOOLEAN", "whether it fires there (detection), or at what was marked (fuzzing)"),
-    ("verdict", "BOOLEAN", "what the model said; NULL when there is no answer"),
+    ("verdict", "BOOLEAN", "the model's answer; NULL when there is none"),
     ("probability", "DOUBLE", "the model's probability of yes, where it gives one"),
     ("status", "VARCHAR", "ok, failed, refused or unparsed"),
 )  # fmt: skip
@@ -362,11 +351,11 @@ EXPLAINED = _table(
 EFFECT = _table(
     "effect", "effects", "feature",
     ("feature", "UINTEGER", "latent; those that fire in no context of the sample have no row"),
-    ("loss_effect", "DOUBLE", "mean change of the model's loss on sampled contexts without it, nats a token"),
-    ("kl", "DOUBLE", "mean KL divergence of the predictions without it from those with it, nats a token"),
-    ("loss_effect_n", "BIGINT", "contexts that it was taken out of; without any, loss_effect is unknown"),
+    ("loss_effect", "DOUBLE", "mean change of the model's loss when it is ablated; nats per token"),
+    ("kl", "DOUBLE", "mean KL divergence of the predictions without it from those with it; nats per token"),
+    ("loss_effect_n", "BIGINT", "contexts in which it was ablated; with none, loss_effect is NULL"),
     ("loss_estimate", "DOUBLE", "loss_effect to first order, by gradient x activation"),
-    ("loss_estimate_n", "BIGINT", "contexts that the estimate is over"),
+    ("loss_estimate_n", "BIGINT", "contexts that the estimate is a mean over"),
 )  # fmt: skip
 
 EXTRA_TABLES: dict[str, dict[str, Table]] = {
@@ -376,18 +365,18 @@ EXTRA_TABLES: dict[str, dict[str, Table]] = {
 """Name of an extra -> its tables. Each also has a meta table, which says what it was derived from."""
 
 FEATURE_EXTRAS = {"explanations": EXPLAINED, "effects": EFFECT}
-"""Extra -> its table with at most one row a feature; the columns of it go with the feature table."""
+"""Extra -> its table with at most one row per feature; its columns are joined to the feature table."""
 
 
 def extra_of(column: str) -> str | None:
-    """The extra that a column beside the feature table comes from; None for the feature table's own."""
+    """The extra that a column comes from; None for columns of the feature table itself."""
     if column in FEATURE.names:
         return None
     return next((name for name, table in FEATURE_EXTRAS.items() if column in table.names), None)
 
 
 def feature_column(name: str) -> Column:
-    """The column ``name`` of the feature table, or of an extra that goes with it.
+    """The column ``name`` of the feature table, or of an extra that is joined to it.
 
     Raises:
         UserError: there is none; the nearest names are offered.

@@ -1,4 +1,4 @@
-"""What the activations of each latent look like: counts, moments, quantiles, histograms, positions.
+"""Statistics of the activations of each latent: counts, moments, quantiles, histograms, positions.
 
 Shapes: S activations of a group of M latents (runs.Activations), L of them alive.
 """

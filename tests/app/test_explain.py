@@ -8,10 +8,9 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 import saebench
-from saebench.store.build import build_store
 from saebench.store.query import open_store
 from tests.app.conftest import column, finish, shown
-from tests.store.small_store import SmallCache, small_options, small_sae
+from tests.store.small_store import SmallCache, build_store, small_options, small_sae
 
 Visit = Callable[..., AppTest]
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from saebench.store.build import build_store
-from tests.store.small_store import SmallCache, build_small_store, small_options, small_sae
+from tests.store.small_store import SmallCache, build_small_store, build_store, small_options, small_sae
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,9 @@ from saebench.core.errors import UserError
 from saebench.explaining.finished import WORK
 from saebench.explaining.grammar import apply_rule
 from saebench.explaining.induction import Induction
-from saebench.explaining.rules import LEAST_FIRINGS, Rules
-from saebench.explaining.scoring import Judge
-from saebench.explaining.token_index import Words
+from saebench.explaining.rules import LEAST_FIRINGS, RuleExplainer
+from saebench.explaining.scoring import RuleScorer
+from saebench.explaining.token_index import TokenIndex
 from saebench.store import check_store, open_store
 from saebench.store.folds import TEST, TRAIN, fold_of
 from tests.explaining.test_grammar import rules
@@ -27,7 +27,7 @@ from tests.store.small_store import VOCAB, build_small_store
 @pytest.fixture(scope="module")
 def wide_words(wide_store):
     with open_store(wide_store) as store:
-        return Words(store)
+        return TokenIndex(store)
 
 
 def test_stored_scores_are_those_of_counting_token_by_token(own_store):
@@ -63,7 +63,7 @@ def plantable(term: dict) -> bool:
     return len(set(places)) == len(places) and all(low is None or high is None for low, high in bounds)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(rules)
 def test_a_planted_rule_is_found(wide_words, rule):
     """Whatever short rule says where a latent fires, one as good is found from the training fold alone."""
@@ -72,7 +72,7 @@ def test_a_planted_rule_is_found(wide_words, rule):
     assume(n_rows / 200 < len(train) < n_rows / 3 and len(test) >= 20)
     assume(len(rule["any"]) == 1 and plantable(rule["any"][0]))
     found = Induction(wide_words).rule(train)
-    assert Judge(wide_words, 0).score(wide_words.rows_where(found, TEST), test).value > 0.75
+    assert RuleScorer(wide_words, 0).score(wide_words.rows_where(found, TEST), test).value > 0.75
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_simple_rule_is_found_as_it_is(wide_words, term):
 
 
 def test_an_interval_holds_the_value_and_narrows_to_it(wide_words):
-    judge = Judge(wide_words, 0)
+    judge = RuleScorer(wide_words, 0)
     fires = wide_words.rows[TEST][::7]
     perfect = judge.score(fires, fires)
     assert (perfect.value, perfect.ci_lo, perfect.ci_hi) == (1, 1, 1)
@@ -132,7 +132,7 @@ def test_explaining_goes_on_where_it_was_interrupted(own_store, two_saes, tmp_pa
     with sb.explain(own_store, sae="other", quiet=True) as store:
         whole = {table: store.arrow(f"FROM explanations.{table}") for table in ("explanation", "expl_score")}
     store = shutil.copytree(two_saes, tmp_path / "second")
-    real, explained = Rules._explain, []
+    real, explained = RuleExplainer._explain, []
 
     def interrupted(self, feature, rows):
         explained.append(feature)
@@ -140,7 +140,7 @@ def test_explaining_goes_on_where_it_was_interrupted(own_store, two_saes, tmp_pa
             raise KeyboardInterrupt
         return real(self, feature, rows)
 
-    monkeypatch.setattr(Rules, "_explain", interrupted)
+    monkeypatch.setattr(RuleExplainer, "_explain", interrupted)
     generation = open_store(store).generation
     with pytest.raises(KeyboardInterrupt):
         sb.explain(store, sae="other", quiet=True)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from saebench.explaining.prompting import marked, one_line
 from saebench.explaining.sampling import Sampler
-from saebench.explaining.token_index import Words
+from saebench.explaining.token_index import TokenIndex
 from saebench.store import open_store
 from saebench.store.folds import TEST, TRAIN, fold_of
 from tests.store.small_store import VOCAB
@@ -18,7 +18,7 @@ from tests.store.small_store import VOCAB
 def world(wide_store):
     """``(words, firings of every feature, contexts, activations at each place of every feature)``."""
     with open_store(wide_store) as store:
-        words = Words(store)
+        words = TokenIndex(store)
         contexts = [store.context(ctx) for ctx in range(store.info()["n_contexts"])]
         places = [
             {(row.ctx, row.pos) for row in store.activations(feature).itertuples()} for feature in range(22)
@@ -26,7 +26,7 @@ def world(wide_store):
         return words, words.firings(store, 0, 22), contexts, places
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(feature=st.integers(0, 21), n=st.integers(1, 12), window=st.integers(4, 40), seed=st.integers(0, 9))
 def test_shown_and_asked_never_overlap(world, feature, n, window, seed):
     words, firings, contexts, places = world

@@ -7,12 +7,15 @@ one fires on most tokens (0), 10 contexts of up to 24 tokens, 4 documents.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from saebench.saes.base import SAE
 from saebench.saes.topk import TopKSAE
-from saebench.store.build import Options, build_store
+from saebench.store import publish
+from saebench.store.build import Job, Options, build_all
 
 D_IN, D_SAE, K, CTX_LEN, N_CONTEXTS = 12, 24, 4, 24, 10
 HOOK = "blocks.0.hook_resid_post"
@@ -99,6 +102,11 @@ def small_unembedding(seed: int = 0) -> torch.Tensor:
 def small_options(**changes: object) -> Options:
     settings = {"name": "small", "hook": HOOK, "examples": 5, "window": 12, "batch_size": 13, "quiet": True}
     return Options(**settings | changes)
+
+
+def build_store(out: Path, sae: SAE, cache: Any, options: Options, **others: Any) -> publish.Manifest:
+    """Write one SAE into the store ``out`` and publish it; ``others`` are further arguments of Job."""
+    return build_all(out, [Job(sae=sae, options=options, **others)], cache)
 
 
 def build_small_store(

@@ -13,7 +13,7 @@ from saebench.core.errors import UserError
 from saebench.core.files import directory_lock
 from saebench.store import build as build_module
 from saebench.store import index, open_store, publish, schema, tables
-from saebench.store.build import build_store, check_fit, forecast
+from saebench.store.build import check_fit, forecast
 from saebench.store.check import check_store
 from saebench.store.corpus import Corpus
 from saebench.store.settings import IndexConfig
@@ -24,6 +24,7 @@ from tests.store.small_store import (
     VOCAB,
     SmallCache,
     build_small_store,
+    build_store,
     small_options,
     small_sae,
     small_unembedding,

@@ -1,4 +1,4 @@
-"""Corruptions are planted in a sound store; the check finds each of them."""
+"""Corruptions are planted in an intact store; the check finds each of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from saebench.store import check_store, open_store, publish, recompute, store_in
 from tests.store.small_store import HOOK, SmallCache, build_small_store, small_sae, small_unembedding
 
 
-def test_a_sound_store_has_no_findings(small_store, textless_store):
+def test_an_intact_store_has_no_findings(small_store, textless_store):
     assert check_store(small_store) == []
     assert check_store(textless_store) == []
 
@@ -236,11 +236,11 @@ def test_store_info(small_store):
 
 
 @pytest.fixture(scope="module")
-def witnesses(tmp_path_factory):
+def references(tmp_path_factory):
     """A run, and a store of a cache whose model is not asked for; what a check may be given."""
-    folder = tmp_path_factory.mktemp("witnesses")
+    folder = tmp_path_factory.mktemp("references")
     small_sae().save(folder / "run", hook_name=HOOK)
-    small_sae(3).save(folder / "stranger", hook_name=HOOK)
+    small_sae(3).save(folder / "other", hook_name=HOOK)
     return folder
 
 
@@ -253,9 +253,9 @@ def with_cache(monkeypatch):
     monkeypatch.setattr(recompute, "find_unembedding", lambda *_: (small_unembedding(), ""))
 
 
-def test_a_sound_store_agrees_with_its_sae_its_cache_and_its_model(small_store, witnesses, with_cache):
-    assert check_store(small_store, run=witnesses / "run") == []
-    assert check_store(small_store, run=witnesses / "run", cache="cache", model="cache") == []
+def test_an_intact_store_agrees_with_its_sae_its_cache_and_its_model(small_store, references, with_cache):
+    assert check_store(small_store, run=references / "run") == []
+    assert check_store(small_store, run=references / "run", cache="cache", model="cache") == []
 
 
 WITNESSED = {
@@ -272,23 +272,23 @@ WITNESSED = {
 
 @pytest.mark.parametrize("name", WITNESSED)
 def test_what_only_the_sae_the_cache_or_the_model_can_tell(
-    small_store, witnesses, with_cache, tmp_path, name
+    small_store, references, with_cache, tmp_path, name
 ):
     store = shutil.copytree(small_store, tmp_path / "store")
     plant(store, "sae-", WITNESSED[name])
-    found = check_store(store, run=witnesses / "run", cache="cache", model="cache")
+    found = check_store(store, run=references / "run", cache="cache", model="cache")
     assert len(found) > len(check_store(store))
 
 
-def test_strange_witnesses_are_refused(small_store, witnesses, with_cache):
+def test_references_of_other_data_are_refused(small_store, references, with_cache):
     with pytest.raises(UserError, match=r"those of no SAE of the store .* it has small"):
-        check_store(small_store, run=witnesses / "stranger")
+        check_store(small_store, run=references / "other")
     with pytest.raises(UserError, match="is not the one that the store was made of"):
-        check_store(small_store, run=witnesses / "run", cache="other")
+        check_store(small_store, run=references / "run", cache="other")
     with pytest.raises(UserError, match="say which with --run"):
         check_store(small_store, cache="cache")
     with pytest.raises(UserError, match="say which with --cache"):
-        check_store(small_store, run=witnesses / "run", model="cache")
+        check_store(small_store, run=references / "run", model="cache")
 
 
 def test_people_s_notes_that_cannot_be_read_are_named(tmp_path):

@@ -6,12 +6,12 @@ import pytest
 
 from saebench.core.errors import UserError
 from saebench.store import open_store
-from saebench.store.build import build_store
 from tests.store.small_store import (
     D_SAE,
     K,
     SmallCache,
     build_small_store,
+    build_store,
     small_options,
     small_sae,
 )

@@ -13,12 +13,19 @@ from hypothesis import strategies as st
 
 from saebench.core.errors import UserError
 from saebench.store import open_store
-from saebench.store.build import build_store
 from saebench.store.limits import LONGEST_PATTERN, TimeLimitError, check_pattern, time_limit
 from saebench.store.readers.activations import ACTIVATION_ORDERS
 from saebench.store.readers.summaries import TOKEN_FEATURE_ORDERS
 from saebench.store.text import token_text
-from tests.store.small_store import D_SAE, N_CONTEXTS, VOCAB, SmallCache, small_options, small_sae
+from tests.store.small_store import (
+    D_SAE,
+    N_CONTEXTS,
+    VOCAB,
+    SmallCache,
+    build_store,
+    small_options,
+    small_sae,
+)
 
 TEXTS = [token_text(token) for token in VOCAB]
 

@@ -148,7 +148,7 @@ def test_indexing_again_keeps_it_while_the_activations_are_the_same(tmp_path):
 
 
 def test_another_cache_is_another_origin(tmp_path):
-    from saebench.store.build import build_store
+    from tests.store.small_store import build_store
 
     store = build_small_store(tmp_path / "store", text=False)
     add(store)

@@ -9,8 +9,14 @@ import pytest
 
 from saebench.core.errors import UserError
 from saebench.store import check_store, open_store, publish, rebuild_store, tables
-from saebench.store.build import build_store
-from tests.store.small_store import SmallCache, build_small_store, small_options, small_sae, small_unembedding
+from tests.store.small_store import (
+    SmallCache,
+    build_small_store,
+    build_store,
+    small_options,
+    small_sae,
+    small_unembedding,
+)
 from tests.store.test_resume import rows_of
 
 

@@ -32,11 +32,16 @@ PAGE = "features.html"
 MOST_FEATURES = 200
 SHOWN_TOKENS, SHOWN_NEIGHBORS = 12, 10
 HEADINGS = {
-    "top": "Strongest examples", "random": "Random firings",
-    **{f"decile-{tenth}": f"Firings of tenth {tenth}, 10 the strongest" for tenth in reversed(DECILES)},
-    "near-miss": "Silent, on a token that it fires on elsewhere", "negative": "Silent, anywhere",
-}  # fmt: skip
-"""Group of examples -> what it is called, in the order of the page."""
+    "top": "Top activations",
+    "random": "Random firings",
+    **{
+        f"decile-{number}": f"Decile {number} of its activations (10: largest)"
+        for number in reversed(DECILES)
+    },
+    "near-miss": "No firing, on a token that it fires on elsewhere",
+    "negative": "No firing, anywhere",
+}
+"""Group of examples -> its heading, in the order of the page."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 460, 150, 34, 20, 8
 

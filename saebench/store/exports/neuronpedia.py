@@ -79,7 +79,7 @@ def feature_json(store: FeatureStore, feature: int, info: dict[str, Any], ctx_le
 
 def _activations(store: FeatureStore, feature: int, row: dict[str, Any]) -> list[dict[str, Any]]:
     """Examples of firings under the interval that each group comes from; the top ones under -1, its sign."""
-    intervals = {"top": (-1.0, row["max_act"], -1.0), **_tenths(store, feature)}
+    intervals = {"top": (-1.0, row["max_act"], -1.0), **_deciles(store, feature)}
     examples = store.examples(feature)
     return [
         {
@@ -94,12 +94,12 @@ def _activations(store: FeatureStore, feature: int, row: dict[str, Any]) -> list
     ]
 
 
-def _tenths(store: FeatureStore, feature: int) -> dict[str, tuple[float, float, float]]:
+def _deciles(store: FeatureStore, feature: int) -> dict[str, tuple[float, float, float]]:
     """Group -> its smallest and largest activation, and the share of the firings in it."""
     acts = sorted(store.activations(feature)["value"].tolist())
     n, found = len(acts), {}
-    for tenth, decile in enumerate(DECILES):
-        low, high = -(-tenth * n // 10), -(-(tenth + 1) * n // 10)
+    for before, decile in enumerate(DECILES):
+        low, high = -(-before * n // 10), -(-(before + 1) * n // 10)
         if low < high:
             found[f"decile-{decile}"] = (acts[low], acts[high - 1], (high - low) / n)
     return dict(reversed(found.items()))
