@@ -21,6 +21,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "saebench.runs": ("saebench.saes", "saebench.activations", "saebench.sources", "saebench.core"),
     "saebench.evaluation": (
         "saebench.runs", "saebench.saes", "saebench.activations", "saebench.sources", "saebench.core",
+        "saebench_kernels",
     ),
     "saebench.training": (
         "saebench.runs", "saebench.saes", "saebench.activations", "saebench.core", "saebench_kernels",

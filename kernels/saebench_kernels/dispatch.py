@@ -8,9 +8,10 @@ The choice is a fixed function of device, type and shape, never of a measurement
 | gradient_topk_encode | CUDA; scan in bfloat16 or float16; k <= 1024; d_sae <= 2^20 |
 | mutual_choice_encode, threshold_encode | CUDA; scan in bfloat16 or float16; d_sae <= 2^20 |
 | feature_choice_encode | the same; N <= 32,768 |
-| matching_pursuit_encode and its gradients | CUDA; scan in bfloat16 or float16; d_sae <= 65,536, <= 8 N |
-| reconstruct, weight_grads | CUDA; tables in bfloat16 or float16; where the encoders are fused |
-| center, fused_adam | CUDA |
+| matching_pursuit_encode | CUDA; scan in bfloat16 or float16; d_sae <= 65,536, <= 8 N |
+| reconstruction_loss | CUDA; centered rows in bfloat16 or float16; k <= 1024; d_sae <= 2^20 |
+| matching_pursuit_energy | as matching_pursuit_encode |
+| center, adam_step | CUDA |
 
 tf32 is float32 where torch.set_float32_matmul_precision allows factors rounded to 10 bits; float32 proper is
 eager. So is everything else, and all of it on a GPU older than Ampere, on one that is not torch's current

@@ -5,16 +5,12 @@ Shapes: N rows (n of them at once), D = d_in, M atoms (the rows of the dictionar
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from saebench_kernels.dispatch import is_fused
+from saebench_kernels.entries import Pursuit
 from saebench_kernels.row_chunks import map_chunks
-
-if TYPE_CHECKING:
-    from saebench_kernels.fused.pursuit import Pursuit
 
 _CPU_CHUNK_ELEMENTS = 1 << 20
 """Correlations kept at once on a CPU: few enough that k picks find them in its cache. Sixteen times as many
@@ -49,13 +45,13 @@ def matching_pursuit_encode(
     left of it is zeros at index 0. One atom may be picked several times.
 
     Every c is computed in float32 from the float32 residual, so |x|^2 = sum c^2 + |r|^2 whatever proposed
-    the pick. Fused (see `pursues_fused`), the two largest of correlations that are kept up to date in float16
-    propose, and their float32 products decide. Eager, see ``matching_pursuit_encode_eager``.
+    the pick. Fused (see `is_pursuit_fused`), the two largest of correlations that are kept up to date in
+    float16 propose, and their float32 products decide. Eager, see ``matching_pursuit_encode_eager``.
 
     Returns:
         ``values_NK`` float32 and ``indices_NK``, int32 or int64, in the order of the picks.
     """
-    if pursues_fused(x_ND.device, scan_dtype, n_rows=len(x_ND), d_sae=len(atoms_MD)):
+    if is_pursuit_fused(x_ND.device, scan_dtype, n_rows=len(x_ND), d_sae=len(atoms_MD)):
         found = pursue_fused(x_ND, atoms_MD, k, tolerance=tolerance, absolute=absolute)
         return found.values_NK, found.indices_NK
     return matching_pursuit_encode_eager(
@@ -63,7 +59,7 @@ def matching_pursuit_encode(
     )
 
 
-def pursues_fused(device: torch.device, scan_dtype: torch.dtype, *, n_rows: int, d_sae: int) -> bool:
+def is_pursuit_fused(device: torch.device, scan_dtype: torch.dtype, *, n_rows: int, d_sae: int) -> bool:
     """Whether a pursuit takes the fused road: where routes.py says so, up to 65,536 atoms (their Gram matrix
     then has 8 GiB), and for at least an eighth as many rows (else it costs more than it saves)."""
     if not 0 < d_sae <= min(_FUSED_LARGEST, _FUSED_ATOMS_A_ROW * n_rows):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from saebench_kernels import LatentGroups, group_by_latent
+from saebench_kernels import Entries, LatentGroups
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,12 +79,14 @@ class SparseCodes:
         return n
 
     @property
+    def entries(self) -> Entries:
+        """The entries without their values, as the ops of ``saebench_kernels`` take them."""
+        return Entries(self.indices, self.d_sae, self.n_rows, self.k, self.offsets, self._sorted)
+
+    @property
     def row_offsets(self) -> Tensor:
         """[N + 1] int64, on the device of the codes."""
-        if self.offsets is not None:
-            return self.offsets
-        assert self.k is not None
-        return torch.arange(self.n_rows + 1, device=self.values.device, dtype=torch.int64) * self.k
+        return self.entries.row_offsets
 
     def rectangular(self) -> tuple[Tensor, Tensor]:
         """``(indices, values)``, each a view [N, K]; only when ``k`` is set."""
@@ -93,21 +95,7 @@ class SparseCodes:
 
     def rows(self) -> Tensor:
         """[S] int64: the row of every stored entry, padding included."""
-        if self.k is not None:
-            return torch.arange(self.n_rows, device=self.values.device).repeat_interleave(self.k)
-        if self.values.is_cuda:
-            # Spare slots at the end belong to no row; they are assigned to the last one.
-            places_S = torch.arange(self.values.numel(), device=self.values.device)
-            rows_S = torch.searchsorted(self.row_offsets[1:], places_S, right=True)
-            return rows_S.clamp_max(max(0, self.n_rows - 1))
-        return torch.repeat_interleave(self.row_offsets.diff(), output_size=self.values.numel())
-
-    @property
-    def groups(self) -> LatentGroups:
-        """The entries sorted by latent, for weight gradients; computed once."""
-        if not self._sorted:
-            self._sorted.append(group_by_latent(self.indices, self.rows(), self.d_sae))
-        return self._sorted[0]
+        return self.entries.rows()
 
     def with_values(self, values: Tensor) -> SparseCodes:
         """The same entries with other ``values`` [S]; the two share their groups."""

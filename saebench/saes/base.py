@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from saebench.core.codes import SparseCodes
 from saebench.saes.files import save_sae
 from saebench.saes.spec import SaeSpec
+from saebench_kernels import normalize_rows_, sparse_decode
 
 MIN_DEAD_STEPS = 50
 PROBE_ROWS = 4096
@@ -156,9 +157,8 @@ class SAE(nn.Module):
 
     def decode(self, codes: SparseCodes) -> Tensor:
         """Reconstruction [*leading_shape, d_in] in float32."""
-        from saebench.saes.functions import decode_codes
-
-        return decode_codes(codes, self.W_dec, self.b_dec).view(*codes.leading_shape, self.d_in)
+        x_hat_ND = sparse_decode(codes.values, codes.entries, self.W_dec, self.b_dec)
+        return x_hat_ND.view(*codes.leading_shape, self.d_in)
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction of ``x``, same shape, float32."""
@@ -189,14 +189,7 @@ class SAE(nn.Module):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Give every decoder row unit norm."""
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny))
-
-    @torch.no_grad()
-    def project_gradients(self) -> None:
-        """Remove from each decoder row's gradient its part along the row (see ``projects_gradients``)."""
-        if self.projects_gradients and self.W_dec.grad is not None:
-            along_M1 = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
-            self.W_dec.grad.sub_(along_M1 * self.W_dec)
+        normalize_rows_(self.W_dec)
 
     @torch.no_grad()
     def count_firing(self, codes: SparseCodes) -> None:

@@ -15,13 +15,11 @@ from torch import Tensor
 from saebench.core.bounds import AtLeast, AtMost
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
-from saebench.saes.auxiliary import aux_k, default_k_aux
 from saebench.saes.base import Batch, LossTerms
-from saebench.saes.fused_loss import Revival
 from saebench.saes.mutual_choice import MutualChoiceSAE, MutualChoiceSpec, just_below, rate_after
 from saebench.saes.spec import SaeSpec
 from saebench.saes.zipf import ZipfLaw, budgets_by_rank, fit_zipf
-from saebench_kernels import feature_choice_encode
+from saebench_kernels import AuxCandidates, feature_choice_encode
 
 LARGEST_EXPONENT = 1000.0
 """Of Zipf's law: far beyond it float64 cannot tell the weights' logarithms apart."""
@@ -188,26 +186,15 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         under_M = torch.where(due_M > 0, 1 - self.density / due_M, 0.0).clamp_min(0)
         return torch.where(self.tokens_since_fired >= self.dead_after, 1.0, under_M)
 
-    def auxiliary_loss(self, batch: Batch, error_ND: Tensor) -> Tensor:
-        """aux_zipf when latents choose, AuxK before."""
+    def aux_candidates(self, batch: Batch, *, listed: bool = False) -> AuxCandidates | None:
+        """The under-used latents and their s_i when latents choose, the dead ones before."""
         if not self.by_feature(batch.progress):
-            return super().auxiliary_loss(batch, error_ND)
+            return super().aux_candidates(batch, listed=listed)
         under_M = self.under_use(len(batch.x_ND))
-        candidates_A = under_M.nonzero()[:, 0]
-        return aux_k(
-            self, batch.x_ND, error_ND, candidates_A, k_aux=self.spec.k_aux, weights_A=under_M[candidates_A]
-        )
-
-    def revival(self, batch: Batch) -> Revival | None:
-        """The same on the fused road."""
-        if not self.by_feature(batch.progress):
-            return super().revival(batch)
-        under_M = self.under_use(len(batch.x_ND))
-        candidates_A = under_M.nonzero()[:, 0]
-        if len(candidates_A) == 0:
+        under_A = under_M.nonzero()[:, 0]
+        if len(under_A) == 0:
             return None
-        k_aux = default_k_aux(self, self.spec.k_aux)
-        return Revival(candidates_A, under_M[candidates_A], k_aux, weighted=True)
+        return AuxCandidates(under_A, under_M[under_A], self.k_aux, weighted=True)
 
     @torch.no_grad()
     def after_step(self, batch: Batch, terms: LossTerms) -> None:

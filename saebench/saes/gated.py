@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from saebench.core.codes import SparseCodes
 from saebench.saes.base import Batch, LossTerms
-from saebench.saes.entries import at_entries
-from saebench.saes.functions import decode_codes, encode_chosen
 from saebench.saes.target_l0 import TargetL0SAE, TargetL0Spec
+from saebench_kernels import gather_latents, sparse_decode, sparse_encode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +64,9 @@ class GatedSAE(TargetL0SAE):
         gates = self.open_gates(x_ND)
         shared_S = self.shared(x_ND, gates)
         codes = gates.with_values(self.magnitudes(gates, shared_S))
-        gate_S = shared_S + at_entries(self.b_gate - self.b_gate.detach(), gates)
-        x_hat_ND = decode_codes(codes, self.W_dec, self.b_dec)
-        by_gate_ND = decode_codes(gates.with_values(gate_S), self.W_dec.detach(), self.b_dec.detach())
+        gate_S = shared_S + gather_latents(self.b_gate - self.b_gate.detach(), gates.entries)
+        x_hat_ND = self.decode(codes)
+        by_gate_ND = sparse_decode(gate_S, gates.entries, self.W_dec.detach(), self.b_dec.detach())
         of_gate = (x_ND - by_gate_ND).square().mean()
         objective = (x_ND - x_hat_ND).square().mean() + of_gate
         return self.steered(
@@ -88,12 +87,14 @@ class GatedSAE(TargetL0SAE):
 
         The magnitude is made of it too, by taking b_gate off again, and must not pull at b_gate.
         """
-        return encode_chosen(x_ND, self.W_enc_MD, self.b_gate.detach(), self.b_dec, gates).values
+        b_gate_M = self.b_gate.detach()
+        return sparse_encode(gates.values, gates.entries, x_ND, self.W_enc_MD, b_gate_M, self.b_dec)
 
     def magnitudes(self, gates: SparseCodes, shared_S: Tensor) -> Tensor:
         """[S] relu(magnitude) of every entry."""
         dots_S = shared_S - self.b_gate.detach()[gates.indices]
-        return torch.relu(at_entries(self.r_mag.exp(), gates) * dots_S + at_entries(self.b_mag, gates))
+        factor_S = gather_latents(self.r_mag.exp(), gates.entries)
+        return torch.relu(factor_S * dots_S + gather_latents(self.b_mag, gates.entries))
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:

@@ -17,9 +17,8 @@ from torch import Tensor
 from saebench.core.bounds import AtLeast
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
-from saebench.saes.auxiliary import AuxSpec
+from saebench.saes.aux_k import AuxKSAE, AuxSpec
 from saebench.saes.base import Batch, LossTerms
-from saebench.saes.choice import ChoiceSAE
 from saebench.saes.spec import SaeSpec
 from saebench_kernels import gradient_topk_encode, rounded, topk_encode
 
@@ -40,7 +39,7 @@ class GradientSpec(AuxSpec):
     """Weight of a latent's effect on the model's loss in the choice; 0 chooses as TopK does."""
 
 
-class GradientSAE(ChoiceSAE):
+class GradientSAE(AuxKSAE):
     """Keeps the k largest scores of each token, where the score is the latent's value times its influence.
 
     With z = relu(W_enc (x - b_dec) + b_enc), the atoms D = W_dec and the gradient g of the model's loss at x,
@@ -66,7 +65,7 @@ class GradientSAE(ChoiceSAE):
     spec: GradientSpec
     uses_gradients = True
     inferences = ("plain", "proxy", "oracle")
-    weight_names = (*ChoiceSAE.weight_names, "gradient_scale", "influence")
+    weight_names = (*AuxKSAE.weight_names, "gradient_scale", "influence")
     gradient_scale: Tensor
     """c, float32 scalar, per nat per unit of activation."""
     influence: Tensor
@@ -111,7 +110,7 @@ class GradientSAE(ChoiceSAE):
         super().initialize(sample, seed=seed)
 
     def graph_key(self, progress: float) -> Hashable | None:
-        return self.n_candidates if self.fused else None
+        return self.n_candidates if self.is_fused else None
 
     def choose(self, batch: Batch) -> SparseCodes:
         """The k largest scores of each row and their values, without gradients."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from saebench.core.bounds import Above, AtMost
 from saebench.core.codes import SparseCodes
 from saebench.saes.base import Batch, LossTerms
-from saebench.saes.entries import at_entries
-from saebench.saes.functions import decode_codes
 from saebench.saes.target_l0 import TargetL0SAE, TargetL0Spec
+from saebench_kernels import gather_latents, jump_relu
 
 THRESHOLD_RATE = 10.0
 """Thresholds learn this many times as fast as weights, on a logarithmic scale."""
@@ -83,10 +82,10 @@ class JumpReluSAE(TargetL0SAE):
         bandwidth = self.spec.bandwidth
         near = self.above(batch.x_ND, self.threshold * (1 - bandwidth / 2), self.b_enc)
         pre_S = self.attach_gradients(batch.x_ND, near).values
-        threshold_S = at_entries(self.threshold * self.log_step.exp(), near)
-        z_S, active_S = jump(pre_S, threshold_S, bandwidth)
+        threshold_S = gather_latents(self.threshold * self.log_step.exp(), near.entries)
+        z_S, active_S = jump_relu(pre_S, threshold_S, bandwidth)
         codes = near.with_values(z_S)
-        x_hat_ND = decode_codes(codes, self.W_dec, self.b_dec)
+        x_hat_ND = self.decode(codes)
         objective = (batch.x_ND - x_hat_ND).square().mean()
         return self.steered(batch, codes, x_hat_ND, objective, active_S.sum() / codes.n_rows)
 
@@ -126,27 +125,3 @@ class JumpReluSAE(TargetL0SAE):
 
     def shrink_thresholds(self, share_M: Tensor) -> None:
         self.threshold.sub_(self.threshold * share_M)
-
-
-def jump(pre_S: Tensor, threshold_S: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
-    """``pre * H(pre - threshold)`` and ``H(pre - threshold)``, with the gradients stated at `JumpReluSAE`."""
-    z_S, active_S = _Jump.apply(pre_S, threshold_S, bandwidth)  # type: ignore[no-untyped-call]
-    return z_S, active_S
-
-
-class _Jump(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, pre_S: Tensor, threshold_S: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
-        active_S = (pre_S > threshold_S).to(pre_S.dtype)
-        ctx.bandwidth = bandwidth
-        ctx.save_for_backward(pre_S, threshold_S, active_S)
-        return pre_S * active_S, active_S
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_z_S, d_active_S = grads
-        pre_S, threshold_S, active_S = ctx.saved_tensors
-        eps_S = ctx.bandwidth * threshold_S
-        inside_S = (pre_S - threshold_S).abs() < eps_S / 2
-        d_threshold_S = -(threshold_S * d_z_S + d_active_S) / eps_S * inside_S
-        return d_z_S * active_S, d_threshold_S, None

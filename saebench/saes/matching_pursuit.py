@@ -6,7 +6,7 @@ Shapes: N rows, D = d_in, M = d_sae atoms, K picks a row, A dead atoms.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,16 +14,15 @@ from torch import Tensor
 from saebench.core.bounds import AtLeast
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
-from saebench.saes.auxiliary import AuxSpec, share_left
+from saebench.saes.aux_k import AuxKSAE, AuxSpec
 from saebench.saes.base import Batch, LossTerms
-from saebench.saes.choice import ChoiceSAE
-from saebench.saes.functions import decode_codes
-from saebench.saes.fused_pursuit import energy_left
 from saebench_kernels import (
+    is_pursuit_fused,
+    matching_pursuit_coefficients,
     matching_pursuit_encode,
-    matching_pursuit_gradients,
+    matching_pursuit_energy,
     orthogonal_pursuit_encode,
-    pursues_fused,
+    residual_variance,
 )
 
 
@@ -55,7 +54,7 @@ class MatchingPursuitSpec(AuxSpec):
             )
 
 
-class MatchingPursuitSAE(ChoiceSAE):
+class MatchingPursuitSAE(AuxKSAE):
     """Subtracts from what is left of a token the atom that explains most of it, k times.
 
     r_0 = x - b_dec;  i_t = argmax_i r_t . d_i,  c_t = max(0, r_t . d_{i_t}),  r_{t+1} = r_t - c_t d_{i_t};
@@ -133,34 +132,30 @@ class MatchingPursuitSAE(ChoiceSAE):
         return self.pursue(batch.x_ND)
 
     def loss(self, batch: Batch) -> LossTerms:
-        return self.fused_pursuit(batch) if self.trains_fused(len(batch.x_ND)) else super().loss(batch)
+        if self.spec.orthogonal or self.spec.stop_on_repeat:
+            codes = self.attach_gradients(batch.x_ND, self.choose(batch))
+            x_hat_ND = self.decode(codes)
+            return self.terms(batch, codes, x_hat_ND, (batch.x_ND - x_hat_ND).square().mean())
+        energy, found = matching_pursuit_energy(
+            batch.x_ND,
+            self.W_dec,
+            self.b_dec,
+            self.k,
+            tolerance=self._tolerance(),
+            absolute=self.spec.selection == "absolute",
+            scan_dtype=self.compute_dtype,
+        )
+        objective, auxiliary = energy / batch.x_ND.numel(), energy.new_zeros(())
+        if self.spec.aux_coefficient > 0:
+            auxiliary = self.auxiliary_loss(batch, found.residual_ND)
+        codes = SparseCodes.from_topk(found.values_NK, found.indices_NK, d_sae=self.d_sae)
+        return self.add_up(batch, codes, found.residual_ND, objective, auxiliary, objective)
 
     def trains_fused(self, n_rows: int) -> bool:
         if self.spec.orthogonal or self.spec.stop_on_repeat:
             return False
         device = self.W_dec.device
-        return pursues_fused(device, self.compute_dtype, n_rows=n_rows, d_sae=self.d_sae)
-
-    def fused_pursuit(self, batch: Batch) -> LossTerms:
-        """The loss by fused kernels; nothing waits for the GPU."""
-        x_ND, absolute = batch.x_ND, self.spec.selection == "absolute"
-        energy, found = energy_left(
-            x_ND, self.W_dec, self.b_dec, self.k, tolerance=self._tolerance(), absolute=absolute
-        )
-        objective, auxiliary = energy / x_ND.numel(), energy.new_zeros(())
-        revival = self.revival(batch) if self.spec.aux_coefficient > 0 else None
-        if revival is not None:
-            # Atoms that live again are zeros, which are never picked.
-            atoms_AD = self.W_dec[revival.candidates_A] * revival.weights_A[:, None]
-            error_ND, k_aux = found.residual_ND, self.spec.k_aux or self.k
-            origin_D = torch.zeros_like(self.b_dec)
-            left, _ = energy_left(error_ND, atoms_AD, origin_D, k_aux, tolerance=0.0, absolute=absolute)
-            variance = (error_ND - error_ND.mean(0)).square().sum()
-            variance = torch.where(variance > torch.finfo(torch.float32).tiny, variance, torch.inf)
-            auxiliary = torch.where((revival.weights_A > 0).any(), left / variance, 0.0)
-        total = objective + self.spec.aux_coefficient * auxiliary
-        codes = SparseCodes.from_topk(found.values_NK, found.indices_NK, d_sae=self.d_sae)
-        return LossTerms(total, objective.detach(), auxiliary.detach(), codes, found.residual_ND, {})
+        return is_pursuit_fused(device, self.compute_dtype, n_rows=n_rows, d_sae=self.d_sae)
 
     @torch.no_grad()
     def pursue(self, x_ND: Tensor, *, k: int | None = None, tolerance: float | None = None) -> SparseCodes:
@@ -183,7 +178,15 @@ class MatchingPursuitSAE(ChoiceSAE):
 
     def attach_gradients(self, x_ND: Tensor, chosen: SparseCodes) -> SparseCodes:
         """``chosen`` with the gradients of the recursion; as it is in the orthogonal variant."""
-        return chosen if self.spec.orthogonal else pursuit_gradients(x_ND, self.W_dec, self.b_dec, chosen)
+        if self.spec.orthogonal:
+            return chosen
+        values_S = matching_pursuit_coefficients(chosen.values, chosen.entries, x_ND, self.W_dec, self.b_dec)
+        return chosen.with_values(values_S)
+
+    @property
+    def k_aux(self) -> int:
+        """Picks among the dead atoms per row."""
+        return self.spec.k_aux or self.k
 
     def auxiliary_loss(self, batch: Batch, error_ND: Tensor) -> Tensor:
         """The share of the (detached) residual that the dead atoms leave, after a pursuit of it by them.
@@ -194,61 +197,27 @@ class MatchingPursuitSAE(ChoiceSAE):
         of them correlate with the same residual. A pursuit never leaves more than there was. Its gradient
         reaches the dead atoms that were picked and nothing else. 0 without dead atoms.
         """
-        dead_A = self.dead_latents()
-        if dead_A.numel() == 0:
+        fused = self.trains_fused(len(batch.x_ND))
+        candidates = self.aux_candidates(batch, listed=fused)
+        if candidates is None:
             return error_ND.new_zeros(())
-        atoms_AD, origin_D = self.W_dec[dead_A], error_ND.new_zeros(self.d_in)
-        with torch.no_grad():
-            values_NK, indices_NK = matching_pursuit_encode(
-                error_ND, atoms_AD, self.spec.k_aux or self.k, absolute=self.spec.selection == "absolute"
-            )
-        chosen = SparseCodes.from_topk(values_NK, indices_NK, d_sae=len(atoms_AD))
-        codes = pursuit_gradients(error_ND, atoms_AD, origin_D, chosen)
-        return share_left(error_ND, decode_codes(codes, atoms_AD, origin_D))
+        # Listed atoms that fire again become zeros, which are never picked.
+        atoms_AD = self.W_dec[candidates.latents_A] * candidates.weights_A[:, None]
+        left, _ = matching_pursuit_energy(
+            error_ND,
+            atoms_AD,
+            torch.zeros_like(self.b_dec),
+            candidates.k_aux,
+            absolute=self.spec.selection == "absolute",
+            fused=fused,
+        )
+        return torch.where((candidates.weights_A > 0).any(), left / residual_variance(error_ND), 0.0)
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
         """As for any SAE; the tolerance shrinks by ``scale`` with the residuals."""
         super().fold_scale(scale)
         self.tolerance.div_(scale)
-
-
-def pursuit_gradients(x_ND: Tensor, atoms_MD: Tensor, b_dec_D: Tensor, chosen: SparseCodes) -> SparseCodes:
-    """``chosen`` with the gradients of matching pursuit's coefficients for the atoms and ``b_dec``.
-
-    ``x`` is data and gets no gradient, and neither do the picks.
-    """
-    if not torch.is_grad_enabled():
-        return chosen
-    values_S: Tensor = _Coefficients.apply(  # type: ignore[no-untyped-call]
-        chosen.values, chosen.indices, chosen.k, x_ND, atoms_MD, b_dec_D
-    )
-    return chosen.with_values(values_S)
-
-
-class _Coefficients(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        values_S: Tensor,
-        indices_S: Tensor,
-        k: int,
-        x_ND: Tensor,
-        atoms_MD: Tensor,
-        b_dec_D: Tensor,
-    ) -> Tensor:
-        ctx.k = k
-        ctx.save_for_backward(values_S, indices_S, x_ND, atoms_MD, b_dec_D)
-        return values_S.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        values_S, indices_S, x_ND, atoms_MD, b_dec_D = ctx.saved_tensors
-        indices_NK, values_NK, d_values_NK = (s.view(-1, ctx.k) for s in (indices_S, values_S, grads[0]))
-        d_x_ND, d_atoms_MD = matching_pursuit_gradients(
-            x_ND - b_dec_D, atoms_MD, indices_NK, values_NK, d_values_NK
-        )
-        return None, None, None, None, d_atoms_MD, -d_x_ND.sum(0)
 
 
 def end_at_repeat(values_NK: Tensor, indices_NK: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
 from saebench.saes.base import Batch, LossTerms
-from saebench.saes.functions import decode_codes
 from saebench.saes.mutual_choice import MutualChoiceSAE, MutualChoiceSpec
+from saebench_kernels import sparse_decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,5 +88,6 @@ class MatryoshkaSAE(MutualChoiceSAE):
             torch.searchsorted(part_S, bounds),
             d_sae=self.d_sae,
         )
-        added = decode_codes(parts, self.W_dec, torch.zeros_like(self.b_dec))
+        zeros_D = torch.zeros_like(self.b_dec)
+        added = sparse_decode(parts.values, parts.entries, self.W_dec, zeros_D)
         return added.view(n_groups, n_rows, self.d_in).cumsum(0) + self.b_dec

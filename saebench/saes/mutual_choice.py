@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from saebench.core.codes import SparseCodes
-from saebench.saes.auxiliary import AuxSpec
+from saebench.saes.aux_k import AuxKSAE, AuxSpec
 from saebench.saes.base import PROBE_ROWS, Batch, LossTerms
-from saebench.saes.choice import ChoiceSAE
 from saebench.saes.spec import SaeSpec
 from saebench_kernels import mutual_choice_encode, threshold_encode
 
@@ -34,7 +33,7 @@ class MutualChoiceSpec(AuxSpec):
     name: ClassVar[str] = "mutual-choice"
 
 
-class MutualChoiceSAE(ChoiceSAE):
+class MutualChoiceSAE(AuxKSAE):
     """Keeps the k N largest pre-activations of a training batch of N tokens, whichever tokens they are of.
 
     S = the k N largest entries of relu(W_enc (x - b_dec) + b_enc) over tokens and latents (all positive ones
@@ -49,7 +48,7 @@ class MutualChoiceSAE(ChoiceSAE):
 
     Spec = MutualChoiceSpec
     spec: MutualChoiceSpec
-    weight_names = (*ChoiceSAE.weight_names, "threshold")
+    weight_names = (*AuxKSAE.weight_names, "threshold")
     threshold: Tensor
     """float32, of shape () or, in a subclass, [M]: what a pre-activation must exceed at inference."""
     smallest_match: Tensor
@@ -66,7 +65,7 @@ class MutualChoiceSAE(ChoiceSAE):
     # Training -------------------------------------------------------------------------------------
 
     def graph_key(self, progress: float) -> Hashable | None:
-        return self.n_candidates if self.fused else None
+        return self.n_candidates if self.is_fused else None
 
     @torch.no_grad()
     def choose(self, batch: Batch) -> SparseCodes:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from saebench.core.codes import SparseCodes
 from saebench.saes.base import Batch, LossTerms
-from saebench.saes.functions import decode_codes
 from saebench.saes.target_l0 import TargetL0SAE, TargetL0Spec
 
 
@@ -45,7 +44,7 @@ class ReluSAE(TargetL0SAE):
 
     def loss(self, batch: Batch) -> LossTerms:
         codes = self.encode_rows(batch.x_ND)
-        x_hat_ND = decode_codes(codes, self.W_dec, self.b_dec)
+        x_hat_ND = self.decode(codes)
         objective = (batch.x_ND - x_hat_ND).square().mean()
         return self.steered(batch, codes, x_hat_ND, objective, codes.values.sum() / codes.n_rows)
 

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from saebench.core.bounds import AtLeast
 from saebench.core.codes import SparseCodes
-from saebench.saes.auxiliary import AuxSpec
+from saebench.saes.aux_k import AuxKSAE, AuxSpec
 from saebench.saes.base import PROBE_ROWS, Batch, LossTerms
-from saebench.saes.choice import ChoiceSAE
 from saebench.saes.mutual_choice import just_below
 from saebench_kernels import mutual_choice_encode, threshold_encode
 
@@ -38,7 +37,7 @@ class TargetL0Spec(AuxSpec):
     """Share of itself that the threshold of a dead latent loses with every step; 0 switches it off."""
 
 
-class TargetL0SAE(ChoiceSAE):
+class TargetL0SAE(AuxKSAE):
     """loss = |x - x_hat|^2 / d_in  +  coefficient * sparsity  +  aux_coefficient * AuxK,
 
     where the subclass says what sparsity is, and the coefficient follows the mean L0 of the batches:

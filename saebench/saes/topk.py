@@ -15,10 +15,8 @@ from torch import Tensor
 from saebench.core.bounds import AtLeast, AtMost
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
-from saebench.saes.auxiliary import AuxSpec
+from saebench.saes.aux_k import AuxKSAE, AuxSpec
 from saebench.saes.base import Batch, LossTerms
-from saebench.saes.choice import ChoiceSAE
-from saebench.saes.functions import decode_codes
 from saebench_kernels import topk_encode
 
 MULTI_FACTOR = 4
@@ -47,7 +45,7 @@ class TopKSpec(AuxSpec):
             )
 
 
-class TopKSAE(ChoiceSAE):
+class TopKSAE(AuxKSAE):
     """Keeps the k largest pre-activations of each token, after a ReLU.
 
     z = top_k(relu(W_enc (x - b_dec) + b_enc)),  x_hat = W_dec^T z + b_dec,
@@ -77,14 +75,14 @@ class TopKSAE(ChoiceSAE):
         codes = SparseCodes.from_topk(
             values_NK.gather(1, slots_NK), indices_NK.gather(1, slots_NK), d_sae=self.d_sae
         )
-        x_hat_ND = decode_codes(codes, self.W_dec, self.b_dec)
-        of_many_ND = decode_codes(many, self.W_dec, self.b_dec)
+        x_hat_ND = self.decode(codes)
+        of_many_ND = self.decode(many)
         objective = (batch.x_ND - x_hat_ND).square().mean()
         objective = objective + MULTI_COEFFICIENT * (batch.x_ND - of_many_ND).square().mean()
         return self.terms(batch, codes, x_hat_ND, objective)
 
     def graph_key(self, progress: float) -> Hashable | None:
-        if self.spec.multi_topk or not self.fused:
+        if self.spec.multi_topk or not self.is_fused:
             return None
         return self.k_at(progress), self.n_candidates
 

@@ -1,4 +1,4 @@
-"""Learning rate by width and step, and one optimizer step in the one order that is right."""
+"""The learning rate for a width and a step, the optimizer, and one optimizer step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saebench.saes.base import SAE
 from saebench.training.settings import TrainConfig
-from saebench_kernels import is_fused, kept_copy
+from saebench_kernels import adam_step
 
 
 def peak_learning_rate(config: TrainConfig, d_sae: int) -> float:
@@ -43,66 +43,18 @@ def optimizer_step(
     grad_clip: float,
     is_finite: Tensor | None = None,
 ) -> Tensor:
-    """Project the decoder's gradient, clip the norm of all of it, Adam, renormalize the decoder.
+    """One step of Adam on all parameters; see `saebench_kernels.adam_step.adam_step`.
 
-    ``is_finite`` (scalar bool, on the device of the weights) becomes False when the gradient is not finite;
-    while it is False, no update is applied. The decision is made on the device, without synchronization.
-    Returns the norm before clipping, a scalar tensor (reading it waits for the device).
+    Projects the decoder's gradient, clips the norm of the whole gradient, applies Adam, and gives the
+    decoder's rows unit norm. ``is_finite`` (scalar bool, on the device of the weights) becomes False when the
+    gradient is not finite; while it is False, no update is applied. Returns the norm before clipping, a
+    scalar tensor (reading it waits for the device).
     """
-    if is_fused("fused_adam", sae.b_dec.device, torch.float32, floats=True):
-        return _fused_step(sae, optimizer, lr=lr, grad_clip=grad_clip, is_finite=is_finite)
-    for group in optimizer.param_groups:
-        group["lr"] = float(lr)
-    sae.project_gradients()
-    norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), grad_clip or math.inf)
-    if is_finite is not None:
-        is_finite &= norm.isfinite()
-        optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # what GradScaler sets, too
-    optimizer.step()
-    sae.normalize_decoder()
-    return norm
-
-
-@torch.no_grad()
-def _fused_step(
-    sae: SAE, optimizer: torch.optim.Adam, *, lr: float | Tensor, grad_clip: float, is_finite: Tensor | None
-) -> Tensor:
-    """The same in two passes over the parameters, on the moments that the optimizer keeps."""
-    from saebench_kernels.fused.adam import adam_coefficients, fused_adam, gradient_squares, n_pieces
-
-    group, device = optimizer.param_groups[0], sae.b_dec.device
-    grads = {p: p.grad.contiguous() for p in sae.parameters() if p.grad is not None}
-    projected = sae.W_dec if sae.projects_gradients else None
-    sizes = [n_pieces(grad, whole_rows=p is projected) for p, grad in grads.items()]
-    squares = torch.empty(sum(sizes), device=device)
-    for (p, grad), out in zip(grads.items(), torch.split(squares, sizes), strict=True):
-        gradient_squares(grad, unit=p if p is projected else None, out=out)
-    for parameter in grads:
-        if not (state := optimizer.state[parameter]):
-            state["step"] = torch.zeros((), device=device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-    steps = [optimizer.state[parameter]["step"] for parameter in grads]
-    if is_finite is None:
-        is_finite = torch.ones((), dtype=torch.bool, device=device)
-    if not isinstance(lr, Tensor):
-        lr = torch.full((), lr, dtype=torch.float64, device=device)
-    coefficients_4, norm = adam_coefficients(
-        squares, steps[0], is_finite, lr, betas=group["betas"], grad_clip=grad_clip
+    return adam_step(
+        optimizer,
+        lr=lr,
+        grad_clip=grad_clip,
+        unit_rows=sae.W_dec,
+        project=sae.projects_gradients,
+        is_finite=is_finite,
     )
-    torch._foreach_add_(steps, [coefficients_4[3]] * len(steps))
-    for parameter, grad in grads.items():
-        state = optimizer.state[parameter]
-        fused_adam(
-            parameter,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            grad,
-            coefficients_4,
-            betas=group["betas"],
-            eps=group["eps"],
-            project=parameter is projected,
-            unit_rows=parameter is sae.W_dec,
-            low=kept_copy(parameter),
-        )
-    return norm

@@ -32,7 +32,7 @@ from saebench.training.metrics import step_metrics
 from saebench.training.optimizer import learning_rate, make_optimizer, optimizer_step, peak_learning_rate
 from saebench.training.settings import TrainConfig
 from saebench.training.sinks import Sink, open_sinks
-from saebench_kernels.center import center
+from saebench_kernels import center
 
 MISSED_L0 = 0.05
 """Share of k by which a mean L0 at inference may miss it without a word."""

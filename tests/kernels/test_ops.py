@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench_kernels import gathered_dots, group_by_latent, latent_sums, sparse_decode
+from saebench_kernels import Entries, gathered_dots, group_by_latent, latent_sums, sparse_decode
 from saebench_kernels.topk_encode import topk_encode_eager as topk_encode
 
 sizes = st.tuples(
@@ -78,8 +78,10 @@ def test_decode_and_its_gradients_equal_the_dense_products(device, size):
     starts_N = (lengths_N.cumsum(0) - lengths_N).to(device)
     dense_NM = x_ND.new_zeros(len(x_ND), len(W_MD))
     dense_NM[rows_S, indices_S] = values_S
-    decoded_ND = sparse_decode(indices_S, starts_N, values_S, W_MD)
-    torch.testing.assert_close(decoded_ND, dense_NM @ W_MD, rtol=1e-4, atol=1e-4)
+    offsets = torch.nn.functional.pad(lengths_N.cumsum(0), (1, 0)).to(device)
+    entries = Entries(indices_S.int(), len(W_MD), len(x_ND), offsets=offsets)
+    decoded_ND = sparse_decode(values_S, entries, W_MD, x_ND[0])
+    torch.testing.assert_close(decoded_ND, dense_NM @ W_MD + x_ND[0], rtol=1e-4, atol=1e-4)
     dots_S = gathered_dots(indices_S, starts_N, x_ND, W_MD)
     torch.testing.assert_close(dots_S, (x_ND @ W_MD.T)[rows_S, indices_S], rtol=1e-4, atol=1e-4)
     groups = group_by_latent(indices_S, rows_S, len(W_MD))
@@ -98,7 +100,7 @@ def test_everything_repeats_bit_for_bit(device, threads):
         groups = group_by_latent(indices_S, rows_S.repeat_interleave(16), 300)
         return (
             values_S,
-            sparse_decode(indices_S, starts_N, values_S, W_MD),
+            sparse_decode(values_S, Entries(indices_S.int(), 300, 500, k=16), W_MD, x_ND[0]),
             gathered_dots(indices_S, starts_N, x_ND, W_MD),
             latent_sums(groups, values_S, x_ND),
         )

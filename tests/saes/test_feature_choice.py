@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from saebench.core.errors import UserError
 from saebench.runs.run import load
-from saebench.saes.auxiliary import aux_k
 from saebench.saes.base import Batch
 from saebench.saes.feature_choice import FeatureChoiceSAE, FeatureChoiceSpec
 from saebench.saes.mutual_choice import MutualChoiceSAE, MutualChoiceSpec
 from saebench.saes.zipf import ZipfLaw
 from saebench.training import train
+from saebench_kernels import AuxCandidates, aux_k
 
 LATE = 0.9
 
@@ -151,7 +151,8 @@ def test_aux_zipf_is_aux_k_when_latents_are_dead_or_used_enough(gamma):
     sae.tokens_since_fired[dead] = sae.dead_after
     error_ND = torch.randn(60, 12, generator=torch.Generator().manual_seed(5))
     ours = sae.auxiliary_loss(batch, error_ND)
-    reference = aux_k(sae, batch.x_ND, error_ND, dead, k_aux=4)
+    candidates = AuxCandidates(dead, torch.ones(len(dead)), 4)
+    reference = aux_k(batch.x_ND, error_ND, candidates, *sae.weights)
     assert torch.equal(ours, reference)
     for loss in (ours, reference):
         sae.zero_grad()

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
 from saebench.saes.base import Batch, LossTerms
-from saebench.saes.entries import at_entries
 from saebench.saes.registry import architecture
 from saebench.saes.target_l0 import AVERAGED_STEPS, INTEGRAL_GAIN, LARGEST_LOG, PROPORTIONAL_GAIN
 from saebench.training.optimizer import learning_rate, make_optimizer, optimizer_step
 from saebench.training.settings import TrainConfig
+from saebench_kernels import gather_latents
 
 NAMES = ("relu", "gated", "jumprelu")
 every_one = pytest.mark.parametrize("name", NAMES)
@@ -196,14 +196,14 @@ def test_a_low_precision_scan_trains_on_the_same_codes_as_inference_reads(name):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 9), st.integers(1, 12), st.integers(0, 99))
-def test_looking_up_at_entries_has_the_gradient_of_indexing(n, k, d_sae, seed):
+def test_gathering_latents_has_the_gradient_of_indexing(n, k, d_sae, seed):
     generator = torch.Generator().manual_seed(seed)
     indices_NK = torch.randint(0, d_sae, (n, k), generator=generator)
     codes = SparseCodes.from_topk(torch.ones(n, k), indices_NK, d_sae=d_sae)
     parameter_M = torch.randn(d_sae, generator=generator, requires_grad=True)
     weights_S = torch.randn(n * k, generator=generator)
-    looked_up_S = at_entries(parameter_M, codes)
-    assert torch.equal(looked_up_S, parameter_M[indices_NK.flatten()])
-    (got_M,) = torch.autograd.grad((looked_up_S * weights_S).sum(), parameter_M)
+    gathered_S = gather_latents(parameter_M, codes.entries)
+    assert torch.equal(gathered_S, parameter_M[indices_NK.flatten()])
+    (got_M,) = torch.autograd.grad((gathered_S * weights_S).sum(), parameter_M)
     (expected_M,) = torch.autograd.grad((parameter_M[indices_NK.flatten()] * weights_S).sum(), parameter_M)
     torch.testing.assert_close(got_M, expected_M, rtol=1e-4, atol=1e-5)

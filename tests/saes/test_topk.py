@@ -193,15 +193,6 @@ def test_padding_does_not_count_as_firing():
     assert sae.tokens_since_fired[[3, 5, 7]].tolist() == [0, 2, 0]
 
 
-def test_decoder_gradient_is_orthogonal_after_projection_and_rows_are_unit():
-    sae = make_sae()
-    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40))
-    sae.loss(Batch(rows(50))).total.backward()
-    sae.project_gradients()
-    along_M = (sae.W_dec.grad * sae.W_dec).sum(1)
-    assert along_M.abs().max() < 1e-6
-
-
 def test_initial_encoder_scale_is_the_best_one():
     sae, x_ND = TopKSAE(TopKSpec(d_sae=64, k=4), 16), rows(500, 16) + 3
     sae.initialize(Batch(x_ND), seed=0)

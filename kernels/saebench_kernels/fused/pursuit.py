@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saebench_kernels.entries import Pursuit
 from saebench_kernels.fused.center import column_sums
 from saebench_kernels.fused.weight_grads import sort_pairs, sum_by_latent
 from saebench_kernels.rounded import rounded
@@ -123,17 +124,6 @@ def _pursue(
                 t += 1
         tl.store(residual + row * d_in + cols, r, mask=inside)
         row += PROGRAMS
-
-
-class Pursuit(NamedTuple):
-    """What a pursuit leaves."""
-
-    values_NK: Tensor
-    """float32, in the order of the picks; 0 where the row had ended."""
-    indices_NK: Tensor
-    """int32, 0 where the row had ended."""
-    residual_ND: Tensor
-    """float32."""
 
 
 def pursue(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from saebench.core.codes import SparseCodes
-from saebench.saes.functions import decode_codes
+from saebench_kernels import sparse_decode
 
 Part = Literal["train", "test"]
 CHUNK_ROWS = 8192
@@ -188,4 +188,5 @@ def _ragged(strengths_NF: Tensor) -> SparseCodes:
 
 @torch.no_grad()
 def _decode(codes: SparseCodes, features_FD: Tensor) -> Tensor:
-    return decode_codes(codes, features_FD, features_FD.new_zeros(features_FD.shape[1]))
+    zeros_D = features_FD.new_zeros(features_FD.shape[1])
+    return sparse_decode(codes.values, codes.entries, features_FD, zeros_D)
