@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from saebench.core.codes import SparseCodes
     from saebench.saes.base import SAE
 
-ORACLE = "oracle"
-
 
 class InferenceMode:
     """How latents are chosen in one evaluation, and how many of the picks are others than by default.
@@ -42,7 +40,7 @@ class InferenceMode:
         self.sae = sae
         self.inference = inference or (known[0] if known else None)
         self.is_default = not known or self.inference == known[0]
-        self.needs_gradients = self.inference == ORACLE
+        self.needs_gradients = sae.needs_gradients(self.inference)
         self._changed, self._picks = 0, 0
 
     @property
@@ -68,9 +66,8 @@ class InferenceMode:
         """Give rows to the ``meter`` and count their changed picks; returns x_hat [N, d_in]."""
         codes = self.encode(x_ND, gradient_ND)
         if not self.is_default:
-            from saebench.saes.gradient import changed_picks
-
-            changed, picks = changed_picks(codes, self.sae.encode(x_ND.to(codes.values.device)))
+            default = self.sae.encode(x_ND.to(codes.values.device))
+            changed, picks = self.sae.changed_picks(codes, default)
             self._changed += int(changed)
             self._picks += int(picks)
         return meter.update(x_ND, codes)

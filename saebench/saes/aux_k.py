@@ -62,6 +62,10 @@ class AuxKSAE(SAE):
         self.register_buffer("dead_when_looked", torch.zeros(spec.d_sae, dtype=torch.bool))
         self._candidates_A: Tensor | None = None
 
+    @property
+    def dead_tokens(self) -> int:
+        return self.spec.dead_tokens
+
     def choose(self, batch: Batch) -> SparseCodes:
         """The entries kept of a training batch and their values; called without gradients."""
         raise NotImplementedError(f"{type(self).__name__} does not define choose")

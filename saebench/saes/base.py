@@ -18,6 +18,7 @@ from saebench.saes.files import save_sae
 from saebench.saes.spec import SaeSpec
 from saebench_kernels import normalize_rows_, sparse_decode
 
+DEAD_TOKENS = 10_000_000
 MIN_DEAD_STEPS = 50
 PROBE_ROWS = 4096
 
@@ -79,14 +80,21 @@ class SAE(nn.Module):
     as a property; so with ``b_enc`` where it is not among ``weight_names``."""
     projects_gradients: ClassVar[bool] = True
     """Whether a decoder row's gradient loses its part along the row, which giving it unit norm would undo."""
+    unit_norm_decoder: ClassVar[bool] = True
+    """Whether decoder rows get unit norm after every training step."""
+    homogeneous: ClassVar[bool] = True
+    """Whether scaling the input scales codes and reconstruction alike once `fold_scale` has scaled the biases."""
+    permutable_latents: ClassVar[bool] = True
+    """Whether permuting the latents of all weights permutes the codes, and changes no reconstruction."""
     tokens_since_fired: Tensor
+    """[M] int64: training rows since each latent was last active."""
 
     def __init__(self, spec: SaeSpec, d_in: int) -> None:
         super().__init__()
         self.spec = spec
         self.d_in = d_in
         self.compute_dtype = torch.float32
-        self.dead_after = 10_000_000
+        self.dead_after = self.dead_tokens
         if not self.tied:
             self.W_enc_MD = nn.Parameter(torch.zeros(spec.d_sae, d_in))
         self.W_dec = nn.Parameter(torch.zeros(spec.d_sae, d_in))
@@ -108,9 +116,36 @@ class SAE(nn.Module):
         """[d_in, d_sae], a transposed view of the latent-major weights."""
         return self.W_enc_MD.T
 
+    @property
+    def dead_tokens(self) -> int:
+        """A latent that has not fired for this many tokens is dead, in trainings long enough for that."""
+        return DEAD_TOKENS
+
+    def configure_training(self, *, compute_dtype: torch.dtype, tokens: int, batch_size: int) -> None:
+        """Set what depends on the training that this SAE is in; called before `initialize`.
+
+        A latent counts as dead after ``dead_tokens`` tokens without firing, or after 10% of the training's
+        ``tokens`` if that is less, but not before 50 batches.
+        """
+        self.compute_dtype = compute_dtype
+        self.dead_after = max(min(self.dead_tokens, tokens // 10), MIN_DEAD_STEPS * batch_size)
+
     def trains_fused(self, n_rows: int) -> bool:
-        """Whether a training step of so many rows takes the fused kernels of a GPU."""
+        """Whether a training step of ``n_rows`` rows uses the fused kernels of a GPU."""
         return False
+
+    def needs_gradients(self, inference: str | None = None) -> bool:
+        """Whether ``encode(x, inference=inference)`` needs ``gradient``, the model's gradient at x."""
+        return False
+
+    def changed_picks(self, codes: SparseCodes, default: SparseCodes) -> tuple[Tensor, Tensor]:
+        """How many active entries of ``codes`` are not active in ``default``; and how many there are.
+
+        Both are codes of the same rows, ``default`` those of the default inference. Two scalar int64 tensors.
+        """
+        (row_S, index_S, _), (default_row_S, default_index_S, _) = codes.coo(), default.coo()
+        key_S, default_S = row_S * self.d_sae + index_S, default_row_S * self.d_sae + default_index_S
+        return (~torch.isin(key_S, default_S)).sum(), torch.tensor(len(key_S), device=key_S.device)
 
     def extra_repr(self) -> str:
         return f"d_in={self.d_in}, d_sae={self.d_sae}, k={self.k}"

@@ -22,6 +22,7 @@ from saebench.saes.base import Batch, LossTerms
 from saebench.saes.spec import SaeSpec
 from saebench_kernels import gradient_topk_encode, rounded, topk_encode
 
+ORACLE = "oracle"
 SAMPLED_ROWS = 256
 """Rows of each training batch that statistics are taken from: on all of them they would cost another scan."""
 INFLUENCE_RATE = 0.01
@@ -64,7 +65,7 @@ class GradientSAE(AuxKSAE):
     Spec = GradientSpec
     spec: GradientSpec
     uses_gradients = True
-    inferences = ("plain", "proxy", "oracle")
+    inferences = ("plain", "proxy", ORACLE)
     weight_names = (*AuxKSAE.weight_names, "gradient_scale", "influence")
     gradient_scale: Tensor
     """c, float32 scalar, per nat per unit of activation."""
@@ -122,7 +123,7 @@ class GradientSAE(AuxKSAE):
             rows = slice(SAMPLED_ROWS)
             indices_NK, values_NK = codes.rectangular()
             mine = SparseCodes.from_topk(values_NK[rows], indices_NK[rows], d_sae=self.d_sae)
-            changed, picks = changed_picks(mine, self._plain(self.centered(batch.x_ND[rows])))
+            changed, picks = self.changed_picks(mine, self._plain(self.centered(batch.x_ND[rows])))
             return {"picks_changed": changed / picks.clamp_min(1)}
 
     @torch.no_grad()
@@ -136,6 +137,19 @@ class GradientSAE(AuxKSAE):
         self.influence.lerp_(mean_M, rate)
 
     # Inference ------------------------------------------------------------------------------------
+
+    def needs_gradients(self, inference: str | None = None) -> bool:
+        return inference == ORACLE
+
+    def changed_picks(self, codes: SparseCodes, default: SparseCodes) -> tuple[Tensor, Tensor]:
+        """As for every SAE; both codes are rectangular, and nothing waits for the GPU."""
+        indices_NK, values_NK = codes.rectangular()
+        default_indices_NK, default_values_NK = default.rectangular()
+        sorted_NK = torch.where(default_values_NK != 0, default_indices_NK, -1).sort(dim=1).values
+        place_NK = torch.searchsorted(sorted_NK, indices_NK.contiguous()).clamp_max(sorted_NK.shape[1] - 1)
+        active_NK = values_NK != 0
+        new_NK = active_NK & (sorted_NK.gather(1, place_NK) != indices_NK)
+        return new_NK.sum(), active_NK.sum()
 
     def encode(self, x: Tensor, **how: Any) -> SparseCodes:
         """Codes of ``x`` [..., d_in]; ``inference`` and ``gradient`` as the class describes them.
@@ -160,7 +174,7 @@ class GradientSAE(AuxKSAE):
         """Codes of rows [N, D], chosen as ``inference`` says."""
         if inference not in self.inferences:
             raise ValueError(f"inference is {inference!r}; there is {', '.join(self.inferences)}")
-        if (gradient is not None) != (inference == "oracle"):
+        if (gradient is not None) != self.needs_gradients(inference):
             raise ValueError("inference='oracle' needs gradient=..., and it alone")
         with torch.no_grad():
             if gradient is not None:
@@ -206,20 +220,6 @@ class GradientSAE(AuxKSAE):
         """|g D^T| [n, M], a few rows at a time."""
         for part_nD in torch.split(gradient_ND, max(1, _CHUNK_BYTES // (4 * self.d_sae))):
             yield (part_nD.to(self.W_dec) @ self.W_dec.T).abs_()
-
-
-def changed_picks(codes: SparseCodes, plain: SparseCodes) -> tuple[Tensor, Tensor]:
-    """How many picks of ``codes`` are none of ``plain``, codes of the same rows; and how many there are.
-
-    Both are rectangular; zero values are no picks. Two scalar int64 tensors.
-    """
-    indices_NK, values_NK = codes.rectangular()
-    plain_indices_NK, plain_values_NK = plain.rectangular()
-    sorted_NK = torch.where(plain_values_NK != 0, plain_indices_NK, -1).sort(dim=1).values
-    place_NK = torch.searchsorted(sorted_NK, indices_NK.contiguous()).clamp_max(sorted_NK.shape[1] - 1)
-    real_NK = values_NK != 0
-    new_NK = real_NK & (sorted_NK.gather(1, place_NK) != indices_NK)
-    return new_NK.sum(), real_NK.sum()
 
 
 def _gradient_of(batch: Batch) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from saebench.evaluation.inference_mode import ORACLE
+from saebench.saes.gradient import ORACLE
 from saebench.synth.scores import Score, exceeds
 from saebench.synth.variants import BETAS
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import saebench
 from saebench.core.files import write_bytes_atomic, write_json_atomic
-from saebench.evaluation.inference_mode import ORACLE
+from saebench.saes.gradient import ORACLE
 from saebench.synth.claims import Claim
 from saebench.synth.scores import L0_TOLERANCE, Score
 from saebench.synth.settings import SynthConfig

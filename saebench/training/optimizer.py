@@ -54,7 +54,7 @@ def optimizer_step(
         optimizer,
         lr=lr,
         grad_clip=grad_clip,
-        unit_rows=sae.W_dec,
+        unit_rows=sae.W_dec if sae.unit_norm_decoder else None,
         project=sae.projects_gradients,
         is_finite=is_finite,
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 from saebench.activations.loader import Rows
 from saebench.core.errors import UserError
 from saebench.runs.layout import SESSIONS_FILE
-from saebench.saes.base import MIN_DEAD_STEPS, SAE, Batch
+from saebench.saes.base import SAE, Batch
 from saebench.saes.registry import architecture
 from saebench.saes.spec import SaeSpec
 from saebench.training import checkpoint, resume
@@ -227,9 +227,11 @@ def fresh_state(config: TrainConfig, spec: SaeSpec, sample: Batch, device: torch
     unit_scale = _input_scale(sample.x_ND)
     scale = unit_scale if config.normalize else 1.0
     sae: SAE = architecture(spec.name)(spec, sample.x_ND.shape[1]).to(device)
-    sae.compute_dtype = torch.bfloat16 if compute_dtype(config, device) == "bf16" else torch.float32
-    window = min(getattr(spec, "dead_tokens", sae.dead_after), config.tokens // 10)
-    sae.dead_after = max(window, MIN_DEAD_STEPS * config.batch_size)
+    sae.configure_training(
+        compute_dtype=torch.bfloat16 if compute_dtype(config, device) == "bf16" else torch.float32,
+        tokens=config.tokens,
+        batch_size=config.batch_size,
+    )
     gradient_ND = sample.gradient_ND if sae.uses_gradients else None
     gradient_ND = gradient_ND.to(device) if gradient_ND is not None else None
     sae.initialize(Batch(sample.x_ND.to(device) * scale, gradient_ND), seed=config.seed)

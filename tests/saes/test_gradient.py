@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
 from saebench.runs.run import load
 from saebench.saes import gradient as module
-from saebench.saes.base import Batch
-from saebench.saes.gradient import GradientSAE, GradientSpec, changed_picks
+from saebench.saes.base import SAE, Batch
+from saebench.saes.gradient import GradientSAE, GradientSpec
 
 D_IN, D_SAE, K = 12, 40, 5
 
@@ -238,23 +239,24 @@ def test_batches_without_gradients_and_gradients_without_content_are_refused():
         GradientSpec(beta=-1)
 
 
-def test_the_share_of_changed_picks_is_counted():
+def test_changed_picks_are_those_that_the_default_inference_does_not_make():
     def codes(indices, values):
         return SparseCodes.from_topk(torch.tensor(values), torch.tensor(indices), d_sae=9)
 
     plain = codes([[1, 2, 3], [4, 5, 0]], [[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
     mine = codes([[3, 1, 7], [4, 0, 8]], [[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
-    assert changed_picks(mine, plain) == (2, 5) and changed_picks(plain, plain) == (0, 5)
-    assert changed_picks(codes([[1]], [[0.0]]), codes([[2]], [[0.0]])) == (0, 0)
-    x_ND, g_ND = rows(300), rows(300, 2)
     sae = make_sae(3.0)
+    for changed_picks in (sae.changed_picks, partial(SAE.changed_picks, sae)):
+        assert changed_picks(mine, plain) == (2, 5) and changed_picks(plain, plain) == (0, 5)
+        assert changed_picks(codes([[1]], [[0.0]]), codes([[2]], [[0.0]])) == (0, 0)
+    x_ND, g_ND = rows(300), rows(300, 2)
     changed = [
         with_beta(sae, beta).loss(Batch(x_ND, g_ND)).extra["picks_changed"] for beta in (0.0, 0.3, 3.0)
     ]
     assert changed[0] == 0 < changed[1] < changed[2] < 1
     first = slice(0, 256)
     mine, others = sae.encode(x_ND[first], inference="oracle", gradient=g_ND[first]), sae.encode(x_ND[first])
-    n_changed, n_picks = changed_picks(mine, others)
+    n_changed, n_picks = sae.changed_picks(mine, others)
     assert sae.loss(Batch(x_ND, g_ND)).extra["picks_changed"] == n_changed / n_picks
 
 
