@@ -1,4 +1,4 @@
-"""Scaling rows, taking an offset away and changing their type.
+"""Scale rows, subtract an offset and change their type.
 
 Shapes: N rows, D = d_in.
 """

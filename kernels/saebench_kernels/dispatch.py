@@ -1,6 +1,6 @@
-"""Which road an op takes: the fused kernel or the eager reference.
+"""The choice between an op's fused kernels and its eager reference.
 
-The choice is a fixed function of device, type and shape, never of a measurement: runs repeat bit for bit.
+It is a fixed function of device, type and shape, and never of a measurement, so that runs repeat bit for bit.
 
 | op | fused where |
 |---|---|
@@ -13,9 +13,9 @@ The choice is a fixed function of device, type and shape, never of a measurement
 | matching_pursuit_energy | as matching_pursuit_encode |
 | center, adam_step | CUDA |
 
-tf32 is float32 where torch.set_float32_matmul_precision allows factors rounded to 10 bits; float32 proper is
-eager. So is everything else, and all of it on a GPU older than Ampere, on one that is not torch's current
-GPU, where Triton is not installed, and for a batch without rows.
+tf32 is float32 where torch.set_float32_matmul_precision allows factors rounded to 10 bits; with full float32
+precision the ops are eager. So is everything that the table does not list. All ops are eager on a GPU older
+than Ampere, on a GPU that is not torch's current one, where Triton is not installed, and for an empty batch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ logger = logging.getLogger("saebench_kernels")
 def is_fused(
     op: str, device: torch.device, dtype: torch.dtype, *, k: int = 1, d_sae: int = 1, floats: bool = False
 ) -> bool:
-    """Whether ``op`` has a fused kernel for this; says once why not where it could be expected to."""
+    """Whether ``op`` is fused for these arguments; warns once, with the reason, where a user may expect it.
+
+    ``floats`` is for ops that are fused in float32, too.
+    """
     if device.type != "cuda":
         return False
     current = torch.cuda.current_device()
@@ -45,13 +48,13 @@ def is_fused(
     if reason is None and device.index not in (None, current):
         reason = f"{device} is not the current GPU; call torch.cuda.set_device({device.index}) first"
     if reason is None and not floats and dtype not in _HALF and not (op in _TF32_OPS and _is_tf32(dtype)):
-        return False  # float32 was asked for, and gets it
+        return False  # the user asked for float32
     if reason is None and k > LARGEST_K:
         reason = f"k = {k} is above {LARGEST_K}"
     if reason is None and d_sae > LARGEST_D_SAE:
         reason = f"d_sae = {d_sae} is above {LARGEST_D_SAE}"
     if reason is not None:
-        _say(f"{op} takes its eager road: {reason}")
+        _warn_once(f"{op} falls back to eager: {reason}")
     return reason is None
 
 
@@ -70,5 +73,5 @@ def why_not_fused(index: int) -> str | None:
 
 
 @functools.cache
-def _say(text: str) -> None:
+def _warn_once(text: str) -> None:
     logger.warning(text)

@@ -1,4 +1,4 @@
-"""Encode and keep, for each latent, the rows of its largest pre-activations.
+"""Encode rows and keep, for each latent, its largest pre-activations.
 
 Shapes: N rows, D = d_in, M = d_sae latents, c latents at once, S entries kept, row by row.
 """
@@ -13,7 +13,7 @@ from saebench_kernels.gathered_dots import gathered_dots
 from saebench_kernels.rounded import rounded
 
 _CPU_CHUNK_ELEMENTS = 1 << 20
-"""Pre-activations made at once on a CPU: few enough to be in its cache when the largest are looked for."""
+"""Pre-activations computed at once on a CPU: few enough to stay in its cache."""
 _CUDA_CHUNK_ELEMENTS = 1 << 26
 _FUSED_MOST_ROWS = 1 << 15
 
@@ -29,11 +29,11 @@ def feature_choice_encode(
     """The ``budgets[m]`` largest positive entries of each column m of ``relu(x W_enc^T + b_enc)``.
 
     x is of any float type, the weights are float32; budgets int64, each between 0 and N. A column with fewer
-    positive entries keeps those. Waits for the GPU once, to know how many entries there are.
+    positive entries keeps those. Waits for the GPU once, to read the number of entries.
 
-    Fused (see routes.py; up to 32,768 rows), the choice is exact on the pre-activations of the scan, rounded
-    to its type: the largest, of equals those of the first rows; the values are these rounded ones, and NaN
-    is above all. Eager, see ``feature_choice_encode_eager``.
+    Fused (see dispatch.py; up to 32,768 rows), the selection is exact on the pre-activations of the scan,
+    rounded to its type: the largest are kept, of equal ones those of the first rows. The values are rounded,
+    and NaN counts as the largest. Eager, see ``feature_choice_encode_eager``.
 
     Returns:
         ``values_S`` float32, ``indices_S`` int32 or int64, ascending within a row, and ``offsets`` [N + 1]
@@ -58,11 +58,11 @@ def feature_choice_encode_eager(
     *,
     scan_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``feature_choice_encode`` in plain torch; which of several equal values at the border is kept is open.
+    """``feature_choice_encode`` in plain torch; which of equal values at the border are kept is unspecified.
 
-    Latents are taken in order of their budgets, those of similar ones together, so that no latent is sorted
-    much deeper than it needs. When ``scan_dtype`` is not float32 the scan only proposes: the values of the
-    entries picked are computed again in float32.
+    Latents are processed in the order of their budgets, those with similar budgets together, so that no
+    latent is sorted much deeper than it needs. When ``scan_dtype`` is not float32, the scan only proposes,
+    and the values of the entries picked are computed again in float32.
     """
     n_rows, d_sae = x_ND.shape[0], W_enc_MD.shape[0]
     scan_x_DN, scan_W_MD, scan_b_M = x_ND.to(scan_dtype).T, W_enc_MD.to(scan_dtype), b_enc_M.to(scan_dtype)
@@ -89,7 +89,7 @@ def feature_choice_encode_eager(
 def _chunks(budgets: list[int], most: int) -> list[tuple[int, int, int]]:
     """(start, stop, largest budget) of runs of at most ``most`` descending budgets within a factor of two.
 
-    Latents without a budget are in none.
+    Latents without a budget are left out.
     """
     chunks: list[tuple[int, int, int]] = []
     start = 0

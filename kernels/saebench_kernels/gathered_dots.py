@@ -1,4 +1,4 @@
-"""Dot products of each row with the few table rows that it names.
+"""Dot products of each row with a few rows of a table.
 
 Shapes: N rows, S entries of all rows end to end, D columns, M table rows.
 """
@@ -13,9 +13,9 @@ from torch import Tensor
 def gathered_dots(indices_S: Tensor, starts_N: Tensor, x_ND: Tensor, table_MD: Tensor) -> Tensor:
     """``out[s] = x[n] . table[indices[s]]`` for the entries s of row n, without an [S, D] tensor.
 
-    Row n's entries begin at ``starts[n]``; indices and starts are of one integer type. This is the gradient
-    of ``sparse_decode`` with respect to its values, and torch's own fused kernel for that gradient computes
-    it (the weights at which it is taken do not matter: the decode is linear).
+    The entries of row n begin at ``starts[n]``; indices and starts have the same integer type. This is the
+    gradient of ``sparse_decode`` with respect to its values, so torch's own kernel for that gradient computes
+    it. The values at which the gradient is taken do not matter, since the decoder is linear.
     """
     with torch.enable_grad():
         at_S = torch.zeros(indices_S.shape, dtype=x_ND.dtype, device=x_ND.device, requires_grad=True)

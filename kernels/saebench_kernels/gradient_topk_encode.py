@@ -1,6 +1,6 @@
-"""Encode and keep the k latents of each row that are both active and influential.
+"""Encode rows and keep, per row, the k latents with the largest value times influence.
 
-Shapes: N rows, D = d_in, M = d_sae latents, K kept a row.
+Shapes: N rows, D = d_in, M = d_sae latents, K kept per row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from saebench_kernels.gathered_dots import gathered_dots
 from saebench_kernels.rounded import rounded
 
 _CPU_CHUNK_ELEMENTS = 1 << 20
-"""Scores made at once on a CPU: few enough to be in its cache when the top k are looked for."""
+"""Scores computed at once on a CPU: few enough to stay in its cache."""
 
 
 def gradient_topk_encode(
@@ -31,11 +31,11 @@ def gradient_topk_encode(
 
     x and g are of any float type, the weights are float32; the scan over all latents is done in
     ``scan_dtype``. The score multiplies z, so a latent of z = 0 is never picked ahead of a positive one: a
-    row with fewer than k positive latents is filled up with zeros, whose indices mean nothing.
+    row with fewer than k positive latents is padded with zeros, whose indices mean nothing.
 
-    Fused (see routes.py), both products are made in one kernel, and the choice is exact on its scores,
-    rounded to ``scan_dtype``: the largest, of equals those with the smaller index. Eager, a scan that is
-    not in float32 only proposes: values are computed again in float32; order and ties are unspecified.
+    Fused (see dispatch.py), the selection is exact on the scores of the scan, rounded to ``scan_dtype``: the
+    largest are kept, of equal ones those with the smaller index. Eager, a scan that is not in float32 only
+    proposes, and the values are computed again in float32; order and ties are unspecified.
 
     Returns:
         ``values_NK`` float32 (z, not the score) and ``indices_NK``, int32 or int64.

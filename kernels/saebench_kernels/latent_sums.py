@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 class LatentGroups(NamedTuple):
-    """The entries of a batch sorted by latent, made once and used for every weight gradient."""
+    """The entries of a batch sorted by latent, computed once and used for every weight gradient."""
 
     order_S: Tensor
-    """Place of each sorted entry among the entries as they were, int64."""
+    """Position of each sorted entry in the original order, int64."""
     rows_S: Tensor
     """Row of each sorted entry, int64."""
     starts_M: Tensor
-    """Where each latent's entries begin, int64."""
+    """Position of the first sorted entry of each latent, int64."""
 
 
 def group_by_latent(indices_S: Tensor, rows_S: Tensor, d_sae: int) -> LatentGroups:
@@ -34,7 +34,8 @@ def group_by_latent(indices_S: Tensor, rows_S: Tensor, d_sae: int) -> LatentGrou
 def latent_sums(groups: LatentGroups, weights_S: Tensor, table_ND: Tensor) -> Tensor:
     """``out[m] = sum over entries (n, m) of weights[s] table[n]``, shape [M, D].
 
-    Each latent is summed in the order of its entries by one worker: no atomics, no dense [N, M] matrix.
+    Each latent is summed in the order of its entries by one worker: without atomics, and without a dense
+    [N, M] matrix.
     """
     return F.embedding_bag(
         groups.rows_S,

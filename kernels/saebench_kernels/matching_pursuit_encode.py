@@ -1,6 +1,6 @@
 """Matching pursuit (Mallat and Zhang 1993; as an SAE's encoder: Costa et al. 2025).
 
-Shapes: N rows (n of them at once), D = d_in, M atoms (the rows of the dictionary), K picks a row.
+Shapes: N rows (n of them at once), D = d_in, M atoms (the rows of the dictionary), K picks per row.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from saebench_kernels.entries import Pursuit
 from saebench_kernels.row_chunks import map_chunks
 
 _CPU_CHUNK_ELEMENTS = 1 << 20
-"""Correlations kept at once on a CPU: few enough that k picks find them in its cache. Sixteen times as many
-where each pick scans anew: then the product wants many rows."""
+"""Correlations kept at once on a CPU: few enough to stay in its cache during k picks. Sixteen times as many
+where each pick scans all atoms again: that product is faster with many rows."""
 _GRAM_LARGEST = 16_384
-"""Atoms above which the Gram matrix is not made: it would take more than 1 GiB."""
+"""Largest number of atoms for which the Gram matrix is computed: beyond, it would take more than 1 GiB."""
 _FUSED_LARGEST = 65_536
 _FUSED_ATOMS_A_ROW = 8
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
-"""Of |x|: a correlation up to this may be rounding alone. r <- r - c d and r . d each round by eps / 2 of
+"""Times |x|: a correlation up to this may be rounding alone. r <- r - c d and r . d each round by eps / 2 of
 what is summed, at first |x| and then ever less, and an atom whose squared norm is off by a few eps leaves as
 much of c. Rows that are sums of up to 30 of 8 to 768 orthonormal atoms were left with up to 1.9 eps |x| where
 no correlation is positive, and with 3.8 where the atoms were as float32's QR leaves them."""
 _GROUP = 64
-"""Correlations that lie side by side in the vectorised half of the search for the largest."""
+"""Adjacent correlations in the vectorized half of the search for the largest."""
 
 
 def matching_pursuit_encode(
@@ -37,12 +37,13 @@ def matching_pursuit_encode(
     absolute: bool = False,
     scan_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """At most k picks for each row of x; x and the atoms are float32, the atoms of unit norm.
+    """At most k picks per row of x; x and the atoms are float32, the atoms of unit norm.
 
-    From r = x, again and again: i = argmax_i r . d_i, c = max(0, r . d_i), r <- r - c d_i. ``absolute``
-    takes the argmax of |r . d_i| and c = r . d_i. A row ends after k picks, when |r| < ``tolerance``, or
-    when |c| is no more than float32 leaves of a correlation that is 0 (8 eps |x|, whatever k is); what is
-    left of it is zeros at index 0. One atom may be picked several times.
+    Starting from r = x, each pick is i = argmax_i r . d_i, c = max(0, r . d_i), r <- r - c d_i. With
+    ``absolute`` it is the argmax of |r . d_i| and c = r . d_i.
+    A row ends after k picks, when |r| < ``tolerance``, or
+    when |c| is at most 8 eps |x|, which is what rounding to float32 can leave of a correlation that is 0. The
+    remaining slots of the row are zeros at index 0. An atom may be picked several times.
 
     Every c is computed in float32 from the float32 residual, so |x|^2 = sum c^2 + |r|^2 whatever proposed
     the pick. Fused (see `is_pursuit_fused`), the two largest of correlations that are kept up to date in
@@ -60,8 +61,8 @@ def matching_pursuit_encode(
 
 
 def is_pursuit_fused(device: torch.device, scan_dtype: torch.dtype, *, n_rows: int, d_sae: int) -> bool:
-    """Whether a pursuit takes the fused road: where routes.py says so, up to 65,536 atoms (their Gram matrix
-    then has 8 GiB), and for at least an eighth as many rows (else it costs more than it saves)."""
+    """Whether a pursuit is fused: where dispatch.py says so, for up to 65,536 atoms (their Gram matrix then
+    has 8 GiB) and at most 8 atoms per row (beyond, the Gram matrix costs more than it saves)."""
     if not 0 < d_sae <= min(_FUSED_LARGEST, _FUSED_ATOMS_A_ROW * n_rows):
         return False
     return is_fused("matching_pursuit_encode", device, scan_dtype, d_sae=d_sae)
@@ -70,7 +71,7 @@ def is_pursuit_fused(device: torch.device, scan_dtype: torch.dtype, *, n_rows: i
 def pursue_fused(
     x_ND: Tensor, atoms_MD: Tensor, k: int, *, tolerance: Tensor | float = 0.0, absolute: bool = False
 ) -> Pursuit:
-    """``matching_pursuit_encode`` by fused kernels, with the residuals that it leaves."""
+    """``matching_pursuit_encode`` by fused kernels, with the residuals."""
     from saebench_kernels.fused.pursuit import pursue
 
     return pursue(x_ND, atoms_MD.detach(), k, tolerance=tolerance, absolute=absolute, rounding=_ROUNDING)
@@ -87,9 +88,10 @@ def matching_pursuit_encode_eager(
 ) -> tuple[Tensor, Tensor]:
     """``matching_pursuit_encode`` in plain torch.
 
-    Two routes propose the picks, and ``uses_gram`` tells which by the shapes alone: after one scan
-    a = x D^T the correlations are kept up to date by a <- a - c (D D^T)[i] in float32, or a = r D^T is
-    scanned anew for every pick, in ``scan_dtype``. In float32 both make the same picks apart from near ties.
+    There are two ways to propose the picks, and ``uses_gram`` selects one by the shapes alone. Either, after
+    one scan a = x D^T, the correlations are kept up to date by a <- a - c (D D^T)[i] in float32, or a = r D^T
+    is computed again for every pick, in ``scan_dtype``. In float32 both make the same picks except for near
+    ties.
     """
     n_rows, device, use_gram = len(x_ND), x_ND.device, uses_gram(len(x_ND), len(atoms_MD))
     atoms_MD = pad_atoms(atoms_MD)
@@ -128,24 +130,24 @@ def matching_pursuit_encode_eager(
 
 
 def uses_gram(n_rows: int, n_atoms: int) -> bool:
-    """Whether correlations are updated by D D^T rather than scanned anew for every pick.
+    """Whether correlations are updated by D D^T rather than computed again for every pick.
 
     D D^T costs as much as M / N scans and must fit into 1 GiB; an update costs a small part of a scan.
     Measured on a CPU for d_in 64 to 768, the updates win at M = 4 N from about 8 picks on, with 32 picks by
-    2 to 5 times, and at M = N by 2 to 8. The number of picks has no say, so that the codes with k are always
-    exactly the beginning of those with k + 1.
+    2 to 5 times, and at M = N by 2 to 8. The number of picks has no influence, so that the codes with k are
+    always exactly the beginning of those with k + 1.
     """
     return n_atoms <= min(_GRAM_LARGEST, 4 * n_rows)
 
 
 def pad_atoms(atoms_MD: Tensor) -> Tensor:
-    """The atoms with zeros after them, so that ``best_atoms`` can part them in groups: never of use."""
+    """The atoms, padded with zeros (which are never picked) to whole groups of ``best_atoms``."""
     missing = -len(atoms_MD) % _GROUP
     return torch.nn.functional.pad(atoms_MD.detach(), (0, 0, 0, missing))
 
 
 def best_atoms(scores_nM: Tensor) -> Tensor:
-    """[n] int64: where each row has its largest score; M is a multiple of the group.
+    """[n] int64: the index of the largest score of each row; M is a multiple of 64.
 
     On a CPU torch's argmax goes element by element, ten times slower than its maximum over a middle axis.
     So the largest of each of 64 interleaved groups is found first, then the best group, then its member.

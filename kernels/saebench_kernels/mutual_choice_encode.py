@@ -1,4 +1,4 @@
-"""Encode and keep the largest pre-activations of a whole batch.
+"""Encode rows and keep the largest pre-activations of the whole batch.
 
 Shapes: N rows, D = d_in, M = d_sae latents, C candidates, S entries kept, row by row.
 """
@@ -13,10 +13,10 @@ from saebench_kernels.gathered_dots import gathered_dots
 from saebench_kernels.rounded import rounded
 
 _CPU_CHUNK_ELEMENTS = 1 << 20
-"""Pre-activations made at once on a CPU: few enough to be in its cache when they are compared."""
+"""Pre-activations computed at once on a CPU: few enough to stay in its cache."""
 _CUDA_CHUNK_ELEMENTS = 1 << 26
 _SLACK = {torch.float32: 0.0, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
-"""Share of the threshold by which an entry of a low-precision scan may miss it and be looked at again.
+"""Share of the threshold by which an entry of a low-precision scan may miss it and still be computed again.
 
 Twice the error of a scan: rounding the result costs up to 2^-8 of it in bfloat16, and rounding the factors
 about as much as a standard deviation / 512 of pre-activations, of which a threshold is at least one or two.
@@ -41,9 +41,9 @@ def mutual_choice_encode(
     ``hint`` (scalar tensor) is a guess a little below the smallest value that will be kept. A good one saves
     time; the result does not depend on it.
 
-    Fused (see routes.py), the choice is exact on the pre-activations of the scan, rounded to its type, and
-    nothing waits for the GPU: the output has ``budget`` entries, and what is left of them belongs to no row
-    and is zero. NaN is above all. Eager, see ``mutual_choice_encode_eager``.
+    Fused (see dispatch.py), the selection is exact on the pre-activations of the scan, rounded to its type,
+    and nothing waits for the GPU: the output has ``budget`` entries, and unused ones belong to no row and are
+    zero. NaN counts as the largest. Eager, see ``mutual_choice_encode_eager``.
 
     Returns:
         ``values_S`` float32, ``indices_S`` int32 or int64, ascending within a row, and ``offsets`` [N + 1]
@@ -70,12 +70,12 @@ def mutual_choice_encode_eager(
     """``mutual_choice_encode`` in plain torch; NaN is never kept.
 
     One scan, in chunks of rows, gathers what exceeds the hint; when that is less than the budget, a second
-    scan gathers what is positive. Neither holds all N x M pre-activations, and what can no longer be kept is
-    thrown out on the way.
+    scan gathers what is positive. Neither holds all N x M pre-activations, and candidates that can no longer
+    be kept are dropped on the way.
 
     When ``scan_dtype`` is not float32 the scan only proposes: all entries within 3% (bfloat16) of the
     scan's own threshold are computed again in float32, and of these exact values the largest are kept. An
-    entry is passed over wrongly only if the scan misjudged it by more than half of that.
+    entry is wrongly left out only if the error of the scan exceeds half of that.
     """
     d_sae = W_enc_MD.shape[0]
     problem = x_ND.to(scan_dtype), W_enc_MD.to(scan_dtype).T, b_enc_M.to(scan_dtype)
@@ -100,8 +100,8 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Candidates among the entries above ``floor`` (at least 0): value and flat index, in flat order.
 
-    In float32 these are the ``budget`` largest; in less, also those within the slack. The floor returned is
-    what entries had to exceed in the end.
+    In float32 these are the ``budget`` largest; in lower precision, also those within the slack. The floor
+    returned is what entries had to exceed in the end.
     """
     n_rows, d_sae = x_ND.shape[0], W_enc_DM.shape[1]
     limit = _CUDA_CHUNK_ELEMENTS if x_ND.is_cuda else _CPU_CHUNK_ELEMENTS
@@ -124,13 +124,13 @@ def _scan(
             flat_C = torch.cat([flat_C, *(flat for _, flat in found)])
             found = []
             if values_C.numel() >= budget:
-                values_C, flat_C, floor = _throw_out(values_C, flat_C, budget)
+                values_C, flat_C, floor = _drop_beaten(values_C, flat_C, budget)
             n_found = values_C.numel()
     return values_C, flat_C, floor
 
 
-def _throw_out(values_C: Tensor, flat_C: Tensor, budget: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Drop the candidates that others beat; with the floor that later ones (of larger index) must exceed."""
+def _drop_beaten(values_C: Tensor, flat_C: Tensor, budget: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Drop the candidates that cannot be kept; also returns the floor that later candidates must exceed."""
     smallest = _smallest_kept(values_C, budget)
     slack = _SLACK[values_C.dtype]
     floor = smallest * (1 - slack)

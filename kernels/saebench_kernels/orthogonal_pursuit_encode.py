@@ -1,6 +1,6 @@
-"""Orthogonal matching pursuit (Pati, Rezaiifar and Krishnaprasad 1993), eager.
+"""Orthogonal matching pursuit (Pati, Rezaiifar and Krishnaprasad 1993), without fused kernels.
 
-Shapes: N rows (n of them at once), D = d_in, M atoms (the rows of the dictionary), K picks a row.
+Shapes: N rows (n of them at once), D = d_in, M atoms (the rows of the dictionary), K picks per row.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from saebench_kernels.matching_pursuit_encode import accept, best_atoms, pad_ato
 from saebench_kernels.row_chunks import map_chunks
 
 _CHUNK_ELEMENTS = 1 << 22
-"""Correlations made at once, and elements of 64 basis vectors a row: 16 MiB; 16 times that on a GPU. Not by
-k: rows that are scanned together with others come out with other last bits."""
+"""Correlations computed at once, and elements of 64 basis vectors per row: 16 MiB; 16 times that on a GPU. It
+does not depend on k, since the last bits of a row depend on which rows are scanned together."""
 _DEPENDENT = 1e-2
 """A row ends at a best atom whose part outside the span of those picked is shorter than this: then no atom
 correlates more than that with the residual. It keeps an atom from being picked twice, coefficients below a
@@ -29,7 +29,7 @@ def orthogonal_pursuit_encode(
     absolute: bool = False,
     scan_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """At most k picks for each row of x, whose coefficients are solved for again after every pick.
+    """At most k picks per row of x, whose coefficients are solved for again after every pick.
 
     As ``matching_pursuit_encode``, but the coefficients are those of least squares on the atoms picked so
     far: the residual is orthogonal to all of them, so no atom is picked twice. A coefficient may be

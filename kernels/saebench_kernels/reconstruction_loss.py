@@ -22,7 +22,7 @@ from saebench_kernels.sparse_decode import sparse_decode
 from saebench_kernels.sparse_encode import sparse_encode
 
 _SMALLEST_SHARE = 1e-5
-"""Rows whose errors vary by less than this share of them are equal, up to the rounding of float32 sums."""
+"""Errors whose variance is below this share of their energy are equal, up to the rounding of float32 sums."""
 
 
 class SaeWeights(NamedTuple):

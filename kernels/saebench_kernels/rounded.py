@@ -1,4 +1,4 @@
-"""Low-precision copies of weights, made when the weights have changed and not before."""
+"""Low-precision copies of weights, made again only when the weights have changed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in ``dtype``, without gradients; of a parameter the copy is kept and reused.
+    """``tensor`` in ``dtype``, without gradients; the copy of a parameter is kept and reused.
 
-    A kept copy is as good as the parameter's version number: every operation of torch that changes the
-    parameter makes it stale, save those on ``parameter.data``. ``fused_adam`` changes both behind torch's
-    back, the copy with the parameter.
+    The parameter's version number tells whether a kept copy is up to date: every operation of torch that
+    changes the parameter makes it stale, except operations on ``parameter.data``. The fused `adam_step`
+    changes parameter and copy together, without changing the version number.
     """
     if tensor.dtype == dtype:
         return tensor.detach()
@@ -25,7 +25,7 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def kept_copy(parameter: Tensor) -> Tensor | None:
-    """The copy of a parameter that is up to date, if there is one."""
+    """The kept copy of a parameter, or None if there is none that is up to date."""
     kept, state = getattr(parameter, "_saebench_rounded", (None, None))
     return kept if state == _state(parameter) else None
 

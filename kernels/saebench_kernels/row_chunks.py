@@ -1,4 +1,4 @@
-"""Rows in chunks, on a CPU each worked on by one thread from beginning to end."""
+"""Map a function over chunks of rows; on a CPU, each chunk is processed by one thread."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ ResultT = TypeVar("ResultT")
 def map_chunks(
     work: Callable[[slice], ResultT], n_rows: int, chunk: int, device: torch.device
 ) -> Iterator[ResultT]:
-    """What ``work`` gives, without gradients, for slices of ``chunk`` rows that together are 0 to ``n_rows``.
+    """Results of ``work``, without gradients, for slices of ``chunk`` rows that together cover ``n_rows``.
 
-    On a CPU as many chunks are at work as torch has threads, each on one thread. Where a chunk is hundreds
-    of short operations this replaces hundreds of times at which all threads must wait for the last one.
-    That matters when other processes use the cores too: then each wait may take until the operating system
-    gives the last thread its turn. Results come in the order of the rows, whichever thread made them.
+    On a CPU, as many chunks are processed at once as torch has threads, each on one thread. Where a chunk is
+    hundreds of short operations, this avoids hundreds of points at which all threads wait for the last one.
+    That matters when other processes use the cores: then each wait may last until the operating system
+    schedules the last thread. Results are in the order of the rows.
     """
     chunks = [slice(start, min(start + chunk, n_rows)) for start in range(0, n_rows, chunk)]
     n_threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
@@ -36,5 +36,5 @@ def map_chunks(
         with ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield from pool.map(alone, chunks)
     finally:
-        # The number is kept for each thread, but new threads begin with the one that was set last.
+        # The number is kept per thread, but new threads start with the one that was set last.
         torch.set_num_threads(n_threads)

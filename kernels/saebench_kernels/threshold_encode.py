@@ -1,4 +1,4 @@
-"""Encode and keep the pre-activations above a threshold.
+"""Encode rows and keep the pre-activations above a threshold.
 
 Shapes: N rows, n rows at once, D = d_in, M = d_sae latents, C candidates, S entries kept, row by row.
 """
@@ -13,7 +13,7 @@ from saebench_kernels.gathered_dots import gathered_dots
 from saebench_kernels.rounded import rounded
 
 _CPU_CHUNK_ELEMENTS = 1 << 20
-"""Pre-activations made at once on a CPU: few enough to be in its cache when they are compared."""
+"""Pre-activations computed at once on a CPU: few enough to stay in its cache."""
 _CUDA_CHUNK_ELEMENTS = 1 << 26
 
 
@@ -30,7 +30,7 @@ def threshold_encode(
     x is of any float type, weights and thresholds are float32; ``threshold`` has shape [M] or () (one for
     all), and may be negative or infinite.
 
-    Fused (see routes.py), pre-activations are compared before they are rounded to ``scan_dtype``, and the
+    Fused (see dispatch.py), pre-activations are compared before they are rounded to ``scan_dtype``, and the
     values are rounded. Eager, see ``threshold_encode_eager``.
 
     Returns:
@@ -55,10 +55,10 @@ def threshold_encode_eager(
     *,
     scan_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``threshold_encode`` in plain torch. No more than a chunk of rows of the N x M pre-activations is held.
+    """``threshold_encode`` in plain torch. At most one chunk of rows of the N x M pre-activations is held.
 
-    When ``scan_dtype`` is not float32 the scan only proposes: whatever its rounding could have hidden is
-    kept, computed again in float32, and compared again. The result does not depend on ``scan_dtype``, up
+    When ``scan_dtype`` is not float32, the scan only proposes: every entry that may be above its threshold is
+    computed again in float32, and compared again. The result does not depend on ``scan_dtype``, up
     to the order in which float32 sums are taken.
     """
     d_sae = W_enc_MD.shape[0]
@@ -76,9 +76,9 @@ def threshold_encode_eager(
 def _with_slack(
     x_ND: Tensor, W_enc_MD: Tensor, excess_M: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The problem ``x W^T + excess > 0`` for a scan in ``dtype``, which then misses nothing.
+    """The problem ``x W^T + excess > 0`` for a scan in ``dtype``, with a floor so low that it misses nothing.
 
-    Rows of W are brought to norm 1, which changes no sign. Rounding both factors then moves a dot product
+    Rows of W are scaled to norm 1, which changes no sign. Rounding both factors then moves a dot product
     by at most eps |x|, and rounding the excess and the result moves each by eps / 2 of itself; eps is the
     spacing of numbers at 1.
     """

@@ -1,6 +1,6 @@
-"""Encode and keep the k largest pre-activations of each row.
+"""Encode rows and keep the k largest pre-activations of each.
 
-Shapes: N rows, D = d_in, M = d_sae latents, K kept a row.
+Shapes: N rows, D = d_in, M = d_sae latents, K kept per row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from saebench_kernels.gathered_dots import gathered_dots
 from saebench_kernels.rounded import rounded
 
 _CPU_CHUNK_ELEMENTS = 1 << 20
-"""Pre-activations made at once on a CPU: few enough to be in its cache when the top k are looked for."""
+"""Pre-activations computed at once on a CPU: few enough to stay in its cache."""
 
 
 def topk_encode(
@@ -22,12 +22,12 @@ def topk_encode(
     """The k largest of ``relu(x W_enc^T + b_enc)`` in each row.
 
     x is of any float type, the weights are float32; the scan over all latents is done in ``scan_dtype``. A
-    row with fewer than k positive pre-activations is filled up with zeros, whose indices mean nothing.
+    row with fewer than k positive pre-activations is padded with zeros, whose indices mean nothing.
 
-    Fused (see routes.py), the choice is exact on the pre-activations of the scan, rounded to its type: the
-    largest, of equals those with the smaller index, in the order of their indices; the values are these
-    rounded ones, and NaN is above all. Eager, a scan that is not in float32 only proposes: the values of
-    the latents picked are computed again in float32; order and ties are unspecified.
+    Fused (see dispatch.py), the selection is exact on the pre-activations of the scan, rounded to its type:
+    the largest are kept, of equal ones those with the smaller index, in the order of their indices. The
+    values are rounded, and NaN counts as the largest. Eager, a scan that is not in float32 only proposes, and
+    the values of the latents picked are computed again in float32; order and ties are unspecified.
 
     Returns:
         ``values_NK`` float32 and ``indices_NK``, int32 or int64.

@@ -17,7 +17,7 @@ from saebench.bench.steps import LEARNING_RATE
 from saebench.saes.base import Batch
 from saebench.saes.registry import architecture
 from saebench.training.settings import TrainConfig
-from saebench.training.state import STEPS_BETWEEN_LOOKS, Trainee, fresh_state
+from saebench.training.state import STEPS_BETWEEN_REFRESHES, TrainingState, fresh_sae
 from saebench_kernels import gradient_topk_encode, mutual_choice_encode, topk_encode
 
 DEAD_SHARE = 20
@@ -81,11 +81,11 @@ def _step(name: str, *, dead: bool = False) -> Make:
         )  # fmt: skip
         gradients_BND = torch.randn_like(rows_BND) if sae_class.uses_gradients else None
         sample = Batch(rows_BND[0].float(), None if gradients_BND is None else gradients_BND[0].float())
-        member = Trainee(
+        training = TrainingState(
             config=config,
             spec=spec,
             facts={},
-            state=fresh_state(config, spec, sample, device),
+            current=fresh_sae(config, spec, sample, device),
             n_steps=1_000_000,
             sinks=[],
             is_finite=torch.ones((), dtype=torch.bool, device=device),
@@ -93,19 +93,19 @@ def _step(name: str, *, dead: bool = False) -> Make:
             first_step=0,
         )
         if dead:
-            sae = member.state.sae
+            sae = training.current.sae
             with torch.no_grad():  # too weak to be among the k largest, but half of them positive
                 sae.W_enc_MD[::DEAD_SHARE] *= 1e-3
             sae.tokens_since_fired[::DEAD_SHARE] = sae.dead_after
 
         def once() -> None:
-            step = member.state.step
-            if step % STEPS_BETWEEN_LOOKS == 0:
-                member.state.sae.refresh_dead()
+            step = training.current.step
+            if step % STEPS_BETWEEN_REFRESHES == 0:
+                training.current.sae.refresh_dead()
             at = step % len(rows_BND)
             rows = Rows(rows_BND[at], None if gradients_BND is None else gradients_BND[at])
-            member.steps.take(rows, 0.5, LEARNING_RATE)
-            member.state.step += 1
+            training.graphed_step(rows, 0.5, LEARNING_RATE)
+            training.current.step += 1
 
         return once
 

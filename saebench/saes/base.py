@@ -20,7 +20,7 @@ from saebench_kernels import normalize_rows_, sparse_decode
 
 DEAD_TOKENS = 10_000_000
 MIN_DEAD_STEPS = 50
-PROBE_ROWS = 4096
+INIT_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class SAE(nn.Module):
     unit_norm_decoder: ClassVar[bool] = True
     """Whether decoder rows get unit norm after every training step."""
     homogeneous: ClassVar[bool] = True
-    """Whether scaling the input scales codes and reconstruction alike once `fold_scale` has scaled the biases."""
+    """Whether scaling the input and, by `fold_scale`, the biases scales codes and reconstruction alike."""
     permutable_latents: ClassVar[bool] = True
     """Whether permuting the latents of all weights permutes the codes, and changes no reconstruction."""
     tokens_since_fired: Tensor
@@ -214,7 +214,7 @@ class SAE(nn.Module):
         self.W_enc_MD.copy_(self.W_dec)
         self.b_enc.zero_()
         self.b_dec.copy_(sample.x_ND.double().mean(0))
-        probe = sample[:PROBE_ROWS]
+        probe = sample[:INIT_ROWS]
         error_ND = (probe.x_ND - self.b_dec).double()
         offset_ND = error_ND - self.loss(probe).error.double()
         energy = offset_ND.square().sum()

@@ -69,7 +69,7 @@ class GatedSAE(TargetL0SAE):
         by_gate_ND = sparse_decode(gate_S, gates.entries, self.W_dec.detach(), self.b_dec.detach())
         of_gate = (x_ND - by_gate_ND).square().mean()
         objective = (x_ND - x_hat_ND).square().mean() + of_gate
-        return self.steered(
+        return self.steered_terms(
             batch,
             codes,
             x_hat_ND,
@@ -117,7 +117,7 @@ class GatedSAE(TargetL0SAE):
         self.b_mag.mul_(factor)
 
     def margins(self, x_ND: Tensor, slack: float) -> Tensor:
-        lift = slack * self.spread(x_ND)
+        lift = slack * self.pre_activation_std(x_ND)
         gates = self.open_gates(x_ND, lift)
         gate_S = gates.values - lift
         return gate_S[self.magnitudes(gates, gate_S) > 0]

@@ -87,7 +87,7 @@ class JumpReluSAE(TargetL0SAE):
         codes = near.with_values(z_S)
         x_hat_ND = self.decode(codes)
         objective = (batch.x_ND - x_hat_ND).square().mean()
-        return self.steered(batch, codes, x_hat_ND, objective, active_S.sum() / codes.n_rows)
+        return self.steered_terms(batch, codes, x_hat_ND, objective, active_S.sum() / codes.n_rows)
 
     @torch.no_grad()
     def after_step(self, batch: Batch, terms: LossTerms) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saebench.core.codes import SparseCodes
 from saebench.saes.aux_k import AuxKSAE, AuxSpec
-from saebench.saes.base import PROBE_ROWS, Batch, LossTerms
+from saebench.saes.base import INIT_ROWS, Batch, LossTerms
 from saebench.saes.spec import SaeSpec
 from saebench_kernels import mutual_choice_encode, threshold_encode
 
@@ -107,7 +107,7 @@ class MutualChoiceSAE(AuxKSAE):
     @torch.no_grad()
     def initialize(self, sample: Batch, *, seed: int) -> None:
         super().initialize(sample, seed=seed)
-        probe = sample[:PROBE_ROWS]
+        probe = sample[:INIT_ROWS]
         codes = self.choose(probe)
         self.threshold.copy_(self.batch_threshold(probe, codes, self.smallest_of(codes)))
 

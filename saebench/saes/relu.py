@@ -46,7 +46,7 @@ class ReluSAE(TargetL0SAE):
         codes = self.encode_rows(batch.x_ND)
         x_hat_ND = self.decode(codes)
         objective = (batch.x_ND - x_hat_ND).square().mean()
-        return self.steered(batch, codes, x_hat_ND, objective, codes.values.sum() / codes.n_rows)
+        return self.steered_terms(batch, codes, x_hat_ND, objective, codes.values.sum() / codes.n_rows)
 
     def set_threshold(self, threshold: Tensor) -> None:
         self.b_enc.fill_(-threshold)
@@ -60,7 +60,7 @@ class ReluSAE(TargetL0SAE):
         self.b_enc.mul_(factor)
 
     def margins(self, x_ND: Tensor, slack: float) -> Tensor:
-        lift = slack * self.spread(x_ND)
+        lift = slack * self.pre_activation_std(x_ND)
         return self.above(x_ND, torch.zeros_like(lift), self.b_enc + lift).values - lift
 
     def raise_thresholds(self, amount: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from saebench.core.bounds import AtLeast
 from saebench.core.codes import SparseCodes
 from saebench.saes.aux_k import AuxKSAE, AuxSpec
-from saebench.saes.base import PROBE_ROWS, Batch, LossTerms
+from saebench.saes.base import INIT_ROWS, Batch, LossTerms
 from saebench.saes.mutual_choice import just_below
 from saebench_kernels import mutual_choice_encode, threshold_encode
 
@@ -109,7 +109,7 @@ class TargetL0SAE(AuxKSAE):
             )
         return SparseCodes.from_ragged(values_S, indices_S, offsets, d_sae=self.d_sae)
 
-    def spread(self, x_ND: Tensor) -> Tensor:
+    def pre_activation_std(self, x_ND: Tensor) -> Tensor:
         """About the standard deviation of pre-activations of these rows, a scalar."""
         norms_M: Tensor = torch.linalg.vector_norm(self.W_enc_MD, dim=1)
         return (x_ND - self.b_dec).std() * norms_M.mean()
@@ -118,7 +118,7 @@ class TargetL0SAE(AuxKSAE):
         """What multiplies the sparsity of the next batch, a scalar."""
         return (self.log_multiplier + PROPORTIONAL_GAIN * self.l0_error).exp()
 
-    def steered(
+    def steered_terms(
         self,
         batch: Batch,
         codes: SparseCodes,
@@ -169,7 +169,7 @@ class TargetL0SAE(AuxKSAE):
         self.normalize_decoder()
         self.W_enc_MD.copy_(self.W_dec)
         self.b_dec.copy_(sample.x_ND.double().mean(0))
-        probe = sample[:PROBE_ROWS]
+        probe = sample[:INIT_ROWS]
         centered_ND = probe.x_ND - self.b_dec
         values_S, _, _ = mutual_choice_encode(
             centered_ND,

@@ -19,8 +19,8 @@ _NEWER = ("sae.dead_when_looked",)
 
 
 @dataclass
-class TrainState:
-    """What changes while training. ``scale`` multiplies activations; ``step`` batches have been taken.
+class SaeInTraining:
+    """An SAE, its optimizer, the factor of its input, and how many steps it has taken.
 
     The order of the rows is a function of the seed and ``step``, and nothing random happens after
     initialization, so these tensors are the whole state.
@@ -53,13 +53,13 @@ class TrainState:
             }
 
 
-def save_checkpoint(directory: Path, state: TrainState) -> None:
-    """Write the state and then delete older checkpoints."""
+def save_checkpoint(directory: Path, current: SaeInTraining) -> None:
+    """Write a checkpoint and then delete older checkpoints."""
     from safetensors.torch import save as serialize
 
-    path = checkpoint_path(directory, state.step)
+    path = checkpoint_path(directory, current.step)
     path.parent.mkdir(exist_ok=True)
-    write_bytes_atomic(path, serialize(state.tensors()))
+    write_bytes_atomic(path, serialize(current.tensors()))
     for old in checkpoints_of(directory):
         if old != path:
             old.unlink()
@@ -70,16 +70,16 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return max(checkpoints_of(directory), default=None)
 
 
-def restore_checkpoint(path: Path, state: TrainState) -> None:
-    """Fill ``state`` from a checkpoint.
+def restore_checkpoint(path: Path, current: SaeInTraining) -> None:
+    """Fill ``current`` from a checkpoint.
 
     Raises:
         UserError: the file is damaged or belongs to other shapes.
     """
     tensors = read_safetensors(path, way_out="delete it to start this run again from zero")
-    fresh = state.tensors()
+    fresh = current.tensors()
     for name in _NEWER:
         if name in fresh:
             tensors.setdefault(name, fresh[name])
     check_tensors(tensors, {name: tuple(t.shape) for name, t in fresh.items()}, path)
-    state.restore(tensors)
+    current.restore(tensors)

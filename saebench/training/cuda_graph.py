@@ -21,47 +21,47 @@ STEPS_BEFORE_CAPTURE = 3
 """Steps taken one kernel at a time first: they compile kernels and fill the allocator."""
 
 
-class Taken(NamedTuple):
-    """What a step leaves to look at; a captured one overwrites it the next time."""
+class StepOutput(NamedTuple):
+    """What a step leaves for the metrics. A captured step overwrites it the next time."""
 
     batch: Batch
     terms: LossTerms
     grad_norm: Tensor
 
 
-class Steps:
-    """Takes training steps, replaying a CUDA graph where ``SAE.graph_key`` and the shapes allow it.
+class GraphedStep:
+    """A training step, replayed as a CUDA graph where ``SAE.graph_key`` and the shapes allow it.
 
     Args:
-        take: takes one step on rows at a progress with a learning rate (a float64 scalar when captured).
-        graph_key: what the course of a step depends on; a new one is captured anew.
+        step: takes one step on rows at a progress with a learning rate (a float64 scalar when captured).
+        graph_key: identifies the kernels of a step; a step with a new key is captured again.
     """
 
     def __init__(
         self,
-        take: Callable[[Rows, float, float | Tensor], Taken],
+        step: Callable[[Rows, float, float | Tensor], StepOutput],
         graph_key: Callable[[float], Hashable | None],
     ) -> None:
-        self._take, self._graph_key = take, graph_key
+        self._step, self._graph_key = step, graph_key
         self._key: Hashable = None
-        self._taken = 0
+        self._n_taken = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._rows: Rows
         self._lr: Tensor
-        self._left: Taken
+        self._output: StepOutput
 
-    def take(self, rows: Rows, progress: float, lr: float) -> Taken:
+    def __call__(self, rows: Rows, progress: float, lr: float) -> StepOutput:
         """One step on ``rows``."""
         graph_key = self._graph_key(progress) if rows.activations.is_cuda else None
         if graph_key is None:
-            return self._take(rows, progress, lr)
+            return self._step(rows, progress, lr)
         key = (graph_key, *((column.shape, column.dtype) for column in rows if column is not None))
         if key != self._key:
-            self._key, self._taken, self._graph = key, 0, None
+            self._key, self._n_taken, self._graph = key, 0, None
         if self._graph is None:
-            self._taken += 1
-            if self._taken <= STEPS_BEFORE_CAPTURE:
-                return self._take(rows, progress, lr)
+            self._n_taken += 1
+            if self._n_taken <= STEPS_BEFORE_CAPTURE:
+                return self._step(rows, progress, lr)
             self._capture(rows, progress)
         for kept, column in zip(self._rows, rows, strict=True):
             if kept is not None and column is not None:
@@ -69,7 +69,7 @@ class Steps:
         self._lr.fill_(lr)
         assert self._graph is not None
         self._graph.replay()
-        return self._left
+        return self._output
 
     def _capture(self, rows: Rows, progress: float) -> None:
         gradients = None if rows.gradients is None else torch.empty_like(rows.gradients)
@@ -78,4 +78,4 @@ class Steps:
         self._graph = torch.cuda.CUDAGraph()
         # The loader allocates pinned memory in a thread of its own meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._left = self._take(self._rows, progress, self._lr)
+            self._output = self._step(self._rows, progress, self._lr)

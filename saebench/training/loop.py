@@ -33,7 +33,7 @@ from saebench.training import resume, state
 from saebench.training.grid import Plan, grid_of, plan
 from saebench.training.interrupts import StopRequest
 from saebench.training.settings import TrainConfig
-from saebench.training.state import Trainee, compute_dtype
+from saebench.training.state import TrainingState, compute_dtype
 
 SAMPLE_ROWS = 65_536
 SAMPLE_BYTES = 1 << 28
@@ -134,7 +134,7 @@ def train_all(plans: Sequence[Plan]) -> list[Run]:
         stop = stack.enter_context(StopRequest())
         for config, _ in plans:
             resume.check(config.out, facts[config.out], resume=config.resume)
-        trainees = []
+        trainings = []
         unfinished = [(config, spec) for config, spec in plans if not Run(config.out).is_finished]
         for config, _ in plans:
             if Run(config.out).is_finished:
@@ -146,16 +146,16 @@ def train_all(plans: Sequence[Plan]) -> list[Run]:
                 config, spec, facts[config.out], sample, n_steps=n_steps, device=device, stack=stack
             )
             if config.resume:
-                _say(f"resuming {config.out} at step {made.state.step:,} of {n_steps:,}", common)
-            trainees.append(made)
+                _say(f"resuming {config.out} at step {made.current.step:,} of {n_steps:,}", common)
+            trainings.append(made)
         if unfinished:
-            _forecast(trainees, sample, loader, sum(weight_bytes), device)
-        failed = _steps(trainees, loader, stop, device)
-        finished = [member for member in trainees if member.finished]
+            _forecast(trainings, sample, loader, sum(weight_bytes), device)
+        failed = _steps(trainings, loader, stop, device)
+        finished = [training for training in trainings if training.finished]
         if finished:
             unseen_ND = _unseen_rows(cache, hook, loader)
-        for member in finished:
-            member.finish(unseen_ND, provenance)
+        for training in finished:
+            training.finish(unseen_ND, provenance)
     if failed:
         others = "" if len(plans) == len(failed) else f" ({len(plans) - len(failed)} others finished)"
         more = f"; {len(failed) - 1} more diverged" if len(failed) > 1 else ""
@@ -164,15 +164,15 @@ def train_all(plans: Sequence[Plan]) -> list[Run]:
 
 
 def _steps(
-    trainees: list[Trainee], loader: Loader, stop: StopRequest, device: torch.device
+    trainings: list[TrainingState], loader: Loader, stop: StopRequest, device: torch.device
 ) -> list[UserError]:
     """Take all steps that are left; returns what ended those SAEs that could not."""
     failed: list[UserError] = []
-    active = [member for member in trainees if not member.finished]
+    active = [training for training in trainings if not training.finished]
     if not active:
         return failed
     common, n_steps = active[0].config, active[0].n_steps
-    start = min(member.state.step for member in active)
+    start = min(training.current.step for training in active)
     title = active[0].spec.name if len(active) == 1 else f"{len(active)} SAEs"
     bar = progress(
         f"train {title}",
@@ -184,39 +184,39 @@ def _steps(
     with bar as shown:
         for i, rows in enumerate(loader.iterate(start=start, stop=n_steps), start):
             stopping, note = stop.signal is not None, ""
-            for member in list(active):
-                if member.state.step > i:  # its checkpoint is ahead of the others'
+            for training in list(active):
+                if training.current.step > i:  # its checkpoint is ahead of the others'
                     continue
                 try:
-                    note = member.step(rows, stopping=stopping)
+                    note = training.step(rows, stopping=stopping)
                 except UserError as error:
-                    failed.append(_why(error, loader, i, member))
-                    active.remove(member)
-                    member.log_session(device)
-                    if len(trainees) > 1:
+                    failed.append(_why(error, loader, i, training))
+                    active.remove(training)
+                    training.log_session(device)
+                    if len(trainings) > 1:
                         print(f"error: {failed[-1]}", file=sys.stderr, flush=True)
-            shown.update(common.batch_size, note if len(trainees) == 1 else "")
+            shown.update(common.batch_size, note if len(trainings) == 1 else "")
             if not active:
                 break
             if stopping and i + 1 < n_steps:
-                for member in active:
-                    member.log_session(device)
-                    where = f"{member.config.out} " if len(trainees) > 1 else ""
+                for training in active:
+                    training.log_session(device)
+                    where = f"{training.config.out} " if len(trainings) > 1 else ""
                     _say(f"{where}stopped at step {i + 1:,} of {n_steps:,}; go on with --resume", common)
                 stop.end()
-    for member in active:
-        member.log_session(device)
+    for training in active:
+        training.log_session(device)
     return failed
 
 
-def _why(error: UserError, loader: Loader, i: int, member: Trainee) -> UserError:
+def _why(error: UserError, loader: Loader, i: int, training: TrainingState) -> UserError:
     """What ended an SAE by batch i: the rows it was given, when they are not finite, or its own step."""
-    batch = member.first_step + int(member.n_finite_steps)
+    batch = training.first_step + int(training.n_finite_steps)
     if loader.batch(batch).activations.isfinite().all():
         return error
     return UserError(
         f"activations at {loader.hook} hold NaN or infinity (batch {batch}, step {batch + 1} of "
-        f"{member.config.out}); harvest them again in another --dtype"
+        f"{training.config.out}); harvest them again in another --dtype"
     )
 
 
@@ -255,25 +255,25 @@ def _unseen_rows(cache: ActivationCache, hook: str, loader: Loader) -> Tensor:
 
 
 def _forecast(
-    trainees: list[Trainee], sample: Batch, loader: Loader, weight_bytes: int, device: torch.device
+    trainings: list[TrainingState], sample: Batch, loader: Loader, weight_bytes: int, device: torch.device
 ) -> None:
     """Say what the training will cost, from one trial step of each SAE that is not applied."""
-    common, n_steps = trainees[0].config, trainees[0].n_steps
+    common, n_steps = trainings[0].config, trainings[0].n_steps
     if common.quiet:
         return
     seconds, latents = 0.0, 0
-    for member in trainees:
+    for training in trainings:
         batch = sample[slice(0, common.batch_size)]
         gradient_ND = batch.gradient_ND.to(device) if batch.gradient_ND is not None else None
-        batch = Batch(batch.x_ND.to(device) * member.state.scale, gradient_ND)
+        batch = Batch(batch.x_ND.to(device) * training.current.scale, gradient_ND)
         for _ in range(2):  # the first one also pays for what is made once
             started = time.monotonic()
-            member.state.sae.loss(batch).total.backward()  # type: ignore[no-untyped-call]
-            member.state.sae.b_dec.sum().item()
+            training.current.sae.loss(batch).total.backward()  # type: ignore[no-untyped-call]
+            training.current.sae.b_dec.sum().item()
             trial = time.monotonic() - started
-        member.state.optimizer.zero_grad()
-        seconds += trial * (n_steps - member.state.step)
-        latents = max(latents, member.spec.d_sae)
+        training.current.optimizer.zero_grad()
+        seconds += trial * (n_steps - training.current.step)
+        latents = max(latents, training.spec.d_sae)
     working = 4 * weight_bytes + common.batch_size * (2 * latents + 8 * sample.x_ND.shape[1]) * 4
     _say(
         f"{n_steps:,} steps of {common.batch_size:,} rows on {device} ({compute_dtype(common, device)}), "

@@ -26,8 +26,8 @@ from saebench.saes.base import SAE, Batch
 from saebench.saes.registry import architecture
 from saebench.saes.spec import SaeSpec
 from saebench.training import checkpoint, resume
-from saebench.training.checkpoint import TrainState
-from saebench.training.cuda_graph import Steps, Taken
+from saebench.training.checkpoint import SaeInTraining
+from saebench.training.cuda_graph import GraphedStep, StepOutput
 from saebench.training.metrics import step_metrics
 from saebench.training.optimizer import learning_rate, make_optimizer, optimizer_step, peak_learning_rate
 from saebench.training.settings import TrainConfig
@@ -36,18 +36,18 @@ from saebench_kernels import center
 
 MISSED_L0 = 0.05
 """Share of k by which a mean L0 at inference may miss it without a word."""
-STEPS_BETWEEN_LOOKS = 32
+STEPS_BETWEEN_REFRESHES = 32
 """How often the dead latents are read back from a GPU."""
 
 
 @dataclass(eq=False)
-class Trainee:
-    """Made by `begin`. ``state.step`` steps have been taken, ``n_steps`` are to be."""
+class TrainingState:
+    """Made by `begin`. ``current.step`` steps have been taken, ``n_steps`` are to be."""
 
     config: TrainConfig
     spec: SaeSpec
     facts: dict[str, Any]
-    state: TrainState
+    current: SaeInTraining
     n_steps: int
     sinks: list[Sink]
     is_finite: Tensor
@@ -55,16 +55,16 @@ class Trainee:
     n_finite_steps: Tensor
     """Scalar int64 on the device: steps of this session before the first that was not finite."""
     first_step: int
-    steps: Steps = field(init=False)
+    graphed_step: GraphedStep = field(init=False)
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.steps = Steps(self.take, self.state.sae.graph_key)
+        self.graphed_step = GraphedStep(self.update, self.current.sae.graph_key)
 
     @property
     def finished(self) -> bool:
         """Every step is done."""
-        return self.state.step == self.n_steps
+        return self.current.step == self.n_steps
 
     def step(self, rows: Rows, *, stopping: bool) -> str:
         """Train on one batch; log and save when it is time, or when the training is ``stopping``.
@@ -75,85 +75,85 @@ class Trainee:
         Raises:
             UserError: a step, or what it made of the weights, was not finite; the step is not counted.
         """
-        state, config, sae = self.state, self.config, self.state.sae
+        current, config, sae = self.current, self.config, self.current.sae
         peak = peak_learning_rate(config, self.spec.d_sae)
-        lr = learning_rate(config, peak=peak, step=state.step, n_steps=self.n_steps)
+        lr = learning_rate(config, peak=peak, step=current.step, n_steps=self.n_steps)
         if not sae.uses_gradients:
             rows = Rows(rows.activations, None)
-        if rows.activations.is_cuda and state.step % STEPS_BETWEEN_LOOKS == 0:
+        if rows.activations.is_cuda and current.step % STEPS_BETWEEN_REFRESHES == 0:
             sae.refresh_dead()
-        batch, terms, grad_norm = self.steps.take(rows, state.step / self.n_steps, lr)
-        done = state.step + 1
+        batch, terms, grad_norm = self.graphed_step(rows, current.step / self.n_steps, lr)
+        done = current.step + 1
         save = done == self.n_steps or stopping or done % config.checkpoint_every == 0
         log = done == self.n_steps or done % config.log_every == 0
         note = ""
         if save or log:
-            self._check_sound(lr)
+            self._check_finite(lr)
         if save:
             self._check_weights(lr)
-        state.step = done
+        current.step = done
         if log:
-            tokens = state.step * config.batch_size
+            tokens = current.step * config.batch_size
             metrics = step_metrics(
-                sae, terms, batch.x_ND, step=state.step, tokens=tokens, lr=lr, grad_norm=grad_norm
+                sae, terms, batch.x_ND, step=current.step, tokens=tokens, lr=lr, grad_norm=grad_norm
             )
             for sink in self.sinks:
                 sink.write(metrics)
             note = f"fvu {metrics['fvu']:.4f}  dead {metrics['dead']}"
         if save:
-            checkpoint.save_checkpoint(config.out, state)
+            checkpoint.save_checkpoint(config.out, current)
         return note
 
-    def take(self, rows: Rows, progress: float, lr: float | Tensor) -> Taken:
+    def update(self, rows: Rows, progress: float, lr: float | Tensor) -> StepOutput:
         """Loss, gradients, optimizer and statistics of one batch; waits for no GPU if the SAE does not."""
-        state, sae = self.state, self.state.sae
+        current, sae = self.current, self.current.sae
         gradient_ND = rows.gradients.float() if rows.gradients is not None else None
-        batch = Batch(center(rows.activations, scale=state.scale), gradient_ND, progress)
+        batch = Batch(center(rows.activations, scale=current.scale), gradient_ND, progress)
         terms = sae.loss(batch)
-        state.optimizer.zero_grad()
+        current.optimizer.zero_grad()
         terms.total.backward()  # type: ignore[no-untyped-call]
         self.is_finite &= terms.total.isfinite()
         grad_norm = optimizer_step(
-            sae, state.optimizer, lr=lr, grad_clip=self.config.grad_clip, is_finite=self.is_finite
+            sae, current.optimizer, lr=lr, grad_clip=self.config.grad_clip, is_finite=self.is_finite
         )
         self.n_finite_steps += self.is_finite
         with torch.no_grad():
             sae.after_step(batch, terms)
         # Without its graph, whose nodes would tie a later capture to the stream of today.
-        return Taken(batch, dataclasses.replace(terms, total=terms.total.detach()), grad_norm)
+        return StepOutput(batch, dataclasses.replace(terms, total=terms.total.detach()), grad_norm)
 
     def finish(self, unseen_ND: Tensor, provenance: dict[str, Any]) -> None:
         """Calibrate on ``unseen`` rows of the cache, undo the scaling of the input, save the SAE."""
-        state, config = self.state, self.config
+        current, config = self.current, self.config
         with torch.no_grad():
-            l0 = state.sae.calibrate(unseen_ND.float() * state.scale)
+            l0 = current.sae.calibrate(unseen_ND.float() * current.scale)
         if l0 is not None and abs(l0 / self.spec.k - 1) > MISSED_L0:
             print(
                 f"warning: {config.out} has {l0:.4g} active latents in the mean where k = {self.spec.k}: no "
                 "thresholds reach that; lower --k",
                 file=sys.stderr,
             )
-        state.sae.fold_scale(state.scale)
+        current.sae.fold_scale(current.scale)
         tokens = self.n_steps * config.batch_size
-        state.sae.save(config.out, **provenance, tokens=tokens, seed=config.seed)
+        current.sae.save(config.out, **provenance, tokens=tokens, seed=config.seed)
 
     def log_session(self, device: torch.device) -> None:
         """One line for each process that worked on the run: times live here, not among the metrics."""
         seconds = time.monotonic() - self.started
-        n_steps = self.state.step - self.first_step
+        n_steps = self.current.step - self.first_step
         session = {
             "first_step": self.first_step,
-            "last_step": self.state.step,
+            "last_step": self.current.step,
             "seconds": round(seconds, 3),
             "tokens_per_second": round(n_steps * self.config.batch_size / max(seconds, 1e-9)),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "torch": torch.__version__,
-            "kernels": "fused" if self.state.sae.trains_fused(self.config.batch_size) else "eager",
+            "kernels": "fused" if self.current.sae.trains_fused(self.config.batch_size) else "eager",
         }
         with open(self.config.out / SESSIONS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(session) + "\n")
 
-    def _check_sound(self, lr: float) -> None:
+    def _check_finite(self, lr: float) -> None:
         if not self.is_finite:
             batch = self.first_step + int(self.n_finite_steps)
             kept = checkpoint.latest_checkpoint(self.config.out)
@@ -172,13 +172,13 @@ class Trainee:
 
     def _check_weights(self, lr: float) -> None:
         """A finite gradient may still overflow the weights or Adam's moments: no state to go on from."""
-        state = self.state
-        moments = [moment for kept in state.optimizer.state.values() for moment in kept.values()]
-        tensors = [*state.sae.state_dict().values(), *moments]
+        current = self.current
+        moments = [moment for kept in current.optimizer.state.values() for moment in kept.values()]
+        tensors = [*current.sae.state_dict().values(), *moments]
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             raise UserError(
                 f"training diverged: the weights or the moments of Adam are not finite after step "
-                f"{state.step + 1} of {self.config.out}; lower --lr (now {lr:.2g})"
+                f"{current.step + 1} of {self.config.out}; lower --lr (now {lr:.2g})"
             )
 
 
@@ -191,27 +191,27 @@ def begin(
     n_steps: int,
     device: torch.device,
     stack: contextlib.ExitStack,
-) -> Trainee:
+) -> TrainingState:
     """A trainee of a checked run directory: weights from the seed and ``sample``, or the last checkpoint.
 
     ``sample`` holds rows as they are in the cache. Sinks are closed with ``stack``.
     """
-    state = fresh_state(config, spec, sample, device)
+    current = fresh_sae(config, spec, sample, device)
     facts = resume.begin(config.out, facts)
     if latest := checkpoint.latest_checkpoint(config.out):
-        checkpoint.restore_checkpoint(latest, state)
+        checkpoint.restore_checkpoint(latest, current)
         if device.type == "cuda":
-            state.sae.refresh_dead(reuse=True)
-    return Trainee(
+            current.sae.refresh_dead(reuse=True)
+    return TrainingState(
         config=config,
         spec=spec,
         facts=facts,
-        state=state,
+        current=current,
         n_steps=n_steps,
-        sinks=open_sinks(config.out, config, facts, step=state.step, stack=stack),
+        sinks=open_sinks(config.out, config, facts, step=current.step, stack=stack),
         is_finite=torch.ones((), dtype=torch.bool, device=device),
         n_finite_steps=torch.zeros((), dtype=torch.int64, device=device),
-        first_step=state.step,
+        first_step=current.step,
     )
 
 
@@ -222,7 +222,7 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
-def fresh_state(config: TrainConfig, spec: SaeSpec, sample: Batch, device: torch.device) -> TrainState:
+def fresh_sae(config: TrainConfig, spec: SaeSpec, sample: Batch, device: torch.device) -> SaeInTraining:
     """The state before the first step: weights from the seed and ``sample``, rows as in the cache."""
     unit_scale = _input_scale(sample.x_ND)
     scale = unit_scale if config.normalize else 1.0
@@ -235,7 +235,7 @@ def fresh_state(config: TrainConfig, spec: SaeSpec, sample: Batch, device: torch
     gradient_ND = sample.gradient_ND if sae.uses_gradients else None
     gradient_ND = gradient_ND.to(device) if gradient_ND is not None else None
     sae.initialize(Batch(sample.x_ND.to(device) * scale, gradient_ND), seed=config.seed)
-    return TrainState(sae, make_optimizer(sae), scale)
+    return SaeInTraining(sae, make_optimizer(sae), scale)
 
 
 def _input_scale(sample_ND: Tensor) -> float:

@@ -13,7 +13,7 @@ def _a_gpu(monkeypatch):
     """As if there were one."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(dispatch, "why_not_fused", lambda index: None)
-    dispatch._say.cache_clear()
+    dispatch._warn_once.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -45,7 +45,7 @@ def test_the_table_and_one_line_for_what_could_be_expected(device, dtype, sizes,
 def test_without_triton_it_says_so(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "why_not_fused", lambda index: "triton is not installed")
     assert not is_fused("an_op", GPU, torch.bfloat16)
-    assert caplog.messages == ["an_op takes its eager road: triton is not installed"]
+    assert caplog.messages == ["an_op falls back to eager: triton is not installed"]
 
 
 def test_a_copy_lasts_until_its_parameter_changes():

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 import saebench
 from saebench.activations.loader import Rows
-from saebench.training.cuda_graph import STEPS_BEFORE_CAPTURE, Steps
+from saebench.training.cuda_graph import STEPS_BEFORE_CAPTURE, GraphedStep
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ARCHITECTURES = ("topk", "mutual-choice", "gradient")
@@ -14,9 +14,9 @@ ARCHITECTURES = ("topk", "mutual-choice", "gradient")
 
 def test_without_a_gpu_every_step_is_taken_as_it_is():
     taken = []
-    steps = Steps(lambda rows, progress, lr: taken.append((progress, lr)), lambda progress: "a key")
+    step = GraphedStep(lambda rows, progress, lr: taken.append((progress, lr)), lambda progress: "a key")
     for i in range(5):
-        steps.take(Rows(torch.zeros(2, 3), None), i / 5, 0.1)
+        step(Rows(torch.zeros(2, 3), None), i / 5, 0.1)
     assert taken == [(i / 5, 0.1) for i in range(5)]
 
 

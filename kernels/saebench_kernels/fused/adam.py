@@ -1,7 +1,7 @@
-"""Adam on float32 masters, with what surrounds it, in one pass over the parameters.
+"""Adam on float32 parameters, with projection, clipping and normalization, in one pass over the parameters.
 
-Order of a step: project the decoder's gradient, the norm of all of it, clip, Adam, unit rows, the copy in
-low precision. The norm needs a pass of its own, since clipping must know it before anything is applied.
+Order of a step: project the decoder's gradient, measure the norm of the whole gradient, clip, apply Adam,
+give rows unit norm, write the low-precision copy. The norm needs a pass of its own, since clipping uses it.
 
 Shapes: M rows (latents), D = d_in.
 """
@@ -21,7 +21,7 @@ _BLOCK = 1024
 @triton.jit
 def _squares(g, w, out, d, n, D: tl.constexpr, PROJECT: tl.constexpr):
     """Squared norm of each row of g, without its part along the row of w."""
-    # From the end to the beginning: what was written last is still in the cache.
+    # From the end to the beginning, since what was written last is still in the cache.
     row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     cols = tl.arange(0, D)
     at = row * d + cols
@@ -99,10 +99,11 @@ def adam_coefficients(
     betas: tuple[float, float],
     grad_clip: float,
 ) -> tuple[Tensor, Tensor]:
-    """What `fused_adam` needs for step ``step`` + 1, and the norm of the gradient before clipping (scalar).
+    """The coefficients of `fused_adam` for step ``step`` + 1, and the gradient's norm before clipping
+    (scalar).
 
-    ``squares`` are those of `gradient_squares`, end to end. ``is_finite`` (scalar bool) becomes False when
-    the norm is not finite. ``lr`` is float64, on the device; ``grad_clip`` 0 does not clip.
+    ``squares`` are the results of `gradient_squares`, concatenated. ``is_finite`` (scalar bool) becomes False
+    when the norm is not finite. ``lr`` is float64, on the device; ``grad_clip`` 0 does not clip.
     """
     norm, out_4 = squares.new_empty(()), squares.new_empty(4)
     _coefficients[(1,)](
@@ -113,12 +114,13 @@ def adam_coefficients(
 
 
 def n_pieces(grad: Tensor, *, whole_rows: bool) -> int:
-    """How many squared norms `gradient_squares` writes."""
+    """The number of squared norms that `gradient_squares` writes."""
     return _pieces(grad, whole_rows=whole_rows)[0]
 
 
 def gradient_squares(grad: Tensor, unit: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """Squared norms of pieces of a gradient, to be added up; with ``unit`` rows, of its part across them."""
+    """Squared norms of pieces of a gradient, to be summed; with ``unit`` rows, of its part orthogonal to
+    them."""
     rows, d, width = _pieces(grad, whole_rows=unit is not None)
     if out is None:
         out = torch.empty(rows, dtype=torch.float32, device=grad.device)
@@ -147,7 +149,7 @@ def fused_adam(
     Args:
         coefficients_4: on the device: lr / (1 - beta1^t), sqrt(1 - beta2^t), the factor by which the gradient
             is clipped, and whether to apply the step at all (0 leaves everything as it is).
-        project: take away the gradient's part along each row (of unit norm) before.
+        project: first remove the gradient's part along each row (of unit norm).
         unit_rows: give each row unit norm afterwards.
         low: a copy in another type, written from the new parameter.
     """
@@ -174,7 +176,7 @@ def fused_adam(
 
 
 def _pieces(tensor: Tensor, *, whole_rows: bool) -> tuple[int, int, int]:
-    """Programs, elements of each, and the power of two above that."""
+    """Number of programs, elements per program, and that number rounded up to a power of two."""
     if whole_rows:
         return tensor.shape[0], tensor.shape[1], triton.next_power_of_2(tensor.shape[1])
     return triton.cdiv(tensor.numel(), _BLOCK), _BLOCK, _BLOCK

@@ -1,6 +1,6 @@
-"""For each latent, the rows of its largest pre-activations: a scan with rows and latents exchanged.
+"""Select, for each latent, its largest pre-activations, by a scan with rows and latents exchanged.
 
-The pre-activations of a latent are then side by side, and one program holds all of them.
+The pre-activations of a latent are then contiguous, and one program holds all of them.
 
 Shapes: N rows, Q = N rounded up, D = d_in, M = d_sae latents, S entries kept.
 """
@@ -16,12 +16,12 @@ from saebench_kernels.fused.scan import Tiles, scan
 from saebench_kernels.fused.select import ALL_BITS, KEYS, kth_largest, order_keys
 
 _EXTRA = 8
-"""Columns added to both factors: two hold the bias, and with eight rows begin where wide loads may."""
+"""Columns added to both factors: two hold the bias, and eight keep rows aligned for wide loads."""
 
 
 @triton.jit
 def _kept(score, budgets, n_padded, n_rows, WIDTH: tl.constexpr, ALL: tl.constexpr):
-    """Which rows the program's latent keeps: its budget of the largest, the first of equals, if positive."""
+    """Which rows the program's latent keeps: the positive ones among its largest; of equal ones the first."""
     latent = tl.program_id(0).to(tl.int64)
     rows = tl.arange(0, WIDTH)
     inside = rows < n_rows
@@ -58,7 +58,7 @@ def select_by_latent(
     """The ``budgets[m]`` largest positive entries of each column m of ``relu(x W_enc^T + b_enc)``.
 
     x and the weights are of one half-precision type, b_enc float32 (taken in two parts of that type).
-    Waits for the GPU once, to know how many there are.
+    Waits for the GPU once, to read their number.
 
     Returns:
         ``values_S`` float32, ``indices_S`` int32, ascending within a row, and ``offsets`` [N + 1] int64.
@@ -83,7 +83,7 @@ def select_by_latent(
     _emit_kept[(d_sae,)](
         score_MQ, pre_MQ, budgets_M, ends_M - counts_M, values_S, rows_S, latents_S, n_padded, n_rows, **how
     )
-    rows_S, order_S = torch.sort(rows_S, stable=True)  # by latent they are already
+    rows_S, order_S = torch.sort(rows_S, stable=True)  # they are in the order of latents already
     bounds = torch.arange(n_rows + 1, dtype=torch.int32, device=device)
     return values_S[order_S], latents_S[order_S], torch.searchsorted(rows_S, bounds)
 

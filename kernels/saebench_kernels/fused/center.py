@@ -1,4 +1,4 @@
-"""Scaling rows and taking an offset away while changing their type, in one pass; and sums over rows.
+"""Scale rows, subtract an offset and change the type in one pass; and sum over rows.
 
 Shapes: N rows, D = d_in.
 """

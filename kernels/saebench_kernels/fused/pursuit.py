@@ -1,16 +1,16 @@
-"""Matching pursuit by the Gram matrix of the atoms: one program does all picks of a row.
+"""Matching pursuit by the Gram matrix of the atoms: one program computes all picks of a row.
 
-The correlations of a row with all atoms are made once, for the whole batch, by a matrix product, and every
-pick takes from them its coefficient times a row of D D^T: that is one pass over two rows, where a scan would
-multiply with all atoms anew. Rows need nothing of each other, so no program ever waits for another one. The
-two largest correlations of a row propose; their products with the float32 residual say which one is picked
-and what its coefficient is. What proposes is of unit length (rows x / |x|, atoms), hence float16: no number
-exceeds 1 but by rounding, and it is eight times as fine as bfloat16.
+A matrix product gives the correlations of all rows with all atoms once. Every pick then subtracts its
+coefficient times a row of D D^T: one pass over two rows, where a scan would multiply with all atoms again.
+Rows are independent, so no program waits for another one. The two largest correlations of a row propose;
+their products with the float32 residual decide which is picked, and give its coefficient. The proposals come
+from factors of unit norm (rows x / |x|, atoms), so they are in float16: no number exceeds 1 except by
+rounding, and float16 is eight times as fine as bfloat16.
 
-The gradient goes through the recursion backwards, with the residual r_t = r_{t+1} + c_t d_t restored on the
-way: from a = dL/dr_{t+1} follow dL/dd_t = -(a . d_t) r_t - c_t a and dL/dr_t = a - (a . d_t) d_t.
+The gradient goes through the recursion backwards and restores the residual r_t = r_{t+1} + c_t d_t on the
+way. From a = dL/dr_{t+1} follow dL/dd_t = -(a . d_t) r_t - c_t a and dL/dr_t = a - (a . d_t) d_t.
 
-Shapes: N rows (n of them at once), D = d_in, M atoms, P = M rounded up, K picks a row, S = N K.
+Shapes: N rows (n of them at once), D = d_in, M atoms, P = M rounded up, K picks per row, S = N K.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from saebench_kernels.rounded import rounded
 
 PROPOSAL = torch.float16
 _PAD = 128
-"""The number of columns of the Gram matrix is a multiple of this: its rows begin where wide loads may."""
+"""The number of columns of the Gram matrix is a multiple of this, so that rows are aligned for wide loads."""
 _SCORES_AT_ONCE = 1 << 29
 """Correlations kept at once: 1 GiB."""
 
 
 class Blocks(NamedTuple):
-    """How a row of correlations is gone through."""
+    """How a program iterates over a row of correlations."""
 
     atoms: int
-    """At a time."""
+    """Correlations per iteration."""
     warps: int
     cached: int
-    """Bytes of correlations that all running programs may have together, so that they stay in the cache."""
+    """Bytes of correlations that all running programs may hold together, so that they stay in the cache."""
 
 
 def blocks_of(n_padded: int) -> Blocks:
-    """Fixed by the number of atoms; found by measuring on an H100 (see NOTES.md)."""
+    """The blocks for a number of atoms, chosen by measurements on an H100 (see NOTES.md)."""
     return Blocks(4096, 16, 40 << 20) if n_padded <= 32_768 else Blocks(8192, 32, 40 << 20)
 
 
 @triton.jit
 def _largest(best, found):
-    """The largest of ``best``, and of equals the smallest of ``found``."""
+    """The largest of ``best`` and its ``found``; of equal ones the smallest ``found``."""
     value = tl.max(best, 0)
     return value, tl.min(tl.where(best == value, found, 2147483647), 0)
 
@@ -136,7 +136,7 @@ def pursue(
     rounding: float,
     blocks: Blocks | None = None,
 ) -> Pursuit:
-    """At most ``k`` picks for each row; x and the atoms (of unit norm) are float32.
+    """At most ``k`` picks per row; x and the atoms (of unit norm) are float32.
 
     A row ends when a coefficient is not above ``rounding`` |x|, or |r| is below the ``tolerance``.
     """
@@ -189,7 +189,7 @@ def pursue(
 
 
 def _programs(device: torch.device, n_padded: int, blocks: Blocks) -> int:
-    """Programs that run at once."""
+    """The number of programs that run at once."""
     if device.type != "cuda":
         return 3
     processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,10 +1,11 @@
-"""Keeping what exceeds a threshold, of a scan: ragged codes, with nothing that waits for the GPU.
+"""Select the entries of a scan that exceed a threshold, as ragged codes.
 
-For mutual choice the threshold is found first: the numbers above a hint are counted by their bits (two bytes,
-so there are 2^15 counters), and the counters say which number is the last one kept and how many of its equals
-are. Integers are added up atomically, and their sums do not depend on the order; there are 32 sets of
-counters since most numbers fall on a few dozen of them. When the hint was too high, the numbers below it are
-counted, too: that kernel is always launched, and mostly finds that it is not needed.
+For mutual choice the threshold is found first. The numbers above a hint are counted by their bits: they have
+two bytes, so there are 2^15 counters. The counters give the smallest number kept, and how many of its equals
+are kept. The counts are integers, so their atomic sums do not depend on the order. There are 32 sets of
+counters, since most numbers fall on a few dozen of them. If the hint was too high, the numbers below it are
+counted, too: that kernel is always launched, and returns at once when it is not needed. Nothing waits for the
+GPU, except in `select_positive`.
 
 Shapes: N rows, P latents with padding, S entries kept, row by row.
 """
@@ -20,11 +21,11 @@ from saebench_kernels.fused.scan import GROUP, LARGE_GROUP, Scanned
 from saebench_kernels.fused.select import ALL_BITS, KEYS, order_keys
 
 N_KEYS = 1 << 15
-"""Keys of half-precision numbers that are not negative."""
+"""Number of keys of half-precision numbers that are not negative."""
 _COPIES = 32
-"""Sets of counters; with one, waiting for each other takes ten times as long as everything else."""
+"""Sets of counters; with one set, contention takes ten times as long as everything else."""
 _BLOCK = 16
-"""Groups that are looked at together."""
+"""Groups processed together."""
 _KEYS_A_BLOCK = 256
 _ROWS_PLACED = 4096
 _TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -32,7 +33,7 @@ _TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 @triton.jit
 def _members(listed, first, n_listed, d_sae, BLOCK: tl.constexpr, SIZE: tl.constexpr):
-    """The latents of a row's listed groups from the first-th on, and which of them there are."""
+    """The latents of a row's listed groups, beginning with the group ``first``, and which of them exist."""
     slots = tl.arange(0, BLOCK * SIZE)
     at = first + slots // SIZE
     latents = tl.load(listed + at, mask=at < n_listed, other=0) * SIZE + slots % SIZE
@@ -207,7 +208,7 @@ def _emit(
 
 
 class _Found:
-    """The groups of a scan that hold something at or above a floor."""
+    """The groups of a scan that hold an entry at or above a floor."""
 
     def __init__(self, scanned: Scanned, d_sae: int) -> None:
         self.scanned, self.d_sae = scanned, d_sae
@@ -301,8 +302,8 @@ class _Found:
 def select_largest(scanned: Scanned, budget: int, hint: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
     """The ``budget`` largest positive entries of the whole scan; of equals at the border the first.
 
-    Waits for nothing: the output has room for exactly ``budget`` entries, and where fewer are positive the
-    rest is zeros that belong to no row. NaN counts as larger than all. ``hint`` (scalar) is a number a
+    Does not wait for the GPU: the output has exactly ``budget`` entries, and where fewer are positive the
+    rest are zeros that belong to no row. NaN counts as the largest. ``hint`` (scalar) is a number a
     little below the smallest one kept; the result does not depend on it.
 
     Returns:
@@ -324,7 +325,7 @@ def select_largest(scanned: Scanned, budget: int, hint: Tensor, d_sae: int) -> t
 
 
 def select_positive(scanned: Scanned, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All positive entries of a scan, row by row; waits for the GPU once, to know how many there are.
+    """All positive entries of a scan, row by row; waits for the GPU once, to read their number.
 
     Returns:
         ``values_S`` float32, ``indices_S`` int32 and ``offsets`` [N + 1] int64.

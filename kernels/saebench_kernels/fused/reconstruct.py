@@ -1,7 +1,7 @@
-"""Decode, residual, squared error, and the dot products that the backward pass needs, in one kernel.
+"""Decode, and compute the residual, its square and the dot products of the backward pass, in one kernel.
 
-One warp does a token, a few columns at a time: the dictionary rows that it uses are gathered once, and the
-columns that are in registers serve both the reconstruction and the dot products of its residual.
+One warp processes a row of the batch, a few columns at a time. The dictionary rows that it uses are gathered
+once: the columns in registers serve both the reconstruction and the dot products with the residual.
 
 Shapes: N rows, D = d_in, M = d_sae latents, S entries of all rows end to end.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 _TILE = 2048
 """Elements of dictionary rows that a warp holds."""
 _MOST_ENTRIES = 64
-"""Entries that are looked at together; rows of more are gathered a second time for their dot products."""
+"""Entries processed together; the atoms of rows with more are gathered again for the dot products."""
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def reconstruct(
     k: int | None = None,
     offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``error = x - (sum of values[s] W_dec[indices[s]] + b_dec)`` of each row, and what follows from it.
+    """``error = x - (sum of values[s] W_dec[indices[s]] + b_dec)`` of each row, its square and its products.
 
     Row n has entries [k n, k n + k), or [offsets[n], offsets[n + 1]) where offsets [N + 1] are given. x,
     b_dec and values are float32, W_dec of any float type; sums are float32, in a fixed order.

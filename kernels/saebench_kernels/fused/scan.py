@@ -1,11 +1,11 @@
-"""The scan of all latents: a matrix product that leaves, beside its result, the largest of every few latents.
+"""The scan of all latents: a matrix product that also stores the maximum of every group of latents.
 
-relu(x W_enc^T + b_enc) is rounded to the type of x and stored once; what chooses among the latents of a row
-afterwards reads maxima and then only the groups that can hold something chosen. That is exact: if an entry of
-the k largest sat outside the k groups with the largest maxima, each of those groups would hold an entry that
-is at least as large. Groups are runs of neighboring latents, so "at least as large" may be read in the total
-order (value descending, index ascending), and ties come out right, too. There are groups of two sizes, one
-within the other, so that a choice looks at a few hundred numbers three times and never at thousands.
+relu(x W_enc^T + b_enc) is rounded to the type of x and stored once. Whatever selects latents of a row
+afterwards reads maxima, and then only the groups that can hold a selected latent. That is exact: if an entry
+of the k largest were outside the k groups with the largest maxima, each of those groups would hold an entry
+that is at least as large. Groups are runs of neighboring latents, so this also holds in the total order
+(value descending, index ascending), and ties are resolved correctly. There are groups of two sizes, one
+within the other, so that a selection reads a few hundred numbers three times instead of thousands.
 
 Shapes: N rows, D = d_in, M = d_sae latents, P = M rounded up to whole large groups.
 """
@@ -26,16 +26,16 @@ LARGE_GROUP = 128
 
 
 class Tiles(NamedTuple):
-    """How the product is cut up."""
+    """How the product is divided into tiles."""
 
     rows: int
     latents: int
     depth: int
-    """Of numbers of two bytes; half as many of four."""
+    """For numbers of two bytes; half as many for numbers of four bytes."""
     warps: int
     stages: int
     abreast: int
-    """Tiles of rows that are worked on side by side, for the sake of the cache."""
+    """Tiles of rows that are processed side by side, to reuse the cache."""
 
 
 _HOPPER = Tiles(rows=128, latents=256, depth=64, warps=8, stages=4, abreast=32)
@@ -44,9 +44,10 @@ _AMPERE = Tiles(rows=128, latents=128, depth=32, warps=8, stages=3, abreast=16)
 
 
 def tiles_of(device: torch.device, *, gradient: bool = False) -> Tiles:
-    """The tiles for a GPU: fixed, those for Hopper found by measuring on an H100 (see NOTES.md).
+    """The tiles for a GPU. Those for Hopper were chosen by measurements on an H100 (see NOTES.md).
 
-    Data center GPUs from Hopper on have the shared memory for large ones; those for others are not tuned.
+    Data center GPUs since Hopper have enough shared memory for large tiles; the tiles of others are not
+    tuned.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10):
         return _HOPPER_GRADIENT if gradient else _HOPPER
@@ -60,7 +61,7 @@ def _larger(a, b):
 
 @triton.jit
 def scored(z, effect):
-    """z (1 + |effect|) of rounded numbers, in float32: whoever has the two computes the same."""
+    """z (1 + |effect|) of rounded numbers, in float32: the same wherever it is computed from the two."""
     return z.to(tl.float32) * (1 + tl.abs(effect.to(tl.float32)))
 
 
@@ -70,7 +71,7 @@ def _finish(
     ROWS: tl.constexpr, LATENTS: tl.constexpr, TMA: tl.constexpr, GRADIENT: tl.constexpr, FLOOR: tl.constexpr,
     SIZE: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    """Bias, ReLU or floor, score, maxima; and store the tile."""
+    """Apply bias and ReLU or floor, compute scores and maxima, and store the tile."""
     rows = row0 + tl.arange(0, ROWS)
     cols = col0 + tl.arange(0, LATENTS)
     z += tl.load(bias + cols, mask=cols < d_sae, other=0.0)[None, :]
@@ -142,7 +143,7 @@ def _scan(
 ):  # fmt: skip
     row_tiles = tl.cdiv(n_rows, ROWS)
     col_tiles = tl.cdiv(d_sae, LATENTS)
-    # Flattened, the loads of the next tile are under way while this one is being finished.
+    # Flattened, so that the loads of the next tile start before this one is finished.
     for tile in tl.range(tl.program_id(0), row_tiles * col_tiles, PROGRAMS, flatten=True):
         band = tile // (ABREAST * col_tiles)
         in_band = min(row_tiles - band * ABREAST, ABREAST)
@@ -152,7 +153,7 @@ def _scan(
         for d in tl.range(0, d_in, DEPTH):
             x_tile, w_tile = _load(x, w, row0, col0, d, n_rows, d_in, d_sae, ROWS, LATENTS, DEPTH, TMA)
             z = _dot(x_tile, w_tile, z, EXACT, WIDEN)
-        if LATENTS > LARGE:  # in halves: what is staged for storing takes less room
+        if LATENTS > LARGE:  # in halves, to stage less shared memory for the stores
             z0, z1 = tl.split(tl.permute(tl.reshape(z, (ROWS, 2, LATENTS // 2)), (0, 2, 1)))
             _finish(z0, effect, bias, floor, pre, maxima, large, row0, col0, n_rows, d_sae, n_padded,
                     ROWS, LATENTS // 2, TMA, GRADIENT, FLOOR, SIZE, LARGE)  # fmt: skip
@@ -164,16 +165,16 @@ def _scan(
 
 
 class Scanned(NamedTuple):
-    """What a scan leaves."""
+    """The result of a scan."""
 
     pre_NP: Tensor
     """relu(x W^T + b), rounded; 0 at or below the floor where one was given, and beyond latent M."""
     effect_NM: Tensor | None
-    """g W_dec^T, rounded, where gradients have a say: then z (1 + |effect|) is the score, else z is."""
+    """g W_dec^T, rounded, where gradients are given: then z (1 + |effect|) is the score, otherwise z."""
     maxima_NG: Tensor
     """[N, P / 16]: the largest score of every small group."""
     large_NG: Tensor
-    """[N, P / 128]: of every large one."""
+    """[N, P / 128]: the largest score of every large group."""
 
 
 def scan(
@@ -194,13 +195,13 @@ def scan(
     (n_rows, d_in), d_sae, device = x_ND.shape, len(W_enc_MD), x_ND.device
     x_ND, W_enc_MD = x_ND.contiguous(), W_enc_MD.contiguous()
     tiles = tiles or tiles_of(device, gradient=g_ND is not None)
-    # cuBLAS makes the second product: in one kernel the two leave each other too few stages (see NOTES.md).
+    # cuBLAS computes the second product: one kernel for both has room for too few stages (see NOTES.md).
     effect_NM = None if g_ND is None or W_dec_MD is None else g_ND @ W_dec_MD.T
     n_padded = triton.cdiv(d_sae, LARGE_GROUP) * LARGE_GROUP
     pre_NP = torch.empty(n_rows, n_padded, dtype=x_ND.dtype, device=device)
     maxima_NG = torch.empty(n_rows, n_padded // GROUP, dtype=x_ND.dtype, device=device)
     large_NG = torch.empty(n_rows, n_padded // LARGE_GROUP, dtype=x_ND.dtype, device=device)
-    depth = tiles.depth * 2 // x_ND.element_size()  # bytes are what there is room for
+    depth = tiles.depth * 2 // x_ND.element_size()  # shared memory is limited in bytes
     tma = d_in * x_ND.element_size() % 16 == 0 and _has_tma(device)
     of_x, of_w, of_out = [tiles.rows, depth], [tiles.latents, depth], [tiles.rows, LARGE_GROUP]
 
@@ -246,7 +247,7 @@ def tf32_is_allowed() -> bool:
 
 
 def _has_tma(device: torch.device) -> bool:
-    """Whether the GPU copies tiles by itself; the interpreter can pretend to."""
+    """Whether the GPU has a tensor memory accelerator; the interpreter emulates one."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 

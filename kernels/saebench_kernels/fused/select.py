@@ -1,10 +1,10 @@
-"""Choosing the k largest scores of every row out of what a scan left.
+"""Select the k largest scores of every row from the result of a scan.
 
-Numbers that are not negative are in the order of their bits, so the k-th largest is found by halving an
-interval of integers. Ties go to the smaller index. One warp does a row from beginning to end: the k best
-large groups, the k best small groups in these, the k best latents in those.
+Numbers that are not negative are ordered as their bits are, so the k-th largest is found by bisection over
+integers. Of equal scores the one with the smaller index is selected. One warp processes a row: it selects the
+k best large groups, the k best small groups in these, and the k best latents in those.
 
-Shapes: N rows, P latents with padding, K kept a row.
+Shapes: N rows, P latents with padding, K kept per row.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from saebench_kernels.fused.scan import GROUP, LARGE_GROUP, Scanned, scored
 KEYS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 """The integers by which numbers of a type are compared."""
 _WIDEST = 32_768
-"""Keys of a row that one program looks at."""
+"""Largest number of keys of a row that one program holds."""
 ALL_BITS = {torch.int16: 0x7FFF, torch.int32: 0x7FFFFFFF}
 """Every bit but the sign."""
 
 
 @triton.jit
 def kth_largest(keys, least, most, k):
-    """The k-th largest of the keys, which lies in [least, most); ``least`` if fewer than k reach it."""
+    """The k-th largest of the keys, which is in [least, most); ``least`` if fewer than k reach it."""
     while most - least > 1:
         middle = least + (most - least) // 2
         enough = tl.sum((keys >= middle).to(tl.int32)) >= k
@@ -37,9 +37,9 @@ def kth_largest(keys, least, most, k):
 
 @triton.jit
 def places(keys, least, k):
-    """Where in the output each key belongs that is among the k largest, in the order of the keys; else -1.
+    """The output position of each key that is among the k largest, in the order of the keys; otherwise -1.
 
-    Of those that equal the k-th largest the first are taken.
+    Of keys that equal the k-th largest, the first are taken.
     """
     above = (keys > least).to(tl.int32)
     equal = (keys == least).to(tl.int32)
@@ -104,7 +104,7 @@ def _select(
     z = tl.load(pre + row * n_padded + latents, mask=inside, other=0.0)
     score = z
     if SCORED:
-        # As the scan did for the maxima: these are keys of the very same numbers.
+        # As the scan computed the maxima, so that equal numbers have equal keys.
         score = scored(z, tl.load(effect + row * d_sae + latents, mask=inside, other=0.0)).to(z.dtype)
     keys = tl.where(inside, order_keys(score.to(maxima.dtype.element_ty, bitcast=True), ALL), -1)
     least = kth_largest(keys, tl.where(n_chosen < k, 0, least), most, k)
@@ -116,8 +116,8 @@ def _select(
 def select_topk(scanned: Scanned, k: int, d_sae: int) -> tuple[Tensor, Tensor]:
     """``values_NK`` float32 and ``indices_NK`` int32, ascending by index: exactly the k best of each row.
 
-    Best by score descending, then index ascending; NaN is above all. A row with fewer than k positive
-    entries is filled up with zeros.
+    Best by score descending, then index ascending; NaN counts as the largest. A row with fewer than k
+    positive entries is padded with zeros.
     """
     pre_NP, effect_NM, maxima_NG, large_NG = scanned
     n_rows, n_padded = pre_NP.shape
@@ -161,9 +161,9 @@ def _keep(pre, keys_of, n_columns, k, WIDTH: tl.constexpr, ALL: tl.constexpr):
 
 
 def keep_topk(pre_NA: Tensor, k: int) -> None:
-    """Set all but the k largest numbers of each row to 0, in place; none may be negative.
+    """Set all but the k largest numbers of each row to 0, in place; no number may be negative.
 
-    Of equals at the border the first are kept, or any where there are more than 32,768 columns.
+    Of equal numbers at the border, the first are kept, or any of them in rows of more than 32,768 columns.
     """
     n_rows, n_columns = pre_NA.shape
     if n_columns > _WIDEST:

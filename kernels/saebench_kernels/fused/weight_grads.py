@@ -1,8 +1,9 @@
 """Both weight gradients of sparse codes from one sorted list of active pairs, without atomics.
 
-One warp owns a piece of a row of the gradient and adds up the tokens in which its latent is active, one
-after the other and always in the same order. A latent of many tokens is cut into chunks: the first is its
-row's program, the others have programs of their own whose sums are added afterwards, again in order.
+One warp owns a part of a row of the gradient and sums over the batch's rows in which its latent is active,
+always in the same order. The pairs of a latent with many are divided into chunks: the first is summed by the
+program of its row, the others by programs of their own whose sums are added afterwards, again in a fixed
+order.
 
 Shapes: N rows, D = d_in, M = d_sae latents, S sorted pairs (latent, row), E chunks beyond the first.
 """
@@ -17,38 +18,38 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 128
-"""Pairs that one program adds up."""
+"""Pairs that one program sums."""
 _COLS = 256
-"""Columns that a warp has: 16 bytes a thread of half-precision rows. Wider or with more pairs at once it is
-slower by a quarter to twice (S1 and S2 on an H100)."""
+"""Columns per warp: 16 bytes of half-precision rows per thread. With more columns, or more pairs at once, it
+is slower by a quarter to twice (S1 and S2 on an H100)."""
 
 
 _SEARCHED = 128
-"""Places that one warp looks for."""
+"""Positions that one warp searches."""
 
 
 class SortedPairs(NamedTuple):
-    """The entries of a batch sorted by latent, and how they are cut into chunks."""
+    """The entries of a batch sorted by latent, and how they are divided into chunks."""
 
     order_S: Tensor
-    """Place of each sorted entry among the entries as they were, int64."""
+    """Position of each sorted entry in the original order, int64."""
     rows_S: Tensor | None
-    """Row of each entry as they were; None where entry s is of row s // k."""
+    """Row of each entry in the original order; None where entry s belongs to row s // k."""
     k: int
     starts: Tensor
     """[M + 1] int32: where each latent's entries begin."""
     extra: Tensor
-    """[M + 1] int32: where each latent's chunks beyond the first begin among all of these."""
+    """[M + 1] int32: where each latent's chunks beyond the first begin, among all chunks beyond the first."""
     owner_E: Tensor
-    """Latent of each chunk beyond the first, int32; M where there is none."""
+    """Latent of each chunk beyond the first, int32; M for unused ones."""
 
 
 def sort_pairs(
     indices_S: Tensor, d_sae: int, *, k: int | None = None, rows_S: Tensor | None = None
 ) -> SortedPairs:
-    """Sort entries by latent; stable, so that sums repeat bit for bit. Waits for nothing.
+    """Sort entries by latent; stable, so that sums repeat bit for bit. Does not wait for the GPU.
 
-    Entry s is of row s // k, or of row rows[s].
+    Entry s belongs to row s // k, or to row rows[s].
     """
     device, n_entries = indices_S.device, len(indices_S)
     shift, dtype = 0, torch.int32
@@ -72,7 +73,7 @@ def sort_pairs(
 
 @triton.jit
 def _first_at_least(numbers, wanted, n, STEPS: tl.constexpr):
-    """Where in ``numbers``, which ascend, the first is that is at least ``wanted``; n if none is."""
+    """Position of the first of the ascending ``numbers`` that is at least ``wanted``; n if there is none."""
     low = tl.zeros_like(wanted)
     high = low + n
     for _ in tl.static_range(STEPS):
@@ -89,7 +90,7 @@ def _bounds(
     latents, starts, extra, shift, d_sae, n_entries,
     STEPS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Where each latent's entries begin; and, one place later, how many chunks beyond the first they fill."""
+    """Where each latent's entries begin; and, one position later, the number of chunks beyond the first."""
     latent = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     start = _first_at_least(latents, latent - shift, n_entries, STEPS)
     before = _first_at_least(latents, latent - 1 - shift, n_entries, STEPS)
@@ -100,7 +101,7 @@ def _bounds(
 
 @triton.jit
 def _owners(extra, owner, d_sae, n_chunks, STEPS: tl.constexpr, BLOCK: tl.constexpr):
-    """The latent of each chunk beyond the first: of those whose chunks begin no later, the last."""
+    """The latent of each chunk beyond the first: the last latent whose chunks begin no later."""
     chunk = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     latent = _first_at_least(extra + 1, chunk + 1, d_sae, STEPS)
     tl.store(owner + chunk, latent, mask=chunk < n_chunks)
@@ -113,7 +114,7 @@ def _sums(
     n_latents, d_in,
     K: tl.constexpr, COLS: tl.constexpr, SIZE: tl.constexpr, RAGGED: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
-    """ALONE: a's table has one row for each entry and counts it once, and there is no b."""
+    """ALONE: the table of a has one row per entry, each with weight 1, and there is no b."""
     program = tl.program_id(0)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = cols < d_in
@@ -212,14 +213,14 @@ def weight_grads(
 
 
 def sum_by_latent(pairs: SortedPairs, table_SD: Tensor, scale: Tensor) -> Tensor:
-    """[M, D] float32: ``scale`` times the sum of each latent's rows of ``table``, which has one an entry."""
+    """[M, D] float32: ``scale`` times the sum of each latent's rows of ``table``, which has one per entry."""
     out_MD = torch.empty(len(pairs.starts) - 1, table_SD.shape[1], dtype=torch.float32, device=scale.device)
     _add_up(pairs._replace(rows_S=None, k=1), scale, out_MD, table_SD, None, None)
     return out_MD
 
 
 class _Second(NamedTuple):
-    """What is added up beside the first table."""
+    """The second sum of `weight_grads`, beside that over the first table."""
 
     out_MD: Tensor
     table_ND: Tensor
