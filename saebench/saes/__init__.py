@@ -1,4 +1,4 @@
-"""Sparse autoencoders: the base contract in ``base``, then one file for each architecture."""
+"""Sparse autoencoders: the base class in ``base``, and one file per architecture."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class AuxKSAE(SAE):
     row alone).
 
     On a GPU, in low precision, the loss is fused, and the candidates of AuxK are the latents that were dead
-    when `refresh_dead` was last called and still are: a list whose length is known beforehand.
+    when `refresh_dead` was last called and still are: a list of known length.
     """
 
     spec: AuxSpec

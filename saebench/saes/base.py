@@ -1,6 +1,6 @@
-"""What every sparse autoencoder is: weights, encode, decode, loss, and how it is kept on disk.
+"""Base class of all sparse autoencoders: weights, encode, decode, loss, and the form in which they are saved.
 
-Shapes: N rows, D = d_in, M = d_sae latents. Weights are latent-major: one row a latent.
+Shapes: N rows, D = d_in, M = d_sae latents. Weights are latent-major: one row per latent.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ INIT_ROWS = 4096
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one training step, and how far the training is."""
+    """Rows of one training step, and the progress of the training."""
 
     x_ND: Tensor
-    """[N, D] activations, scaled as the run scales them."""
+    """[N, D] activations, times the scale of the run."""
     gradient_ND: Tensor | None = None
-    """[N, D] gradient of the model's loss at the same rows, as it was harvested."""
+    """[N, D] gradient of the model's loss at the same rows, not scaled."""
     progress: float = 0.0
-    """Share of the run's steps done before this one. Schedules are functions of it: a resumed run repeats."""
+    """Fraction of the run's steps done before this one. Schedules are functions of it, so a resumed run
+    repeats."""
     scratch: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
-    """What a loss has made of the rows and will need again; no longer than it lasts."""
+    """Intermediate results of one call of ``loss`` that are used again in it."""
 
     def __getitem__(self, rows: slice) -> Batch:
         """Some of the rows, at the same progress."""
@@ -44,42 +45,43 @@ class Batch:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """What one batch costs. ``total`` is what is minimized; the rest is for looking at."""
+    """The loss of one batch. ``total`` is minimized; the rest is reported."""
 
     total: Tensor
     """Scalar."""
     reconstruction: Tensor
     """Scalar: mean over rows of |x - x_hat|^2, divided by d_in."""
     auxiliary: Tensor
-    """Scalar: the architecture's extra loss before its coefficient; 0 when it has none."""
+    """Scalar: the architecture's extra loss before its coefficient; 0 where it has none."""
     codes: SparseCodes
     """The codes of the batch."""
     error: Tensor
-    """[N, D] x - x_hat, detached; on a GPU in the type of the products."""
+    """[N, D] x - x_hat, detached; where the loss is fused, in the type of the products."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """Further scalars for the metrics, by name."""
 
 
 class SAE(nn.Module):
-    """Base of all architectures. A subclass sets ``Spec`` and writes ``encode_rows`` and ``loss``.
+    """Base of all architectures. A subclass sets ``Spec`` and defines ``encode_rows`` and ``loss``.
 
-    Master weights are float32: ``W_enc_MD`` and ``W_dec`` [d_sae, d_in], ``b_enc`` [d_sae], ``b_dec``
-    [d_in]. ``compute_dtype`` is the type of the large matrix product alone. All that changes while training
-    is a parameter or a buffer, so that a checkpoint has it; ``weight_names`` are those of the saved SAE
-    (``tokens_since_fired`` [d_sae], for one, is not).
+    Weights are float32: ``W_enc_MD`` and ``W_dec`` [d_sae, d_in], ``b_enc`` [d_sae], ``b_dec`` [d_in].
+    ``compute_dtype`` is the type of large matrix products only. Everything that changes during training is a
+    parameter or a buffer, so that checkpoints hold it; ``weight_names`` are those that a saved SAE has, too
+    (``tokens_since_fired``, for example, is not among them).
     """
 
     Spec: ClassVar[type[SaeSpec]]
     uses_gradients: ClassVar[bool] = False
     """Whether training needs ``Batch.gradient_ND``."""
     inferences: ClassVar[tuple[str, ...]] = ()
-    """The ways of choosing latents that ``encode(x, inference=...)`` knows, the default first; () if one."""
+    """The values of ``encode(x, inference=...)``, the default first; () for an SAE with one way to encode."""
     weight_names: ClassVar[tuple[str, ...]] = ("W_enc_MD", "W_dec", "b_enc", "b_dec")
     tied: ClassVar[bool] = False
-    """Whether the dictionary is also the encoder: then ``W_enc_MD`` is no parameter, and the subclass has it
-    as a property; so with ``b_enc`` where it is not among ``weight_names``."""
+    """Whether the decoder is also the encoder: then ``W_enc_MD`` is not a parameter but a property of the
+    subclass. The same holds for ``b_enc`` where it is not among ``weight_names``."""
     projects_gradients: ClassVar[bool] = True
-    """Whether a decoder row's gradient loses its part along the row, which giving it unit norm would undo."""
+    """Whether the part of a decoder row's gradient along the row is removed, since normalization would undo
+    it."""
     unit_norm_decoder: ClassVar[bool] = True
     """Whether decoder rows get unit norm after every training step."""
     homogeneous: ClassVar[bool] = True
@@ -150,36 +152,37 @@ class SAE(nn.Module):
     def extra_repr(self) -> str:
         return f"d_in={self.d_in}, d_sae={self.d_sae}, k={self.k}"
 
-    # What an architecture decides -----------------------------------------------------------------
+    # What an architecture defines -----------------------------------------------------------------
 
     def encode_rows(self, x_ND: Tensor) -> SparseCodes:
-        """Codes of rows [N, D], each chosen from its own row alone (inference).
+        """Codes of rows [N, D] at inference: the codes of a row depend on that row alone.
 
-        An architecture that can be read in several ways takes keywords here; ``encode`` passes them on.
+        An architecture with several ways to encode takes keywords here; ``encode`` passes them on.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it encodes")
+        raise NotImplementedError(f"{type(self).__name__} does not define encode_rows")
 
     def loss(self, batch: Batch) -> LossTerms:
         """Loss of one training batch; changes no state."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it minimizes")
+        raise NotImplementedError(f"{type(self).__name__} does not define loss")
 
     def after_step(self, batch: Batch, terms: LossTerms) -> None:
-        """Take note of a step that has been applied: which latents fired, running statistics."""
+        """Update counters and running statistics after a step has been applied."""
         self.count_firing(terms.codes)
 
     def calibrate(self, x_ND: Tensor) -> float | None:
-        """Set what inference needs, from rows [N, D] that training did not see; called once, at the end.
+        """Set what inference needs, from held-out rows [N, D]; called once, at the end of training.
 
-        Returns their mean L0, if k is a mean that was aimed at and may be missed.
+        Returns their mean L0 where k is a target for it that may be missed, otherwise None.
         """
         return None
 
-    # What all share -------------------------------------------------------------------------------
+    # What all architectures share
+    # -------------------------------------------------------------------------------
 
     def encode(self, x: Tensor, **how: Any) -> SparseCodes:
-        """Codes of ``x`` of shape [d_in], [N, d_in] or [B, T, d_in], any float type.
+        """Codes of ``x`` of shape [d_in], [N, d_in] or [B, T, d_in], of any float type.
 
-        Keywords are the architecture's own: ``k``, ``tolerance``, ``inference``; see its ``encode_rows``.
+        Keywords depend on the architecture (``k``, ``tolerance``, ``inference``); see its ``encode_rows``.
 
         Raises:
             ValueError: the last axis is not d_in.
@@ -203,9 +206,9 @@ class SAE(nn.Module):
     def initialize(self, sample: Batch, *, seed: int) -> None:
         """Set the weights for training on activations like ``sample`` (Gao et al. 2024, section A.1).
 
-        Random unit decoder rows, encoder tied to them, b_dec the mean of the sample, b_enc zero. The
-        encoder is then scaled by the one factor that makes the first reconstruction best in the least
-        squares sense; which latents are picked does not depend on it.
+        Random unit decoder rows, encoder tied to them, b_dec the mean of the sample, b_enc zero. The encoder
+        is then scaled by the factor that minimizes the squared error of the first reconstruction; which
+        latents are selected does not depend on it.
         """
         generator = torch.Generator().manual_seed(seed)
         atoms_MD = torch.randn(self.d_sae, self.d_in, generator=generator)
@@ -232,13 +235,13 @@ class SAE(nn.Module):
         self.tokens_since_fired.add_(codes.n_rows).mul_(codes.firings() == 0)
 
     def refresh_dead(self, *, reuse: bool = False) -> None:
-        """Called every few steps on a GPU, where it may wait for the device: renew what depends on the dead.
+        """Update what depends on the set of dead latents; called every few steps on a GPU, where it may wait.
 
-        ``reuse`` when a training is resumed: make once more what was made of the state that was saved.
+        ``reuse`` rebuilds it from the saved state, for a training that is resumed.
         """
 
     def graph_key(self, progress: float) -> Hashable | None:
-        """Identifies the sequence of kernels of a training step, or None if the step may wait for the device.
+        """A key for the sequence of kernels of a training step, or None if the step may wait for the device.
 
         Steps with the same key run the same kernels on tensors of the same shapes, so a GPU can replay the
         step as a CUDA graph.
@@ -251,10 +254,10 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
-        """Turn an SAE of ``scale * x`` into one of ``x``: biases and codes shrink by ``scale``.
+        """Turn an SAE of ``scale * x`` into one of ``x``: biases and codes are divided by ``scale``.
 
-        The activation function must be homogeneous of degree one (top-k, ReLU). W_enc and W_dec stay, so
-        decoder rows keep unit norm: z(s x) = s z'(x) with b_enc' = b_enc / s, b_dec' = b_dec / s.
+        The activation function must be homogeneous of degree one (top-k, ReLU). W_enc and W_dec do not
+        change, so decoder rows keep unit norm: z(s x) = s z'(x) with b_enc' = b_enc / s, b_dec' = b_dec / s.
         """
         self.b_enc.div_(scale)
         self.b_dec.div_(scale)
@@ -264,6 +267,6 @@ class SAE(nn.Module):
     def save(self, directory: Path | str, **facts: object) -> None:
         """Write ``sae.safetensors`` and then ``sae.json`` into ``directory``, each atomically.
 
-        ``facts`` (hook_name, model, ...) are kept in the JSON file beside the spec.
+        ``facts`` (hook_name, model, ...) are written into the JSON file beside the spec.
         """
         save_sae(self, Path(directory), facts)

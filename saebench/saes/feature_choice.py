@@ -1,4 +1,4 @@
-"""Feature choice SAE: every latent gets its number of tokens of a batch (Ayonrinde 2024, arXiv 2411.02124).
+"""Feature choice SAE: every latent has a budget of tokens per batch (Ayonrinde 2024, arXiv 2411.02124).
 
 Shapes: N rows, D = d_in, M = d_sae latents, A under-used latents.
 """
@@ -22,9 +22,9 @@ from saebench.saes.zipf import ZipfLaw, budgets_by_rank, fit_zipf
 from saebench_kernels import AuxCandidates, feature_choice_encode
 
 LARGEST_EXPONENT = 1000.0
-"""Of Zipf's law: far beyond it float64 cannot tell the weights' logarithms apart."""
+"""Of Zipf's law: far beyond it, float64 cannot distinguish the logarithms of the weights."""
 SMALLEST_THRESHOLD = 1e-6
-"""Of the largest; a latent that does not use up its budget has threshold 0, which no factor would move."""
+"""Relative to the largest; a latent that does not use its budget has threshold 0, which no factor changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +34,21 @@ class FeatureChoiceSpec(MutualChoiceSpec):
     name: ClassVar[str] = "feature-choice"
 
     budgets: Literal["zipf", "uniform"] = "zipf"
-    """Matches of a latent in a batch: by Zipf's law of its rank in firing frequency, or the same for all."""
+    """Matches of a latent in a batch: by Zipf's law from its rank in firing frequency, or the same for
+    all."""
     mutual_share: Annotated[float, AtLeast(0)] = 0.75
-    """Share of the run, at its start, that is trained by mutual choice; frequencies are learned there."""
+    """Fraction of the run, at its start, that is trained by mutual choice and learns the frequencies."""
     zipf_exponent: Annotated[float | Literal["fit"], AtLeast(0)] = "fit"
-    """Exponent of Zipf's law; 'fit' takes it from the frequencies that mutual choice found."""
+    """Exponent of Zipf's law; 'fit' fits it to the frequencies that mutual choice found."""
     zipf_shift: Annotated[float | Literal["fit"], AtLeast(0)] = "fit"
-    """What is added to a rank (Zipf-Mandelbrot); 0 is Zipf's law proper, 'fit' as above."""
+    """Added to a rank (Zipf-Mandelbrot law); 0 is Zipf's law, 'fit' as above."""
     zipf_weights: Literal["density", "rank"] = "density"
-    """What a latent counts in that fit: its frequency, so that all matches weigh the same, or 1."""
+    """Weight of a latent in that fit: its frequency, so that all matches weigh the same, or 1."""
     floor: Annotated[int, AtLeast(0)] = 1
-    """Least matches of any latent in a batch; k times the batch must be enough for all."""
+    """Smallest number of matches of a latent in a batch; k times the batch size must suffice for all."""
     gamma: Annotated[float, AtLeast(0), AtMost(1)] = 0.5
-    """A latent is under-used, and helped by the auxiliary loss, below this share of its expected frequency;
-    0 helps dead latents only, as AuxK does."""
+    """A latent is under-used, and trained by the auxiliary loss, below this share of its expected frequency;
+    with 0, only dead latents are, as with AuxK."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +64,7 @@ class FeatureChoiceSpec(MutualChoiceSpec):
             )
 
     def by_feature(self, progress: float) -> bool:
-        """Whether latents choose when this share of the run is done; before, choice is mutual."""
+        """Whether feature choice is used at this fraction of the run; before, mutual choice is."""
         return progress >= self.mutual_share
 
     def check(self, *, batch_size: int, n_steps: int) -> None:
@@ -83,14 +84,14 @@ class FeatureChoiceSpec(MutualChoiceSpec):
 
 
 class FeatureChoiceSAE(MutualChoiceSAE):
-    """Lets every latent choose the tokens of the training batch that it matches best: m_i of them, sum k N.
+    """Lets every latent i choose its m_i best tokens of the training batch; the m_i sum to k N.
 
     S = the m_i largest entries of each column i of relu(W_enc (x - b_dec) + b_enc),  z = S * relu(...),
     x_hat = W_dec^T z + b_dec,  loss = |x - x_hat|^2 / d_in  +  aux_coefficient * aux_zipf.
     A latent with m_i >= 1 gets a gradient from every batch in which its best pre-activation is positive.
-    A token may be left without a match: ``empty_tokens`` in the metrics.
+    A token may have no active latent: ``empty_tokens`` in the metrics.
 
-    What follows is our reading; the paper's parametrisation, schedule and inference were not reachable.
+    What follows is our reading; the paper's parametrization, schedule and inference were not available.
 
     Schedule: mutual choice for ``mutual_share`` of the run, then feature choice. On the demo's cache (300
     steps; d_sae 2048, k 8 and d_sae 4096, k 32) shares of 0.5, 0.75 and 0.9 left no latent dead; explained
@@ -98,9 +99,9 @@ class FeatureChoiceSAE(MutualChoiceSAE):
     Budgets: latents are ranked by the running mean p_i of the share of tokens they fire on; rank r gets
     k N w_r / sum w with w_r = (r + shift)^-exponent, between ``floor`` and N, and the largest remainders are
     rounded up. Exponent and shift are fitted once, to the p_i of the latents alive when mutual choice ends:
-    afterwards frequencies only repeat the budgets. Ranks follow p_i all the time.
-    aux_zipf: with q_i what the law expects at the rank of latent i, latents with p_i < gamma q_i are
-    under-used, those that are dead entirely: s_i = 1 - min(1, p_i / (gamma q_i)), or 1 if dead. It is AuxK
+    afterwards frequencies only repeat the budgets. Ranks follow p_i throughout.
+    aux_zipf: with q_i the frequency that the law gives to the rank of latent i, latents with p_i < gamma q_i
+    are under-used, and dead ones fully so: s_i = 1 - min(1, p_i / (gamma q_i)), or 1 if dead. It is AuxK
     over the latents with s_i > 0, their values times s_i; AuxK itself when gamma is 0.
     Inference: z_i = pre_i 1[pre_i > threshold_i], the threshold a running mean of the m_i-th largest value
     of column i. ``calibrate`` multiplies all of them by the one factor that makes the mean L0 k.
@@ -124,15 +125,15 @@ class FeatureChoiceSAE(MutualChoiceSAE):
     # Training -------------------------------------------------------------------------------------
 
     def by_feature(self, progress: float) -> bool:
-        """Whether latents choose when this share of the run is done; before, choice is mutual."""
+        """Whether feature choice is used at this fraction of the run; before, mutual choice is."""
         return self.spec.by_feature(progress)
 
     def graph_key(self, progress: float) -> Hashable | None:
-        return None  # budgets are read back
+        return None  # budgets are read back from the GPU
 
     @torch.no_grad()
     def choose(self, batch: Batch) -> SparseCodes:
-        """The m_i largest positive entries of every column, without gradients; k N at first."""
+        """The m_i largest positive entries of every column, without gradients; the k N largest at first."""
         if not self.by_feature(batch.progress):
             return super().choose(batch)
         values_S, indices_S, offsets = feature_choice_encode(
@@ -147,22 +148,22 @@ class FeatureChoiceSAE(MutualChoiceSAE):
     def budgets(self, n_rows: int) -> Tensor:
         """[M] int64: matches that each latent gets in a batch of ``n_rows``; they sum to k n_rows.
 
-        In a batch too small for the floor (a probe, never a step) the floor gives way.
+        In a batch too small for the floor (at initialization, never in a step) the floor is lowered.
         """
         return self._by_latent(self._by_rank(n_rows)[1])
 
     def expected_density(self, n_rows: int) -> Tensor:
-        """[M] float32: the share of tokens on which the law has each latent fire, given its rank."""
+        """[M] float32: the share of tokens on which each latent fires by the law, given its rank."""
         return self._by_latent(self._by_rank(n_rows)[0] / n_rows).float()
 
     def zipf_law(self, n_rows: int) -> ZipfLaw:
-        """The fitted law, or what would be fitted now, of densities learned from batches of ``n_rows``."""
+        """The fitted law, or the law fitted to the present densities of batches of ``n_rows``."""
         if self.spec.budgets == "uniform":
             return ZipfLaw(0.0, 0.0)
         exponent, shift = self.law.tolist()
         if exponent >= 0:
             return ZipfLaw(exponent, shift)
-        once = rate_after(self.steps_seen) / n_rows  # as much as one firing adds to a density
+        once = rate_after(self.steps_seen) / n_rows  # what one firing adds to a density
         return fit_zipf(
             self.density[self.density >= once],
             exponent=None if self.spec.zipf_exponent == "fit" else self.spec.zipf_exponent,
@@ -201,7 +202,7 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         n_rows = len(batch.x_ND)
         if self.by_feature(batch.progress):
             law = torch.tensor(self.zipf_law(n_rows), dtype=torch.float64)
-            self.steps_averaged *= self.law[0] >= 0  # thresholds of mutual choice are forgotten
+            self.steps_averaged *= self.law[0] >= 0  # discards the thresholds of mutual choice
             self.law.copy_(law)
         super().after_step(batch, terms)
         self.steps_seen += 1
@@ -210,7 +211,7 @@ class FeatureChoiceSAE(MutualChoiceSAE):
     def batch_threshold(self, batch: Batch, codes: SparseCodes, smallest: Tensor) -> Tensor:
         """[M]: the m_i-th largest value of each column, 0 where fewer are positive.
 
-        A latent without a budget gets the largest value of all, which it will hardly exceed.
+        A latent without a budget gets the largest value of all latents, which it rarely exceeds.
         """
         if not self.by_feature(batch.progress):
             return smallest.expand(self.d_sae)
@@ -229,7 +230,7 @@ class FeatureChoiceSAE(MutualChoiceSAE):
 
     @torch.no_grad()
     def calibrate(self, x_ND: Tensor) -> None:
-        """Multiply the thresholds by the factor at which these rows have k active latents in the mean.
+        """Multiply the thresholds by the factor at which these rows have k active latents on average.
 
         It is just below the k N-th largest of all pre_ni / threshold_i: the mean L0 falls as the factor
         grows, so there is one such factor, and latents keep their proportions.

@@ -26,7 +26,7 @@ class GatedSpec(TargetL0Spec):
 
 
 class GatedSAE(TargetL0SAE):
-    """Which latents are active and how strongly are two questions that share one encoder matrix:
+    """A gate decides which latents are active, a magnitude how strongly; both share the encoder matrix:
 
         gate = W_enc (x - b_dec) + b_gate,   magnitude = exp(r_mag) * W_enc (x - b_dec) + b_mag,
         z = 1[gate > 0] * relu(magnitude),   x_hat = W_dec^T z + b_dec,
@@ -34,9 +34,9 @@ class GatedSAE(TargetL0SAE):
     loss = |x - x_hat|^2 / d_in  +  coefficient * sum_i relu(gate_i)
            +  |x - x_hat_gate|^2 / d_in  +  aux_coefficient * AuxK,
 
-    where x_hat_gate = W_dec^T relu(gate) + b_dec, with W_dec and b_dec held fixed, is what teaches the gate:
-    the step 1[gate > 0] has no gradient. The coefficient is steered to a mean L0 of k (see `TargetL0SAE`).
-    ``b_enc`` is the gate's bias; calibration moves all of it by one number, which opens or closes gates and
+    where x_hat_gate = W_dec^T relu(gate) + b_dec, with W_dec and b_dec held fixed, trains the gate, since the
+    step 1[gate > 0] has no gradient. The coefficient is adjusted to a mean L0 of k (see `TargetL0SAE`).
+    ``b_enc`` is the bias of the gate; calibration adds one number to it, which opens or closes gates and
     changes no magnitude.
     """
 
@@ -55,7 +55,7 @@ class GatedSAE(TargetL0SAE):
         return self.b_gate
 
     def encode_rows(self, x_ND: Tensor) -> SparseCodes:
-        """Codes of rows [N, D]: the magnitudes behind open gates."""
+        """Codes of rows [N, D]: the magnitudes where gates are open."""
         gates = self.open_gates(x_ND)
         return gates.with_values(self.magnitudes(gates, self.shared(x_ND, gates)))
 
@@ -85,7 +85,7 @@ class GatedSAE(TargetL0SAE):
     def shared(self, x_ND: Tensor, gates: SparseCodes) -> Tensor:
         """[S] gate of every entry, with gradients for W_enc and b_dec but none for b_gate.
 
-        The magnitude is made of it too, by taking b_gate off again, and must not pull at b_gate.
+        The magnitude is computed from it too, by subtracting b_gate, and must not train b_gate.
         """
         b_gate_M = self.b_gate.detach()
         return sparse_encode(gates.values, gates.entries, x_ND, self.W_enc_MD, b_gate_M, self.b_dec)
@@ -98,7 +98,7 @@ class GatedSAE(TargetL0SAE):
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
-        """As in every SAE; r_mag has no unit and stays."""
+        """As for every SAE; r_mag has no unit and does not change."""
         super().fold_scale(scale)
         self.b_mag.div_(scale)
 
@@ -108,7 +108,7 @@ class GatedSAE(TargetL0SAE):
         self.r_mag.zero_()
 
     def log_coefficient_of(self, threshold: Tensor) -> Tensor:
-        """That of the gate alone: min over z of (a - z)^2 / d_in + c z is at z = a - c d_in / 2."""
+        """For the gate alone: min over z of (a - z)^2 / d_in + c z is at z = a - c d_in / 2."""
         return threshold.log() + math.log(2 / self.d_in)
 
     def scale_codes(self, factor: float) -> None:

@@ -1,8 +1,8 @@
-"""Gradient SAE (g-SAE): keeps the latents that are active and matter to what the model says next.
+"""Gradient SAE (g-SAE): keeps the latents with the largest value times effect on the model's loss.
 
 Olmo et al. 2024, arXiv 2411.10397.
 
-Shapes: N rows, D = d_in, M = d_sae latents, K kept a row.
+Shapes: N rows, D = d_in, M = d_sae latents, K kept per row.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from saebench_kernels import gradient_topk_encode, rounded, topk_encode
 
 ORACLE = "oracle"
 SAMPLED_ROWS = 256
-"""Rows of each training batch that statistics are taken from: on all of them they would cost another scan."""
+"""Rows of each training batch that statistics are computed from: on all rows they would cost another scan."""
 INFLUENCE_RATE = 0.01
-"""Weight of a new batch in the running mean of the influence, which so remembers about 100 steps."""
+"""Weight of a new batch in the running mean of the influence, which thus averages about 100 steps."""
 _CHUNK_BYTES = 1 << 26
 
 
@@ -49,17 +49,17 @@ class GradientSAE(AuxKSAE):
         loss = |x - x_hat|^2 / d_in  +  aux_coefficient * AuxK.
 
     z_i (d_i . g) is the first-order change of the model's loss when latent i is removed: beta = 0 is TopK,
-    and a large beta chooses by that effect alone. The gradient only chooses. Our reading (the paper's text
-    could not be had): the values kept are z, not the score, nothing is learned through the score, and the
-    rest is a TopK SAE. c = ``gradient_scale`` makes the mean of |D g| over tokens and latents 1 at
-    initialization, so that a beta means the same for every model and every scale of its loss.
+    and a large beta chooses by that effect alone. The gradient is used for the choice only. In our reading
+    (the text of the paper was not available), the values kept are z, not the score, the score has no
+    gradient, and the rest is a TopK SAE. c = ``gradient_scale`` makes the mean of |D g| over tokens and
+    latents 1 at initialization, so that a beta means the same for every model and every scale of its loss.
 
-    How latents are chosen once the SAE is trained is our reading too. ``encode(x, inference=...)``:
+    How latents are chosen at inference is our reading, too. ``encode(x, inference=...)``:
 
-    - ``plain``: score = z. Reads x alone, as every other SAE does.
-    - ``proxy``: |D g| is replaced by ``influence``, its running mean over tokens, a number for each latent.
-    - ``oracle``: as in training, from ``gradient``, of x's shape. The gradient knows the next tokens:
-      compare with other oracles only.
+    - ``plain``: score = z. It uses x alone, as every other SAE does. - ``proxy``: |D g| is replaced by
+    ``influence``, its running mean over tokens, one number per latent. - ``oracle``: as in training, from
+    ``gradient``, which has the shape of x. The gradient depends on the next
+      tokens: compare with other oracles only.
     """
 
     Spec = GradientSpec
@@ -81,14 +81,14 @@ class GradientSAE(AuxKSAE):
 
     @property
     def weight(self) -> Tensor:
-        """beta c, what |D g| is multiplied with in the score."""
+        """beta c, the factor of |D g| in the score."""
         return self.spec.beta * self.gradient_scale
 
     # Training -------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def initialize(self, sample: Batch, *, seed: int) -> None:
-        """As every SAE, and set ``gradient_scale`` and the first ``influence`` from the sample.
+        """As for every SAE, and set ``gradient_scale`` and the first ``influence`` from the sample.
 
         Raises:
             UserError: the gradients of the sample are all zero, or not finite.
@@ -107,7 +107,7 @@ class GradientSAE(AuxKSAE):
             )
         self.gradient_scale.fill_(1 / mean)
         self.influence.copy_(sum_M / len(gradient_ND))
-        # The same decoder once more: the factor of the encoder should fit the choice that will be made.
+        # Once more, with the same decoder, so that the scale of the encoder fits the choice made in training.
         super().initialize(sample, seed=seed)
 
     def graph_key(self, progress: float) -> Hashable | None:
@@ -118,7 +118,7 @@ class GradientSAE(AuxKSAE):
         return self._by_gradient(self.centered_rows(batch), _gradient_of(batch))
 
     def extra_metrics(self, batch: Batch, codes: SparseCodes) -> dict[str, Tensor]:
-        """The share of picks that TopK would not have made (on 256 rows)."""
+        """The share of active latents that TopK would not have chosen (on 256 rows)."""
         with torch.no_grad():
             rows = slice(SAMPLED_ROWS)
             indices_NK, values_NK = codes.rectangular()
@@ -128,7 +128,7 @@ class GradientSAE(AuxKSAE):
 
     @torch.no_grad()
     def after_step(self, batch: Batch, terms: LossTerms) -> None:
-        """Also carry on the running mean of each latent's influence, from 256 rows of each batch."""
+        """Also update the running mean of each latent's influence, from 256 rows of each batch."""
         super().after_step(batch, terms)
         self.steps_seen += 1
         W_dec_MD = rounded(self.W_dec, self.compute_dtype)
@@ -163,7 +163,7 @@ class GradientSAE(AuxKSAE):
             raise ValueError(f"gradient has shape {tuple(gradient.shape)}, x has {tuple(x.shape)}")
         if gradient is not None and not gradient.isfinite().all():
             raise UserError(
-                "gradient holds NaN or infinity, by which no latent can be chosen; "
+                "gradient holds NaN or infinity, so latents cannot be chosen by it; "
                 "harvest again with --gradients"
             )
         return super().encode(x, **how)
@@ -199,7 +199,7 @@ class GradientSAE(AuxKSAE):
         return SparseCodes.from_topk(values_NK, indices_NK, d_sae=self.d_sae)
 
     def _by_influence(self, x_ND: Tensor) -> SparseCodes:
-        """A factor for each latent is a TopK of scaled weights."""
+        """TopK of scaled weights, since each latent's score has one factor."""
         factor_M = 1 + self.weight * self.influence
         values_NK, indices_NK = topk_encode(
             self.centered(x_ND),
@@ -224,5 +224,5 @@ class GradientSAE(AuxKSAE):
 
 def _gradient_of(batch: Batch) -> Tensor:
     if batch.gradient_ND is None:
-        raise ValueError("a gradient SAE is trained on batches with gradient_ND")
+        raise ValueError("a gradient SAE needs batches with gradient_ND")
     return batch.gradient_ND

@@ -19,9 +19,9 @@ from saebench.saes.target_l0 import TargetL0SAE, TargetL0Spec
 from saebench_kernels import gather_latents, jump_relu
 
 THRESHOLD_RATE = 10.0
-"""Thresholds learn this many times as fast as weights, on a logarithmic scale."""
+"""Learning rate of thresholds, on a logarithmic scale, relative to that of weights."""
 SMALLEST_THRESHOLD = 1e-30
-"""From 0 there would be no way back."""
+"""Thresholds are kept above this: a threshold of 0 could not grow again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class JumpReluSAE(TargetL0SAE):
 
     loss = |x - x_hat|^2 / d_in  +  coefficient * sum_i H(pre_i - threshold_i)  +  aux_coefficient * AuxK,
 
-    H the step function. The coefficient is steered to a mean L0 of k (see `TargetL0SAE`).
+    H the step function. The coefficient is adjusted to a mean L0 of k (see `TargetL0SAE`).
 
     A step has no gradient, so thresholds theta get the paper's pseudo-derivatives, with K the rectangle of
     width and height 1 around 0 and eps the bandwidth:
@@ -47,19 +47,20 @@ class JumpReluSAE(TargetL0SAE):
         dz / dtheta = -(theta / eps) K((pre - theta) / eps),
         dH / dtheta = -(1 / eps) K((pre - theta) / eps);
 
-    pre-activations get dz / dpre = H(pre - theta) and dH / dpre = 0. Here eps is not one number for all
-    latents and units but ``bandwidth * theta``. A pre-activation that the ReLU cut moves no threshold.
+    pre-activations get dz / dpre = H(pre - theta) and dH / dpre = 0. Here eps is ``bandwidth * theta``, not
+    one number for all latents and units. A pre-activation that the ReLU cut moves no threshold.
 
-    Adam moves what it is given by about the learning rate, however small the gradient. A threshold itself,
-    of the size of an activation, would hardly move, and its logarithm would not keep up with the encoder. So
-    the parameter is ``log_step``, 0 before every step, and after it
+    Adam moves a parameter by about the learning rate, however small the gradient. A threshold is of the size
+    of an activation, so it would hardly move, and its logarithm would move too slowly for the encoder. So the
+    parameter is ``log_step``, which is 0 before every step, and after it
 
         threshold <- threshold * exp(10 log_step),  log_step <- 0,
 
-    which is to train log(threshold) at ten times the learning rate, while ``threshold`` stays what it says.
-    Only thresholds feel the penalty, and Adam keeps them slow for long after their gradient was large: a
-    coefficient alone would overshoot. So after every step all thresholds are also multiplied by
-    (L0 / k)^0.05, which is 1 once the coefficient is right. Calibration multiplies them by one factor too.
+    which trains log(threshold) at ten times the learning rate, while ``threshold`` stays the threshold
+    itself. The penalty acts on thresholds only, and Adam keeps them slow for long after their gradient was
+    large, so a coefficient alone would overshoot. After every step all thresholds are therefore also
+    multiplied by (L0 / k)^0.05, which is 1 once the coefficient is right. Calibration multiplies them by one
+    factor, too.
     """
 
     Spec = JumpReluSpec
@@ -67,7 +68,7 @@ class JumpReluSAE(TargetL0SAE):
     threshold_gain = 0.05
     weight_names = (*TargetL0SAE.weight_names, "threshold")
     threshold: Tensor
-    """[M] float32: what a pre-activation must exceed."""
+    """[M] float32: a pre-activation above it is active."""
 
     def __init__(self, spec: JumpReluSpec, d_in: int) -> None:
         super().__init__(spec, d_in)
@@ -98,7 +99,7 @@ class JumpReluSAE(TargetL0SAE):
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
-        """As in every SAE; thresholds are compared with codes and shrink as they do."""
+        """As for every SAE; thresholds are compared with codes, so they are divided by ``scale``, too."""
         super().fold_scale(scale)
         self.threshold.div_(scale)
 

@@ -1,4 +1,4 @@
-"""Matryoshka SAE: nested dictionaries, each of which reconstructs alone, on mutual choice.
+"""Matryoshka SAE: nested dictionaries, each with its own reconstruction loss, on top of mutual choice.
 
 Bussmann et al. 2025, arXiv 2503.17547.
 
@@ -43,19 +43,19 @@ class MatryoshkaSpec(MutualChoiceSpec):
 
     @property
     def sizes(self) -> list[int]:
-        """Latents of each prefix; in a small dictionary several shares may come to the same number."""
+        """Number of latents of each prefix; in a small dictionary several shares may give the same number."""
         return sorted({max(1, round(share * self.d_sae)) for share in self.prefixes})
 
 
 class MatryoshkaSAE(MutualChoiceSAE):
-    """Mutual choice whose first latents must reconstruct without the later ones.
+    """Mutual choice in which the first latents must reconstruct without the later ones.
 
-    With x_hat_g the reconstruction by the latents below the g-th size alone,
+    With x_hat_g the reconstruction by the first latents alone, as many as the g-th size,
     loss = mean over g of |x - x_hat_g|^2 / d_in  +  aux_coefficient * AuxK (of the whole dictionary).
 
-    Sizes are fixed and double, as in the public trainers (whose largest groups differ in detail); the paper
-    sums over the prefixes where this takes the mean, so that the loss and AuxK keep their proportion
-    whatever their number. The choice, inference and its threshold are those of mutual choice.
+    Sizes are fixed and double, as in the public trainers (whose largest groups differ in detail). The paper
+    sums over the prefixes; the mean keeps the proportion of loss and AuxK for any number of prefixes. The
+    choice, inference and its threshold are those of mutual choice.
     """
 
     Spec = MatryoshkaSpec
@@ -74,8 +74,8 @@ class MatryoshkaSAE(MutualChoiceSAE):
     def decode_prefixes(self, codes: SparseCodes) -> Tensor:
         """The reconstruction by each prefix of the dictionary, [G, N, D]; the last is the whole one's.
 
-        Each entry is decoded once: the entries of the g-th group of latents, row by row, give what the
-        prefix g adds to the one before it.
+        Each entry is decoded once: the entries of the g-th group of latents give what prefix g adds to the
+        prefix before it.
         """
         sizes = torch.tensor(self.spec.sizes, device=codes.indices.device)
         n_rows, n_groups = codes.n_rows, len(sizes)

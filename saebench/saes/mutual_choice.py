@@ -1,4 +1,4 @@
-"""Mutual choice SAE, also known as BatchTopK: one budget of matches for all tokens of a batch.
+"""Mutual choice (BatchTopK) SAE: one budget of active latents for all tokens of a batch.
 
 Ayonrinde 2024, arXiv 2411.02124; Bussmann et al. 2024, arXiv 2412.06410.
 
@@ -21,9 +21,9 @@ from saebench.saes.spec import SaeSpec
 from saebench_kernels import mutual_choice_encode, threshold_encode
 
 STATISTICS_RATE = 0.01
-"""Weight of a new batch in the running statistics, which so remember about 100 steps."""
+"""Weight of a new batch in the running statistics, which thus average about 100 steps."""
 HINT_SHARE = 0.95
-"""The scan of a batch gathers what exceeds this share of the batch before's smallest match."""
+"""The scan of a batch gathers what exceeds this share of the previous batch's smallest value kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,27 +34,27 @@ class MutualChoiceSpec(AuxSpec):
 
 
 class MutualChoiceSAE(AuxKSAE):
-    """Keeps the k N largest pre-activations of a training batch of N tokens, whichever tokens they are of.
+    """Keeps the k N largest pre-activations of a training batch of N tokens, whichever tokens they belong to.
 
     S = the k N largest entries of relu(W_enc (x - b_dec) + b_enc) over tokens and latents (all positive ones
-    when there are fewer; of equals the first), z = S * relu(...), x_hat = W_dec^T z + b_dec,
-    loss = |x - x_hat|^2 / d_in  +  aux_coefficient * AuxK. A hard token gets more latents than an easy one.
+    when there are fewer; of equals the first), z = S * relu(...), x_hat = W_dec^T z + b_dec, loss = |x -
+    x_hat|^2 / d_in  +  aux_coefficient * AuxK. A token that is hard to reconstruct gets more latents.
 
     That choice needs the whole batch, so it is only made in training (``choose``). Inference (``encode``)
-    reads each token alone, z = pre * 1[pre > threshold], with one ``threshold`` for all. Our reading (the
-    paper does not say how it infers): while training goes on, the threshold is a running mean of the
-    smallest match of a batch; at the end ``calibrate`` sets it to what makes the mean L0 of unseen rows k.
+    encodes each token alone, z = pre * 1[pre > threshold], with one ``threshold`` for all. The paper does not
+    describe inference; in our reading, the threshold during training is a running mean of the smallest value
+    kept per batch, and at the end ``calibrate`` sets it so that the mean L0 of held-out rows is k.
     """
 
     Spec = MutualChoiceSpec
     spec: MutualChoiceSpec
     weight_names = (*AuxKSAE.weight_names, "threshold")
     threshold: Tensor
-    """float32, of shape () or, in a subclass, [M]: what a pre-activation must exceed at inference."""
+    """float32, of shape () or, in a subclass, [M]: a pre-activation above it is active at inference."""
     smallest_match: Tensor
     """Smallest value kept of the last batch, 0 when the budget was not used up."""
     steps_averaged: Tensor
-    """How many steps the running threshold is a mean of; beyond 100 the oldest fade."""
+    """Number of steps in the running mean of the threshold; beyond 100 it is an exponential mean."""
 
     def __init__(self, spec: SaeSpec, d_in: int) -> None:
         super().__init__(spec, d_in)
@@ -82,9 +82,8 @@ class MutualChoiceSAE(AuxKSAE):
     ) -> SparseCodes:
         """The k N largest of ``relu(W_enc (x - b_dec) + b_enc)`` for rows x - b_dec.
 
-        Each latent's are divided by its ``divisor``.
-
-        The nearer ``expected`` is to the smallest of them the faster they are found.
+        The pre-activations of each latent are divided by its ``divisor``. The nearer ``expected`` is to the
+        smallest of them, the faster they are found.
         """
         W_enc_MD: Tensor = self.W_enc_MD
         b_enc_M: Tensor = self.b_enc
@@ -101,7 +100,7 @@ class MutualChoiceSAE(AuxKSAE):
         return SparseCodes.from_ragged(values_S, indices_S, offsets, d_sae=self.d_sae)
 
     def extra_metrics(self, batch: Batch, codes: SparseCodes) -> dict[str, Tensor]:
-        """The share of tokens that were left without a match."""
+        """The share of tokens without an active latent."""
         return {"empty_tokens": (codes.row_offsets.diff() == 0).float().mean()}
 
     @torch.no_grad()
@@ -121,22 +120,23 @@ class MutualChoiceSAE(AuxKSAE):
         self.threshold.lerp_(threshold, rate_after(self.steps_averaged))
 
     def batch_threshold(self, batch: Batch, codes: SparseCodes, smallest: Tensor) -> Tensor:
-        """The threshold that would choose from this batch what ``codes`` did; of the threshold's shape.
+        """The threshold that would select the entries of ``codes`` from this batch; of the threshold's shape.
 
         ``smallest`` is the smallest value of ``codes``, see ``smallest_of``.
         """
         return smallest
 
     def smallest_of(self, codes: SparseCodes) -> Tensor:
-        """The smallest value of codes that use up their budget, else 0: all that is positive was kept."""
+        """The smallest value of codes that use up their budget; otherwise 0, since all positive ones were
+        kept."""
         if codes.values.numel() < self.k * codes.n_rows:
             return codes.values.new_zeros(())
-        return codes.values.detach().min()  # with room to spare there is padding, whose 0 is right
+        return codes.values.detach().min()  # padding has the value 0, which is right here
 
     # Inference ------------------------------------------------------------------------------------
 
     def encode_rows(self, x_ND: Tensor) -> SparseCodes:
-        """Codes of rows [N, D]: the pre-activations above the threshold, as many as there are."""
+        """Codes of rows [N, D]: all pre-activations above the threshold."""
         with torch.no_grad():
             values_S, indices_S, offsets = threshold_encode(
                 self.centered(x_ND), self.W_enc_MD, self.b_enc, self.threshold, scan_dtype=self.compute_dtype
@@ -148,23 +148,23 @@ class MutualChoiceSAE(AuxKSAE):
     def calibrate(self, x_ND: Tensor) -> None:
         """Set the threshold to just below the k N-th largest of all pre-activations of these N rows.
 
-        Inference then keeps k of a row in the mean, exactly so on these rows (up to ties).
+        Inference then keeps k per row on average, exactly so on these rows (up to ties).
         """
         chosen = self.largest(x_ND - self.b_dec, self.smallest_match)
         self.threshold.copy_(just_below(self.smallest_of(chosen)))
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
-        """As in every SAE; a threshold is compared with codes and shrinks as they do."""
+        """As for every SAE; the threshold is compared with codes, so it is divided by ``scale``, too."""
         super().fold_scale(scale)
         self.threshold.div_(scale)
 
 
 def rate_after(steps: Tensor) -> Tensor:
-    """Weight of the newest batch in a running statistic of so many; the first ones are averaged."""
+    """Weight of the newest batch in a running statistic after ``steps``; the first 100 steps are averaged."""
     return steps.float().reciprocal().clamp_min(STATISTICS_RATE)
 
 
 def just_below(value: Tensor) -> Tensor:
-    """The next smaller number, but not below 0: what ``value`` itself exceeds."""
+    """The next smaller number that ``value`` exceeds, but at least 0."""
     return torch.nextafter(value, torch.full_like(value, -torch.inf)).clamp_min(0)

@@ -29,9 +29,9 @@ class ReluSAE(TargetL0SAE):
 
     loss = |x - x_hat|^2 / d_in  +  coefficient * sum_i z_i |d_i|  +  aux_coefficient * AuxK.
 
-    Atoms d_i keep norm 1, so the penalty is the sum of the codes. The coefficient is steered to a mean L0 of
-    k (see `TargetL0SAE`). A latent's threshold is -b_enc, so what calibration moves is all of b_enc by one
-    number, and with it every active code by as much.
+    Atoms d_i keep norm 1, so the penalty is the sum of the codes. The coefficient is adjusted to a mean L0 of
+    k (see `TargetL0SAE`). A latent's threshold is -b_enc, so calibration adds one number to b_enc, and with
+    it to every active code.
     """
 
     Spec = ReluSpec

@@ -12,7 +12,7 @@ from saebench.core.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class SaeSpec(Settings):
-    """Settings that every architecture has; its own are in its file."""
+    """Settings that every architecture has. Those of a single architecture are in its file."""
 
     name: ClassVar[str] = ""
     # Whether a token may choose a latent again: then k may exceed d_sae, though not in training.

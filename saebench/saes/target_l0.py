@@ -1,4 +1,4 @@
-"""SAEs whose sparsity comes from a penalty, steered so that k latents of a token are active in the mean.
+"""Base class of SAEs with a sparsity penalty that is adjusted so that the mean L0 is k.
 
 Shapes: N rows, D = d_in, M = d_sae latents, S entries kept, C candidates.
 """
@@ -23,15 +23,15 @@ PROPORTIONAL_GAIN = 1.0
 AVERAGED_STEPS = 10
 LARGEST_ERROR = 1.0
 LARGEST_LOG = 60.0
-"""Bound of the logarithm of the coefficient, for when no coefficient reaches k: e^60 still is a number."""
+"""Bound of the logarithm of the coefficient, for when no coefficient reaches k: e^60 is still finite."""
 
 SLACKS = (0.0, *(0.05 * 2**i for i in range(12)))
-"""How far below their thresholds calibration looks for entries, one after the other, until it has k N."""
+"""How far below their thresholds calibration searches for entries: in this order, until it has k N."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetL0Spec(AuxSpec):
-    """Settings of the architectures whose k is reached by steering a penalty."""
+    """Settings of the architectures that reach k by adjusting a penalty."""
 
     revival: Annotated[float, AtLeast(0)] = 0.02
     """Share of itself that the threshold of a dead latent loses with every step; 0 switches it off."""
@@ -40,21 +40,21 @@ class TargetL0Spec(AuxSpec):
 class TargetL0SAE(AuxKSAE):
     """loss = |x - x_hat|^2 / d_in  +  coefficient * sparsity  +  aux_coefficient * AuxK,
 
-    where the subclass says what sparsity is, and the coefficient follows the mean L0 of the batches:
+    where the subclass defines the sparsity, and the coefficient follows the mean L0 of the batches:
 
         e = log(L0 / k),  log coefficient = I + P * (mean e of about 10 steps),  I += 0.05 e  after a step.
 
-    To have mean L0 = k as a constraint, I is the multiplier of the method of multipliers (on a log scale, so
-    that it stays positive) and P takes the place of the quadratic penalty: unlike a quadratic penalty alone
-    it leaves no steady error. What is left at the end of training (the constraint moves on while the
-    dictionary improves, and the mean over training rows is not that over others) is removed by `calibrate`,
-    unless k is out of reach.
+    This is the method of multipliers for the constraint mean L0 = k. I is the multiplier, on a log scale so
+    that it stays positive, and P takes the place of the quadratic penalty; a quadratic penalty alone would
+    leave a constant error. The error at the end of training (the constraint moves while the dictionary
+    improves, and the mean L0 of training rows differs from that of others) is removed by `calibrate`, unless
+    k is out of reach.
 
-    Nothing has to warm up: thresholds begin where k latents of a token are active, and the coefficient
-    where such thresholds are the best ones for orthogonal atoms.
+    No warm-up is needed: thresholds start where k latents per token are active, and the coefficient starts
+    where such thresholds are optimal for orthogonal atoms.
 
-    A latent that has died is silent on all rows, so that neither the loss nor AuxK, which goes through the
-    ReLU, may reach it. Its threshold therefore decays until it fires again.
+    A dead latent is inactive on all rows, so that neither the loss nor AuxK, which goes through the ReLU, may
+    reach it. Its threshold therefore decays until it fires again.
     """
 
     spec: TargetL0Spec
@@ -70,36 +70,37 @@ class TargetL0SAE(AuxKSAE):
         self.register_buffer("log_multiplier", torch.zeros(()))
         self.register_buffer("l0_error", torch.zeros(()))
 
-    # What a subclass decides ----------------------------------------------------------------------
+    # What a subclass defines ----------------------------------------------------------------------
 
     def set_threshold(self, threshold: Tensor) -> None:
-        """Begin with this threshold (a scalar, positive) for every latent, all other weights as they are."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its threshold is")
+        """Give every latent this threshold (a scalar, positive); other weights do not change."""
+        raise NotImplementedError(f"{type(self).__name__} does not define set_threshold")
 
     def log_coefficient_of(self, threshold: Tensor) -> Tensor:
-        """Log of the coefficient at which this threshold minimizes the loss of one latent alone."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its penalty is")
+        """Log of the coefficient at which this threshold minimizes the loss of a single latent."""
+        raise NotImplementedError(f"{type(self).__name__} does not define log_coefficient_of")
 
     def scale_codes(self, factor: float) -> None:
-        """Multiply all codes by ``factor``, and nothing else."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how its codes scale")
+        """Multiply all codes by ``factor``; which latents are active does not change."""
+        raise NotImplementedError(f"{type(self).__name__} does not define scale_codes")
 
     def margins(self, x_ND: Tensor, slack: float) -> Tensor:
-        """By how much entries exceed their thresholds, [C], of those that do so by more than -``slack``.
+        """How much entries exceed their thresholds, [C], for those that exceed them by more than -``slack``.
 
-        In the unit that `raise_thresholds` takes, as is the slack, but for a factor that makes 1 a wide one.
+        In the unit of `raise_thresholds`; the slack is in the same unit, up to a factor that makes 1 large.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say what its thresholds are")
+        raise NotImplementedError(f"{type(self).__name__} does not define margins")
 
     def raise_thresholds(self, amount: Tensor) -> None:
         """Subtract ``amount`` (a scalar) from all margins."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its thresholds are")
+        raise NotImplementedError(f"{type(self).__name__} does not define raise_thresholds")
 
     def shrink_thresholds(self, share_M: Tensor) -> None:
-        """Bring each latent's threshold nearer to 0 by this share of itself."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its thresholds are")
+        """Reduce each latent's threshold by this share of itself."""
+        raise NotImplementedError(f"{type(self).__name__} does not define shrink_thresholds")
 
-    # What all share -------------------------------------------------------------------------------
+    # What all subclasses share
+    # -------------------------------------------------------------------------------
 
     def above(self, x_ND: Tensor, threshold: Tensor, bias_M: Tensor) -> SparseCodes:
         """Entries of ``W_enc (x - b_dec) + bias`` that are positive and above the threshold, no gradients."""
@@ -110,12 +111,12 @@ class TargetL0SAE(AuxKSAE):
         return SparseCodes.from_ragged(values_S, indices_S, offsets, d_sae=self.d_sae)
 
     def pre_activation_std(self, x_ND: Tensor) -> Tensor:
-        """About the standard deviation of pre-activations of these rows, a scalar."""
+        """The approximate standard deviation of the pre-activations of these rows, a scalar."""
         norms_M: Tensor = torch.linalg.vector_norm(self.W_enc_MD, dim=1)
         return (x_ND - self.b_dec).std() * norms_M.mean()
 
     def coefficient(self) -> Tensor:
-        """What multiplies the sparsity of the next batch, a scalar."""
+        """The coefficient of the sparsity in the next batch, a scalar."""
         return (self.log_multiplier + PROPORTIONAL_GAIN * self.l0_error).exp()
 
     def steered_terms(
@@ -145,10 +146,11 @@ class TargetL0SAE(AuxKSAE):
 
     @torch.no_grad()
     def calibrate(self, x_ND: Tensor) -> float:
-        """Move all thresholds together, until k N entries of these N rows are active; returns the mean L0.
+        """Move all thresholds by one amount so that k N entries of these N rows are active; returns the mean
+        L0.
 
-        Where no more than k N entries could be active (a gated or JumpReLU latent needs a positive
-        pre-activation, and no threshold reaches all entries), thresholds stay where training has left them.
+        Where at most k N entries can be active (a gated or JumpReLU latent needs a positive pre-activation,
+        whatever its threshold), the thresholds do not change.
         """
         wanted = self.k * x_ND.shape[0]
         for slack in SLACKS:
@@ -163,7 +165,7 @@ class TargetL0SAE(AuxKSAE):
 
     @torch.no_grad()
     def initialize(self, sample: Batch, *, seed: int) -> None:
-        """As in every SAE, and one threshold for all latents with which k of a row are active."""
+        """As for every SAE, and one threshold for all latents, at which k per row are active."""
         generator = torch.Generator().manual_seed(seed)
         self.W_dec.copy_(torch.randn(self.d_sae, self.d_in, generator=generator))
         self.normalize_decoder()

@@ -1,6 +1,6 @@
 """TopK SAE with AuxK, Multi-TopK and a schedule of k (Gao et al. 2024, arXiv 2406.04093).
 
-Shapes: N rows, D = d_in, K kept a row.
+Shapes: N rows, D = d_in, K kept per row.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ class TopKSpec(AuxSpec):
     name: ClassVar[str] = "topk"
 
     multi_topk: bool = False
-    """Also reconstruct from the 4 k largest, with weight 1/8, so that the SAE can be read with other k."""
+    """Also reconstruct from the 4 k largest, with weight 1/8, so that the SAE can be used with other k."""
     k_start: int | None = None
     """Begin training with this k and lower it linearly to k; by default k from the start."""
     k_anneal: Annotated[float, AtLeast(0), AtMost(1)] = 0.2
-    """Share of the run over which k falls from k_start to k."""
+    """Fraction of the run during which k falls from k_start to k."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.k_start is not None and not self.k <= self.k_start <= self.d_sae:
             raise UserError(
-                f"k_start is {self.k_start}; k falls from it, so it must lie between k = {self.k} and "
+                f"k_start is {self.k_start}; k falls from it, so it must be between k = {self.k} and "
                 f"d_sae = {self.d_sae}"
             )
 
@@ -87,7 +87,7 @@ class TopKSAE(AuxKSAE):
         return self.k_at(progress), self.n_candidates
 
     def k_at(self, progress: float) -> int:
-        """k when this share of the run is done."""
+        """k at this fraction of the run."""
         if self.spec.k_start is None or progress >= self.spec.k_anneal:
             return self.k
         done = progress / self.spec.k_anneal
@@ -100,7 +100,7 @@ class TopKSAE(AuxKSAE):
             ValueError: k is not between 1 and d_sae.
         """
         if not 1 <= k <= self.d_sae:
-            raise ValueError(f"k is {k}; it must lie between 1 and d_sae = {self.d_sae}")
+            raise ValueError(f"k is {k}; it must be between 1 and d_sae = {self.d_sae}")
         with torch.no_grad():
             values_NK, indices_NK = topk_encode(
                 centered_ND, self.W_enc_MD, self.b_enc, k, scan_dtype=self.compute_dtype

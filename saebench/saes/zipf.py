@@ -1,4 +1,4 @@
-"""Zipf's law of how often latents fire, and whole-numbered budgets after it.
+"""Zipf's law for the firing frequencies of latents, and integer budgets that follow it.
 
 Shapes: M = d_sae latents, L live latents, C candidate shifts.
 """
@@ -33,12 +33,13 @@ def fit_zipf(
     shift: float | None = None,
     by: Literal["density", "rank"] = "density",
 ) -> ZipfLaw:
-    """The law nearest to positive densities, in least squares of log density on log (rank + shift).
+    """The law that fits positive densities best, by least squares of log density on log (rank + shift).
 
-    A latent counts by its density, so that every match counts once, or each rank counts the same: then the
-    many rare latents decide. A parameter that is given stays fixed. The shift is looked for among 0, 1, 2,
-    4, ... up to about the number of densities; for each the best exponent (at least 0) has a closed form.
-    Fewer than 3 densities say nothing: then the exponent is 1 and the shift 0.
+    With ``by="density"``, a latent's weight is its density, so that every match has the same weight; with
+    ``by="rank"``, every latent has the same weight, and the many rare ones decide. A parameter that is given
+    stays fixed. The shift is searched among 0, 1, 2, 4, ... up to about the number of densities; for each,
+    the best exponent (at least 0) has a closed form. With fewer than 3 densities, the exponent is 1 and the
+    shift 0.
     """
     n_live = density_L.numel()
     if n_live < 3:
@@ -52,7 +53,7 @@ def fit_zipf(
     t_CL = (torch.arange(1, n_live + 1) + shift_C[:, None]).log()
     y_L, t_CL = y_L - weight_L @ y_L, t_CL - (t_CL @ weight_L)[:, None]
     if exponent is None:
-        # 0 / 0 where a shift is so large that all ranks are one: then no exponent does anything.
+        # 0 / 0 where a shift is so large that all ranks are equal: then the exponent has no effect.
         exponent_C = (-(t_CL * y_L) @ weight_L / (t_CL.square() @ weight_L)).nan_to_num(0.0).clamp_min(0)
     else:
         exponent_C = torch.full_like(shift_C, exponent)
@@ -63,18 +64,18 @@ def fit_zipf(
 
 @functools.lru_cache(maxsize=8)
 def budgets_by_rank(law: ZipfLaw, n: int, *, total: int, floor: int, cap: int) -> tuple[Tensor, Tensor]:
-    """How many of ``total`` matches each of ``n`` ranks gets after the law: expected float64, and whole.
+    """The share of ``total`` matches of each of ``n`` ranks: exact in float64, and rounded to integers.
 
-    See `share_out` and `round_to_sum`. Do not write into them: they are kept for the next call.
+    See `share_out` and `round_to_sum`. The results are cached: do not modify them.
     """
     expected = share_out(law.log_weights(n), total=total, floor=floor, cap=cap)
     return expected, round_to_sum(expected, total)
 
 
 def share_out(log_weights_M: Tensor, *, total: int, floor: int, cap: int) -> Tensor:
-    """float64 [M] in proportion to weights, but each within [floor, cap]; they sum to ``total``.
+    """float64 [M] proportional to the weights, each clamped to [floor, cap]; they sum to ``total``.
 
-    This is clamp(c weights, floor, cap) for the one c that gives the sum, found by bisection of log c.
+    This is clamp(c weights, floor, cap) for the c that gives the sum, found by bisection of log c.
 
     Raises:
         ValueError: the total is not between M floor and M cap.
@@ -94,7 +95,7 @@ def share_out(log_weights_M: Tensor, *, total: int, floor: int, cap: int) -> Ten
 
 
 def round_to_sum(expected_M: Tensor, total: int) -> Tensor:
-    """int64 [M] that sum to ``total``: the largest remainders are rounded up, the first of equal ones."""
+    """int64 [M] that sum to ``total``: the largest remainders are rounded up, of equal ones the first."""
     whole_M = expected_M.floor()
     missing = total - int(whole_M.sum())
     order_M = torch.sort(expected_M - whole_M, descending=True, stable=True).indices

@@ -1,4 +1,4 @@
-"""Training: the loop, what it steps with, and what it leaves on disk."""
+"""Training of SAEs: the loop, the optimizer, sweeps, checkpoints and metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything a training is at one step, in one safetensors file that appears whole or not at all."""
+"""Checkpoints: the whole state of a training at one step, in one safetensors file written atomically."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from saebench.runs.checkpoints import checkpoint_path, checkpoints_of
 from saebench.saes.base import SAE
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_NEWER = ("sae.dead_when_looked",)
-"""What checkpoints of earlier versions lack; it begins as in a new SAE."""
+_ADDED_LATER = ("sae.dead_when_looked",)
+"""Tensors that checkpoints of earlier versions lack; they start as in a new SAE."""
 
 
 @dataclass
@@ -78,7 +78,7 @@ def restore_checkpoint(path: Path, current: SaeInTraining) -> None:
     """
     tensors = read_safetensors(path, way_out="delete it to start this run again from zero")
     fresh = current.tensors()
-    for name in _NEWER:
+    for name in _ADDED_LATER:
         if name in fresh:
             tensors.setdefault(name, fresh[name])
     check_tensors(tensors, {name: tuple(t.shape) for name, t in fresh.items()}, path)

@@ -1,7 +1,7 @@
-"""Training steps as a CUDA graph: captured once, repeated with one call.
+"""Training steps as a CUDA graph: captured once, replayed with one call.
 
-A step is some forty short kernels; launching them one by one takes longer than running them. The kernels,
-their order and so every bit of the result are the same either way.
+A step is about forty short kernels; launching them one by one takes longer than running them. The kernels and
+their order are the same in both cases, and so is every bit of the result.
 
 Shapes: N rows in a batch, D = d_in.
 """
@@ -18,7 +18,7 @@ from saebench.activations.loader import Rows
 from saebench.saes.base import Batch, LossTerms
 
 STEPS_BEFORE_CAPTURE = 3
-"""Steps taken one kernel at a time first: they compile kernels and fill the allocator."""
+"""Steps taken one kernel at a time before the capture: they compile kernels and fill the allocator."""
 
 
 class StepOutput(NamedTuple):
@@ -76,6 +76,6 @@ class GraphedStep:
         self._rows = Rows(torch.empty_like(rows.activations), gradients)
         self._lr = torch.zeros((), dtype=torch.float64, device=rows.activations.device)
         self._graph = torch.cuda.CUDAGraph()
-        # The loader allocates pinned memory in a thread of its own meanwhile.
+        # Meanwhile the loader allocates pinned memory in a thread of its own.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._output = self._step(self._rows, progress, self._lr)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask the loop to stop after the step it is in."""
+"""Ctrl-C and SIGTERM make the training loop stop after the current step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM set ``signal`` instead of ending the process; a second one ends it.
+    """A context in which SIGINT and SIGTERM set ``signal`` instead of ending the process; a second one ends
+    it.
 
-    Only the main thread may install handlers; elsewhere nothing is installed and nothing is ever requested.
+    Only the main thread may install handlers; in other threads, none are installed and ``signal`` stays None.
     """
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ class StopRequest:
         self._previous.clear()
 
     def end(self) -> None:
-        """End as the signal would have: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""
+        """Raise what the signal would have: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)

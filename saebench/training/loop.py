@@ -1,4 +1,4 @@
-"""The training loop: read a batch, let every SAE take a step on it, log, save, stop.
+"""The training loop: read a batch, train every SAE on it, log, save, stop.
 
 Shapes: N rows in a batch, D = d_in.
 """
@@ -42,15 +42,15 @@ SAMPLE_BYTES = 1 << 28
 def train(
     config: TrainConfig | PathLike[str] | str | None = None, spec: SaeSpec | None = None, /, **settings: Any
 ) -> Run:
-    """Train an SAE on an activation cache and leave it in a run directory.
+    """Train an SAE on an activation cache and save it in a run directory.
 
     Either ``train(TrainConfig(...), TopKSpec(...))`` or flat keywords, as on the command line:
     ``train(cache="cache", out="runs/a", sae="topk", d_sae=4096, k=32, tokens=5e6)``. Further keywords are
-    the architecture's own (``saebench train --help --sae topk``), and the cache may stand first without its
-    name. For several SAEs in one pass see `sweep`.
+    settings of the architecture (``saebench train --help --sae topk``), and the cache may be the first
+    argument, without its name. For several SAEs in one pass see `sweep`.
 
-    Killed at any instant and called again with ``resume=True``, it ends with the same bytes as a run that
-    was never disturbed. Ctrl-C and SIGTERM save a checkpoint first.
+    A run that was killed at any instant and is called again with ``resume=True`` ends with the same bytes as
+    an uninterrupted run. Ctrl-C and SIGTERM save a checkpoint first.
 
     >>> made = sb.train(cache=cache, out="runs/a", d_sae=64, k=4, tokens=2_000, batch_size=200, quiet=True)
     >>> made.sae.W_dec.shape[0]
@@ -166,7 +166,7 @@ def train_all(plans: Sequence[Plan]) -> list[Run]:
 def _steps(
     trainings: list[TrainingState], loader: Loader, stop: StopRequest, device: torch.device
 ) -> list[UserError]:
-    """Take all steps that are left; returns what ended those SAEs that could not."""
+    """Take all remaining steps; returns the errors that ended SAEs before the end."""
     failed: list[UserError] = []
     active = [training for training in trainings if not training.finished]
     if not active:
@@ -185,7 +185,7 @@ def _steps(
         for i, rows in enumerate(loader.iterate(start=start, stop=n_steps), start):
             stopping, note = stop.signal is not None, ""
             for training in list(active):
-                if training.current.step > i:  # its checkpoint is ahead of the others'
+                if training.current.step > i:  # its checkpoint is later than those of the others
                     continue
                 try:
                     note = training.step(rows, stopping=stopping)
@@ -210,7 +210,7 @@ def _steps(
 
 
 def _why(error: UserError, loader: Loader, i: int, training: TrainingState) -> UserError:
-    """What ended an SAE by batch i: the rows it was given, when they are not finite, or its own step."""
+    """The error that ended an SAE at batch i: that its rows are not finite, or else ``error``."""
     batch = training.first_step + int(training.n_finite_steps)
     if loader.batch(batch).activations.isfinite().all():
         return error
@@ -221,7 +221,7 @@ def _why(error: UserError, loader: Loader, i: int, training: TrainingState) -> U
 
 
 def _sample(loader: Loader) -> Batch:
-    """The first rows of the training order in float32 on the CPU: 65,536, or fewer when they are wide."""
+    """The first rows of the training order in float32 on the CPU: 65,536, or fewer if they are wide."""
     first = loader.batch(0)
     n_rows = min(SAMPLE_ROWS, loader.n_rows, SAMPLE_BYTES // (4 * first.activations.shape[1]))
     batches = [first, *(loader.batch(i) for i in range(1, n_rows // loader.batch_size))]
@@ -237,15 +237,15 @@ def _sample(loader: Loader) -> Batch:
 
 
 def _unseen_rows(cache: ActivationCache, hook: str, loader: Loader) -> Tensor:
-    """Held-out rows spread evenly over the cache, as many as `_sample` takes at most, on the device.
+    """Held-out rows spread evenly over the cache, at most as many as `_sample` takes, on the device.
 
-    Where nothing is held out they are rows of the training order, with a warning.
+    Where no rows are held out, they are rows of the training order, with a warning.
     """
     row_N = cache.held_out.nonzero()[:, 0]
     n_rows = min(SAMPLE_ROWS, max(1, SAMPLE_BYTES // (4 * cache.d_in(hook))))
     if len(row_N) == 0:
         print(
-            f"warning: {cache.path} holds no rows out, so inference is calibrated on training rows",
+            f"warning: {cache.path} has no held-out rows, so inference is calibrated on training rows",
             file=sys.stderr,
         )
         return loader.batch(0).activations
@@ -257,7 +257,7 @@ def _unseen_rows(cache: ActivationCache, hook: str, loader: Loader) -> Tensor:
 def _forecast(
     trainings: list[TrainingState], sample: Batch, loader: Loader, weight_bytes: int, device: torch.device
 ) -> None:
-    """Say what the training will cost, from one trial step of each SAE that is not applied."""
+    """Print the expected time and memory, from a trial step of each SAE that is not applied."""
     common, n_steps = trainings[0].config, trainings[0].n_steps
     if common.quiet:
         return
@@ -266,7 +266,7 @@ def _forecast(
         batch = sample[slice(0, common.batch_size)]
         gradient_ND = batch.gradient_ND.to(device) if batch.gradient_ND is not None else None
         batch = Batch(batch.x_ND.to(device) * training.current.scale, gradient_ND)
-        for _ in range(2):  # the first one also pays for what is made once
+        for _ in range(2):  # the first one includes the cost of setting up
             started = time.monotonic()
             training.current.sae.loss(batch).total.backward()  # type: ignore[no-untyped-call]
             training.current.sae.b_dec.sum().item()

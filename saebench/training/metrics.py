@@ -1,4 +1,4 @@
-"""What a training reports about a step, from that step's batch alone."""
+"""Metrics of a training step, computed from its batch alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from saebench.saes.base import SAE, LossTerms
 def step_metrics(
     sae: SAE, terms: LossTerms, x_ND: Tensor, *, step: int, tokens: int, lr: float, grad_norm: Tensor
 ) -> dict[str, float]:
-    """Numbers of one step; reading them waits for the device, so this is called every ``log_every`` steps.
+    """The metrics of one step. Reading them waits for the device, so this is called every ``log_every``
+    steps.
 
     ``fvu`` = sum |x - x_hat|^2 / sum |x - mean x|^2 over the batch, NaN where the rows do not vary (a single
-    one, or all equal), ``l0`` = mean different latents a row, ``dead`` = latents that have not fired for
-    ``sae.dead_after`` tokens; ``loss``, ``aux`` and the architecture's own: see LossTerms.
+    one, or all equal), ``l0`` = mean number of different active latents per row, ``dead`` = latents that have
+    not fired for ``sae.dead_after`` tokens; ``loss``, ``aux`` and the architecture's own: see LossTerms.
     """
     with torch.no_grad():
         variance = (x_ND - x_ND.mean(0)).square().sum()

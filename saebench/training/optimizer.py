@@ -13,11 +13,11 @@ from saebench_kernels import adam_step
 
 
 def peak_learning_rate(config: TrainConfig, d_sae: int) -> float:
-    """The configured rate, or for 'auto' 1.6e-3 / sqrt(d_sae / 4096): wider dictionaries want smaller steps.
+    """The configured rate, or for 'auto' 1.6e-3 / sqrt(d_sae / 4096): wider dictionaries need smaller steps.
 
     The 1 / sqrt(d_sae) law is that of the public TopK trainers. The constant is from a sweep on the demo's
     cache (781 steps; widths 1024 to 16384): half of it leaves 1 to 2 points of explained variance, twice as
-    much gains less than 2 and leaves up to 10% of the latents dead. Runs of many more steps can do with less.
+    much gains less than 2 and leaves up to 10% of the latents dead. Runs of many more steps can use less.
     """
     return 1.6e-3 / math.sqrt(d_sae / 4096) if config.lr == "auto" else float(config.lr)
 
@@ -31,7 +31,7 @@ def learning_rate(config: TrainConfig, *, peak: float, step: int, n_steps: int) 
 
 
 def make_optimizer(sae: SAE) -> torch.optim.Adam:
-    """Adam on the fp32 masters; epsilon as in Gao et al. 2024, since gradients of wide SAEs are tiny."""
+    """Adam on the fp32 weights; epsilon as in Gao et al. 2024, since gradients of wide SAEs are tiny."""
     return torch.optim.Adam(sae.parameters(), lr=0.0, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
 
 

@@ -1,4 +1,5 @@
-"""Where metrics go: metrics.jsonl and metrics.csv always, TensorBoard and Weights & Biases when asked."""
+"""Destinations of metrics: metrics.jsonl and metrics.csv always, TensorBoard and Weights & Biases on
+request."""
 
 from __future__ import annotations
 
@@ -19,10 +20,10 @@ Metrics = dict[str, float]
 
 class Sink(Protocol):
     def write(self, metrics: Metrics) -> None:
-        """Take the metrics of one step; ``metrics["step"]`` says which."""
+        """Write the metrics of one step; ``metrics["step"]`` is its number."""
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Finish writing; nothing is written afterwards."""
 
 
 def open_sinks(
@@ -31,7 +32,7 @@ def open_sinks(
     """All sinks of a run that continues after ``step`` (0 at the start), closed with ``stack``.
 
     ``facts`` are those of ``run.json``: the same in every call of the run. Lines of later steps, left by a
-    killed process, are cut off first.
+    killed process, are removed first.
     """
     sinks: list[Sink] = [Jsonl(directory / METRICS_FILE, step), Csv(directory / METRICS_CSV_FILE, step)]
     if config.tensorboard:
@@ -44,7 +45,7 @@ def open_sinks(
 
 
 class Jsonl:
-    """One JSON object a line; null for a number that is not finite."""
+    """One JSON object per line; null for a number that is not finite."""
 
     def __init__(self, path: Path, step: int) -> None:
         _keep_lines(path, lambda line: int(json.loads(line)["step"]) <= step)
@@ -61,7 +62,7 @@ class Jsonl:
 
 
 class Csv:
-    """The same numbers for spreadsheets; the first line names the columns."""
+    """The same numbers as comma-separated values; the first line names the columns."""
 
     def __init__(self, path: Path, step: int) -> None:
         _keep_lines(path, lambda line: line.startswith("step,") or int(line.split(",", 1)[0]) <= step)
@@ -85,7 +86,7 @@ class Csv:
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard."""
+    """TensorBoard event files in RUN/tensorboard."""
 
     def __init__(self, directory: Path, step: int) -> None:
         try:
@@ -106,7 +107,8 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run whose id follows from the run and its directory: a resumed run goes on there."""
+    """A Weights & Biases run. Its id depends on the run and its directory only, so a resumed run continues
+    it."""
 
     def __init__(self, project: str, directory: Path, facts: dict[str, Any]) -> None:
         try:
@@ -120,7 +122,7 @@ class WandB:
                 name=directory.name,
                 id=sha256_json([facts, str(directory)])[:16],
                 resume="allow",
-                reinit="create_new",  # a sweep has several at once
+                reinit="create_new",  # a sweep has several runs at once
                 config=facts,
             )
         except wandb.Error as error:
@@ -137,7 +139,7 @@ class WandB:
 
 
 def _keep_lines(path: Path, wanted: Any) -> None:
-    """Cut off the lines of ``path`` that are torn or not ``wanted``."""
+    """Remove the lines of ``path`` that are incomplete or not ``wanted``."""
     if not path.exists():
         return
     lines = path.read_text("utf-8").splitlines(keepends=True)

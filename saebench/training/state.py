@@ -1,6 +1,6 @@
-"""One SAE in training: its state, one step of it, what it writes, and how it ends.
+"""The training of one SAE: its state, one step, what it writes, and how it ends.
 
-The loop (loop.py) reads batches and hands each to every trainee; a trainee knows nothing of the others.
+The loop (loop.py) reads batches and passes each to every `TrainingState`; they are independent of each other.
 
 Shapes: N rows in a batch, D = d_in.
 """
@@ -35,9 +35,9 @@ from saebench.training.sinks import Sink, open_sinks
 from saebench_kernels import center
 
 MISSED_L0 = 0.05
-"""Share of k by which a mean L0 at inference may miss it without a word."""
+"""Relative difference between the mean L0 at inference and k above which a warning is printed."""
 STEPS_BETWEEN_REFRESHES = 32
-"""How often the dead latents are read back from a GPU."""
+"""Steps between two calls of `SAE.refresh_dead` on a GPU."""
 
 
 @dataclass(eq=False)
@@ -51,9 +51,9 @@ class TrainingState:
     n_steps: int
     sinks: list[Sink]
     is_finite: Tensor
-    """Scalar bool on the device: every step of this session so far was finite."""
+    """Scalar bool on the device: whether every step of this session so far was finite."""
     n_finite_steps: Tensor
-    """Scalar int64 on the device: steps of this session before the first that was not finite."""
+    """Scalar int64 on the device: number of steps of this session before the first that was not finite."""
     first_step: int
     graphed_step: GraphedStep = field(init=False)
     started: float = field(default_factory=time.monotonic)
@@ -63,17 +63,17 @@ class TrainingState:
 
     @property
     def finished(self) -> bool:
-        """Every step is done."""
+        """Whether all steps are done."""
         return self.current.step == self.n_steps
 
     def step(self, rows: Rows, *, stopping: bool) -> str:
-        """Train on one batch; log and save when it is time, or when the training is ``stopping``.
+        """Train on one batch; log and save where the settings say so, or when the training is ``stopping``.
 
-        A step whose loss or gradient is not finite is not applied, nor is any after it; it is noticed when
-        metrics are next read or a checkpoint is due. Returns a note for the progress display.
+        A step whose loss or gradient is not finite is not applied, and neither is any later one; this is
+        detected when metrics are read or a checkpoint is due. Returns a note for the progress display.
 
         Raises:
-            UserError: a step, or what it made of the weights, was not finite; the step is not counted.
+            UserError: a step, or the weights after it, were not finite; the step is not counted.
         """
         current, config, sae = self.current, self.config, self.current.sae
         peak = peak_learning_rate(config, self.spec.d_sae)
@@ -105,7 +105,8 @@ class TrainingState:
         return note
 
     def update(self, rows: Rows, progress: float, lr: float | Tensor) -> StepOutput:
-        """Loss, gradients, optimizer and statistics of one batch; waits for no GPU if the SAE does not."""
+        """Loss, gradients, optimizer step and statistics of one batch; does not wait for the GPU unless the
+        SAE does."""
         current, sae = self.current, self.current.sae
         gradient_ND = rows.gradients.float() if rows.gradients is not None else None
         batch = Batch(center(rows.activations, scale=current.scale), gradient_ND, progress)
@@ -119,18 +120,18 @@ class TrainingState:
         self.n_finite_steps += self.is_finite
         with torch.no_grad():
             sae.after_step(batch, terms)
-        # Without its graph, whose nodes would tie a later capture to the stream of today.
+        # Without its autograd graph, whose nodes would tie a later capture to the current stream.
         return StepOutput(batch, dataclasses.replace(terms, total=terms.total.detach()), grad_norm)
 
     def finish(self, unseen_ND: Tensor, provenance: dict[str, Any]) -> None:
-        """Calibrate on ``unseen`` rows of the cache, undo the scaling of the input, save the SAE."""
+        """Calibrate on held-out rows of the cache, undo the scaling of the input, and save the SAE."""
         current, config = self.current, self.config
         with torch.no_grad():
             l0 = current.sae.calibrate(unseen_ND.float() * current.scale)
         if l0 is not None and abs(l0 / self.spec.k - 1) > MISSED_L0:
             print(
-                f"warning: {config.out} has {l0:.4g} active latents in the mean where k = {self.spec.k}: no "
-                "thresholds reach that; lower --k",
+                f"warning: {config.out} has a mean L0 of {l0:.4g}, the target is k = {self.spec.k}: "
+                "thresholds cannot reach it; lower --k",
                 file=sys.stderr,
             )
         current.sae.fold_scale(current.scale)
@@ -138,7 +139,8 @@ class TrainingState:
         current.sae.save(config.out, **provenance, tokens=tokens, seed=config.seed)
 
     def log_session(self, device: torch.device) -> None:
-        """One line for each process that worked on the run: times live here, not among the metrics."""
+        """Append one line per process that worked on the run. Times are written here and not into the
+        metrics."""
         seconds = time.monotonic() - self.started
         n_steps = self.current.step - self.first_step
         session = {
@@ -159,7 +161,7 @@ class TrainingState:
             kept = checkpoint.latest_checkpoint(self.config.out)
             kept_at = f"the checkpoint {kept.name} is kept" if kept else "there is no checkpoint before it"
             way_out = f"lower --lr (now {lr:.2g})"
-            if batch == 0:  # no rate has had a part in it yet
+            if batch == 0:  # no learning rate has had an effect yet
                 way_out = "the scale of the activations may be the reason, " + (
                     "harvest them again or look for outliers in the cache"
                     if self.config.normalize
@@ -171,7 +173,8 @@ class TrainingState:
             )
 
     def _check_weights(self, lr: float) -> None:
-        """A finite gradient may still overflow the weights or Adam's moments: no state to go on from."""
+        """Refuse weights or moments of Adam that are not finite; a finite gradient may still overflow
+        them."""
         current = self.current
         moments = [moment for kept in current.optimizer.state.values() for moment in kept.values()]
         tensors = [*current.sae.state_dict().values(), *moments]
@@ -192,9 +195,10 @@ def begin(
     device: torch.device,
     stack: contextlib.ExitStack,
 ) -> TrainingState:
-    """A trainee of a checked run directory: weights from the seed and ``sample``, or the last checkpoint.
+    """The state of a training in a checked run directory: from the seed and ``sample``, or the last
+    checkpoint.
 
-    ``sample`` holds rows as they are in the cache. Sinks are closed with ``stack``.
+    ``sample`` holds unscaled rows of the cache. Sinks are closed with ``stack``.
     """
     current = fresh_sae(config, spec, sample, device)
     facts = resume.begin(config.out, facts)
@@ -216,14 +220,14 @@ def begin(
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> str:
-    """'fp32' or 'bf16': what ``--dtype auto`` means on this device."""
+    """'fp32' or 'bf16': the type of matrix products on this device."""
     if config.dtype != "auto":
         return config.dtype
     return "bf16" if device.type == "cuda" else "fp32"
 
 
 def fresh_sae(config: TrainConfig, spec: SaeSpec, sample: Batch, device: torch.device) -> SaeInTraining:
-    """The state before the first step: weights from the seed and ``sample``, rows as in the cache."""
+    """The SAE before the first step: weights from the seed and ``sample``, unscaled rows of the cache."""
     unit_scale = _input_scale(sample.x_ND)
     scale = unit_scale if config.normalize else 1.0
     sae: SAE = architecture(spec.name)(spec, sample.x_ND.shape[1]).to(device)

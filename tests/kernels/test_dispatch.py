@@ -1,8 +1,11 @@
-"""Which road an op takes, and the copies of weights that the fused one reads."""
+"""The choice between fused and eager, and the low-precision copies of weights that fused kernels read."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
+import saebench
 from saebench_kernels import dispatch, is_fused, kept_copy, rounded
 
 GPU = torch.device("cuda", 0)
@@ -10,14 +13,14 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def _a_gpu(monkeypatch):
-    """As if there were one."""
+    """Make dispatch believe that there is a GPU."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(dispatch, "why_not_fused", lambda index: None)
     dispatch._warn_once.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_cpu_takes_the_eager_road(dtype):
+def test_ops_on_a_cpu_are_eager(dtype):
     assert not is_fused("topk_encode", torch.device("cpu"), dtype, k=4, d_sae=64)
 
 
@@ -34,7 +37,7 @@ def test_a_cpu_takes_the_eager_road(dtype):
         (torch.device("cuda", 1), torch.bfloat16, {}, False, "cuda:1 is not the current GPU"),
     ],
 )
-def test_the_table_and_one_line_for_what_could_be_expected(device, dtype, sizes, fused, reason, caplog):
+def test_op_is_fused_by_device_type_and_size_or_warns_once(device, dtype, sizes, fused, reason, caplog):
     for _ in range(2):
         assert is_fused("an_op", device, dtype, **sizes) == fused
     assert len(caplog.messages) == bool(reason)
@@ -42,13 +45,13 @@ def test_the_table_and_one_line_for_what_could_be_expected(device, dtype, sizes,
 
 
 @pytest.mark.usefixtures("_a_gpu")
-def test_without_triton_it_says_so(monkeypatch, caplog):
+def test_missing_triton_makes_ops_eager_with_a_warning(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "why_not_fused", lambda index: "triton is not installed")
     assert not is_fused("an_op", GPU, torch.bfloat16)
     assert caplog.messages == ["an_op falls back to eager: triton is not installed"]
 
 
-def test_a_copy_lasts_until_its_parameter_changes():
+def test_low_precision_copy_is_reused_until_its_parameter_changes():
     parameter = torch.nn.Parameter(torch.randn(3, 4))
     assert kept_copy(parameter) is None
     copy = rounded(parameter, torch.bfloat16)
@@ -64,7 +67,13 @@ def test_a_copy_lasts_until_its_parameter_changes():
     assert rounded(parameter, torch.float32).data_ptr() == parameter.data_ptr()
 
 
-def test_of_other_tensors_no_copy_is_kept():
+def test_no_copy_is_kept_of_tensors_that_are_not_parameters():
     tensor = torch.randn(3, 4)
     assert rounded(tensor, torch.bfloat16) is not rounded(tensor, torch.bfloat16)
     assert kept_copy(tensor) is None
+
+
+def test_only_the_kernels_package_imports_fused_kernels():
+    package = Path(saebench.__file__).parent
+    files = {path: path.read_text("utf-8") for path in package.rglob("*.py")}
+    assert not [path for path, text in files.items() if "saebench_kernels.fused" in text]

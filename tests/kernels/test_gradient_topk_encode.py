@@ -1,4 +1,5 @@
-"""The choice by value times influence against its dense definition, on the CPU and on a GPU."""
+"""gradient_topk_encode: the choice by value times influence against its dense definition, on the CPU and on a
+GPU."""
 
 import sys
 

@@ -1,4 +1,5 @@
-"""Matching pursuit's ops against float64: picks replayed, both routes, gradients, the orthogonal kind."""
+"""Ops of matching pursuit against float64: picks replayed, with and without Gram matrix, gradients,
+orthogonal."""
 
 import sys
 
@@ -27,7 +28,7 @@ def problem(n, d, m, seed, device="cpu"):
 
 
 @pytest.fixture(params=[False, True], ids=["scan", "gram"])
-def route(request, monkeypatch):
+def proposal(request, monkeypatch):
     """Both ways to propose picks, whatever the shape."""
     monkeypatch.setattr(MODULE, "uses_gram", lambda *shape: request.param)
 
@@ -41,7 +42,7 @@ def replay(x_ND, atoms_MD, values_NK, indices_NK):
 
 
 @on_every_device
-@pytest.mark.usefixtures("route")
+@pytest.mark.usefixtures("proposal")
 @pytest.mark.parametrize("absolute", [False, True])
 @settings(max_examples=40, deadline=None)
 @given(size=sizes)
@@ -73,7 +74,7 @@ def orthonormal(d, seed, device="cpu"):
 
 
 @on_every_device
-@pytest.mark.usefixtures("route")
+@pytest.mark.usefixtures("proposal")
 @pytest.mark.parametrize("encode", [matching_pursuit_encode, orthogonal_pursuit_encode])
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
@@ -97,7 +98,7 @@ def test_rows_of_orthonormal_atoms_end_with_them(device, encode, absolute, scale
     assert ((found_NM != 0) == (codes_NM != 0)).all()
 
 
-@pytest.mark.usefixtures("route")
+@pytest.mark.usefixtures("proposal")
 @pytest.mark.parametrize("encode", [matching_pursuit_encode, orthogonal_pursuit_encode])
 def test_atoms_that_are_of_norm_1_but_for_rounding_are_not_picked_again(encode):
     generator = torch.Generator().manual_seed(0)
@@ -109,7 +110,7 @@ def test_atoms_that_are_of_norm_1_but_for_rounding_are_not_picked_again(encode):
 
 
 @on_every_device
-@pytest.mark.usefixtures("route")
+@pytest.mark.usefixtures("proposal")
 @pytest.mark.parametrize("encode", [matching_pursuit_encode, orthogonal_pursuit_encode])
 def test_an_orthonormal_dictionary_gives_each_positive_correlation_once(device, encode):
     """In at most d picks, the largest first; fewer picks are the beginning of more, to the last bit."""
@@ -128,7 +129,7 @@ def test_an_orthonormal_dictionary_gives_each_positive_correlation_once(device, 
 
 
 @on_every_device
-@pytest.mark.usefixtures("route")
+@pytest.mark.usefixtures("proposal")
 @pytest.mark.parametrize("absolute", [False, True])
 def test_picks_agree_with_float64_picks(device, absolute):
     x_ND, atoms_MD = problem(600, 64, 1000, 0, device)
@@ -144,13 +145,13 @@ def test_picks_agree_with_float64_picks(device, absolute):
     assert agreement >= 0.999, agreement
 
 
-def test_the_route_is_a_function_of_the_shapes():
+def test_gram_matrix_is_used_by_shapes_alone():
     assert uses_gram(4096, 4096) and uses_gram(4096, 16_384)
     assert not uses_gram(40_000, 16_385), "D D^T of more than 1 GiB"
     assert not uses_gram(1, 4096), "D D^T costs more than all scans of one row"
 
 
-@pytest.mark.usefixtures("route")
+@pytest.mark.usefixtures("proposal")
 def test_chunks_of_rows_change_nothing(monkeypatch):
     x_ND, atoms_MD = problem(101, 12, 200, 1)
     whole = matching_pursuit_encode(x_ND, atoms_MD, 9)
@@ -160,7 +161,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
 
 
 @on_every_device
-@pytest.mark.usefixtures("route")
+@pytest.mark.usefixtures("proposal")
 def test_a_row_ends_when_its_residual_is_below_the_tolerance(device):
     x_ND, atoms_MD = problem(300, 16, 128, 2, device)
     full_NK, picks_NK = matching_pursuit_encode(x_ND, atoms_MD, 20)
@@ -316,7 +317,7 @@ def small_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("encode", [matching_pursuit_encode, orthogonal_pursuit_encode])
-def test_threads_work_on_weights_that_learn_and_in_inference_mode(encode, small_chunks):
+def test_chunks_on_threads_work_with_parameters_and_in_inference_mode(encode, small_chunks):
     x_ND, atoms_MD = problem(500, 32, 300, 10)
     alone = encode(x_ND, atoms_MD, 5)
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Each op against a dense reference, over odd shapes, on the CPU and on a GPU where there is one."""
+"""topk_encode and the sparse sums against dense references, over odd shapes, on every device."""
 
 import sys
 

@@ -20,7 +20,7 @@ def problem(n, d, m, seed, device="cpu"):
 
 
 def dense(found, n, m):
-    """[n, m] with the values found, after a look at how they are laid out."""
+    """[n, m] with the values found; also checks their order and the offsets."""
     values_S, indices_S, offsets = found
     assert values_S.dtype == torch.float32 and indices_S.dtype == offsets.dtype == torch.int64
     assert offsets[0] == 0 and offsets[-1] == len(values_S) and len(offsets) == n + 1

@@ -1,4 +1,4 @@
-"""What every registered architecture promises, whatever it chooses."""
+"""Properties of every registered architecture; capability flags of the class say which apply."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def a_few_steps(sae, device="cpu"):
 
 @every_device
 @every_architecture
-def test_codes_have_the_shape_of_the_input_and_rebuild_it(name, device):
+def test_codes_have_the_shape_of_the_input_and_decode_to_the_reconstruction(name, device):
     sae, x = a_few_steps(make_sae(name, device), device), rows(6, seed=3).x_ND.to(device)
     assert sae.encode(x.view(2, 3, D_IN)).to_dense().shape == (2, 3, D_SAE)
     assert sae.encode(x[0]).to_dense().shape == (D_SAE,)
@@ -139,7 +139,7 @@ def test_loss_and_gradients_repeat_bit_for_bit_and_change_no_state(name, device)
 
 @every_device
 @every_architecture
-def test_a_low_precision_scan_changes_little(name, device):
+def test_low_precision_scan_changes_the_reconstruction_little(name, device):
     sae, x_ND = a_few_steps(make_sae(name, device), device), rows(64, seed=8).x_ND.to(device)
     exact = sae(x_ND)
     sae.compute_dtype = torch.bfloat16
@@ -162,7 +162,7 @@ def test_dead_latents_get_a_gradient_from_the_auxiliary_loss_and_none_without(na
 
 
 @every_architecture
-def test_k_must_be_possible(name):
+def test_k_below_1_or_above_d_sae_is_refused(name):
     for k in (0, D_SAE + 1):
         with pytest.raises(UserError, match="k is"):
             architecture(name).Spec(d_sae=D_SAE, k=k).check(batch_size=4096, n_steps=99)

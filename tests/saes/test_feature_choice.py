@@ -176,7 +176,7 @@ def test_without_under_used_latents_aux_zipf_is_zero_and_so_is_its_gradient():
     assert aux == 0 and not aux.requires_grad
 
 
-def test_at_first_it_is_mutual_choice_and_then_latents_choose():
+def test_schedule_is_mutual_choice_then_feature_choice():
     sae, mutual = make_sae(mutual_share=0.3), MutualChoiceSAE(MutualChoiceSpec(d_sae=40, k=5), 12)
     for name in ("W_enc_MD", "W_dec", "b_enc", "b_dec"):
         getattr(mutual, name).data.copy_(getattr(sae, name))

@@ -1,4 +1,4 @@
-"""Gradient SAE: where it is TopK, what the score does to the picks; nothing is learned through the score."""
+"""Gradient SAE: where it equals TopK, how the score changes the picks, and that the score has no gradient."""
 
 import copy
 import dataclasses
@@ -190,7 +190,7 @@ def test_the_score_is_the_models_loss_to_first_order():
         torch.testing.assert_close(slope, -z * (d_D @ g_TD[t].double()), rtol=1e-4, atol=1e-6)
 
 
-def test_the_three_ways_of_inference():
+def test_plain_proxy_and_oracle_choose_by_their_scores():
     sae, x_ND, g_ND = make_sae(10.0), rows(), rows(seed=2)
     z_NM, _ = parts(sae, x_ND, g_ND)
     plain = torch.zeros_like(z_NM).scatter(1, z_NM.topk(K).indices, z_NM.topk(K).values)
@@ -223,7 +223,7 @@ def test_the_three_ways_of_inference():
         ({"inference": "oracle", "gradient": rows(29)}, r"gradient has shape \(29, 12\), x has \(30, 12\)"),
     ],
 )
-def test_impossible_ways_are_refused(how, message):
+def test_unknown_inference_and_bad_gradients_are_refused(how, message):
     with pytest.raises(ValueError, match=message):
         make_sae().encode(rows(), **how)
 

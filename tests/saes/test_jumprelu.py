@@ -62,7 +62,7 @@ def test_threshold_gradients_are_the_papers_kernel_formula(bandwidth):
     torch.testing.assert_close(sae.log_step.grad.double(), expected_M, rtol=1e-4, atol=1e-7)
 
 
-def test_one_entry_by_hand():
+def test_jump_relu_and_its_gradients_equal_a_calculation_by_hand():
     """theta = 2, bandwidth 0.5: the window is (1.5, 2.5)."""
     pre_S = torch.tensor([1.4, 1.6, 2.0, 2.4, 2.6], requires_grad=True)
     threshold_S = torch.full((5,), 2.0, requires_grad=True)
@@ -105,7 +105,7 @@ def test_a_step_moves_the_threshold_and_leaves_no_step_behind():
     assert (sae.log_step == 0).all()
 
 
-def test_thresholds_reach_far_in_few_steps_whatever_the_units_of_the_gradient():
+def test_thresholds_move_far_in_few_steps_in_any_unit_of_the_gradient():
     """An Adam step of the learning rate is a change of the threshold by ten times that share."""
     from saebench.training.optimizer import make_optimizer, optimizer_step
 

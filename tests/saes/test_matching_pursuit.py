@@ -1,4 +1,5 @@
-"""Matching pursuit: the exact properties of its code, its gradients, revival, adaptive sparsity, the road."""
+"""Matching pursuit: the exact properties of its code, its gradients, revival, adaptive sparsity, fused
+loss."""
 
 import json
 import sys
@@ -338,12 +339,12 @@ def test_aux_of_a_residual_that_does_not_vary_is_zero_and_so_is_its_gradient():
         (lambda: make_sae().encode(rows(2), tolerance=0), "tolerance is 0"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(call, message):
+def test_impossible_settings_are_refused_in_one_sentence(call, message):
     with pytest.raises(UserError, match=message):
         call()
 
 
-# The road ----------------------------------------------------------------------------------------
+# The fused loss ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

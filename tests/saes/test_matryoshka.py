@@ -1,4 +1,4 @@
-"""Matryoshka: each prefix of the dictionary reconstructs alone, and teaches its own latents only."""
+"""Matryoshka: each prefix of the dictionary reconstructs alone, and trains its own latents only."""
 
 import pytest
 import torch

@@ -36,7 +36,7 @@ def pre_activations(sae, x_ND):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 30), st.integers(1, 16), st.integers(1, 60), st.data())
-def test_it_matches_exactly_k_times_the_batch_or_all_that_is_positive(n, d_in, d_sae, data):
+def test_batch_keeps_k_times_n_entries_or_all_positive_ones(n, d_in, d_sae, data):
     k = data.draw(st.integers(1, d_sae))
     sae, x_ND = make_sae(d_in, d_sae, k), rows(n, d_in, seed=3)
     codes = sae.choose(Batch(x_ND))
@@ -79,7 +79,7 @@ def test_its_total_affinity_is_at_least_that_of_the_constrained_choices():
     assert total > of_topk and total > of_feature
 
 
-def test_of_one_token_it_is_topk():
+def test_batch_of_one_token_gives_topk():
     mutual, topk = make_sae(), TopKSAE(TopKSpec(d_sae=40, k=5), 12)
     topk.load_state_dict(mutual.state_dict(), strict=False)
     for seed in range(5):
@@ -146,7 +146,7 @@ def test_the_share_of_empty_tokens_is_reported():
     assert terms.extra["empty_tokens"] == empty and empty >= 0.25
 
 
-def test_inference_is_a_jumprelu_that_sees_each_row_alone():
+def test_inference_encodes_each_row_alone_by_a_threshold():
     sae, x_ND = make_sae(), rows(50)
     sae.threshold.fill_(0.3)
     pre_NM = pre_activations(sae, x_ND)
@@ -165,7 +165,7 @@ def test_a_pre_activation_equal_to_the_threshold_is_cut():
     assert sae.encode(rows(1)[0]).indices.tolist() == list(range(31, 40))
 
 
-def test_calibrated_it_keeps_k_in_the_mean_on_rows_that_it_never_saw():
+def test_calibrated_mean_l0_is_k_on_unseen_rows():
     sae = make_sae(d_in=16, d_sae=128, k=8)
     generator = torch.Generator().manual_seed(3)
     seen_ND, unseen_ND = torch.randn(2, 20_000, 16, generator=generator)

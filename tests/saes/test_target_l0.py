@@ -1,4 +1,5 @@
-"""Steering to a mean L0 of k: the controller, calibration, revival, and the k that training ends with."""
+"""The adjustment to a mean L0 of k: the controller, calibration, revival, and the k that training ends
+with."""
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_the_coefficient_rises_above_k_falls_below_it_and_rests_at_it(name):
 
 
 @every_one
-def test_a_k_that_is_never_reached_ends_in_numbers(name):
+def test_unreachable_k_keeps_all_numbers_finite(name):
     for l0 in (0, 64):
         sae = make_sae(name)
         tell(sae, l0, times=3000)
@@ -122,7 +123,7 @@ def test_a_k_that_is_never_reached_ends_in_numbers(name):
 @every_one
 @settings(max_examples=15, deadline=None)
 @given(shift=st.floats(-1.5, 1.5), k=st.integers(1, 30), seed=st.integers(0, 99))
-def test_calibration_gives_mean_l0_k_from_wherever_thresholds_are(name, shift, k, seed):
+def test_calibration_gives_mean_l0_k_from_any_thresholds(name, shift, k, seed):
     sae = make_sae(name, k=k, seed=seed)
     with torch.no_grad():
         sae.raise_thresholds(torch.tensor(shift))

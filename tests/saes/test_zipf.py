@@ -1,4 +1,4 @@
-"""Budgets after Zipf's law: sums exact, bounds kept, laws found again."""
+"""Budgets by Zipf's law: exact sums, bounds, and recovery of laws from densities."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A checkpoint is an SAE: as it was then, for activations as the model has them."""
+"""Checkpoints loaded as SAEs: the weights of that step, for unscaled activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training steps on a GPU: as a graph and one by one, at once and resumed, in low precision and in full."""
+"""Training steps on a GPU: graphed and one by one, uninterrupted and resumed, in low and full precision."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU
 ARCHITECTURES = ("topk", "mutual-choice", "gradient")
 
 
-def test_without_a_gpu_every_step_is_taken_as_it_is():
+def test_steps_on_a_cpu_are_never_captured():
     taken = []
     step = GraphedStep(lambda rows, progress, lr: taken.append((progress, lr)), lambda progress: "a key")
     for i in range(5):
@@ -42,7 +42,7 @@ def _equal(one, other):
 
 @on_a_gpu
 @pytest.mark.parametrize("name", ARCHITECTURES[:2])
-def test_a_graph_takes_the_same_steps(cache, tmp_path, monkeypatch, name):
+def test_graphed_steps_end_with_the_same_bytes(cache, tmp_path, monkeypatch, name):
     as_graph = _train(cache, tmp_path / "graph", sae=name, dead_tokens=2000)
     again = _train(cache, tmp_path / "again", sae=name, dead_tokens=2000)
     monkeypatch.setattr("saebench.training.cuda_graph.STEPS_BEFORE_CAPTURE", 10**9)
@@ -54,7 +54,7 @@ def test_a_graph_takes_the_same_steps(cache, tmp_path, monkeypatch, name):
 
 @on_a_gpu
 @pytest.mark.parametrize("name", ARCHITECTURES[:2])
-def test_a_training_that_was_stopped_ends_with_the_same_bytes(cache, tmp_path, monkeypatch, name):
+def test_stopped_and_resumed_training_ends_with_the_same_bytes(cache, tmp_path, monkeypatch, name):
     whole = _train(cache, tmp_path / "whole", sae=name, dead_tokens=2000, checkpoint_every=37)
 
     class Stop(Exception):

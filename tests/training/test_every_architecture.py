@@ -1,4 +1,4 @@
-"""Every registered architecture through the whole of training: repeats, resumes, keeps its k, sweeps."""
+"""Whole trainings of every registered architecture: repetition, resume, mean L0, sweeps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from saebench.saes.registry import ARCHITECTURES, architecture
 from saebench.training import sweep, train
 
 FIXED = ("topk", "gradient", "matching-pursuit")
-"""k is the most that a token can have, whatever it is."""
+"""Architectures in which k bounds the L0 of every token."""
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
@@ -61,7 +61,7 @@ def test_mean_l0_at_inference_is_k_on_rows_of_neither_training_nor_calibration(
     assert abs(l0 - 4) <= 0.05 * 4
 
 
-def test_one_sweep_holds_them_all(all_settings, tmp_path, files_of):
+def test_one_sweep_of_all_architectures_gives_the_bytes_of_single_trainings(all_settings, tmp_path, files_of):
     runs = sweep({"sae": list(ARCHITECTURES)}, **all_settings | {"out": tmp_path / "runs"})
     assert [run.path.name for run in runs] == list(ARCHITECTURES)
     for run in runs:
@@ -70,12 +70,13 @@ def test_one_sweep_holds_them_all(all_settings, tmp_path, files_of):
 
 
 @pytest.mark.parametrize(("name", "k"), [("relu", 64), ("gated", 60), ("jumprelu", 60)])
-def test_a_mean_l0_that_is_out_of_reach_is_told_once(name, k, all_settings, sparse_rows, tmp_path, capsys):
+def test_mean_l0_out_of_reach_is_warned_about_once(name, k, all_settings, sparse_rows, tmp_path, capsys):
     out = tmp_path / "within"
     train(**all_settings | {"out": out}, sae=name)
     assert capsys.readouterr().err == ""
     run = train(**all_settings | {"k": k}, sae=name)
     (warning,) = capsys.readouterr().err.splitlines()
     l0 = run.sae.encode(sparse_rows[-300:]).l0().float().mean().item()
-    assert warning.startswith(f"warning: {run.path} has ") and f"where k = {k}: no thresholds" in warning
-    assert abs(float(warning.split(" has ")[1].split()[0]) - l0) < 0.1 and l0 < 0.95 * k
+    assert warning.startswith(f"warning: {run.path} has a mean L0 of ")
+    assert f"the target is k = {k}: thresholds cannot reach it" in warning
+    assert abs(float(warning.split(" L0 of ")[1].split(",")[0]) - l0) < 0.1 and l0 < 0.95 * k

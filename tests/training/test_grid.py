@@ -1,4 +1,4 @@
-"""A sweep: every SAE ends with the bytes of a training of its own, and dies alone."""
+"""Sweeps: every SAE ends with the bytes of a training of its own, and errors stop one SAE only."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ def test_every_batch_is_read_once(settings, tmp_path, monkeypatch):
     assert sorted(read) == alone
 
 
-def test_an_sae_that_diverges_dies_alone(settings, tmp_path, files_of, capsys):
+def test_diverging_sae_does_not_stop_the_others(settings, tmp_path, files_of, capsys):
     grid = {"lr": [1e-3, 1e30, 3e-3]}
     bad = settings | {"out": tmp_path / "runs", "grad_clip": 0, "warmup": 0}
     with pytest.raises(UserError, match=r"diverged.* step 2 of .*lr1e\+30.*\(2 others finished\)"):
@@ -75,7 +75,7 @@ def test_an_sae_that_diverges_dies_alone(settings, tmp_path, files_of, capsys):
     assert not (tmp_path / "runs" / "lr1e+30" / "sae.json").exists()
 
 
-def test_an_sae_that_diverges_at_the_last_step_is_not_among_the_finished(settings, tmp_path, monkeypatch):
+def test_sae_that_diverges_at_the_last_step_is_not_finished(settings, tmp_path, monkeypatch):
     loss = TopKSAE.loss
 
     def bad_at_the_end(self, batch):
@@ -197,7 +197,7 @@ def test_a_flag_wins_over_a_settings_file_whichever_of_the_two_sweeps():
     assert settle({"sweep": "sae=topk,relu"}, {"sae": "gated"}) == {"sae": "gated", "sweep": ()}
 
 
-def test_words_of_a_sweep():
+def test_sweep_words_are_parsed_into_a_grid():
     assert parse_grid(["k=16, 32", "d-sae=64"]) == {"k": ["16", "32"], "d_sae": ["64"]}
     plans = plan({"cache": "c", "out": "o", "tokens": 5000}, parse_grid(["k=16,32"]), source="here")
     assert [(config.out, spec.k) for config, spec in plans] == [(Path("o/k16"), 16), (Path("o/k32"), 32)]
@@ -210,6 +210,6 @@ def test_words_of_a_sweep():
             parse_grid(words)
 
 
-def test_train_itself_makes_one(settings):
+def test_train_refuses_a_sweep(settings):
     with pytest.raises(UserError, match=r"saebench\.sweep"):
         train(**settings, sweep=("k=1,2",))

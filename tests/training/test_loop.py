@@ -1,4 +1,4 @@
-"""The loop as a whole: it learns, it repeats itself bit for bit, it refuses what cannot work."""
+"""The training loop: it learns, repeats bit for bit, and refuses settings and data that cannot work."""
 
 import csv
 import dataclasses
@@ -23,7 +23,7 @@ def metrics_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_it_learns_in_the_units_of_the_cache(settings, sparse_rows):
+def test_trained_sae_is_in_the_units_of_the_cache(settings, sparse_rows):
     run = train(**settings | {"tokens": 600 * 128})
     lines = metrics_of(run.path)
     assert lines[-1]["fvu"] < 0.2 < lines[0]["fvu"]
@@ -33,7 +33,7 @@ def test_it_learns_in_the_units_of_the_cache(settings, sparse_rows):
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
 
 
-def test_what_a_run_leaves(settings):
+def test_run_directory_holds_weights_description_metrics_and_session(settings):
     run = train(**settings)
     assert [line["step"] for line in metrics_of(run.path)] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
     with open(run.path / "metrics.csv", newline="") as file:
@@ -284,7 +284,7 @@ def test_help_in_a_notebook_names_every_setting():
     assert all(f"    {name}: " in train.__doc__ for name in names if name != "settings")
 
 
-def test_each_session_says_where_it_ran_and_on_which_road(settings):
+def test_each_session_records_its_device_and_kernels(settings):
     train(**settings)
     (line,) = (settings["out"] / "sessions.jsonl").read_text().splitlines()
     session = json.loads(line)

@@ -17,7 +17,7 @@ def config(**settings):
 
 
 @given(st.integers(1, 5000), st.floats(0, 0.5), st.floats(0, 0.5))
-def test_the_rate_rises_stays_and_falls_and_is_never_zero(n_steps, warmup, decay):
+def test_learning_rate_rises_stays_and_falls_and_is_never_zero(n_steps, warmup, decay):
     schedule = config(warmup=warmup, decay=decay)
     rates = [learning_rate(schedule, peak=1.0, step=s, n_steps=n_steps) for s in range(n_steps)]
     assert all(0 < rate <= 1 for rate in rates)
@@ -26,13 +26,13 @@ def test_the_rate_rises_stays_and_falls_and_is_never_zero(n_steps, warmup, decay
     assert all(a >= b for a, b in itertools.pairwise(rates[top:]))
 
 
-def test_auto_goes_by_width():
+def test_auto_learning_rate_falls_with_width():
     assert peak_learning_rate(config(), 4096) == 1.6e-3
     assert math.isclose(peak_learning_rate(config(), 16384), 8e-4)
     assert peak_learning_rate(config(lr=0.1), 16384) == 0.1
 
 
-def test_a_step_is_project_clip_adam_renormalize():
+def test_step_equals_project_clip_adam_normalize():
     """Against torch's own Adam with every part written out."""
     torch.manual_seed(0)
     x_ND = torch.randn(50, 8)

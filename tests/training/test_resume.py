@@ -1,4 +1,4 @@
-"""Killed at any instant and resumed, a run ends with the bytes of one that was never disturbed."""
+"""Killed at any instant and resumed, a run ends with the bytes of an uninterrupted run."""
 
 import json
 import multiprocessing
@@ -73,7 +73,7 @@ def test_killed_at_many_instants_it_ends_with_the_same_bytes(settings, tmp_path,
     assert files_of(settings["out"]) == files_of(tmp_path / "undisturbed")
 
 
-def test_a_torn_line_of_metrics_is_cut_off(settings, tmp_path, files_of):
+def test_incomplete_line_of_metrics_is_removed_on_resume(settings, tmp_path, files_of):
     train(**settings)
     again = settings | {"out": tmp_path / "again"}
     assert run_victim(again, where="step", at=45, signal=KILL) == -KILL

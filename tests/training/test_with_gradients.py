@@ -1,4 +1,4 @@
-"""Training on rows that carry gradients: who needs them gets them, and nobody else is disturbed."""
+"""Training on a cache with gradients: gradient SAEs get them, and other architectures do not change."""
 
 import json
 
@@ -28,7 +28,7 @@ def gradient_settings(settings, gradient_cache):
     return {**settings, "cache": gradient_cache.path, "sae": "gradient", "beta": 3.0}
 
 
-def test_every_line_of_metrics_tells_how_many_picks_are_not_topk_s(gradient_settings):
+def test_metrics_hold_the_share_of_picks_that_differ_from_topk(gradient_settings):
     run = train(**gradient_settings)
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 9 and all(0 < line["picks_changed"] < 1 for line in lines)
@@ -38,7 +38,7 @@ def test_every_line_of_metrics_tells_how_many_picks_are_not_topk_s(gradient_sett
     assert torch.corrcoef(torch.stack([first, others]))[0, 1] > 0.9
 
 
-def test_the_table_of_a_sweep_tells_it_too(gradient_settings, capsys):
+def test_the_table_of_a_sweep_shows_it(gradient_settings, capsys):
     words = ["train", "--sweep", "sae=topk,gradient", "--quiet", "--cache", str(gradient_settings["cache"])]
     for name in ("out", "d_sae", "k", "tokens", "batch_size", "device"):
         words += [f"--{name.replace('_', '-')}", str(gradient_settings[name])]
@@ -64,7 +64,9 @@ def test_a_cache_without_gradients_is_refused_before_anything_is_written(gradien
     assert not settings["out"].exists()
 
 
-def test_another_sae_does_not_notice_the_gradients(settings, gradient_settings, gradient_cache, tmp_path):
+def test_gradients_in_the_cache_do_not_change_other_architectures(
+    settings, gradient_settings, gradient_cache, tmp_path
+):
     alone = train(**{**settings, "cache": gradient_cache.path})
     beside = {**gradient_settings, "out": tmp_path / "both"}
     del beside["sae"]

@@ -1,7 +1,7 @@
-"""Compile every fused kernel for a GPU that is not there: ``python compiling.py CAPABILITY``.
+"""Compile every fused kernel for a GPU that need not be present: ``python compiling.py CAPABILITY``.
 
-The kernels' own callers are called with small tensors on the CPU; where they would launch, the kernel is only
-compiled. Prints one JSON object: kernel -> the largest number of bytes of shared memory that it takes.
+The functions that launch the kernels are called with small tensors on the CPU; a launch only compiles. Prints
+one JSON object: kernel -> the largest number of bytes of shared memory that it takes.
 
 Shapes: N rows, D = d_in, M = d_sae latents, K kept a row.
 """

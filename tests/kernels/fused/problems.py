@@ -1,4 +1,5 @@
-"""Problems for the fused kernels: small ones for Triton's interpreter, these and large ones for a GPU."""
+"""Test problems for the fused kernels: small ones for Triton's interpreter, small and large ones for a
+GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from saebench_kernels.fused.scan import Scanned, Tiles, scan
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 TILES = None if ON_GPU else Tiles(16, 256, 16, 4, 2, 2)
-"""On a GPU what the table says."""
+"""On a GPU, those of `tiles_of`."""
 HALVES = (torch.bfloat16, torch.float16)
 
 SHAPES = [

@@ -40,7 +40,7 @@ MATRICES = [(7, 5), (3, 33), (2, 1100), *([(1000, 768)] * ON_GPU)]
 @pytest.mark.parametrize(
     ("shape", "unit"), [((1,), False), *((shape, unit) for shape in MATRICES for unit in (False, True))]
 )
-def test_it_equals_adam_over_many_steps(shape, unit):
+def test_fused_adam_equals_torch_adam_over_many_steps(shape, unit):
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=generator)
     if unit:
@@ -74,7 +74,7 @@ def test_it_equals_adam_over_many_steps(shape, unit):
         assert (mine.double().norm(dim=1) - 1).abs().max() < 1e-6
 
 
-def test_an_unsound_step_changes_nothing():
+def test_step_that_is_not_finite_changes_nothing():
     parameter = torch.nn.functional.normalize(torch.randn(6, 20)).to(DEVICE)
     state = [parameter, torch.rand(6, 20).to(DEVICE), torch.rand(6, 20).to(DEVICE)]
     before = [tensor.clone() for tensor in state]
@@ -85,7 +85,7 @@ def test_an_unsound_step_changes_nothing():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (300, 33)])
-def test_centre_scales_and_takes_away(shape):
+def test_center_scales_and_subtracts(shape):
     x_ND, offset_D = torch.randn(shape).bfloat16().to(DEVICE), torch.randn(shape[1]).to(DEVICE)
     assert torch.equal(center(x_ND, None, torch.float32, scale=2.0), x_ND.float() * 2)
     expected_ND = (x_ND.double() * 0.3 - offset_D.double()).float()
@@ -97,6 +97,6 @@ def test_centre_scales_and_takes_away(shape):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (300, 130)])
-def test_column_sums(shape):
+def test_column_sums_equal_sums_in_float64(shape):
     x_NC = torch.randn(shape).bfloat16().to(DEVICE)
     torch.testing.assert_close(column_sums(x_NC).double(), x_NC.double().sum(0), rtol=1e-5, atol=1e-5)

@@ -47,7 +47,7 @@ def test_each_latent_keeps_its_largest(shape, dtype):
     assert reached[full_M & (budgets_M > 0)].all()
 
 
-def test_of_equals_the_first_rows_are_kept():
+def test_of_equal_values_those_of_the_first_rows_are_kept():
     x_ND = torch.tensor([[1.0], [2.0], [1.0], [1.0], [-1.0]], dtype=torch.bfloat16, device=DEVICE)
     W_MD = torch.tensor([[1.0], [1.0], [-1.0], [1.0]], dtype=torch.bfloat16, device=DEVICE)
     budgets_M = torch.tensor([2, 3, 2, 0], device=DEVICE)

@@ -15,7 +15,7 @@ SHAPES = [
     (3, 16, 300, 2),
     *([(8192, 768, 24576, 32), (1021, 2304, 16_381, 64), (509, 63, 4099, 20)] * ON_GPU),
 ]
-"""N, D, M, k; k well below D, since proposals get worse once little is left of a row (see NOTES.md)."""
+"""N, D, M, k; k well below D, since proposals get worse once a residual is small (see NOTES.md)."""
 
 
 def _problem(n, d, m):

@@ -48,7 +48,7 @@ def test_ties_go_to_the_first_of_the_batch(m, levels, budget, hint, seed):
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", SMALL)
-def test_all_that_is_above_its_floor(shape, dtype):
+def test_select_positive_keeps_all_entries_above_their_floor(shape, dtype):
     n, d, m, _ = shape
     x_ND, W_MD, b_M = problem(n, d, m, dtype)
     floor_M = 3 * torch.rand(m, generator=torch.Generator().manual_seed(1)).to(DEVICE)

@@ -34,7 +34,7 @@ def test_pre_activations_are_within_two_ulp_of_float64(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_below_its_floor_a_latent_is_zero(shape):
+def test_pre_activations_below_the_floor_become_zero(shape):
     n, d, m, _ = shape
     x_ND, W_MD, b_M = problem(n, d, m, torch.bfloat16)
     floor_M = 2 * torch.rand(m, generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -65,7 +65,7 @@ def test_the_score_is_z_times_one_plus_the_effect(shape, dtype):
     _check_maxima(found)
 
 
-def test_not_a_number_is_the_largest_of_its_groups():
+def test_nan_is_the_maximum_of_its_groups():
     x_ND, W_MD, b_M = problem(20, 24, 300, torch.bfloat16)
     x_ND[3, 5] = torch.nan
     W_MD[200, 0] = torch.nan
@@ -77,7 +77,7 @@ def test_not_a_number_is_the_largest_of_its_groups():
     assert found.maxima_NG[[0, 1, 2, 4], 0].isfinite().all()
 
 
-def test_it_repeats_bit_for_bit():
+def test_results_repeat_bit_for_bit():
     x_ND, W_MD, b_M = problem(40, 24, 300, torch.bfloat16)
     first, second = (scan(x_ND, W_MD, b_M, tiles=TILES) for _ in range(2))
     for a, b in zip(first, second, strict=True):

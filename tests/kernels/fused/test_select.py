@@ -1,4 +1,4 @@
-"""The k best latents of each row: exactly those of a stable sort, whatever the rows hold."""
+"""The k best latents of each row: exactly those of a stable sort, for any values."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def _check(found, k, m):
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_k_best_of_a_scan(shape, dtype):
+def test_select_topk_gives_the_k_best_of_a_scan(shape, dtype):
     n, d, m, k = shape
     x_ND, W_MD, b_M = problem(n, d, m, dtype)
     _check(scan(x_ND, W_MD, b_M, tiles=TILES), k, m)
@@ -56,7 +56,7 @@ def test_ties_rows_of_zeros_and_few_values(data):
     _check(scanned(pre_NM), k, m)
 
 
-def test_not_a_number_comes_first():
+def test_nan_is_selected_first():
     pre_NM = torch.rand(4, 200, generator=torch.Generator().manual_seed(0)).bfloat16()
     found = scanned(pre_NM)
     for tensor in (found.pre_NP, found.maxima_NG, found.large_NG):
