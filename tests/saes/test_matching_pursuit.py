@@ -359,9 +359,19 @@ def world(make_cache, tmp_path_factory):
 
 def run_settings(world, out, **options):
     return {
-        "cache": world[1].path, "out": out, "sae": "matching-pursuit", "d_sae": 64, "k": 4, "lr": 1e-2,
-        "tokens": 60 * 128, "batch_size": 128, "log_every": 5, "device": "cpu", "quiet": True, **options,
-    }  # fmt: skip
+        "cache": world[1].path,
+        "out": out,
+        "sae": "matching-pursuit",
+        "d_sae": 64,
+        "k": 4,
+        "lr": 1e-2,
+        "tokens": 60 * 128,
+        "batch_size": 128,
+        "log_every": 5,
+        "device": "cpu",
+        "quiet": True,
+        **options,
+    }
 
 
 @pytest.mark.parametrize("options", OPTIONS)

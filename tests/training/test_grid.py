@@ -153,9 +153,13 @@ def test_a_setting_that_an_architecture_lacks_does_not_multiply_its_runs(setting
     grid = {"sae": ["topk", "gradient"], "beta": [1, 2], "seed": [0, 1]}
     plans = plan({"cache": "c", "out": "o", "tokens": 5000}, grid, source="here")
     assert [config.out.name for config, _ in plans] == [
-        "topk-seed0", "topk-seed1",
-        "gradient-beta1-seed0", "gradient-beta1-seed1", "gradient-beta2-seed0", "gradient-beta2-seed1",
-    ]  # fmt: skip
+        "topk-seed0",
+        "topk-seed1",
+        "gradient-beta1-seed0",
+        "gradient-beta1-seed1",
+        "gradient-beta2-seed0",
+        "gradient-beta2-seed1",
+    ]
     runs = sweep({"sae": ["topk", "relu"], "revival": [0.0, 0.1]}, **settings | {"out": tmp_path / "runs"})
     names = ["topk", "relu-revival0.0", "relu-revival0.1"]
     assert [run.path.name for run in runs] == names

@@ -107,9 +107,18 @@ def adam_coefficients(
     """
     norm, out_4 = squares.new_empty(()), squares.new_empty(4)
     _coefficients[(1,)](
-        squares, len(squares), lr, grad_clip, *map(math.log, betas), step, is_finite, norm, out_4,
-        BLOCK=4096, num_warps=8,
-    )  # fmt: skip
+        squares,
+        len(squares),
+        lr,
+        grad_clip,
+        *map(math.log, betas),
+        step,
+        is_finite,
+        norm,
+        out_4,
+        BLOCK=4096,
+        num_warps=8,
+    )
     return out_4, norm
 
 
@@ -125,9 +134,15 @@ def gradient_squares(grad: Tensor, unit: Tensor | None = None, *, out: Tensor | 
     if out is None:
         out = torch.empty(rows, dtype=torch.float32, device=grad.device)
     _squares[(rows,)](
-        grad, unit if unit is not None else grad, out, d, grad.numel(), D=width, PROJECT=unit is not None,
+        grad,
+        unit if unit is not None else grad,
+        out,
+        d,
+        grad.numel(),
+        D=width,
+        PROJECT=unit is not None,
         num_warps=_warps(width),
-    )  # fmt: skip
+    )
     return out
 
 

@@ -198,8 +198,16 @@ def _programs(device: torch.device, n_padded: int, blocks: Blocks) -> int:
 
 @triton.jit
 def _unwind(
-    atoms, values, indices, residual, out, of_x, d_in, k, D: tl.constexpr,
-):  # fmt: skip
+    atoms,
+    values,
+    indices,
+    residual,
+    out,
+    of_x,
+    d_in,
+    k,
+    D: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, D)
     inside = cols < d_in
@@ -234,8 +242,16 @@ def energy_gradients(found: Pursuit, atoms_MD: Tensor, scale: Tensor) -> tuple[T
     of_x_ND = torch.empty_like(found.residual_ND)
     width = triton.next_power_of_2(d_in)
     _unwind[(n_rows,)](
-        atoms_MD, found.values_NK, found.indices_NK, found.residual_ND, changes_SD, of_x_ND, d_in, k,
-        D=width, num_warps=max(1, min(8, width // 256)),
-    )  # fmt: skip
+        atoms_MD,
+        found.values_NK,
+        found.indices_NK,
+        found.residual_ND,
+        changes_SD,
+        of_x_ND,
+        d_in,
+        k,
+        D=width,
+        num_warps=max(1, min(8, width // 256)),
+    )
     pairs = sort_pairs(found.indices_NK.view(-1), len(atoms_MD), k=k)
     return sum_by_latent(pairs, changes_SD, scale), column_sums(of_x_ND) * -scale

@@ -60,9 +60,17 @@ def sort_pairs(
     owner_E = torch.empty(n_entries // CHUNK, dtype=torch.int32, device=device)
     steps = max(1, n_entries).bit_length()
     _bounds[(triton.cdiv(d_sae + 1, _SEARCHED),)](
-        latents_S, starts, extra, shift, d_sae, n_entries,
-        STEPS=steps, SIZE=CHUNK, BLOCK=_SEARCHED, num_warps=1,
-    )  # fmt: skip
+        latents_S,
+        starts,
+        extra,
+        shift,
+        d_sae,
+        n_entries,
+        STEPS=steps,
+        SIZE=CHUNK,
+        BLOCK=_SEARCHED,
+        num_warps=1,
+    )
     torch.cumsum(extra, 0, dtype=torch.int32, out=extra)
     if len(owner_E):
         _owners[(triton.cdiv(len(owner_E), _SEARCHED),)](
