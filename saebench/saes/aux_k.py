@@ -175,7 +175,7 @@ class AuxKSAE(SAE):
 
     @torch.no_grad()
     def refresh_dead(self, *, reuse: bool = False) -> None:
-        """Make the list of AuxK's candidates anew; waits for the GPU, so it is called every few steps.
+        """Update the list of AuxK's candidates; waits for the GPU, so it is called every few steps.
 
         ``reuse`` lists those that were found the last time, for a training that is resumed.
         """

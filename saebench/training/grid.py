@@ -1,4 +1,4 @@
-"""A sweep: several SAEs that differ in the settings named by a grid, trained in one pass over a cache."""
+"""Sweeps: grids of settings, and the trainings of one pass over a cache that they describe."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ Plan = tuple[TrainConfig, SaeSpec]
 Grid = dict[str, list[Any]]
 
 _OF_THE_RUN = ("sae", "lr", "seed", "warmup", "decay", "grad_clip", "normalize")
-"""Settings of TrainConfig in which the SAEs of one pass may differ; of an architecture, all may."""
+"""Settings of TrainConfig in which the SAEs of one pass may differ. Settings of an architecture may all
+differ."""
 
 
 def plan(settings: Mapping[str, Any], grid: Grid | None = None, *, source: str) -> list[Plan]:
-    """The trainings that flat ``settings`` and a ``grid`` of setting -> values ask for, in grid order.
+    """The trainings described by flat ``settings`` and a ``grid`` of setting -> values, in grid order.
 
     Without a grid it is one, in ``out``. With one, each combination gets the directory ``out``/NAME, where
     NAME tells its values (topk-k32-seed0), and all read the rows in one order: that of ``order_seed``, or
@@ -74,7 +75,7 @@ def plan(settings: Mapping[str, Any], grid: Grid | None = None, *, source: str) 
 
 
 def _whole(value: Any, kind: Any) -> Any:
-    """A value of a whole number's setting that is written 3e1 or 30.0, as the number."""
+    """The value of an integer setting that is written as 3e1 or 30.0, as an integer."""
     if kind is int and isinstance(value, str):
         with contextlib.suppress(ValueError):
             return whole_number(value)
@@ -82,7 +83,8 @@ def _whole(value: Any, kind: Any) -> Any:
 
 
 def settle(given: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a file under those of the command line: a flag wins over what either sweep would vary.
+    """The settings of a file, overridden by those of the command line: a flag also replaces what a sweep
+    varies.
 
     Raises:
         UserError: a sweep has another form than `parse_grid` reads.
@@ -148,7 +150,7 @@ def grid_of(lists: Mapping[str, Sequence[Any]]) -> Grid:
 
 
 def architectures(settings: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> list[str]:
-    """The names of the architectures that a call trains."""
+    """Names of the architectures that a call trains."""
     names = grid.get("sae") or [settings.get("sae", TrainConfig.sae)]
     return [str(name) for name in names]
 

@@ -153,7 +153,7 @@ def test_aux_gradient_reaches_dead_encoder_and_decoder_rows_only():
 
 
 def test_a_step_on_aux_alone_brings_the_dead_latents_closer_to_the_residual():
-    """The sign is right: |x - x_hat - e_hat|^2 falls (a port of this loss fits the negated residual)."""
+    """The sign is correct: |x - x_hat - e_hat|^2 falls (a port of this loss fits the negated residual)."""
     sae, x_ND = make_sae(k_aux=10), rows(200)
     sae.tokens_since_fired[10:30] = sae.dead_after
     error_ND = (x_ND - sae(x_ND)).detach()

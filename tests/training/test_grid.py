@@ -24,7 +24,7 @@ def settings(settings):
 
 
 def without_settings(files):
-    """All bytes but those of run.json, whose cache and order may be told in other words."""
+    """All bytes but those of run.json, in which the cache and the order may be written differently."""
     return {name: content for name, content in files.items() if name != "run.json"}
 
 

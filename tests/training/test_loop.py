@@ -95,7 +95,7 @@ def test_the_config_objects_and_the_keywords_are_the_same_call(settings, tmp_pat
 
 
 def test_held_out_rows_are_never_trained_on(settings, make_cache, sparse_rows, tmp_path, files_of):
-    """Poison in the held-out rows changes nothing."""
+    """Other values in the held-out rows change nothing."""
     poisoned = sparse_rows.clone()
     poisoned[-300:] = 1e4
     cache = make_cache(tmp_path / "poisoned", poisoned)
@@ -106,7 +106,7 @@ def test_held_out_rows_are_never_trained_on(settings, make_cache, sparse_rows, t
 
 @pytest.mark.parametrize("coefficient", [1 / 32, 0.0])
 def test_aux_fires_on_dead_latents_and_revives_them(settings, monkeypatch, coefficient):
-    """Half of the encoder rows start so short that they are never picked; AuxK alone brings them back."""
+    """Half of the encoder rows start so short that they are never picked; AuxK alone revives them."""
     initialize = TopKSAE.initialize
 
     def with_short_rows(self, sample, *, seed):
