@@ -49,7 +49,7 @@ def run_victim(settings, **plan):
     context.set_forkserver_preload(["saebench.training.loop", "safetensors.torch", "pydantic"])
     process = context.Process(target=exec, args=(VICTIM, {"settings": settings, "plan": plan}))
     process.start()
-    process.join(60)
+    process.join(600)  # seconds; only a hanging process takes so long, also on a loaded machine
     assert process.exitcode is not None, "the victim hangs"
     return process.exitcode
 
