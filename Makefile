@@ -1,10 +1,10 @@
-# make demo     the whole road on the model that is in this repository, then how to look at it
-# make demo-all the same with all main ways of choosing latents, side by side
-# make test     what has to pass before a change goes in
+# make demo     the whole pipeline on the bundled model; prints the command that opens the explorer
+# make demo-all the same with the main architectures, compared
+# make test     the tests that must pass before a change goes in
 # make check    style, types, and the documentation's links
 # make docs     the documentation as a site, in site/
-# make peers    the libraries that saebench is compared with, in .venv-peers, and the tests against them
-# Each of them first makes .venv, which needs nothing but python3 (3.11 or newer) and its pip.
+# make peers    install other SAE libraries into .venv-peers, and run the tests that compare with them
+# Each of them first makes .venv, which needs only python3 (3.11 or newer) and its pip.
 
 PYTHON ?= python3
 EXTRAS ?= dev
