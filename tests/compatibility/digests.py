@@ -11,7 +11,7 @@ only added, files or keys, is listed and does not fail; with ``--strict`` it doe
 
 A file of bytes has one digest. What has structure has a digest for every part, so that a difference names
 the part: JSON by key, JSON lines and CSV by column, DuckDB, SQLite and Parquet by table and column (rows
-sorted, since these files differ from run to run), HTML by numbers and words.
+sorted, since these files differ from run to run), HTML by numbers and texts.
 """
 
 from __future__ import annotations
@@ -201,14 +201,12 @@ class ShownText(html.parser.HTMLParser):
 
 
 def read_html(path: Path) -> dict[str, Any]:
-    """Numbers and words of a page apart, since words may be changed where numbers may not."""
+    """Bare numbers and all other text of a page apart: headings may be worded anew, numbers may not."""
     page = ShownText()
     page.feed(path.read_text("utf-8"))
-    shown = "\n".join(page.parts)
-    return {
-        "numbers": short(re.findall(r"\d[\d,.]*", shown)),
-        "words": short(re.findall(r"[^\W\d]+", shown)),
-    }
+    shown = [text for part in page.parts if (text := part.strip())]
+    numbers = [text for text in shown if re.search(r"\d", text) and not re.search(r"[^\W\d]", text)]
+    return {"numbers": short(numbers), "texts": short([text for text in shown if text not in set(numbers)])}
 
 
 READERS = {
