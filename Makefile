@@ -1,10 +1,12 @@
-# make demo     the whole pipeline on the bundled model; prints the command that opens the explorer
-# make demo-all the same with the main architectures, compared
-# make test     the tests that must pass before a change goes in
-# make check    style, types, and the documentation's links
-# make docs     the documentation as a site, in site/
-# make peers    install other SAE libraries into .venv-peers, and run the tests that compare with them
-# Each of them first makes .venv, which needs only python3 (3.11 or newer) and its pip.
+# make demo       run the whole pipeline on the bundled model, and print the command that opens the explorer
+# make demo-all   the same with all main architectures, compared in one table
+# make test       run the tests that must pass before a change is merged
+# make test-slow  run the slow tests
+# make check      check the style, the types and the links of the documentation
+# make docs       build the documentation as a site in site/
+# make peers      install the libraries that saebench is compared with in .venv-peers; run the tests against them
+# make format     format the code
+# Each target first creates .venv, which needs only python3 (3.11 or newer) with venv and pip.
 
 PYTHON ?= python3
 EXTRAS ?= dev
@@ -15,7 +17,7 @@ PEERS = .venv-peers
 PEERS_INSTALLED = $(PEERS)/.installed
 CODE = saebench app data kernels tests docs
 DOCS = $(ONE_THREAD) NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
-# Tests are small: threads that wait for each other cost more than they save.
+# Tests work on small arrays, where several threads are slower than one.
 ONE_THREAD = OMP_NUM_THREADS=1
 
 .PHONY: demo demo-all test test-slow peers check docs format
@@ -45,7 +47,7 @@ check: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(DOCS)
-	@echo "Read it: open site/index.html, or for the search too: $(VENV)/bin/python -m http.server -d site"
+	@echo "Open site/index.html. For the search, serve the site: $(VENV)/bin/python -m http.server -d site"
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix $(CODE)

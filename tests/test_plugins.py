@@ -1,4 +1,4 @@
-"""Packages that add an architecture, a form of SAEs and a form of store exports with entry points."""
+"""Packages that add an architecture, an SAE format or a store export format with entry points."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_package_adds_architecture_and_forms_that_work_like_built_in_ones(
     assert measured["code"] == 0 and json.loads(str(measured["out"]))["sae"] == "loud"
     assert indexed["code"] == 0, indexed
     assert exported["code"] == 0 and (tmp_path / "theirs" / "sae.txt").read_text() == "d_sae 16\nrun run"
-    assert saelens["code"] == 2 and "SAELens has no form for loud" in str(saelens["err"])
+    assert saelens["code"] == 2 and "SAELens has no architecture for loud" in str(saelens["err"])
     assert counting["code"] == 0 and json.loads(str(counting["out"]))["notes"] == ["only counted"]
     assert (tmp_path / "counted" / "n.txt").read_text() == "16"
     assert refused["code"] == 2 and "loudness is 0.0; it must be at least 1" in str(refused["err"])
@@ -209,7 +209,7 @@ def test_damaged_metadata_of_a_package_is_a_warning(tmp_path: Path, monkeypatch:
     (tmp_path / "nameless-1.dist-info").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.warns(UserWarning, match="the metadata of a package cannot be read"):
-        assert Registry("a form of SAEs", "saebench.formats", {}).names() == ["mine"]
+        assert Registry("a format of SAEs", "saebench.formats", {}).names() == ["mine"]
 
 
 def test_names_that_saebench_has_are_found_without_reading_any_package(

@@ -1,4 +1,4 @@
-"""What an SAE keeps: of activations (reconstruction.py) and of the model's predictions (faithfulness.py)."""
+"""Evaluation of SAEs: reconstruction of activations, and faithfulness of the model's predictions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``compare``: many evaluated runs in one table and one Pareto plot."""
+"""``compare``: the evaluations of several runs in one table and one Pareto plot."""
 
 from __future__ import annotations
 
@@ -53,33 +53,35 @@ _NOT_OF_THE_KIND = (
 
 @dataclass(frozen=True)
 class Compared:
-    """Runs that differ in nothing but their seeds, and the mean of what was measured on them."""
+    """Runs that differ only in their seeds, with the mean and deviation of each measure."""
 
     label: str
-    """Architecture, the way of choosing latents where it has several, and the settings in which the runs of
-    one architecture differ beside d_sae and k."""
+    """Architecture, the settings other than d_sae and k in which the compared runs of this architecture
+    differ, and the inference mode if it has several."""
     sae: str
     inference: str | None
     d_sae: int
     k: int
     n_tokens: int
-    """Rows measured on each."""
+    """Rows on which each run was measured."""
     runs: tuple[str, ...]
-    """One for each seed."""
+    """Paths of the runs, one per seed."""
     mean: dict[str, float | None]
-    """Measure -> mean over runs; None when one of them was not measured with the model."""
+    """Measure -> mean over runs; None if a run lacks this measure (most need the model)."""
     sd: dict[str, float | None]
     """Measure -> standard deviation over runs (n - 1); None for a single run."""
 
 
 @dataclass(frozen=True)
 class Comparison:
+    """What ``compare`` returns: one row per group of runs."""
+
     rows: tuple[Compared, ...]
     warnings: tuple[str, ...]
-    """What makes these runs hard to compare; empty when nothing does."""
+    """Differences that make these runs hard to compare."""
 
     def figure(self) -> go.Figure:
-        """FVU, CE loss score, KL and dead latents against the L0 measured, a line an architecture."""
+        """FVU, CE loss score, KL and dead latents against the measured L0, one line per architecture."""
         import plotly.graph_objects as go
         from plotly.colors import qualitative
         from plotly.subplots import make_subplots
@@ -115,18 +117,18 @@ class Comparison:
 
 @accepts_settings(CompareConfig)
 def compare(config: CompareConfig) -> Comparison:
-    """Gather the evaluations of runs; with ``out`` also write compare.json, compare.html and compare.png.
+    """Compare the evaluations of runs; with ``out``, write compare.json, compare.html and compare.png.
 
-    Every report of a run counts, each way of choosing latents as a row of its own. Runs whose settings
-    differ in nothing but the seed become one row, mean and standard deviation. A run that is named twice
-    counts once, and so do runs that agree in the seed too: their spread would say nothing.
+    Each inference mode in which a run was evaluated is a row of its own. Runs whose settings differ only in
+    the seed become one row with mean and standard deviation. A run that is named twice counts once. Runs with
+    equal settings and equal seeds also count once, because they would not measure the variance over seeds.
 
     >>> report = sb.evaluate(run, quiet=True)
     >>> [row.sae for row in sb.compare(runs=[run]).rows]
     ['topk']
 
     Raises:
-        UserError: a run was not evaluated, or its report is damaged.
+        UserError: a run was not evaluated, or its evaluation is damaged.
     """
     runs = {run.resolve(): run for run in reversed(config.runs)}.values()
     reports = [report for run in reversed(runs) for report in _reports(run)]
@@ -140,15 +142,15 @@ def compare(config: CompareConfig) -> Comparison:
         if first != run:
             repeated[run] = first
         settings[kind] = own
-    told = _told_apart(list(settings.values()))
+    varying = _varying_settings(list(settings.values()))
     rows = [
-        _row(list(group.values()), told[settings[kind]["sae"]], settings[kind])
+        _row(list(group.values()), varying[settings[kind]["sae"]], settings[kind])
         for kind, group in groups.items()
     ]
     rows.sort(key=lambda row: (row.label, row.d_sae, row.k))
     warnings = _warnings(report for _, report in reports)
     warnings += [
-        f"{run} has the settings and the seed of {first} and is left out" for run, first in repeated.items()
+        f"{run} has the same settings and seed as {first} and is left out" for run, first in repeated.items()
     ]
     comparison = Comparison(tuple(rows), tuple(warnings))
     if config.out is not None:
@@ -174,7 +176,7 @@ def _reports(run: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _settings(run: Path) -> tuple[dict[str, Any], list[Any]]:
-    """What was learned depends on: settings, in which runs of one kind agree, and the seeds."""
+    """(settings, seeds) that determine the trained SAE; runs with equal settings form one group."""
     if not Run(run).is_training_directory:
         return {"sae": Run(run).description()["sae"], "run": str(run)}, []
     facts = Run(run).facts()
@@ -183,18 +185,18 @@ def _settings(run: Path) -> tuple[dict[str, Any], list[Any]]:
     return settings, [facts["train"].get(name) for name in ("seed", "order_seed")]
 
 
-def _told_apart(kinds: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Architecture -> the settings, beside d_sae and k, in which its runs differ."""
-    told = {}
+def _varying_settings(kinds: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Architecture -> the settings other than d_sae and k in which its runs differ."""
+    varying = {}
     for sae in {kind["sae"] for kind in kinds}:
         own = [kind for kind in kinds if kind["sae"] == sae]
         names = {name: None for kind in own for name in kind if name not in ("d_sae", "k", "cache_hash")}
-        told[sae] = [name for name in names if len({json.dumps(kind.get(name)) for kind in own}) > 1]
-    return told
+        varying[sae] = [name for name in names if len({json.dumps(kind.get(name)) for kind in own}) > 1]
+    return varying
 
 
 def _row(
-    group: Sequence[tuple[Path, dict[str, Any]]], told: Sequence[str], settings: dict[str, Any]
+    group: Sequence[tuple[Path, dict[str, Any]]], varying: Sequence[str], settings: dict[str, Any]
 ) -> Compared:
     first = group[0][1]
     means: dict[str, float | None] = {}
@@ -210,7 +212,7 @@ def _row(
         label=", ".join(
             [
                 first["sae"],
-                *(f"{name} {settings.get(name)}" for name in told),
+                *(f"{name} {settings.get(name)}" for name in varying),
                 *filter(None, [inference_label(inference)]),
             ]
         ),
@@ -227,14 +229,14 @@ def _row(
 
 def _warnings(reports: Iterable[dict[str, Any]]) -> list[str]:
     listed = list(reports)
-    said = {
-        "cache_hash": "not all were measured on rows of the same cache",
-        "n_tokens": "not all were measured on the same number of rows, which the dead share goes by",
-        "n_tokens_model": "not all were measured with the model on the same number of tokens",
-        "d_sae": "not all have the same width",
-        "rows": "some were measured on rows that they may have been trained on",
+    texts = {
+        "cache_hash": "not all runs were measured on rows of the same cache",
+        "n_tokens": "not all runs were measured on the same number of rows, which changes the dead share",
+        "n_tokens_model": "not all runs were measured with the model on the same number of tokens",
+        "d_sae": "not all SAEs have the same number of latents",
+        "rows": "some runs were measured on rows that they may have been trained on",
     }
-    return [text for name, text in said.items() if len({report.get(name) for report in listed}) > 1]
+    return [text for name, text in texts.items() if len({report.get(name) for report in listed}) > 1]
 
 
 def _write(comparison: Comparison, out: Path) -> None:
@@ -253,6 +255,6 @@ def _png(figure: go.Figure) -> bytes:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"compare.html is written, but a PNG needs kaleido and a Chrome or Chromium browser ({reason}); "
-            "pip install 'saebench[png]' and a browser"
+            "run pip install 'saebench[png]' and install a browser"
         ) from None
     return picture

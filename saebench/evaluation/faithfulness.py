@@ -1,4 +1,4 @@
-"""What the model loses when the SAE's reconstruction takes the place of the real activations.
+"""Faithfulness metrics: how the model's loss changes when an SAE's reconstruction replaces its activations.
 
 Shapes: B contexts, T positions, D = d_in, V vocabulary, P replaced positions, S scored predictions.
 """
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from saebench.sources.models import Model
 
 SCORED_BYTES = 2**25
-"""Memory for one block of fp32 rows over the vocabulary while scoring."""
+"""Memory for one block of fp32 logits while scoring."""
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """Token sequences and which of their positions take part.
+    """Token sequences, and the positions at which activations are replaced.
 
-    ``tokens_BT`` int [B, T]; ``length_B`` int [B], how many tokens of each context are real (what
-    follows is padding); ``keep_BT`` bool [B, T], the positions whose activations are replaced.
+    ``tokens_BT`` int [B, T]; ``length_B`` int [B], the number of real tokens of each context (the rest is
+    padding); ``keep_BT`` bool [B, T], the positions whose activations are replaced.
     """
 
     tokens_BT: Tensor
@@ -53,7 +53,7 @@ class Contexts:
     def scored(self) -> tuple[Tensor, Tensor, Tensor]:
         """``(context, position, next token)``, each int64 [S], of the predictions that are scored.
 
-        Those are the predictions made at replaced positions whose next token is real (not padding).
+        A prediction is scored if its position is replaced and its next token is real (not padding).
         """
         n_positions = self.tokens_BT.shape[1]
         has_next_BT = torch.arange(n_positions) + 1 < self.length_B[:, None]
@@ -65,13 +65,13 @@ class Contexts:
 class FaithfulnessMetrics:
     """Measured over ``n_tokens`` next-token predictions, in nats per token, with equal weight for each.
 
-    A prediction is scored when its position was replaced and the token that it predicts is real: nothing
-    is measured at positions that the SAE did not touch. CE = mean of -log p(next token):
+    A prediction is scored if its position was replaced and the token that it predicts is not padding. Other
+    positions are not measured. CE = mean of -log p(next token):
 
-    - ``ce_clean``: the model as it is.
-    - ``ce_spliced``: the activations at the replaced positions are the SAE's reconstructions.
-    - ``ce_zero``: they are zero.
-    - ``ce_mean``: they are the mean activation.
+    - ``ce_clean``: for the unchanged model.
+    - ``ce_spliced``: with the SAE's reconstructions at the replaced positions.
+    - ``ce_zero``: with zeros at the replaced positions.
+    - ``ce_mean``: with the mean activation at the replaced positions.
     - ``kl`` = mean of KL(clean || spliced) = sum_v p_clean(v) (log p_clean(v) - log p_spliced(v)).
     """
 
@@ -89,10 +89,10 @@ class FaithfulnessMetrics:
 
     @property
     def ce_loss_score(self) -> float | None:
-        """(ce_zero - ce_spliced) / (ce_zero - ce_clean); None when zeros do not hurt the model.
+        """(ce_zero - ce_spliced) / (ce_zero - ce_clean); None if zeros do not increase the loss.
 
-        1 when the reconstruction costs nothing, 0 when it is as bad as zeros. A model that does no worse
-        with zeros (an untrained one, say) has nothing to recover and the ratio means nothing.
+        It is 1 if the reconstruction does not increase the loss, and 0 if it is as bad as zeros. If zeros do
+        not increase the loss, as in an untrained model, there is no loss to recover and no ratio.
         """
         if self.ce_zero <= self.ce_clean:
             return None
@@ -112,14 +112,17 @@ def faithfulness_metrics(
 ) -> FaithfulnessMetrics:
     """Run ``model`` four times over each batch of contexts: clean, spliced, with zeros, with the mean.
 
-    ``mean_activation`` [d_in] is what ce_mean puts in place. ``reconstruct`` (rows [P, d_in] -> x_hat
-    [P, d_in]) stands for ``sae.decode(sae.encode(rows))`` when the caller also wants to see the rows,
-    as ``ReconstructionMeter.update`` does. With ``gradients`` it is also given, as a second argument
-    [P, d_in], the gradient of the clean model's loss at these rows (`Model.gradients`), for which the model
-    runs once more, forward and back. Positions that are not kept pass through untouched.
+    Activations at positions that are not kept do not change.
+
+    Args:
+        mean_activation: [d_in], the replacement in ce_mean.
+        reconstruct: rows [P, d_in] -> x_hat [P, d_in]; by default ``sae.decode(sae.encode(rows))``. A caller
+            that also measures the rows passes a function such as ``ReconstructionMeter.update``.
+        gradients: call ``reconstruct`` with a second argument [P, d_in], the gradient of the clean model's
+            loss at these rows (`Model.gradients`). This takes one more forward and backward pass per batch.
 
     Raises:
-        UserError: there is no prediction to score, or the model's logits are not finite.
+        UserError: there is no prediction to score, or the model's loss is not finite.
     """
 
     def through_sae(x_PD: Tensor) -> Tensor:
@@ -131,7 +134,7 @@ def faithfulness_metrics(
     def mean(x_PD: Tensor) -> Tensor:
         return mean_activation.to(x_PD).expand_as(x_PD)
 
-    assert reconstruct is not None or not gradients, "only reconstruct reads gradients"
+    assert reconstruct is not None or not gradients, "gradients needs reconstruct"
     ablations: dict[str, Callable[[Tensor], Tensor]]
     ablations = {"spliced": reconstruct or through_sae, "zero": zeros, "mean": mean}
     ce = dict.fromkeys(("clean", *ablations), 0.0)
@@ -158,7 +161,9 @@ def faithfulness_metrics(
         )
     for name, total in ce.items():
         if not math.isfinite(total):
-            raise UserError(f"the model's {name} loss on these contexts is {total}; its weights are damaged")
+            raise UserError(
+                f"the model's {name} loss on these contexts is {total}, not finite; check the model's weights"
+            )
     return FaithfulnessMetrics(
         n_tokens=n_tokens, kl=kl / n_tokens, **{f"ce_{name}": total / n_tokens for name, total in ce.items()}
     )
@@ -169,7 +174,7 @@ def _with_second(function: Callable[..., Tensor], second: Tensor) -> Callable[[T
 
 
 def replace_at(keep_BT: Tensor, new: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """An edit for `Model.logits`: ``new(rows [P, D])`` at the kept positions, nothing at the others."""
+    """An edit for `Model.logits` that replaces the rows [P, D] at the kept positions with ``new(rows)``."""
 
     def edit(x_BTD: Tensor) -> Tensor:
         keep = keep_BT.to(x_BTD.device)
@@ -203,7 +208,7 @@ def kl_divergences(clean_BTV: Tensor, other_BTV: Tensor, scored: tuple[Tensor, T
 def _blocks(
     logits_BTV: Tensor, scored: tuple[Tensor, Tensor, Tensor]
 ) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-    """``scored`` in pieces, on the device of the logits: a batch at once is gigabytes for 50k tokens."""
+    """Split ``scored`` into blocks on the device of the logits, to bound the memory for logits."""
     size = max(1, SCORED_BYTES // (4 * logits_BTV.shape[-1]))
     blocks = (torch.split(part.to(logits_BTV.device), size) for part in scored)
     yield from zip(*blocks, strict=True)

@@ -1,4 +1,4 @@
-"""The way in which an SAE is read: by default, or as --inference says.
+"""``InferenceMode``: encoding with an SAE in one of its inference modes (plain, proxy, oracle).
 
 Shapes: N rows, D = d_in.
 """
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 
 class InferenceMode:
-    """How latents are chosen in one evaluation, and how many of the picks are others than by default.
+    """How latents are selected in one evaluation, and how many picks differ from those of the default mode.
 
     Raises:
-        UserError: the SAE does not know this ``inference``.
+        UserError: the SAE does not have the mode ``inference``.
     """
 
     def __init__(self, sae: SAE, inference: str | None) -> None:
         known = sae.inferences
         if inference is not None and not known:
             raise UserError(
-                f"--inference {inference}: a {sae.spec.name} SAE chooses its latents in one way only; "
+                f"--inference {inference}: a {sae.spec.name} SAE has only one inference mode; "
                 "leave --inference out"
             )
         if inference is not None and inference not in known:
             raise UserError(
-                f"--inference {inference} is not a way in which a {sae.spec.name} SAE chooses its latents; "
-                f"there is {', '.join(known)}"
+                f"--inference {inference} is not an inference mode of a {sae.spec.name} SAE; "
+                f"choose one of {', '.join(known)}"
             )
         self.sae = sae
         self.inference = inference or (known[0] if known else None)
@@ -45,12 +45,12 @@ class InferenceMode:
 
     @property
     def picks_changed(self) -> float | None:
-        """Share of the measured picks that the default way would not have made; None if this is that way."""
+        """Share of the measured picks that the default mode does not make; None in the default mode."""
         return None if self.is_default else self._changed / max(self._picks, 1)
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor, gradient_ND: Tensor | None = None) -> SparseCodes:
-        """Codes of rows [N, d_in]; ``gradient`` [N, d_in] where ``needs_gradients``."""
+        """Codes of rows [N, d_in]; ``gradient_ND`` [N, d_in] is required if ``needs_gradients``."""
         x_ND = x_ND.to(self.sae.W_dec.device, torch.float32)
         if self.is_default:
             return self.sae.encode(x_ND)
@@ -63,7 +63,7 @@ class InferenceMode:
         return self.sae.decode(self.encode(x_ND, gradient_ND))
 
     def measure(self, meter: ReconstructionMeter, x_ND: Tensor, gradient_ND: Tensor | None = None) -> Tensor:
-        """Give rows to the ``meter`` and count their changed picks; returns x_hat [N, d_in]."""
+        """Add rows to the ``meter``, count their changed picks, and return x_hat [N, d_in]."""
         codes = self.encode(x_ND, gradient_ND)
         if not self.is_default:
             default = self.sae.encode(x_ND.to(codes.values.device))

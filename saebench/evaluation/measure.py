@@ -1,4 +1,4 @@
-"""``evaluate``: one run, measured on held-out rows of a cache or on held-out documents of a text."""
+"""``evaluate``: measure one run on held-out rows of a cache or on held-out documents of a text."""
 
 from __future__ import annotations
 
@@ -35,33 +35,33 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 8192
 WORKING_BYTES = 2**28
-"""Memory for one fp32 matrix of rows over latents, or over the vocabulary."""
+"""Memory for one fp32 matrix of [rows, latents] or [rows, vocabulary]."""
 
 
 @accepts_settings(EvalConfig)
 def evaluate(config: EvalConfig) -> EvalReport:
-    """Measure the SAE of ``config.run`` and write ``eval.json`` beside it.
+    """Measure the SAE of ``config.run`` and write ``eval.json`` into the run directory.
 
-    An SAE that knows several ways of choosing its latents is measured in the one that ``config.inference``
-    names; another than the default has a report of its own, ``eval-proxy.json`` or ``eval-oracle.json``.
-    ``oracle`` reads the gradient of the model's loss, and so the next tokens: that of the cache for the rows,
-    the model's own for its predictions.
+    An SAE with several inference modes is measured in the mode ``config.inference``. Modes other than the
+    default have their own reports, ``eval-proxy.json`` and ``eval-oracle.json``. The mode ``oracle`` reads
+    the gradient of the model's loss, which depends on the next tokens. For the reconstruction of cached rows
+    it reads the gradients in the cache; for the model's predictions it computes them.
 
-    Rows are the first ``config.tokens`` held-out rows of the cache; with a model, it reads the contexts of
-    exactly these rows, and exactly their positions are replaced. With a text, the rows are what the model
-    computes on the text's held-out documents, packed into contexts as the cache's were.
+    The rows are the first ``config.tokens`` held-out rows of the cache. A model reads the contexts of exactly
+    these rows, and exactly their positions are replaced. With a text, the rows are the model's activations on
+    the held-out documents of the text, packed into contexts in the same way as in the cache.
 
-    ce_mean puts in the mean of the cache's training rows; the mean of the rows measured when there is no
-    cache of this model with such rows.
+    ce_mean uses the mean of the cache's training rows, or the mean of the measured rows if there is no cache
+    of this model with training rows.
 
     >>> report = sb.evaluate(run, model="cache", quiet=True)
     >>> bool(report.explained_variance < 1), bool(report.kl > 0)
     (True, True)
 
     Raises:
-        UserError: no finished SAE, a cache or model that does not fit it, nothing held out to measure on,
-            activations that are not finite, an ``inference`` that the SAE does not know, or a cache without
-            the gradients that it needs.
+        UserError: the run has no finished SAE, the cache or model does not fit the SAE, no row is held out,
+            activations are not finite, the SAE does not have the mode ``inference``, or the cache lacks the
+            gradients that this mode needs.
     """
     run = Run(config.run)
     device = pick_device(config.device)
@@ -78,7 +78,9 @@ def _on_cache(config: EvalConfig, mode: InferenceMode, run: Run, device: torch.d
     sae, cache = mode.sae, _open_cache(config, run)
     hook = config.hook or run.provenance.hook_name
     if hook is None and len(cache.hooks) > 1:
-        raise UserError(f"{config.run} does not say its hook; pass --hook, one of {', '.join(cache.hooks)}")
+        raise UserError(
+            f"{config.run} does not record its hook; pass --hook, one of {', '.join(cache.hooks)}"
+        )
     hook = cache.resolve_hook(hook)
     require_width(cache.d_in(hook), sae, hook, cache.path)
     gradients_ND = cache.gradients(hook) if mode.needs_gradients else None
@@ -116,8 +118,8 @@ def _on_text(config: EvalConfig, mode: InferenceMode, run: Run, device: torch.de
     origin = run.provenance
     hook = config.hook or origin.hook_name
     if hook is None:
-        raise UserError(f"{config.run} does not say at which hook its SAE was trained; pass --hook")
-    # The run's own cache may have been deleted: a text needs it for nothing but the mean activation.
+        raise UserError(f"{config.run} does not record the hook that its SAE was trained on; pass --hook")
+    # With a text, the run's cache may have been deleted: it is used only for the mean activation.
     cache = _open_cache(config, run) if config.cache is not None or run.find_cache() is not None else None
     recorded = origin.model if cache is None else cache.model
     model = _load_model(config, recorded, hook, sae, device)
@@ -144,7 +146,7 @@ def _on_text(config: EvalConfig, mode: InferenceMode, run: Run, device: torch.de
 
 
 def _open_cache(config: EvalConfig, run: Run) -> ActivationCache:
-    """The cache that was named, or the run's own."""
+    """The cache in ``config``, or else the cache that the SAE was trained on."""
     from saebench.activations.cache import open_cache
 
     if config.cache is None:
@@ -157,13 +159,15 @@ def _open_cache(config: EvalConfig, run: Run) -> ActivationCache:
 def _load_model(
     config: EvalConfig, recorded: dict[str, Any] | None, hook: str, sae: SAE, device: torch.device
 ) -> Model:
-    """The model to splice into; without a text it must be the one whose tokens and rows the cache holds."""
+    """The model to splice the SAE into; without a text, it must be the model that made the cache."""
     from saebench.sources.models import load_model, peek_model
 
     name, revision = config.model, config.revision
     if name == "cache":
         if recorded is None:
-            raise UserError("--model cache: no cache says which model made it; name the model itself")
+            raise UserError(
+                "--model cache: neither the cache nor the run records a model; name the model itself"
+            )
         name, revision = recorded["name"], recorded["revision"]
     assert name is not None
     info = peek_model(name, revision=revision)
@@ -190,13 +194,13 @@ def require_width(width: int, sae: SAE, hook: str, place: object) -> None:
 
 
 def _contexts_at_once(contexts: Contexts, config: EvalConfig, model: Model, sae: SAE) -> int:
-    """``config.batch_size``, or as few as it takes for one batch's logits and codes to fit in memory."""
+    """``config.batch_size``, or fewer, so that the logits and codes of a batch fit ``WORKING_BYTES``."""
     widest = max(model.vocab_size, sae.d_sae)
     return max(1, min(config.batch_size, WORKING_BYTES // (4 * contexts.tokens_BT.shape[1] * widest)))
 
 
 def _shown(contexts: Contexts, config: EvalConfig, model: Model, sae: SAE) -> Iterator[Contexts]:
-    """Batches of contexts under a progress display."""
+    """Batches of contexts, with a progress display."""
     total = int(contexts.keep_BT.sum())
     with progress("eval with the model", total=total, unit="tok", quiet=config.quiet) as bar:
         for batch in contexts.batches(_contexts_at_once(contexts, config, model, sae)):

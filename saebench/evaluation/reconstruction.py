@@ -1,4 +1,4 @@
-"""How well codes rebuild activations: explained variance, sparsity, dead latents.
+"""Reconstruction metrics: explained variance, sparsity, dead latents and activation densities.
 
 Shapes: N rows (tokens), D = d_in, M = d_sae latents.
 """
@@ -24,11 +24,11 @@ BINS_PER_DECADE = 4
 
 @dataclass(frozen=True)
 class DensityHistogram:
-    """How many latents fire how often, over log10 of the density.
+    """Histogram of the latents over log10 of their activation density.
 
     Bin i holds ``counts[i]`` latents with ``edges[i] <= log10(density) < edges[i + 1]`` (the last bin
-    includes a density of 1). Edges are multiples of 1/4 from the rarest density that the token count can
-    show, up to 0. The ``dead`` latents, which never fired, are in no bin.
+    includes a density of 1). Edges are multiples of 1/4 from the lowest density that is measurable on
+    ``n_tokens`` rows, up to 0. The ``dead`` latents, which never fired, are in no bin.
     """
 
     edges: tuple[float, ...]
@@ -42,7 +42,7 @@ class ReconstructionMetrics:
 
     - ``fvu`` = sum_i ||x_i - xh_i||^2 / (sum_i ||x_i||^2 - N ||mu||^2), the fraction of variance
       unexplained: centered and pooled over all rows and dimensions.
-    - ``explained_variance`` = 1 - fvu. The same quantity as in SAELens' ExplainedVarianceCalculator (6.54).
+    - ``explained_variance`` = 1 - fvu. It equals SAELens' ExplainedVarianceCalculator (6.54).
     - ``l0`` = mean_i of the number of different latents with a nonzero code.
     - ``dead_fraction`` = share of latents that are zero on all of these rows.
     - ``cosine_similarity`` = mean_i of x_i . xh_i / (||x_i|| ||xh_i||), taken as 0 where either is zero.
@@ -71,7 +71,7 @@ class ReconstructionMetrics:
 
 
 class ReconstructionMeter:
-    """Adds rows up batch by batch, in float64; however they are split, the result is the same."""
+    """Accumulates metrics over batches in float64; the result does not depend on the batch sizes."""
 
     def __init__(self, sae: SAE) -> None:
         self.sae = sae
@@ -87,7 +87,7 @@ class ReconstructionMeter:
     def update(self, x_ND: Tensor, codes: SparseCodes | None = None) -> Tensor:
         """Encode, decode and count the rows ``x_ND`` [N, d_in]; returns x_hat [N, d_in] float32.
 
-        ``codes`` are those of the rows, where the SAE was read in another way than by ``encode(x_ND)``.
+        ``codes`` are the codes of the rows, if they differ from ``encode(x_ND)`` (another inference mode).
 
         Raises:
             UserError: an activation or a reconstruction is NaN or infinite.
@@ -95,16 +95,16 @@ class ReconstructionMeter:
         x_ND = x_ND.to(self._sum_D.device, torch.float32)
         if x_ND.shape[0] == 0:
             return x_ND
-        self._refuse_not_finite(x_ND, "activation", "harvest them again, in bf16 or fp32")
+        self._require_finite(x_ND, "activation", "harvest them again, in bf16 or fp32")
         codes = self.sae.encode(x_ND) if codes is None else codes
         x_hat_ND = self.sae.decode(codes)
-        self._refuse_not_finite(x_hat_ND, "reconstruction", "the SAE's weights are damaged; train it again")
+        self._require_finite(x_hat_ND, "reconstruction", "the SAE's weights are damaged; train it again")
 
         x, x_hat = x_ND.double(), x_hat_ND.double()
         if self._origin_D is None:
             self._origin_D = x[0].clone()
-        # The variance is taken around the first row: the same number as around zero, without the
-        # cancellation that a mean much larger than the spread would bring.
+        # Sums are taken relative to the first row. The variance stays the same, without the cancellation
+        # that occurs if the mean is much larger than the standard deviation.
         shifted = x - self._origin_D
         self._squares += shifted.square().sum()
         self._sum_D += shifted.sum(0)
@@ -124,14 +124,14 @@ class ReconstructionMeter:
         """The metrics of all rows so far.
 
         Raises:
-            UserError: there are no two different rows, so that there is no variance to explain.
+            UserError: all rows are equal, so there is no variance to explain.
         """
         n = self.n_tokens
         variance = (self._squares - self._sum_D.square().sum() / max(n, 1)).item()
         if variance <= 0:
             raise UserError(
-                f"the {n} rows to measure on hold no two different activations, so there is no variance to "
-                "explain; evaluate on more tokens or check the cache"
+                f"the {n} measured rows are all equal, so there is no variance to explain; "
+                "evaluate on more tokens or check the cache"
             )
         fvu = self._error.item() / variance
         density_M = self._fires_M.double().cpu() / n
@@ -145,15 +145,15 @@ class ReconstructionMeter:
             density=density_M,
         )
 
-    def _refuse_not_finite(self, rows_ND: Tensor, what: str, way_out: str) -> None:
+    def _require_finite(self, rows_ND: Tensor, what: str, way_out: str) -> None:
         finite_N = rows_ND.isfinite().all(-1)
         if not finite_N.all():
             row = self.n_tokens + int((~finite_N).nonzero()[0])
-            raise UserError(f"the {what} of row {row} of those evaluated is NaN or infinite; {way_out}")
+            raise UserError(f"the {what} of evaluated row {row} is NaN or infinite; {way_out}")
 
 
 def fires(codes: SparseCodes) -> Tensor:
-    """[M] int64: on how many rows each latent is active; a latent picked twice in a row counts once."""
+    """[M] int64: on how many rows each latent is active; a latent picked twice for a row counts once."""
     row, index, _ = codes.coo()
     distinct = torch.unique(row * codes.d_sae + index.long())
     return torch.bincount(distinct % codes.d_sae, minlength=codes.d_sae)
@@ -163,7 +163,7 @@ def reconstruction_metrics(sae: SAE, x_batches: Iterable[Tensor]) -> Reconstruct
     """Measure ``sae`` on batches of rows [n, d_in] of any float dtype; see ReconstructionMetrics.
 
     Raises:
-        UserError: NaN or infinite activations, or no two different rows.
+        UserError: an activation is NaN or infinite, or all rows are equal.
     """
     meter = ReconstructionMeter(sae)
     for x_ND in x_batches:

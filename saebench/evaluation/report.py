@@ -1,4 +1,4 @@
-"""EvalReport: every number of one evaluation, as eval.json keeps it."""
+"""``EvalReport``: all numbers of one evaluation, as stored in eval.json."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from saebench.evaluation.reconstruction import DensityHistogram
 
 
 def inference_label(inference: str | None) -> str | None:
-    """The name of a way of choosing latents, with a warning where it knows what it should not."""
+    """The name of an inference mode for people; the oracle's includes that it sees the next tokens."""
     return "oracle (sees the next tokens)" if inference == "oracle" else inference
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalReport:
-    """What an SAE keeps of activations that it was not trained on, and of the model's predictions.
+    """Reconstruction of activations, and faithfulness of the model's predictions, for one SAE.
 
     Formulas: ``ReconstructionMetrics`` for the rows, ``FaithfulnessMetrics`` for the model.
     """
@@ -24,18 +24,18 @@ class EvalReport:
     sae: str
     """Architecture."""
     inference: str | None = None
-    """How latents were chosen, of an SAE that knows several ways; ``inference_label`` says it to people."""
+    """Inference mode, for an SAE with several; ``inference_label`` formats it for people."""
     d_sae: int
     k: int
     hook_name: str
     n_tokens: int
-    """Rows measured; dead_fraction and density refer to these."""
+    """Measured rows; dead_fraction and density refer to them."""
     rows: Literal["held-out", "all"]
     """'all' includes rows that the SAE was trained on."""
     cache_hash: str | None
-    """Hash of the cache that the rows come from; None when they come from ``text``."""
+    """Hash of the cache that the rows come from; None if they come from ``text``."""
     text: str | None
-    """The text that was read instead of a cache."""
+    """The text that the model read instead of the cache's contexts."""
     fvu: float
     explained_variance: float
     l0: float
@@ -43,18 +43,18 @@ class EvalReport:
     cosine_similarity: float
     density_histogram: DensityHistogram = field(repr=False)
     picks_changed: float | None = None
-    """Share of active latents that the SAE's default way of choosing would not have; None for that way."""
+    """Share of active latents that the default inference mode does not select; None in that mode."""
     model: str | None = None
-    """The model that the SAE was spliced into; without one all that follows is None."""
+    """The model that the SAE was spliced into. If it is None, so are all fields below."""
     n_tokens_model: int | None = None
-    """Predictions scored."""
+    """Scored predictions."""
     ce_clean: float | None = None
     ce_spliced: float | None = None
     ce_zero: float | None = None
     ce_mean: float | None = None
     ce_delta: float | None = None
     ce_loss_score: float | None = None
-    """None also when zeros do not hurt the model."""
+    """Also None if zeros do not increase the model's loss."""
     kl: float | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which rows and contexts to measure on: held-out ones, always the same ones for the same settings.
+"""Choice of the rows and contexts to measure on; the same settings always choose the same ones.
 
 Shapes: N rows, D = d_in, C contexts, T positions.
 """
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from saebench.sources.models import Model
 
 DEFAULT_CTX = 128
-"""Length of contexts when no cache says how long its own are."""
+"""Length of contexts if the run and the cache do not record it."""
 MEAN_ROWS = 2**20
-"""Training rows that the mean activation is taken over: more would not change it."""
+"""Number of training rows over which the mean activation is taken."""
 SCANNED_ROWS = 2**22
-"""Rows of a cache whose place is looked at together."""
+"""Rows of a cache whose ``held_out`` flags are scanned at once."""
 
 
 def choose_rows(cache: ActivationCache, *, rows: str, tokens: int) -> Tensor:
     """Row numbers int64 [N]: the first ``tokens`` held-out rows, or of all rows when ``rows`` is 'all'.
 
     Raises:
-        UserError: the cache has no held-out rows; training rows are never taken unasked.
+        UserError: the cache has no held-out rows. Training rows are used only with ``rows="all"``.
     """
     if rows == "all":
         return torch.arange(min(cache.n_rows, tokens))
@@ -48,8 +48,8 @@ def choose_rows(cache: ActivationCache, *, rows: str, tokens: int) -> Tensor:
 def first_rows(held_out_N: Tensor, wanted: bool, *, limit: int, piece: int = SCANNED_ROWS) -> Tensor:
     """The first ``limit`` row numbers, int64, at which ``held_out_N`` bool [N] is ``wanted``.
 
-    Looked for piece by piece and no further than needed: the numbers of all rows of a large cache would be
-    gigabytes.
+    The flags are scanned in pieces and no further than needed, because the numbers of all rows of a large
+    cache would take gigabytes.
     """
     found, n_found = [torch.empty(0, dtype=torch.int64)], 0
     for start in range(0, len(held_out_N), piece):
@@ -61,17 +61,17 @@ def first_rows(held_out_N: Tensor, wanted: bool, *, limit: int, piece: int = SCA
 
 
 def row_batches(cache: ActivationCache, hook: str, row_N: Tensor, *, size: int) -> Iterator[Tensor]:
-    """The activations [n, d_in] of those rows, ``size`` at a time, in order."""
+    """The activations [n, d_in] of the rows ``row_N``, ``size`` at a time, in order."""
     activations_ND = cache.activations(hook)
     for part in torch.split(row_N, size):
         yield activations_ND[part]
 
 
 def cache_contexts(cache: ActivationCache, row_N: Tensor) -> Contexts:
-    """The contexts in which these rows were read; exactly the positions of the rows are kept.
+    """The contexts that contain these rows; exactly the positions of the rows are kept.
 
     Raises:
-        UserError: the cache is an import, which has no tokens.
+        UserError: the cache was imported from an array and has no tokens.
     """
     if cache.ctx is None or cache.pos is None or cache.context_tokens is None or cache.context_len is None:
         raise UserError(
@@ -90,9 +90,9 @@ def text_contexts(
 ) -> Contexts:
     """The first contexts of the held-out documents of ``config.text``; ``config.tokens`` positions are kept.
 
-    They are packed as ``made`` says: length, BOS, and which positions are rows. Where it says nothing,
-    contexts have 128 tokens and BOS as the tokenizer adds it, and position 0 is not a row. Without
-    ``keep_last`` the last position of each context, which predicts nothing, is not a row either.
+    ``made`` gives the length of contexts, BOS, and which positions are rows. By default, contexts have 128
+    tokens, begin with BOS if the tokenizer adds it, and position 0 is not a row. Without ``keep_last``, the
+    last position of each context, which has no next token, is not a row either.
 
     Raises:
         UserError: no document of the text is held out.
@@ -117,7 +117,7 @@ def text_contexts(
         "keep_first": bool(made.keep_first),
         "keep_last": keep_last and made.keep_last,
     }
-    # One context more than is needed, so that the last one is read whole like those of a cache.
+    # One more context than needed, so that the last context is complete, as in a cache.
     max_rows = config.tokens + ctx
     found = list(batches(packed, ctx=ctx, batch_size=1024, max_rows=max_rows, **kept))
     if not found:

@@ -48,7 +48,7 @@ class EvalConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.text is not None and self.model is None:
-            raise UserError(f"--text {self.text} needs a model to read it; add --model")
+            raise UserError(f"--text {self.text} needs a model that reads the text; add --model")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""SAEs of other libraries, read and written: one package for each form, registered in registry.py."""
+"""Import and export of SAEs in the formats of other libraries; registry.py lists the formats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from saebench.formats.settings import ExportConfig, ImportSaeConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Translation:
-    """An SAE that was written in another form."""
+    """An SAE that was converted to another format."""
 
     path: Path
     """The folder that was written."""
@@ -26,18 +26,18 @@ class Translation:
     d_sae: int
     k: int
     notes: tuple[str, ...] = ()
-    """What is not as one might think, a sentence each."""
+    """Differences that the user should know, one sentence each."""
 
 
 @accepts_settings(ExportConfig)
 def export_sae(config: ExportConfig) -> Translation:
-    """Write a trained SAE as another library keeps them.
+    """Write a trained SAE in the format of another library.
 
     >>> sb.export_sae(run, out="theirs", format="saelens").architecture
     'topk'
 
     Raises:
-        UserError: no finished SAE there, one that the format cannot hold, or a folder that is not empty.
+        UserError: the run has no finished SAE, the format cannot hold it, or ``out`` is not empty.
     """
     from saebench.runs.run import Run
 
@@ -60,7 +60,7 @@ def export_sae(config: ExportConfig) -> Translation:
 
 @accepts_settings(ImportSaeConfig)
 def import_sae(config: ImportSaeConfig) -> Translation:
-    """Make a folder that ``load``, ``evaluate`` and ``index`` accept of an SAE of another library.
+    """Convert an SAE of another library into a folder that ``load``, ``evaluate`` and ``index`` accept.
 
     >>> theirs = sb.export_sae(run, out="foreign", format="saelens")
     >>> ours = sb.import_sae("foreign", out="ours", format="saelens")
@@ -68,8 +68,8 @@ def import_sae(config: ImportSaeConfig) -> Translation:
     True
 
     Raises:
-        UserError: no SAE there, a damaged one, one that none of ours computes, or a folder that is not
-            empty.
+        UserError: the source has no SAE, a damaged one, or one that no architecture of saebench computes;
+            or ``out`` is not empty.
     """
     form: Format = formats.load(config.format)
     foreign = form.read(config.source, k=config.k)

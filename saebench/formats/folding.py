@@ -1,7 +1,7 @@
-"""Rewriting an SAE's weights so that it computes the same from plainer parts.
+"""Functions that fold scales and biases into an SAE's weights without changing what the SAE computes.
 
-Other libraries keep scales beside the weights: norms of decoder rows, a factor on the input, a bias that is
-not subtracted from it. Each function here takes one of them into the weights, exactly (in float64).
+Other libraries store scales outside the weights: norms of decoder rows, a factor on the input, a bias that
+is not subtracted from the input. Each function here folds one of them into the weights, in float64.
 
 Weights are a dictionary in the names of ``SAE``: ``W_enc_MD`` and ``W_dec`` [d_sae, d_in], ``b_dec``
 [d_in], and, where the architecture has them, ``b_enc``, ``threshold``, ``b_gate``, ``b_mag``, ``r_mag``
@@ -20,20 +20,20 @@ Weights = dict[str, Tensor]
 IN_UNITS_OF_PRE_ACTIVATIONS = ("b_enc", "threshold", "b_gate", "b_mag")
 ROUNDING = 1e-6
 SMALLEST_NORM = 1e-8
-"""A decoder row of norm 0 belongs to a latent that does nothing; SAELens divides by this as well."""
+"""Lower bound of norms, so that rows of zeros can be divided; the same bound as in SAELens."""
 
 
 def decoder_norms(weights: Weights) -> Tensor:
-    """[M] float64, never 0."""
+    """[M] float64: the norm of each decoder row, at least ``SMALLEST_NORM``."""
     norm_M: Tensor = torch.linalg.vector_norm(weights["W_dec"].double(), dim=1)
     return norm_M.clamp_min(SMALLEST_NORM)
 
 
 def fold_decoder_norms(weights: Weights) -> Weights:
-    """Give decoder rows unit norm and latents the factor: z'_i = |d_i| z_i, the same reconstruction.
+    """Scale decoder rows to unit norm and codes to z'_i = |d_i| z_i; the reconstruction stays the same.
 
-    Exact where each latent's activation depends on its own pre-activation alone (relu, jumprelu, gated); for
-    a choice among latents, where the choice was by |d_i| z_i, or all norms are equal.
+    This is exact if each latent's activation depends only on its own pre-activation (relu, jumprelu, gated).
+    For SAEs that select among latents, it is exact if they select by |d_i| z_i or if all norms are equal.
     """
     norm_M = decoder_norms(weights)
     folded = dict(weights, W_dec=weights["W_dec"].double() / norm_M[:, None])
@@ -45,7 +45,7 @@ def fold_decoder_norms(weights: Weights) -> Weights:
 
 
 def fold_input_bias(weights: Weights) -> Weights:
-    """From pre-activations of x to pre-activations of x - b_dec: W x + b = W (x - b_dec) + (b + W b_dec)."""
+    """Make an encoder of x one of x - b_dec: W x + b = W (x - b_dec) + (b + W b_dec)."""
     shift_M = weights["W_enc_MD"].double() @ weights["b_dec"].double()
     folded = dict(weights)
     for name in ("b_enc", "b_gate"):
@@ -57,17 +57,18 @@ def fold_input_bias(weights: Weights) -> Weights:
 
 
 def fold_input_scale(weights: Weights, scale: float) -> Weights:
-    """From an SAE of ``scale * x`` to one of ``x`` whose codes are ``scale`` times smaller.
+    """Make an SAE of ``scale * x`` one of ``x``; its codes are ``scale`` times smaller.
 
-    As ``SAE.fold_scale``: z(s x) = s z'(x) for activation functions homogeneous of degree one, with all that
-    is in the units of pre-activations divided by s. W_enc and W_dec stay, so decoder rows keep their norms.
+    As in ``SAE.fold_scale``: z(s x) = s z'(x) for activation functions that are homogeneous of degree one,
+    if everything in the units of pre-activations is divided by s. W_enc and W_dec do not change, so decoder
+    rows keep their norms.
     """
     in_units_of_x = (*IN_UNITS_OF_PRE_ACTIVATIONS, "b_dec")
     return {n: t.double() / scale if n in in_units_of_x else t for n, t in weights.items()}
 
 
 def norms_are_equal(weights: Weights) -> bool:
-    """Whether all decoder rows have one norm, up to float32 rounding."""
+    """Whether all decoder rows have the same norm, up to float32 rounding."""
     norm_M = decoder_norms(weights)
     return bool((norm_M / norm_M.mean() - 1).abs().max() <= ROUNDING)
 
@@ -78,5 +79,5 @@ def norms_are_one(weights: Weights) -> bool:
 
 
 def in_float32(weights: Weights) -> Weights:
-    """Contiguous float32 tensors, as SAEs are kept."""
+    """Contiguous float32 tensors, as SAEs are stored."""
     return {name: tensor.to(torch.float32).contiguous() for name, tensor in weights.items()}

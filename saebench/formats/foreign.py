@@ -1,4 +1,4 @@
-"""What a foreign folder held, in our terms, and how its files are read without trusting them."""
+"""``Foreign``, an SAE that was read from another library's folder, and checked reading of its tensors."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from saebench.saes.registry import architecture
 
 @dataclass(frozen=True)
 class Foreign:
-    """An SAE of another library, ready to be ours."""
+    """An SAE of another library, converted to an architecture of saebench."""
 
     sae: str
-    """Architecture."""
+    """Architecture of saebench."""
     d_in: int
     spec: Mapping[str, Any]
     """Settings of the architecture."""
     weights: Mapping[str, Tensor]
-    """Its ``weight_names``, float32."""
+    """The tensors in the architecture's ``weight_names``, float32."""
     facts: Mapping[str, Any]
-    """What the folder says about its origin: ``hook_name`` and others, plain JSON values."""
+    """What the folder records about its origin: ``hook_name`` and others, plain JSON values."""
     notes: tuple[str, ...] = field(default=())
-    """What a reader should know about the translation, a sentence each."""
+    """What the user should know about the conversion, one sentence each."""
 
     @torch.no_grad()
     def build(self, *, source: str) -> SAE:
         """The SAE in evaluation mode.
 
         Raises:
-            UserError: the architecture refuses the settings; ``source`` names where they are from.
+            UserError: the architecture refuses the settings; the message names ``source`` as their origin.
         """
         sae_class = architecture(self.sae)
         sae: SAE = sae_class(from_flat(sae_class.Spec, self.spec, source=source), self.d_in)
@@ -51,17 +51,20 @@ class Foreign:
 def read_tensors(
     file: Path, expected: Mapping[str, tuple[int, ...]], *, optional: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """The ``expected`` tensors (name -> shape) of a safetensors file as they are stored, and no others but
-    ``optional`` ones.
+    """The ``expected`` tensors (name -> shape) of a safetensors file, and those of ``optional`` it has.
+
+    Tensors keep their stored dtype.
 
     Raises:
-        UserError: no such file, a damaged one, a tensor too few or too many, of another shape, of integers,
-            or with values that are not finite.
+        UserError: the file is missing or damaged; or a tensor is missing, unexpected, of another shape, of
+            integers, or not finite.
     """
     tensors = read_safetensors(file, way_out="copy the whole folder")
     for name, tensor in tensors.items():
         if name not in expected and name not in optional:
-            raise UserError(f"{file} holds {name!r}, which is no part of this SAE; check its architecture")
+            raise UserError(
+                f"{file} holds {name!r}, which is not a tensor of this SAE; check its architecture"
+            )
         if not tensor.is_floating_point():
             raise UserError(f"{file}: {name} holds {tensor.dtype}; weights are floating-point numbers")
     check_tensors(tensors, expected, file)

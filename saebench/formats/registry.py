@@ -1,4 +1,4 @@
-"""Which forms of SAEs of other libraries there are; a package adds one with the entry-point group below."""
+"""The registry of SAE formats of other libraries; packages add formats with an entry point."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ if TYPE_CHECKING:
 
 
 class Converted(Protocol):
-    """An SAE in the form of another library, before it is written."""
+    """An SAE in the format of another library, before it is written."""
 
     @property
     def architecture(self) -> str:
-        """The other library's name for it."""
+        """The other library's name for the architecture."""
 
     @property
     def note(self) -> str | None:
-        """What the other library will do differently, in one sentence."""
+        """What the other library computes differently, in one sentence; None if nothing."""
 
 
 class Format(Protocol):
-    """What the registered module or object has."""
+    """The functions that a registered module or object must have."""
 
     def read(self, directory: Path, *, k: int | None) -> Foreign:
-        """The SAE in ``directory``, in our terms; ``k`` is for an SAE that does not say its own.
+        """The SAE in ``directory``; ``k`` is used if the folder does not record it.
 
         Raises:
-            UserError: no SAE there, a damaged one, or one that none of ours computes.
+            UserError: there is no SAE, it is damaged, or no architecture of saebench computes it.
         """
 
     def convert(self, sae: SAE) -> Converted:
-        """``sae`` in the form of the other library.
+        """``sae`` in the format of the other library.
 
         Raises:
-            UserError: the other library cannot compute what it does.
+            UserError: the other library cannot compute what this SAE computes.
         """
 
     def write(self, converted: Converted, directory: Path, sae: SAE, run: Run) -> None:
         """Write what ``convert`` returned into an empty ``directory``; ``sae`` was loaded from ``run``."""
 
 
-formats = Registry("a form of SAEs", "saebench.formats", {"saelens": "saebench.formats.saelens"})
+formats = Registry("a format of SAEs", "saebench.formats", {"saelens": "saebench.formats.saelens"})
 """Name -> module or object with the functions of `Format`."""

@@ -1,1 +1,1 @@
-"""Run directories: what a training leaves on disk, and how it is read."""
+"""Run directories: the files that a training writes, and the classes that read them."""

@@ -1,4 +1,4 @@
-"""SAEs as they were in the middle of a training, from the checkpoints that it leaves."""
+"""Loading SAEs from the checkpoints of a training."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ PREFIX = "sae."
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
-    """The checkpoint of a step, whether it is there or not."""
+    """The path of the checkpoint of a step; the file need not exist."""
     return run / CHECKPOINT_FOLDER / f"step-{step:09d}.safetensors"
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """The checkpoints that a run has, in the order of steps."""
+    """The existing checkpoints of a run, in the order of steps."""
     return sorted((run / CHECKPOINT_FOLDER).glob("step-*.safetensors"))
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The run directory of ``RUN/checkpoints/step-....safetensors``.
+    """The run directory of ``RUN/checkpoints/step-NNNNNNNNN.safetensors``.
 
     Raises:
-        UserError: the file does not lie in a run.
+        UserError: the file is not in the checkpoints folder of a run.
     """
     run = checkpoint.parent.parent
     if not (run / RUN_FILE).is_file():
         raise UserError(
-            f"{checkpoint} is a file but no checkpoint of a run (there is no {run / RUN_FILE}); name a run "
-            "directory, or a file in the checkpoints folder of one"
+            f"{checkpoint} is a file but not a checkpoint of a run ({run / RUN_FILE} does not exist); "
+            "name a run directory, or a file in the checkpoints folder of one"
         )
     return run
 
 
 def load_checkpoint_sae(file: Path, *, device: str | torch.device = "cpu") -> SAE:
-    """The SAE of a checkpoint, for activations as the model has them.
+    """The SAE of a checkpoint, with the input scale folded into its weights.
 
-    Thresholds that are set when a training ends (`SAE.calibrate`) are as they were.
+    Thresholds that are set only at the end of a training (`SAE.calibrate`) are not calibrated.
 
     Raises:
-        UserError: no checkpoint of a run, or a damaged one.
+        UserError: the file is not a checkpoint of a run, or it is damaged.
     """
     from saebench.core.tensors import check_tensors, read_safetensors
 

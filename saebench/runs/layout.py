@@ -1,9 +1,9 @@
-"""The names of a run directory's files, and ``run.json``, which describes the training.
+"""File names of a run directory, and reading of ``run.json``, which describes the training.
 
 run.json                            settings, architecture, model, hook and cache; written first
-checkpoints/step-NNNNNNNNN.safetensors   the whole state of the training at a step
-metrics.jsonl, metrics.csv          what each reported step measured
-sessions.jsonl                      the processes that worked on the training, with their speed
+checkpoints/step-NNNNNNNNN.safetensors   the complete training state at a step
+metrics.jsonl, metrics.csv          the metrics of each logged step
+sessions.jsonl                      the processes that ran the training, with their speed
 sae.safetensors, sae.json           the trained SAE; sae.json is written last
 eval.json, eval-proxy.json, ...     evaluations, one per inference mode
 """
@@ -23,7 +23,7 @@ SESSIONS_FILE = "sessions.jsonl"
 CHECKPOINT_FOLDER = "checkpoints"
 FORMAT_VERSION = 1
 _KINDS: dict[str, type] = {"train": dict, "sae": dict, "cache_hash": str}
-"""Kinds of the values that are read again."""
+"""Required values of ``run.json`` and their types."""
 
 
 def eval_file(inference: str | None = None) -> str:
@@ -35,13 +35,13 @@ def read_run(directory: Path, *, needs: tuple[str, ...] = ("train", "sae", "cach
     """The facts in ``run.json``: train, sae, d_in, hook_name, model, cache_hash, contexts, n_steps.
 
     Raises:
-        UserError: no such file, a newer format, or one of the facts ``needs`` is missing or damaged.
+        UserError: the file is missing, its format is newer, or a value in ``needs`` is missing or damaged.
     """
     file = directory / RUN_FILE
     facts = read_json(file, what="the run description")
     version = facts.get("format_version") if isinstance(facts, dict) else None
     if not isinstance(version, int):
-        raise UserError(f"{file} is not the description of a run; choose another --out")
+        raise UserError(f"{file} is not a run description of saebench; choose another --out")
     if version > FORMAT_VERSION:
         raise UserError(
             f"{file} has format {version}; this saebench reads up to {FORMAT_VERSION}: update saebench"

@@ -1,4 +1,4 @@
-"""The course of a training, read from its run directory, also while the training goes on."""
+"""Reading a run's metrics and sessions, also while the training is running."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class MetricsLog:
-    """The lines of a run's metrics.jsonl; each ``update`` reads only what was written since the last one.
+    """The lines of a run's metrics.jsonl; each ``update`` reads only the lines added since the last one.
 
     Attributes:
-        directory: the run.
-        lines: one dict a reported step, in the order of steps.
+        directory: the run directory.
+        lines: one dict per logged step, in the order of steps.
     """
 
     def __init__(self, directory: str | PathLike[str]) -> None:
@@ -30,9 +30,9 @@ class MetricsLog:
         self._identity: tuple[int, int] | None = None
 
     def update(self) -> int:
-        """Read on; the number of new lines. A line that is being written waits for the next call.
+        """Read new lines and return their number. An unfinished last line is read by a later call.
 
-        A resumed training may have cut lines off or written the file anew: then all of it is read again.
+        If a resumed training shortened or replaced the file, the whole file is read again.
 
         Raises:
             UserError: there is no metrics.jsonl.
@@ -62,29 +62,27 @@ class MetricsLog:
         return len(self.lines) - before
 
     def frame(self) -> pd.DataFrame:
-        """A row for each reported step, a column for each number."""
+        """One row per logged step, one column per metric."""
         import pandas as pd
 
         return pd.DataFrame(self.lines)
 
 
 def read_metrics(directory: str | PathLike[str]) -> pd.DataFrame:
-    """All metrics of a run: a row for each reported step, a column for each number.
+    """All metrics of a run: one row per logged step, one column per metric.
 
     Raises:
-        UserError: no metrics, or none yet.
+        UserError: the run has no metrics.jsonl, or the file is still empty.
     """
-    course = MetricsLog(directory)
-    course.update()
-    if not course.lines:
-        raise UserError(
-            f"{course.directory / METRICS_FILE} has no line yet; wait for the training's first report"
-        )
-    return course.frame()
+    log = MetricsLog(directory)
+    log.update()
+    if not log.lines:
+        raise UserError(f"{log.directory / METRICS_FILE} has no line yet; wait for the first logged step")
+    return log.frame()
 
 
 def read_sessions(directory: str | PathLike[str]) -> list[dict[str, Any]]:
-    """The processes that worked on a run, oldest first; empty until the first one has ended.
+    """The processes that trained a run, oldest first; empty until the first one has ended.
 
     Keys first_step, last_step, seconds, tokens_per_second, device, torch, kernels.
     """

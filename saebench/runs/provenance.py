@@ -1,4 +1,4 @@
-"""Where an SAE comes from: the hook, the model, the activation cache, and how the contexts were made."""
+"""The origin of an SAE: its hook, model and activation cache, and how the contexts were made."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ContextSettings:
-    """How the contexts were made that a model read while its activations were harvested. None: not known."""
+    """How the contexts of harvested activations were made. None means not known."""
 
     ctx: int | None = None
     """Tokens per context."""
     bos: bool | None = None
     """Whether each context begins with the BOS token."""
     keep_first: bool | None = None
-    """Whether position 0 of each context is a row."""
+    """Whether position 0 of each context is stored as a row."""
     keep_last: bool = True
-    """Whether the last position of each context, which predicts nothing, is a row."""
+    """Whether the last position of each context, which has no next token, is stored as a row."""
     text: str | None = None
     """Name of the text."""
 
     @classmethod
     def of_cache(cls, cache: ActivationCache) -> ContextSettings | None:
-        """Those of a harvested cache; None for a cache that was imported from an array."""
+        """The settings of a harvested cache; None for a cache that was imported from an array."""
         return cls._of_manifest(cache.manifest)
 
     @classmethod
@@ -49,7 +49,7 @@ class ContextSettings:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ContextSettings:
-        """The inverse of ``to_json``; values of another type than expected count as not known."""
+        """The inverse of ``to_json``; values of an unexpected type count as not known."""
         ctx, text = values.get("ctx"), values.get("text")
         flags = {name: values.get(name) for name in ("bos", "keep_first")}
         return cls(
@@ -60,27 +60,27 @@ class ContextSettings:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, as ``run.json`` and ``sae.json`` keep them under ``contexts``."""
+        """Plain JSON values, as stored in ``run.json`` and ``sae.json`` under ``contexts``."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a run, or a folder with an SAE, says about where the SAE comes from. None: not recorded."""
+    """The origin of an SAE as its run or folder records it. None means not recorded."""
 
     hook_name: str | None = None
     model: dict[str, Any] | None = None
     """Name, revision and hash."""
     cache: Path | None = None
-    """The path that training was given."""
+    """The path of the cache that the training was given."""
     cache_hash: str | None = None
     contexts: ContextSettings | None = None
     contexts_recorded: bool = True
-    """False for a run of a version that did not record ``contexts``."""
+    """False if a version that did not record ``contexts`` wrote the run."""
 
 
 def contexts_of_import(imported: Mapping[str, Any]) -> ContextSettings | None:
-    """What SAELens's metadata (context_size, prepend_bos, seqpos_slice) say; None where they say nothing."""
+    """Context settings from SAELens's context_size, prepend_bos and seqpos_slice; None without any."""
     if not {"context_size", "prepend_bos", "seqpos_slice"} & set(imported):
         return None
     positions = imported.get("seqpos_slice")
@@ -95,11 +95,15 @@ def contexts_of_import(imported: Mapping[str, Any]) -> ContextSettings | None:
 def require_same_model(
     info: ModelInfo, recorded: Mapping[str, Any] | None, *, made: str, says: str, way_out: str
 ) -> None:
-    """Check that ``info`` describes the ``recorded`` model, where one is recorded.
+    """Check that ``info`` describes the ``recorded`` model, if one is recorded.
+
+    Args:
+        made: completes "the model X is not the one that ..." in the error.
+        says: who recorded the hash, such as "the cache says".
+        way_out: what the user can do.
 
     Raises:
-        UserError: the hashes differ. ``made`` completes "is not the one that", ``says`` names who recorded
-            it.
+        UserError: the hashes differ.
     """
     if recorded is not None and info.hash != recorded["hash"]:
         raise UserError(

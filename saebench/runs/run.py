@@ -1,4 +1,4 @@
-"""A run: the directory of one training, or any folder that holds an SAE."""
+"""``Run``: the directory of one training, or any folder that holds an SAE; and ``load``."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """A run directory, finished or not; a folder with ``sae.json`` alone; or one checkpoint of a run.
+    """A run directory, finished or not; a folder that holds only an SAE; or one checkpoint of a run.
 
-    It can be given wherever a run's path is asked for. Files are read when they are asked for.
+    A ``Run`` can be passed wherever the path of a run is expected. Files are read on access.
 
     Attributes:
         path: the directory.
-        checkpoint: the file, if the path names a checkpoint of the run.
-        config: the TrainConfig of the call of `train` that returned this run; None when it was opened.
+        checkpoint: the checkpoint file, if the path names one.
+        config: the TrainConfig, if `train` returned this run; None if it was opened from a path.
     """
 
     def __init__(self, path: str | PathLike[str], *, config: Any = None, spec: SaeSpec | None = None) -> None:
@@ -57,12 +57,12 @@ class Run:
 
     @property
     def is_training_directory(self) -> bool:
-        """Whether a training began here (``run.json``), finished or not."""
+        """Whether the directory has a ``run.json``, that is, whether a training was started in it."""
         return (self.path / RUN_FILE).is_file()
 
     @property
     def is_finished(self) -> bool:
-        """Whether the trained SAE is there: ``sae.json`` is the last file that a training writes."""
+        """Whether the directory has a ``sae.json``, the last file that a training writes."""
         return (self.path / SPEC_FILE).is_file()
 
     @property
@@ -70,28 +70,28 @@ class Run:
         return self.path / METRICS_FILE
 
     def eval_file(self, inference: str | None = None) -> Path:
-        """The evaluation in one inference mode, whether it is there or not; None for the default mode."""
+        """The path of the evaluation in one inference mode (None: the default mode); it need not exist."""
         return self.path / eval_file(inference)
 
     def evaluation(self, inference: str | None = None) -> dict[str, Any] | None:
-        """What ``saebench eval`` measured; None before it did."""
+        """The results of ``saebench eval`` in one inference mode; None if it was not run."""
         file = self.eval_file(inference)
         return read_json(file, what="the evaluation") if file.exists() else None
 
     def metrics(self) -> pd.DataFrame:
-        """A row for each reported step, a column for each number; see `read_metrics`."""
+        """One row per logged step, one column per metric; see `read_metrics`."""
         return read_metrics(self.path)
 
     def sessions(self) -> list[dict[str, Any]]:
-        """The processes that worked on the training; see `read_sessions`."""
+        """The processes that ran the training; see `read_sessions`."""
         return read_sessions(self.path)
 
     def checkpoints(self) -> list[Path]:
-        """The checkpoints that are there, in the order of steps."""
+        """The existing checkpoints, in the order of steps."""
         return checkpoints_of(self.path)
 
     def description(self) -> dict[str, Any]:
-        """The contents of ``sae.json``: sae, d_in, spec, and the facts it was saved with."""
+        """The contents of ``sae.json``: sae, d_in, spec, and the metadata it was saved with."""
         return read_description(self.path)
 
     def facts(self, *, needs: tuple[str, ...] = ("train", "sae", "cache_hash")) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class Run:
         return self.load()
 
     def load(self, *, device: str | torch.device = "cpu") -> SAE:
-        """The trained SAE, or that of the checkpoint.
+        """The trained SAE, or the SAE of the checkpoint.
 
         Raises:
             UserError: the folder holds no finished SAE, its format is newer, or a file is damaged.
@@ -121,13 +121,13 @@ class Run:
         if not self.is_finished:
             if self.is_training_directory:
                 raise UserError(
-                    f"the run {self.path} has not finished; go on with saebench train ... --resume"
+                    f"the run {self.path} has not finished; finish it with saebench train ... --resume"
                 )
             raise UserError(f"{self.path} holds no SAE (no {SPEC_FILE}); name a run directory")
         return load_sae(self.path, device=device)
 
     def weights_stamp(self) -> tuple[int, int]:
-        """Modification time and size of the weights: they change when the weights are written again."""
+        """Modification time (ns) and size of the weights file, to detect that it was written again."""
         try:
             state = (self.path / WEIGHTS_FILE).stat()
         except OSError:
@@ -135,7 +135,7 @@ class Run:
         return state.st_mtime_ns, state.st_size
 
     def may_be(self, info: Mapping[str, Any]) -> bool:
-        """Whether the description fits what a store says of an SAE: a check before weights are hashed."""
+        """Whether sae, d_in and d_sae match a store's ``info``: a cheap check before hashing weights."""
         if not self.is_finished:
             return False
         try:
@@ -146,15 +146,15 @@ class Run:
         return all(info.get(name, value) == value for name, value in own.items())
 
     def is_indexed_as(self, info: Mapping[str, Any]) -> bool:
-        """Whether this is the SAE of which a store says ``info`` (sae_hash; also sae, d_in, d_sae)."""
+        """Whether this is the SAE that a store describes with ``info`` (sae_hash; also sae, d_in, d_sae)."""
         if not self.may_be(info):
             return False
         try:
             return bool(weights_hash(self.load()) == info["sae_hash"])
-        except UserError:  # a run that cannot be read may be another SAE's
+        except UserError:  # an unreadable run is skipped: it may belong to another SAE
             return False
 
-    # Where it comes from --------------------------------------------------------------------------
+    # Origin ---------------------------------------------------------------------------------------
 
     @functools.cached_property
     def provenance(self) -> Provenance:
@@ -179,21 +179,21 @@ class Run:
         )
 
     def contexts(self) -> ContextSettings | None:
-        """How the contexts of its activations were made; None if no model read any (an imported array).
+        """How the contexts of the activations were made; None for activations imported from an array.
 
-        Runs of saebench 0.1 do not record it: for them it is read from their cache. A folder that names a
-        model but neither contexts nor a cache gives None, with a warning.
+        Runs of saebench 0.1 do not record this; it is read from their cache. A folder that names a model but
+        neither contexts nor a cache gives None and prints a warning.
 
         Raises:
-            UserError: a run of saebench 0.1 whose cache is not where it was.
+            UserError: the run is one of saebench 0.1 and its cache is not at the recorded path.
         """
         origin = self.provenance
         if origin.contexts_recorded:
             return origin.contexts
         if origin.cache is None:
             print(
-                f"warning: {self} does not record how contexts were made; prompts begin as the tokenizer "
-                "begins them (bos=True or bos=False says otherwise)",
+                f"warning: {self} does not record how contexts were made; prompts begin with BOS if the "
+                "tokenizer adds it (bos=True or bos=False overrides this)",
                 file=sys.stderr,
             )
             return None
@@ -201,7 +201,7 @@ class Run:
         if place is None:
             raise UserError(
                 f"{self} was trained by saebench 0.1, which did not record whether contexts begin with BOS, "
-                f"and its cache {origin.cache} is not there (seen from {Path.cwd()}); give bos=True or "
+                f"and its cache {origin.cache} does not exist (seen from {Path.cwd()}); give bos=True or "
                 "bos=False for a prompt, or name the cache"
             )
         from saebench.activations.cache import open_cache
@@ -212,10 +212,10 @@ class Run:
         return self.__fspath__()
 
     def find_cache(self) -> Path | None:
-        """Where the cache of the training is: its recorded path, from here or from a folder above the run.
+        """Path of the training's cache; None if it is not found.
 
-        A cache counts as found only if its hash is the recorded one, where one is recorded. None if there is
-        none.
+        The recorded path is tried as it is and, if relative, from each folder above the run. If a hash is
+        recorded, a cache counts as found only if its hash is equal.
         """
         origin = self.provenance
         if origin.cache is None:
@@ -230,7 +230,7 @@ class Run:
         """The cache that the SAE was trained on.
 
         Raises:
-            UserError: the run does not name one, it is gone, or its contents have changed since.
+            UserError: the run does not record its cache, or the cache was deleted or changed.
         """
         from saebench.activations.cache import open_cache
 
@@ -241,7 +241,8 @@ class Run:
             )
         place = self.find_cache()
         if place is None and recorded.exists():
-            found = _cache_hash(recorded)  # before saying that it changed, say what is wrong with it
+            found = _cache_hash(recorded)
+            # A cache that cannot be read raises its own error in open_cache.
             if found is None:
                 return open_cache(recorded)
             raise UserError(
@@ -257,7 +258,7 @@ class Run:
         return open_cache(place)
 
     def warn_of_other_model(self, cache: ActivationCache) -> None:
-        """Print a warning if another model made ``cache`` than the one that the SAE was trained on."""
+        """Print a warning if ``cache`` was made with another model than the SAE's training cache."""
         own, theirs = self.provenance.model, cache.model
         if own is not None and theirs is not None and own["hash"] != theirs["hash"]:
             print(
@@ -268,15 +269,15 @@ class Run:
 
 
 def find_run(runs: Iterable[Run], info: Mapping[str, Any]) -> Run | None:
-    """The first of ``runs`` that is the SAE of which a store says ``info``; see `Run.is_indexed_as`."""
+    """The first of ``runs`` whose SAE a store describes with ``info``; see `Run.is_indexed_as`."""
     return next((run for run in runs if run.is_indexed_as(info)), None)
 
 
 def load(path: Path | str, *, device: str | torch.device = "cpu") -> SAE:
     """Load a trained SAE from a run directory or any folder with ``sae.json`` and ``sae.safetensors``.
 
-    A checkpoint of a run, ``RUN/checkpoints/step-....safetensors``, is loaded as it was then; thresholds that
-    are only set when a training ends are not set there.
+    ``path`` can also be a checkpoint, ``RUN/checkpoints/step-NNNNNNNNN.safetensors``. Thresholds that are set
+    only at the end of a training are not calibrated in a checkpoint.
 
     >>> sae = sb.load(run)
     >>> codes = sae.encode(cache.activations()[:8])
@@ -290,7 +291,7 @@ def load(path: Path | str, *, device: str | torch.device = "cpu") -> SAE:
 
 
 def _cache_hash(place: Path) -> str | None:
-    """Hash of the cache at ``place``; None where there is none that can be read."""
+    """Hash of the cache at ``place``; None if it does not exist or cannot be read."""
     from saebench.activations.manifest import read_cache_manifest
 
     try:

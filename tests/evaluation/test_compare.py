@@ -1,4 +1,4 @@
-"""``compare`` on reports whose numbers are known."""
+"""``compare`` on evaluations with known numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write(run: Path, *, file: str = "eval.json", seed: int = 0, beta: float = 1.
     return run
 
 
-def test_seeds_become_one_row_and_ways_of_choosing_rows_of_their_own(tmp_path: Path) -> None:
+def test_seeds_share_one_row_and_each_inference_mode_has_its_own(tmp_path: Path) -> None:
     runs = [write(tmp_path / f"s{i}", seed=i, fvu=fvu) for i, fvu in enumerate((0.4, 0.5, 0.6))]
     runs.append(write(tmp_path / "wide", k=8))
     gradient = write(tmp_path / "g", sae="gradient", inference="plain")
@@ -43,13 +43,13 @@ def test_seeds_become_one_row_and_ways_of_choosing_rows_of_their_own(tmp_path: P
     assert not made.warnings
 
 
-def test_runs_of_one_architecture_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+def test_labels_include_settings_that_differ_within_an_architecture(tmp_path: Path) -> None:
     runs = [write(tmp_path / f"b{beta}", sae="gradient", beta=beta) for beta in (0.3, 3.0)]
     made = compare(runs=(*runs, write(tmp_path / "t", beta=7.0), write(tmp_path / "t8", beta=7.0, k=8)))
     assert [row.label for row in made.rows] == ["gradient, beta 0.3", "gradient, beta 3.0", "topk", "topk"]
 
 
-def test_a_run_counts_once_however_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_named_by_several_paths_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = write(Path("a"))
     (tmp_path / "link").symlink_to(tmp_path / "a")
@@ -58,7 +58,7 @@ def test_a_run_counts_once_however_it_is_named(tmp_path: Path, monkeypatch: pyte
     assert made.rows[0].sd["fvu"] is None and not made.warnings
 
 
-def test_runs_of_one_seed_are_no_seeds(tmp_path: Path) -> None:
+def test_runs_with_equal_settings_and_seed_count_once(tmp_path: Path) -> None:
     runs = [
         write(tmp_path / name, seed=seed, fvu=fvu)
         for name, seed, fvu in (("a", 0, 0.4), ("b", 1, 0.6), ("copy", 0, 0.4))
@@ -66,10 +66,10 @@ def test_runs_of_one_seed_are_no_seeds(tmp_path: Path) -> None:
     made = compare(runs=tuple(runs))
     assert [row.runs for row in made.rows] == [(str(runs[0]), str(runs[1]))]
     assert made.rows[0].mean["fvu"] == pytest.approx(0.5)
-    assert made.warnings == (f"{runs[2]} has the settings and the seed of {runs[0]} and is left out",)
+    assert made.warnings == (f"{runs[2]} has the same settings and seed as {runs[0]} and is left out",)
 
 
-def test_what_is_hard_to_compare_is_said(tmp_path: Path) -> None:
+def test_differing_measurements_give_warnings(tmp_path: Path) -> None:
     runs = (write(tmp_path / "a"), write(tmp_path / "b", k=8, n_tokens=7, rows="all", kl=None))
     made = compare(runs=runs)
     assert len(made.warnings) == 2
@@ -77,7 +77,7 @@ def test_what_is_hard_to_compare_is_said(tmp_path: Path) -> None:
     assert made.rows[1].mean["kl"] is None
 
 
-def test_the_files_hold_what_the_table_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_written_files_match_printed_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [write(tmp_path / f"r{k}", k=k, l0=float(k), fvu=1 / k) for k in (2, 4, 8)]
     out = tmp_path / "out"
     assert main(["compare", *map(str, runs), "--out", str(out), "--json"]) == 0
@@ -92,7 +92,7 @@ def test_the_files_hold_what_the_table_shows(tmp_path: Path, capsys: pytest.Capt
     assert len(curves) == 4
 
 
-def test_a_picture_that_cannot_be_made_is_a_sentence_and_the_page_is_there(
+def test_missing_browser_gives_one_sentence_and_keeps_html(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import plotly.graph_objects as go
@@ -106,7 +106,7 @@ def test_a_picture_that_cannot_be_made_is_a_sentence_and_the_page_is_there(
     assert (tmp_path / "out" / "compare.html").exists()
 
 
-def test_bad_runs_are_refused(tmp_path: Path) -> None:
+def test_missing_or_damaged_evaluations_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="run saebench eval"):
         compare(runs=(tmp_path / "empty",))

@@ -1,4 +1,4 @@
-"""``evaluate`` on caches and runs as they are on disk."""
+"""``evaluate`` without a model, on caches and runs on disk."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def x() -> torch.Tensor:
     return torch.randn(1000, D_IN, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_held_out_rows_of_the_runs_own_cache(
+def test_default_measures_held_out_rows_of_training_cache(
     tmp_path: Path, make_cache: MakeCache, x: torch.Tensor
 ) -> None:
     cache = make_cache(tmp_path / "cache", x)
@@ -60,7 +60,7 @@ def _tuples(value: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
 
 
-def test_rows_and_tokens_are_as_asked(tmp_path: Path, make_cache: MakeCache, x: torch.Tensor) -> None:
+def test_rows_and_tokens_select_measured_rows(tmp_path: Path, make_cache: MakeCache, x: torch.Tensor) -> None:
     make_cache(tmp_path / "cache", x)
     sae = save_run(tmp_path / "run", cache=tmp_path / "cache")
     report = evaluate(run=tmp_path / "run", rows="all", tokens=300, quiet=True, device="cpu")
@@ -70,9 +70,7 @@ def test_rows_and_tokens_are_as_asked(tmp_path: Path, make_cache: MakeCache, x: 
     assert again == report
 
 
-def test_an_sae_alone_is_measured_on_the_cache_that_is_named(
-    tmp_path: Path, make_cache: MakeCache, x: torch.Tensor
-) -> None:
+def test_sae_without_run_needs_named_cache(tmp_path: Path, make_cache: MakeCache, x: torch.Tensor) -> None:
     make_cache(tmp_path / "cache", x)
     save_run(tmp_path / "sae", hook=None)
     with pytest.raises(UserError, match=r"does not say which cache .* --cache"):
@@ -81,7 +79,7 @@ def test_an_sae_alone_is_measured_on_the_cache_that_is_named(
     assert report.n_tokens == 50
 
 
-def test_a_cache_that_is_not_where_it_was_is_asked_for(
+def test_missing_training_cache_is_refused_with_its_path(
     tmp_path: Path, make_cache: MakeCache, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = make_cache(tmp_path / "cache", x)
@@ -94,7 +92,7 @@ def test_a_cache_that_is_not_where_it_was_is_asked_for(
         evaluate(run="../run", quiet=True, device="cpu")
 
 
-def test_what_does_not_fit_is_refused_and_the_last_report_stays(
+def test_mismatched_input_is_refused_and_keeps_last_report(
     tmp_path: Path, make_cache: MakeCache, x: torch.Tensor
 ) -> None:
     good, run = tmp_path / "cache", tmp_path / "run"
@@ -117,12 +115,12 @@ def test_what_does_not_fit_is_refused_and_the_last_report_stays(
     data = bytearray(shard.read_bytes())
     data[-4:] = struct.pack("<f", float("nan"))
     shard.write_bytes(data)
-    refused("activation of row 49 of those evaluated is NaN")
+    refused("activation of evaluated row 49 is NaN")
     with pytest.raises(UserError, match="holds no SAE"):
         evaluate(run=tmp_path / "nowhere", quiet=True)
 
 
-def test_a_run_whose_description_is_damaged_is_refused(tmp_path: Path) -> None:
+def test_damaged_run_description_is_refused(tmp_path: Path) -> None:
     save_run(tmp_path / "run", cache=tmp_path / "cache")
     for train in ({"cache": 5}, []):
         (tmp_path / "run" / "run.json").write_text(json.dumps({"format_version": 1, "train": train}))

@@ -20,7 +20,7 @@ D_IN, VOCAB, HOOK = 6, 11, "middle"
 
 
 class TinyModel:
-    """Embedding -> hook -> causal running mean -> unembedding. Remembers what left the hook."""
+    """Embedding -> hook -> causal running mean -> unembedding. Records the activations after the hook."""
 
     def __init__(self, seed: int = 0) -> None:
         g = torch.Generator().manual_seed(seed)
@@ -95,7 +95,9 @@ def next_tokens(contexts: Contexts) -> list[int]:
 
 @given(seed=st.integers(0, 2**16), batch_size=st.integers(1, 6), block=st.sampled_from([1, 44, 2**25]))
 @settings(deadline=None, max_examples=25)
-def test_every_number_equals_the_one_computed_by_hand(seed: int, batch_size: int, block: int) -> None:
+def test_metrics_equal_reference_computed_position_by_position(
+    seed: int, batch_size: int, block: int
+) -> None:
     model, contexts, mean = TinyModel(seed), random_contexts(seed), torch.linspace(-1, 1, D_IN)
     sae = Map(lambda x: 0.8 * x + 0.1)
     with pytest.MonkeyPatch.context() as patch:
@@ -129,33 +131,33 @@ def measure(function: Callable[[Tensor], Tensor], mean: Tensor) -> faithfulness.
     return faithfulness_metrics(Map(function), TinyModel(), HOOK, contexts.batches(2), mean_activation=mean)
 
 
-def test_a_perfect_reconstruction_changes_nothing() -> None:
+def test_perfect_reconstruction_has_no_loss_change() -> None:
     got = measure(lambda x: x, torch.zeros(D_IN))
     assert got.ce_spliced == got.ce_clean
     assert got.kl == 0
     assert got.ce_loss_score in (1, None)
 
 
-def test_reconstructing_the_mean_is_the_mean_ablation() -> None:
+def test_mean_reconstruction_equals_mean_ablation() -> None:
     mean = torch.linspace(-1, 1, D_IN)
     got = measure(lambda x: mean.expand_as(x), mean)
     assert got.ce_spliced == got.ce_mean != got.ce_zero
 
 
-def test_reconstructing_zero_is_the_zero_ablation() -> None:
+def test_zero_reconstruction_equals_zero_ablation() -> None:
     got = measure(torch.zeros_like, torch.ones(D_IN))
     assert got.ce_spliced == got.ce_zero
     assert got.ce_loss_score in (0, None)
 
 
-def test_a_model_that_zeros_do_not_hurt_has_no_score() -> None:
+def test_ce_loss_score_is_none_if_zeros_do_not_increase_loss() -> None:
     metrics = faithfulness.FaithfulnessMetrics(
         n_tokens=1, ce_clean=2.0, ce_spliced=2.5, ce_zero=2.0, ce_mean=2, kl=0.1
     )
     assert metrics.ce_loss_score is None
 
 
-def test_only_kept_positions_are_touched_and_the_rows_go_through_reconstruct_once() -> None:
+def test_only_kept_positions_change_and_reconstruct_gets_rows_once() -> None:
     model, contexts, rows = TinyModel(), random_contexts(3), []
 
     def reconstruct(x_PD: Tensor) -> Tensor:
@@ -173,13 +175,13 @@ def test_only_kept_positions_are_touched_and_the_rows_go_through_reconstruct_onc
     assert torch.equal(torch.cat(rows), clean[contexts.keep_BT])
 
 
-def test_contexts_without_a_scored_prediction_are_refused() -> None:
+def test_contexts_without_scored_prediction_are_refused() -> None:
     one = Contexts(torch.zeros(2, 3, dtype=torch.int32), torch.tensor([1, 1]), torch.eye(2, 3) > 5)
     with pytest.raises(UserError, match="no prediction to score"):
         faithfulness_metrics(Map(lambda x: x), TinyModel(), HOOK, [one], mean_activation=torch.zeros(D_IN))
 
 
-def test_a_model_with_damaged_weights_is_refused() -> None:
+def test_model_with_nan_weights_is_refused() -> None:
     model = TinyModel()
     model.W_U[0, 0] = math.nan
     with pytest.raises(UserError, match="clean loss on these contexts is nan"):

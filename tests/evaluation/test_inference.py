@@ -1,4 +1,4 @@
-"""``evaluate --inference``: each way of choosing latents is measured as itself, in a report of its own."""
+"""``evaluate`` with ``inference``: each inference mode is measured and has its own report."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def cache(
 
 @pytest.fixture
 def run(tmp_path: Path, cache: ActivationCache) -> Path:
-    """A gradient SAE as it is before training, whose picks are far from TopK's."""
+    """An untrained gradient SAE, whose picks differ widely from TopK's."""
     sae = GradientSAE(GradientSpec(d_sae=64, k=6, beta=10), D_IN)
     sae.initialize(Batch(cache.activations()[:2000], cache.gradients()[:2000]), seed=0)
     return save(sae, tmp_path / "run", cache)
@@ -64,7 +64,7 @@ def run_evaluate(run: Path, **settings: Any) -> EvalReport:
     return evaluate(run=run, device="cpu", quiet=True, **{"tokens": TOKENS, **settings})
 
 
-def test_every_way_has_a_report_of_its_own(run: Path) -> None:
+def test_each_inference_mode_writes_its_own_report(run: Path) -> None:
     plain = run_evaluate(run)
     assert (plain.inference, plain.picks_changed) == ("plain", None)
     before = (run / "eval.json").read_bytes()
@@ -81,7 +81,7 @@ def test_every_way_has_a_report_of_its_own(run: Path) -> None:
     assert run_evaluate(run, inference="plain") == plain
 
 
-def test_the_oracle_reads_the_gradients_of_the_cache(run: Path, cache: ActivationCache) -> None:
+def test_oracle_on_cached_rows_reads_gradients_of_cache(run: Path, cache: ActivationCache) -> None:
     sae, row_N = load(run), choose_rows(cache, rows="held-out", tokens=TOKENS)
     x_ND, g_ND = cache.activations()[row_N], cache.gradients()[row_N]
     report = run_evaluate(run, inference="oracle")
@@ -97,9 +97,7 @@ def test_the_oracle_reads_the_gradients_of_the_cache(run: Path, cache: Activatio
     assert reconstruction_metrics(sae, [x_ND]).fvu != pytest.approx(report.fvu)
 
 
-def test_spliced_into_the_model_the_oracle_reads_the_models_own_gradients(
-    run: Path, cache: ActivationCache
-) -> None:
+def test_oracle_spliced_into_model_reads_gradients_of_model(run: Path, cache: ActivationCache) -> None:
     sae = load(run)
     contexts = cache_contexts(cache, choose_rows(cache, rows="held-out", tokens=TOKENS))
     model, tokens_BT = load_model(cache.model["name"]), contexts.tokens_BT
@@ -110,7 +108,7 @@ def test_spliced_into_the_model_the_oracle_reads_the_models_own_gradients(
     log_p_BTV = model.logits(tokens_BT, edit={HOOK: lambda _: new_BTD}).double().log_softmax(-1)
     b, t, target = contexts.scored()
     report = run_evaluate(run, inference="oracle", model="cache", batch_size=3)
-    assert report.n_tokens_model == len(b) == TOKENS  # every row of a cache with gradients predicts something
+    assert report.n_tokens_model == len(b) == TOKENS  # in a cache with gradients, every row has a next token
     assert report.ce_spliced == pytest.approx(-log_p_BTV[b, t, target].mean().item(), abs=1e-5)
     others = [run_evaluate(run, inference=way, model="cache") for way in ("plain", "proxy")]
     assert all(other.ce_clean == pytest.approx(report.ce_clean, abs=1e-6) for other in others)
@@ -118,7 +116,7 @@ def test_spliced_into_the_model_the_oracle_reads_the_models_own_gradients(
 
 
 @pytest.mark.parametrize("inference", ["plain", "proxy", "oracle"])
-def test_reading_the_same_text_gives_the_same_numbers(run: Path, tiny_text: Path, inference: str) -> None:
+def test_text_of_cache_gives_same_numbers_as_cache(run: Path, tiny_text: Path, inference: str) -> None:
     settings = {"inference": inference, "model": "cache"}
     from_cache, from_text = run_evaluate(run, **settings), run_evaluate(run, text=str(tiny_text), **settings)
     for name in ("n_tokens", "n_tokens_model", "fvu", "ce_clean", "ce_spliced", "kl", "picks_changed"):
@@ -127,26 +125,28 @@ def test_reading_the_same_text_gives_the_same_numbers(run: Path, tiny_text: Path
         assert found == (expected if expected is None else pytest.approx(expected, abs=1e-5)), name
 
 
-def test_of_a_text_an_oracle_reads_what_predicts_something(
+def test_oracle_on_text_measures_only_positions_with_next_token(
     run: Path, tiny_model_folder: Path, tiny_text: Path
 ) -> None:
-    (run / "run.json").unlink()  # nothing says how contexts were packed
+    (run / "run.json").unlink()  # without it, the packing of contexts is not recorded
     settings = {"model": str(tiny_model_folder), "text": str(tiny_text)}
     measured = [run_evaluate(run, inference=way, **settings) for way in ("oracle", "plain")]
     assert [report.n_tokens for report in measured] == [TOKENS, TOKENS]
     assert measured[0].n_tokens_model == TOKENS > measured[1].n_tokens_model
 
 
-def test_what_an_sae_or_a_cache_cannot_do_is_one_sentence(
+def test_unsupported_inference_mode_is_refused_with_one_sentence(
     run: Path, tmp_path: Path, cache: ActivationCache, make_cache: Callable[..., ActivationCache]
 ) -> None:
     topk = TopKSAE(TopKSpec(d_sae=64, k=6), D_IN)
     topk.initialize(Batch(cache.activations()[:500]), seed=0)
     other = save(topk, tmp_path / "topk", cache)
     assert run_evaluate(other).inference is None
-    with pytest.raises(UserError, match="a topk SAE chooses its latents in one way only; leave --inference"):
+    with pytest.raises(UserError, match="a topk SAE has only one inference mode; leave --inference"):
         run_evaluate(other, inference="plain")
-    with pytest.raises(UserError, match=r"--inference best is not a way .* there is plain, proxy, oracle"):
+    with pytest.raises(
+        UserError, match=r"--inference best is not an inference mode .* one of plain, proxy, oracle"
+    ):
         run_evaluate(run, inference="best")
     bare = make_cache(tmp_path / "bare", cache.activations(), hook=HOOK)
     with pytest.raises(UserError, match=f"the cache {bare.path} has no gradients at {HOOK}"):
@@ -154,6 +154,6 @@ def test_what_an_sae_or_a_cache_cannot_do_is_one_sentence(
     assert not list(run.glob("eval*")) and [path.name for path in other.glob("eval*")] == ["eval.json"]
 
 
-def test_the_table_says_what_an_oracle_sees(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_marks_oracle_as_seeing_next_tokens(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(run), "--inference", "oracle", "--tokens", "100", "--quiet"]) == 0
     assert "oracle (sees the next tokens)" in capsys.readouterr().out

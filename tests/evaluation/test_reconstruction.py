@@ -1,4 +1,4 @@
-"""Reconstruction metrics against brute force in float64 numpy."""
+"""Reconstruction metrics against a direct computation in float64 numpy."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def constant(b_dec: torch.Tensor, d_sae: int = 4) -> Linear:
 
 @given(seed=st.integers(0, 2**16), n=st.integers(2, 60), d_in=st.integers(1, 9), d_sae=st.integers(1, 17))
 @settings(deadline=None, max_examples=40)
-def test_equals_brute_force(seed: int, n: int, d_in: int, d_sae: int) -> None:
+def test_metrics_equal_direct_float64_computation(seed: int, n: int, d_in: int, d_sae: int) -> None:
     sae = random_sae(d_in, d_sae, seed)
     x = torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed + 1)) + 3
     got = reconstruction_metrics(sae, [x])
@@ -77,9 +77,7 @@ def test_equals_brute_force(seed: int, n: int, d_in: int, d_sae: int) -> None:
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 @settings(deadline=None, max_examples=30)
-def test_however_rows_are_split_the_result_is_the_same(
-    cuts: list[int], mean: float, dtype: torch.dtype
-) -> None:
+def test_batch_sizes_do_not_change_metrics(cuts: list[int], mean: float, dtype: torch.dtype) -> None:
     x = (100 * torch.randn(200, 5, generator=torch.Generator().manual_seed(7)) + mean).to(dtype)
     sae = constant(torch.full((5,), mean) + 0.1)
     whole = reconstruction_metrics(sae, [x])
@@ -90,34 +88,34 @@ def test_however_rows_are_split_the_result_is_the_same(
     assert torch.equal(parts.density, whole.density)
 
 
-def test_an_sae_that_reproduces_its_input_is_perfect() -> None:
+def test_identity_sae_explains_all_variance() -> None:
     got = reconstruction_metrics(identity(6), [torch.randn(50, 6)])
     assert (got.fvu, got.explained_variance) == (0, 1)
     assert got.cosine_similarity == pytest.approx(1, abs=1e-12)
     assert got.l0 == pytest.approx(6, abs=1e-12)
 
 
-def test_an_sae_that_outputs_the_mean_explains_nothing() -> None:
+def test_sae_that_outputs_mean_explains_no_variance() -> None:
     x = torch.arange(24.0).view(8, 3)  # small integers: the mean is exact in fp32
     got = reconstruction_metrics(constant(x.mean(0)), [x])
     assert got.explained_variance == pytest.approx(0, abs=1e-12)
     assert (got.l0, got.dead_fraction) == (0, 1)
 
 
-def test_the_variance_survives_a_mean_far_larger_than_the_spread() -> None:
+def test_variance_is_exact_if_mean_is_far_larger_than_deviation() -> None:
     x = torch.tensor([[2.0**20], [2.0**20 + 1]])
     got = reconstruction_metrics(constant(torch.tensor([2.0**20])), [x])
     assert got.fvu == 2.0  # error 1, variance 2 * (1/2)^2
 
 
-def test_a_latent_picked_twice_in_a_row_counts_once_and_padding_never() -> None:
+def test_latent_picked_twice_for_a_row_counts_once_and_padding_never() -> None:
     values = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 0.0], [3.0, 1.0, -1.0]])
     indices = torch.tensor([[2, 2, 0], [1, 1, 1], [0, 2, 0]])
     codes = SparseCodes.from_topk(values, indices, d_sae=4)
     assert fires(codes).tolist() == [1, 0, 2, 0]
 
 
-def test_codes_that_are_given_are_measured_in_the_place_of_the_sae_s_own() -> None:
+def test_given_codes_are_measured_instead_of_encoded_ones() -> None:
     x = torch.randn(50, 3)
     meter = ReconstructionMeter(identity(3))
     none = SparseCodes.from_topk(torch.zeros(50, 1), torch.zeros(50, 1).int(), d_sae=6)
@@ -127,7 +125,7 @@ def test_codes_that_are_given_are_measured_in_the_place_of_the_sae_s_own() -> No
 
 @given(hnp.arrays(np.int64, st.integers(1, 40), elements=st.integers(0, 1000)))
 @settings(deadline=None, max_examples=40)
-def test_every_latent_is_in_one_bin_or_dead(counts: np.ndarray) -> None:
+def test_histogram_puts_each_latent_in_one_bin_or_dead(counts: np.ndarray) -> None:
     n = 1000
     metrics = reconstruction_metrics(identity(1), [torch.arange(4.0)[:, None]])
     metrics = type(metrics)(**{**metrics.__dict__, "n_tokens": n, "density": torch.from_numpy(counts / n)})
@@ -141,15 +139,15 @@ def test_every_latent_is_in_one_bin_or_dead(counts: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_activations_that_are_not_finite_are_refused_by_row(bad: float) -> None:
+def test_activation_that_is_not_finite_is_refused_with_its_row(bad: float) -> None:
     x = torch.randn(20, 3)
     x[13, 1] = bad
-    with pytest.raises(UserError, match="activation of row 13 "):
+    with pytest.raises(UserError, match="activation of evaluated row 13 "):
         reconstruction_metrics(identity(3), [x[:8], x[8:]])
 
 
-def test_an_sae_with_damaged_weights_is_refused() -> None:
-    with pytest.raises(UserError, match="reconstruction of row 0 "):
+def test_sae_with_nan_weights_is_refused() -> None:
+    with pytest.raises(UserError, match="reconstruction of evaluated row 0 "):
         reconstruction_metrics(constant(torch.tensor([math.nan])), [torch.randn(4, 1)])
 
 

@@ -1,4 +1,4 @@
-"""Which rows and contexts are measured."""
+"""Choice of the rows and contexts to measure on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from saebench.evaluation.samples import (
 
 
 class RowsInMemory(SimpleNamespace):
-    """The parts of an ActivationCache that are read here."""
+    """The parts of an ActivationCache that these functions read."""
 
     path = "cache"
 
@@ -60,7 +60,7 @@ class RowsInMemory(SimpleNamespace):
     size=st.integers(1, 9),
 )
 @settings(deadline=None, max_examples=60)
-def test_contexts_keep_exactly_the_positions_of_the_first_rows(
+def test_cache_contexts_keep_exactly_positions_of_chosen_rows(
     seed: int, n_contexts: int, ctx_len: int, tokens: int, rows: str, size: int
 ) -> None:
     cache = RowsInMemory(n_contexts=n_contexts, ctx_len=ctx_len, seed=seed)
@@ -82,7 +82,7 @@ def test_contexts_keep_exactly_the_positions_of_the_first_rows(
 
 
 @given(st.lists(st.booleans(), max_size=40), st.booleans(), st.integers(1, 50), st.integers(1, 9))
-def test_the_first_rows_are_found_piece_by_piece(
+def test_first_rows_do_not_depend_on_piece_size(
     mask: list[bool], wanted: bool, limit: int, piece: int
 ) -> None:
     held_out_N = torch.tensor(mask, dtype=torch.bool)
@@ -90,7 +90,7 @@ def test_the_first_rows_are_found_piece_by_piece(
     assert first_rows(held_out_N, wanted, limit=limit, piece=piece).tolist() == expected
 
 
-def test_the_mean_is_over_training_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mean_activation_uses_only_training_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = RowsInMemory(n_contexts=40, ctx_len=9, seed=3)
     training = cache.rows[~cache.held_out]
     mean = mean_training_activation(cache, "h", size=7)
@@ -101,14 +101,14 @@ def test_the_mean_is_over_training_rows_alone(monkeypatch: pytest.MonkeyPatch) -
     assert mean_training_activation(cache, "h") is None
 
 
-def test_training_rows_that_are_not_finite_are_refused() -> None:
+def test_training_row_that_is_not_finite_is_refused() -> None:
     cache = RowsInMemory(n_contexts=40, ctx_len=9, seed=3)
     cache.rows[(~cache.held_out).nonzero()[2], 1] = torch.nan
     with pytest.raises(UserError, match="training rows of cache at h hold NaN"):
         mean_training_activation(cache, "h")
 
 
-def test_training_rows_are_not_taken_unasked() -> None:
+def test_cache_without_held_out_rows_is_refused_unless_rows_all() -> None:
     cache = RowsInMemory(n_contexts=4, ctx_len=9, seed=3)
     cache.held_out[:] = False
     with pytest.raises(UserError, match=r"rows of cache is held out from training; .* add --rows all"):
@@ -116,7 +116,7 @@ def test_training_rows_are_not_taken_unasked() -> None:
     assert choose_rows(cache, rows="all", tokens=5).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_model_cannot_read_an_import() -> None:
+def test_imported_cache_without_tokens_is_refused() -> None:
     cache = SimpleNamespace(path="cache", ctx=None, pos=None, context_tokens=None, context_len=None)
     with pytest.raises(UserError, match="cache was imported without tokens"):
         cache_contexts(cache, torch.arange(3))

@@ -1,4 +1,4 @@
-"""``evaluate`` with a model: a random two-layer GPT-2, and SAEs whose effect on it is known exactly."""
+"""``evaluate`` with a random two-layer GPT-2 and SAEs whose effect on the model is known exactly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NUMBERS = ("fvu", "cosine_similarity", "ce_clean", "ce_spliced", "ce_zero", "ce_
 def cache(
     tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, tiny_text: Path
 ) -> ActivationCache:
-    """All of the tiny text, in fp32, so that nothing is lost between the cache and the model."""
+    """All of the tiny text in fp32, so that cached activations equal those of the model."""
     return harvest(
         out=tmp_path_factory.mktemp("cache") / "cache",
         model=str(tiny_model_folder),
@@ -59,7 +59,7 @@ def run_evaluate(run: Path, **settings: Any) -> EvalReport:
     return evaluate(run=run, device="cpu", quiet=True, **settings)
 
 
-def test_a_perfect_sae_costs_nothing_and_ce_is_the_models_own(tmp_path: Path, cache: ActivationCache) -> None:
+def test_perfect_sae_keeps_ce_equal_to_transformers(tmp_path: Path, cache: ActivationCache) -> None:
     run = save_run(tmp_path / "run", cache, torch.ones(D_IN), torch.zeros(D_IN))
     report = run_evaluate(run, model="cache", batch_size=3)
     assert report.fvu == 0
@@ -85,7 +85,7 @@ def test_a_perfect_sae_costs_nothing_and_ce_is_the_models_own(tmp_path: Path, ca
     assert report.ce_clean == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
-def test_the_mean_and_zero_are_their_ablations(tmp_path: Path, cache: ActivationCache) -> None:
+def test_saes_that_output_mean_or_zero_equal_their_ablations(tmp_path: Path, cache: ActivationCache) -> None:
     mean = cache.activations()[~cache.held_out].double().mean(0).float()
     report = run_evaluate(save_run(tmp_path / "mean", cache, torch.zeros(D_IN), mean), model="cache")
     assert report.ce_spliced == pytest.approx(report.ce_mean, abs=1e-6)
@@ -97,23 +97,23 @@ def test_the_mean_and_zero_are_their_ablations(tmp_path: Path, cache: Activation
     assert report.ce_loss_score in (0, None)
 
 
-def test_the_positions_replaced_are_the_rows_of_the_cache(cache: ActivationCache) -> None:
+def test_replaced_positions_are_rows_of_cache(cache: ActivationCache) -> None:
     row_N = choose_rows(cache, rows="held-out", tokens=70)
     contexts = cache_contexts(cache, row_N)
     assert cache.model is not None
     seen: list[Tensor] = []
 
-    def look(x_BTD: Tensor) -> Tensor:
+    def record(x_BTD: Tensor) -> Tensor:
         seen.append(x_BTD)
         return x_BTD
 
-    load_model(cache.model["name"]).logits(contexts.tokens_BT, edit={HOOK: look})
+    load_model(cache.model["name"]).logits(contexts.tokens_BT, edit={HOOK: record})
     torch.testing.assert_close(seen[0][contexts.keep_BT], cache.activations()[row_N])
     assert not contexts.keep_BT[:, 0].any()
 
 
 @pytest.mark.parametrize("tokens", [100_000, 77, 46])  # everything; half of a context; two whole ones
-def test_reading_the_same_text_gives_the_same_numbers(
+def test_text_of_cache_gives_same_numbers_as_cache(
     tmp_path: Path, cache: ActivationCache, tiny_text: Path, tokens: int
 ) -> None:
     run = save_run(tmp_path / "run", cache, torch.linspace(0.5, 1, D_IN), torch.full((D_IN,), 0.01))
@@ -127,7 +127,9 @@ def test_reading_the_same_text_gives_the_same_numbers(
     assert json.loads((run / "eval.json").read_bytes())["kl"] == from_text.kl
 
 
-def test_a_text_needs_no_cache(tmp_path: Path, cache: ActivationCache, tiny_text: Path) -> None:
+def test_evaluation_on_text_works_without_cache(
+    tmp_path: Path, cache: ActivationCache, tiny_text: Path
+) -> None:
     run = save_run(tmp_path / "run", cache, torch.zeros(D_IN), torch.zeros(D_IN))
     training = {"format_version": 1, "train": {"cache": str(tmp_path / "deleted")}}
     (run / "run.json").write_text(json.dumps({**training, "contexts": {"ctx": 32, "bos": False}}))
@@ -142,7 +144,7 @@ def test_a_text_needs_no_cache(tmp_path: Path, cache: ActivationCache, tiny_text
         run_evaluate(run, model="cache", text=str(tiny_text), rows="all", tokens=500)
 
 
-def test_what_does_not_fit_is_one_sentence(
+def test_mismatched_model_text_or_hook_is_refused_with_one_sentence(
     tmp_path: Path, cache: ActivationCache, tiny_model_folder: Path, tiny_text: Path
 ) -> None:
     run = save_run(tmp_path / "run", cache, torch.zeros(D_IN), torch.zeros(D_IN))

@@ -1,6 +1,6 @@
-"""Folders as SAELens leaves them, and what SAELens computes from them, written densely in float64.
+"""Folders in the format of SAELens, and a dense float64 reference of what SAELens computes from them.
 
-The dense reference is itself compared with SAELens in tests/peers.
+tests/peers compares the reference with SAELens itself.
 """
 
 import json
@@ -15,7 +15,7 @@ D_IN, D_SAE, K = 12, 40, 5
 
 
 def write_folder(folder, architecture, *, seed=0, version="6.54.12", metadata=None, **settings):
-    """A folder with random weights whose decoder rows are not of norm 1; returns its weights in float64."""
+    """Write a folder with random weights and decoder norms other than 1; return the weights in float64."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -57,7 +57,7 @@ def write_folder(folder, architecture, *, seed=0, version="6.54.12", metadata=No
 
 
 def dense_codes(weights, x_ND, *, architecture, subtract=True, by_norm=False, k=K):
-    """[N, M] codes and [N, D] reconstruction as SAELens has them, with rows of W_dec as they are."""
+    """[N, M] codes and [N, D] reconstruction as SAELens computes them, without normalizing W_dec."""
     x_ND, W_dec = x_ND.double(), weights["W_dec"]
     norm_M = W_dec.norm(dim=1)
     centered_ND = x_ND - weights["b_dec"] if subtract else x_ND
@@ -79,7 +79,7 @@ def dense_codes(weights, x_ND, *, architecture, subtract=True, by_norm=False, k=
 
 
 def dense_pursuit(weights, x_ND, *, k, tolerance=0.0, stop_on_repeat=False):
-    """[N, D] reconstruction by matching pursuit with atoms as long as they are."""
+    """[N, D] reconstruction by matching pursuit, without normalizing the atoms."""
     atoms_MD, residual_ND = weights["W_dec"], x_ND.double() - weights["b_dec"]
     start_ND = residual_ND.clone()
     done_N = torch.zeros(len(x_ND), dtype=torch.bool)
@@ -100,7 +100,7 @@ def rows(n=300, seed=1, d_in=D_IN):
 
 
 def random_sae(name, *, d_in=D_IN, d_sae=D_SAE, k=K):
-    """An initialized SAE of ours whose biases and thresholds are not those of the beginning."""
+    """An initialized SAE of saebench with random biases and calibrated thresholds."""
     sae_class = architecture(name)
     sae = sae_class(sae_class.Spec(d_sae=d_sae, k=k), d_in)
     sae.initialize(Batch(rows(2000, 5, d_in), rows(2000, 6, d_in)), seed=0)

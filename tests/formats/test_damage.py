@@ -1,4 +1,4 @@
-"""Folders of SAELens that cannot be read: one sentence each, and nothing is left behind."""
+"""Importing damaged or unsupported SAELens folders fails with one sentence and writes no SAE."""
 
 import json
 
@@ -56,11 +56,14 @@ def setting(**settings):
         (setting(architecture="transcoder"), "'transcoder'; saebench reads topk, "),
         (setting(architecture=None), "architecture None"),
         (setting(normalize_activations="layer_norm"), "'layer_norm', which cannot be folded"),
-        (setting(normalize_activations="expected_average_only_in"), "has no activation_scaler.json"),
+        (
+            setting(normalize_activations="expected_average_only_in"),
+            "activation_scaler.json with the factor is missing",
+        ),
         (setting(d_in=D_IN + 1), "W_dec has shape"),
         (setting(d_sae=-1), "d_sae is -1"),
         (setting(d_sae="many"), "'d_sae' in .* is 'many'"),
-        (setting(k=None), "needs k"),
+        (setting(k=None), "cfg.json has no k"),
         (setting(k=0), "k is 0"),
         (setting(k=3.7), r"k in cfg.json is 3\.7; a topk SAE needs a whole number"),
         (setting(k=float("nan")), "k in cfg.json is nan"),
@@ -71,7 +74,7 @@ def setting(**settings):
         (setting(metadata={}, activation_fn_str="tanh-relu"), "activation function 'tanh-relu'"),
     ],
 )
-def test_folders_that_cannot_be_read_are_refused_in_a_sentence(change, sentence, tmp_path):
+def test_unreadable_folder_is_refused_with_one_sentence(change, sentence, tmp_path):
     damaged(tmp_path / "theirs", change)
     with pytest.raises(UserError, match=sentence) as refused:
         import_sae(tmp_path / "theirs", out=tmp_path / "ours")
@@ -80,14 +83,14 @@ def test_folders_that_cannot_be_read_are_refused_in_a_sentence(change, sentence,
 
 
 @pytest.mark.parametrize("scale", ["[]", '{"scaling_factor": null}', '{"scaling_factor": 0}', "{"])
-def test_a_scale_that_is_none_is_refused(scale, tmp_path):
+def test_invalid_input_scale_is_refused(scale, tmp_path):
     write_folder(tmp_path / "theirs", "topk", k=K, normalize_activations="expected_average_only_in")
     (tmp_path / "theirs" / "activation_scaler.json").write_text(scale)
     with pytest.raises(UserError, match=r"scaling_factor|damaged"):
         import_sae(tmp_path / "theirs", out=tmp_path / "ours")
 
 
-def test_numbers_that_json_does_not_have_stay_behind(tmp_path):
+def test_metadata_that_is_not_plain_is_not_imported(tmp_path):
     write_folder(tmp_path / "theirs", "topk", k=K, metadata={"l0": float("nan"), "model_name": {"a": 1}})
     import_sae(tmp_path / "theirs", out=tmp_path / "ours")
     facts = json.loads((tmp_path / "ours" / "sae.json").read_text())["imported"]

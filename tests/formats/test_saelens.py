@@ -1,4 +1,4 @@
-"""Folders of SAELens: what is read computes the same, what is written is read back."""
+"""Imported SAELens folders compute what SAELens computes; exported SAEs survive a round trip."""
 
 import json
 
@@ -42,7 +42,7 @@ def settings_of(name):
     [("topk", True), ("topk", False), ("batchtopk", True), ("batchtopk", False)]
     + [(name, False) for name in ("jumprelu", "standard", "gated")],
 )
-def test_what_is_read_computes_the_same(name, by_norm, raw, tmp_path):
+def test_imported_sae_computes_what_saelens_computes(name, by_norm, raw, tmp_path):
     settings = {**settings_of(name), **raw}
     if name in ("topk", "batchtopk"):
         settings["rescale_acts_by_decoder_norm"] = by_norm
@@ -63,7 +63,7 @@ def test_what_is_read_computes_the_same(name, by_norm, raw, tmp_path):
     assert bool(made.notes) is not unit
 
 
-def test_batchtopk_chooses_by_norm_unless_it_says_otherwise(tmp_path):
+def test_batchtopk_selects_by_decoder_norm_by_default(tmp_path):
     weights = write_folder(tmp_path / "theirs", "batchtopk", k=K)
     import_sae(tmp_path / "theirs", out=tmp_path / "ours")
     _, x_hat_ND = dense_codes(weights, rows(), architecture="batchtopk", by_norm=True)
@@ -71,7 +71,7 @@ def test_batchtopk_chooses_by_norm_unless_it_says_otherwise(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["topk", "jumprelu", "standard", "gated"])
-def test_a_checkpoint_whose_inputs_were_scaled_is_folded(name, tmp_path):
+def test_input_scale_of_checkpoint_is_folded_into_weights(name, tmp_path):
     scale = 3.5
     settings = {"normalize_activations": "expected_average_only_in", **settings_of(name)}
     weights = write_folder(tmp_path / "theirs", name, **settings)
@@ -83,7 +83,7 @@ def test_a_checkpoint_whose_inputs_were_scaled_is_folded(name, tmp_path):
     )
 
 
-def test_a_folder_from_before_6_is_read_by_its_own_rules(tmp_path):
+def test_folder_from_before_version_6_is_read_with_its_old_settings(tmp_path):
     weights = write_folder(tmp_path / "theirs", "standard")
     ones = {"scaling_factor": torch.ones(D_IN)}
     file = tmp_path / "theirs" / "sae_weights.safetensors"
@@ -116,7 +116,7 @@ def test_a_folder_from_before_6_is_read_by_its_own_rules(tmp_path):
         ({}, {}, None, 32, True),
     ],
 )
-def test_k_is_what_is_known_of_the_mean_number_of_active_latents(
+def test_k_is_flag_then_l0_then_training_k_then_noted_default(
     settings, metadata, k, expected, noted, tmp_path
 ):
     write_folder(tmp_path / "theirs", "jumprelu", metadata=metadata, **settings)
@@ -125,7 +125,7 @@ def test_k_is_what_is_known_of_the_mean_number_of_active_latents(
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_what_is_written_is_read_back(name, tmp_path):
+def test_exported_sae_is_imported_unchanged(name, tmp_path):
     sae = random_sae(name)
     sae.save(tmp_path / "ours", hook_name="blocks.1.hook_resid_post", model={"name": "tiny", "hash": "0"})
     made = export_sae(tmp_path / "ours", out=tmp_path / "theirs")
@@ -143,8 +143,8 @@ def test_what_is_written_is_read_back(name, tmp_path):
     assert config["metadata"]["sae_lens_version"]
 
 
-def test_matching_pursuit_keeps_its_atoms_and_its_tolerance(tmp_path):
-    """Pursuit is by r . d_i: rows of W_dec stay as long as they are; a tolerance is in the units of x."""
+def test_matching_pursuit_keeps_decoder_norms_and_tolerance(tmp_path):
+    """Pursuit selects by r . d_i, so rows of W_dec keep their norms; the tolerance is in the units of x."""
     scale = 2.0
     settings = {"max_iterations": K, "residual_threshold": 1.5, "stop_on_duplicate_support": False}
     settings["normalize_activations"] = "expected_average_only_in"
@@ -160,8 +160,8 @@ def test_matching_pursuit_keeps_its_atoms_and_its_tolerance(tmp_path):
     assert (config["residual_threshold"], config["max_iterations"]) == (0.75, K)
 
 
-def test_matching_pursuit_that_stops_at_a_repeated_atom(tmp_path):
-    """Which is what SAELens does unless told otherwise; 30 picks of 40 atoms in 12 dimensions repeat."""
+def test_matching_pursuit_stops_at_repeated_atom(tmp_path):
+    """SAELens stops by default; 30 picks out of 40 atoms in 12 dimensions include a repeated one."""
     weights = write_folder(tmp_path / "theirs", "matching_pursuit", max_iterations=30, residual_threshold=0.0)
     import_sae(tmp_path / "theirs", out=tmp_path / "ours")
     sae = load(tmp_path / "ours")
@@ -171,7 +171,7 @@ def test_matching_pursuit_that_stops_at_a_repeated_atom(tmp_path):
     assert picks_N.max() < 30 and torch.equal(picks_N - 1, sae.encode(rows()).l0())
 
 
-def test_matching_pursuit_may_make_more_picks_than_there_are_latents(tmp_path):
+def test_matching_pursuit_with_more_picks_than_latents_is_imported(tmp_path):
     settings = {"residual_threshold": 1e-3, "stop_on_duplicate_support": False}
     weights = write_folder(tmp_path / "theirs", "matching_pursuit", max_iterations=D_SAE + 20, **settings)
     made = import_sae(tmp_path / "theirs", out=tmp_path / "ours")
@@ -182,27 +182,27 @@ def test_matching_pursuit_may_make_more_picks_than_there_are_latents(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "budget"), [("topk", "k"), ("matching_pursuit", "max_iterations")])
-def test_a_k_that_decides_what_is_computed_is_not_replaced(name, budget, tmp_path):
+def test_k_flag_that_contradicts_folder_is_refused(name, budget, tmp_path):
     write_folder(tmp_path / "theirs", name, **{budget: K})
-    with pytest.raises(UserError, match=f"--k {K + 1} is not the k = {K} by which the SAE in"):
+    with pytest.raises(UserError, match=f"--k {K + 1} is not the k = {K} of the SAE in"):
         import_sae(tmp_path / "theirs", out=tmp_path / "ours", k=K + 1)
     assert import_sae(tmp_path / "theirs", out=tmp_path / "ours", k=K).k == K
 
 
-def test_both_ways_take_quiet_as_other_stations_do(tmp_path):
+def test_import_and_export_accept_quiet(tmp_path):
     write_folder(tmp_path / "theirs", "topk", k=K)
     ours, back = str(tmp_path / "ours"), str(tmp_path / "back")
     assert main(["import", str(tmp_path / "theirs"), "--out", ours, "--quiet"]) == 0
     assert main(["export", ours, back, "--quiet"]) == 0
 
 
-def test_a_k_above_the_number_of_latents_is_refused(tmp_path):
+def test_k_above_number_of_latents_is_refused(tmp_path):
     write_folder(tmp_path / "theirs", "standard")
     with pytest.raises(UserError, match=f"--k {D_SAE + 1} is more than the SAE's {D_SAE} latents"):
         import_sae(tmp_path / "theirs", out=tmp_path / "ours", k=D_SAE + 1)
 
 
-def test_matching_pursuit_that_is_not_centered_adds_no_bias(tmp_path):
+def test_matching_pursuit_without_centering_adds_no_bias(tmp_path):
     settings = {"max_iterations": K, "residual_threshold": 0.0, "stop_on_duplicate_support": False}
     weights = write_folder(tmp_path / "theirs", "matching_pursuit", **settings, **RAW)
     import_sae(tmp_path / "theirs", out=tmp_path / "ours")
@@ -214,15 +214,15 @@ def test_matching_pursuit_that_is_not_centered_adds_no_bias(tmp_path):
 @pytest.mark.parametrize(
     ("option", "kind"), [({"orthogonal": True}, "orthogonal"), ({"selection": "absolute"}, "absolute")]
 )
-def test_pursuits_that_saelens_does_not_have_are_refused(option, kind, tmp_path):
+def test_export_of_pursuit_unknown_to_saelens_is_refused(option, kind, tmp_path):
     sae_class = architecture("matching-pursuit")
     sae_class(sae_class.Spec(d_sae=D_SAE, k=K, **option), D_IN).save(tmp_path / "ours")
-    with pytest.raises(UserError, match=f"no form for {kind} matching pursuit"):
+    with pytest.raises(UserError, match=f"SAELens has no {kind} matching pursuit"):
         export_sae(tmp_path / "ours", out=tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
 
 
-def test_an_imported_sae_is_evaluated_and_indexed_like_any_other(tiny_cache, tmp_path):
+def test_imported_sae_is_evaluated_and_indexed(tiny_cache, tmp_path):
     sae_class = architecture("topk")
     sae = sae_class(sae_class.Spec(d_sae=64, k=4), 32)
     sae.initialize(Batch(tiny_cache.activations()[:2000].float()), seed=0)
@@ -238,7 +238,7 @@ def test_an_imported_sae_is_evaluated_and_indexed_like_any_other(tiny_cache, tmp
         assert store.info()["d_sae"] == 64
 
 
-def test_what_the_run_knows_of_its_cache_goes_along(tiny_cache, tmp_path):
+def test_context_settings_and_l0_are_exported_and_imported(tiny_cache, tmp_path):
     train(cache=tiny_cache.path, out=tmp_path / "run", d_sae=32, k=3, tokens=512, batch_size=256, quiet=True)
     evaluate(tmp_path / "run", device="cpu", quiet=True)
     export_sae(tmp_path / "run", out=tmp_path / "theirs")
@@ -252,7 +252,7 @@ def test_what_the_run_knows_of_its_cache_goes_along(tiny_cache, tmp_path):
     assert facts["context_size"] == 32 and facts["format"] == "saelens"
 
 
-def test_the_command_line_takes_an_sae_out_and_back_in(tmp_path, capsys):
+def test_cli_exports_and_imports_sae(tmp_path, capsys):
     random_sae("topk").save(tmp_path / "run", hook_name="h")
     theirs, back = str(tmp_path / "theirs"), str(tmp_path / "back")
     assert main(["export", str(tmp_path / "run"), "--format", "saelens", theirs]) == 0

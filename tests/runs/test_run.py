@@ -1,4 +1,4 @@
-"""A run knows its files, its SAE, and where the SAE comes from."""
+"""``Run``: its files, its SAE, and the recorded origin of the SAE."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def home(tmp_path: Path, tiny_cache: ActivationCache, monkeypatch: pytest.Monkey
 
 
 def as_version_0_1(run: Path) -> None:
-    """Take out what saebench 0.1 did not record."""
+    """Remove what saebench 0.1 did not record."""
     for name in (RUN_FILE, SPEC_FILE):
         facts = json.loads((run / name).read_text())
         facts.pop("contexts")
@@ -40,13 +40,13 @@ def as_version_0_1(run: Path) -> None:
 
 
 def harvest_again(model: Path, text: Path, **settings: object) -> None:
-    """Put other activations in the place of the cache."""
+    """Replace the cache with other activations."""
     shutil.rmtree("cache")
     given = {"hook": "blocks.1.hook_resid_post", "tokens": 1_000_000, "dtype": "fp32", "quiet": True}
     sb.harvest(model=str(model), text=str(text), out="cache", **given, **settings)
 
 
-def test_a_run_records_how_contexts_were_made(home: Path) -> None:
+def test_run_and_sae_files_record_context_settings_and_cache_hash(home: Path) -> None:
     expected = ContextSettings(ctx=32, bos=False, keep_first=False, keep_last=True)
     for name in (RUN_FILE, SPEC_FILE):
         recorded = json.loads((home / "runs" / "a" / name).read_text())
@@ -57,7 +57,7 @@ def test_a_run_records_how_contexts_were_made(home: Path) -> None:
         assert recorded["cache_hash"] == sb.open_cache("cache").hash
 
 
-def test_contexts_are_known_after_the_cache_is_gone_and_from_elsewhere(
+def test_contexts_are_known_after_cache_is_deleted_and_run_is_copied(
     home: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = sb.features_of(TEXT, "runs/a")
@@ -70,29 +70,27 @@ def test_contexts_are_known_after_the_cache_is_gone_and_from_elsewhere(
     assert Run("copy").contexts() == before
 
 
-def test_a_cache_is_found_from_another_working_directory(
+def test_cache_is_found_from_another_working_directory(
     home: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     assert Run(home / "runs" / "a").open_cache().hash == sb.open_cache(home / "cache").hash
 
 
-def test_a_run_of_version_0_1_asks_its_cache_and_refuses_to_guess_without_it(home: Path) -> None:
+def test_run_of_version_0_1_reads_contexts_from_its_cache_or_is_refused(home: Path) -> None:
     run = home / "runs" / "a"
     here = sb.features_of(TEXT, run)
     as_version_0_1(run)
     assert sb.features_of(TEXT, run).equals(here)
     shutil.move("cache", "moved")
     with pytest.raises(
-        UserError, match=r"0\.1.* did not record .*BOS.* cache is not there .* bos=True or bos=False"
+        UserError, match=r"0\.1.* did not record .*BOS.* cache does not exist .* bos=True or bos=False"
     ):
         sb.features_of(TEXT, run)
     assert sb.features_of(TEXT, run, bos=False).equals(here)
 
 
-def test_a_cache_whose_contents_changed_is_refused(
-    home: Path, tiny_model_folder: Path, tiny_text: Path
-) -> None:
+def test_cache_with_changed_contents_is_refused(home: Path, tiny_model_folder: Path, tiny_text: Path) -> None:
     harvest_again(tiny_model_folder, tiny_text, ctx=16)
     for ask in (
         lambda: sb.evaluate("runs/a", quiet=True),
@@ -104,7 +102,7 @@ def test_a_cache_whose_contents_changed_is_refused(
     assert not Run("runs/a").eval_file().exists()
 
 
-def test_a_named_cache_of_another_model_is_used_with_a_warning(
+def test_named_cache_of_another_model_is_used_with_warning(
     home: Path, tiny_model_folder: Path, tiny_text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch
@@ -127,7 +125,7 @@ def test_a_named_cache_of_another_model_is_used_with_a_warning(
         assert "warning: cache holds activations of" in capsys.readouterr().err
 
 
-def test_a_store_finds_its_run_by_the_hash_of_the_weights(home: Path) -> None:
+def test_find_run_matches_hash_of_weights(home: Path) -> None:
     run = Run("runs/a")
     info = {"sae_hash": weights_hash(run.sae), "sae": "topk", "d_in": 32, "d_sae": 32}
     assert find_run([Run("cache"), run], info) is run
@@ -138,7 +136,7 @@ def test_a_store_finds_its_run_by_the_hash_of_the_weights(home: Path) -> None:
     assert find_run([run], info) is None
 
 
-def test_a_run_says_what_is_there(home: Path) -> None:
+def test_run_reports_its_files_and_state(home: Path) -> None:
     run = Run("runs/a")
     assert run.is_training_directory and run.is_finished
     assert run.evaluation() is None and len(run.metrics()) and len(run.sessions()) == 1
@@ -163,6 +161,6 @@ def test_a_run_says_what_is_there(home: Path) -> None:
         ({"context_size": -3}, (None, None, None)),
     ],
 )
-def test_the_metadata_of_another_library_say_how_contexts_were_made(imported, expected) -> None:
+def test_context_settings_are_read_from_saelens_metadata(imported, expected) -> None:
     found = contexts_of_import(imported)
     assert (found and (found.ctx, found.bos, found.keep_first)) == expected

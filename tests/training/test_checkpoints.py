@@ -31,7 +31,7 @@ def test_it_knows_where_it_comes_from_and_can_be_matched(settings, tmp_path):
     early.parent.mkdir(parents=True)
     last = latest_checkpoint(run.path)
     early.write_bytes(last.read_bytes())
-    with pytest.raises(UserError, match=r"is a file but no checkpoint of a run .*; name a run directory"):
+    with pytest.raises(UserError, match=r"is a file but not a checkpoint of a run .*; name a run directory"):
         load(early)
     assert Run(last).provenance.cache == Run(run.path).provenance.cache
     assert match(last, run, quiet=True).stability == 1.0

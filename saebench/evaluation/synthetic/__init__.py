@@ -1,4 +1,4 @@
-"""Data whose features are known, one file a world; how much of them an SAE found (recovery, specifics)."""
+"""Synthetic data with known features, and metrics of how well an SAE recovers them."""
 
 from saebench.evaluation.synthetic.readout import ReadoutWorld
 from saebench.evaluation.synthetic.recovery import RecoveryMetrics, recovery_metrics

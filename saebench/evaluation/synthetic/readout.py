@@ -1,8 +1,9 @@
-"""Small features that matter and large ones that do not: where magnitude is the wrong thing to choose by.
+"""``ReadoutWorld``: small features that a classifier reads, among large features that it does not read.
 
-For the gradient method (Olmo et al. 2024, arXiv 2411.10397): a classifier downstream reads a subspace into
-which small features write. A code of fewer latents than there are active features loses them if it keeps the
-largest activations; the gradient of the classifier's loss, which is known in closed form, points at them.
+It tests the gradient method (Olmo et al. 2024, arXiv 2411.10397). A downstream classifier reads a subspace
+that only small features write to. If a code has fewer latents than there are active features, keeping the
+largest activations loses the small features. The gradient of the classifier's loss, which is known in closed
+form, identifies them.
 
 Shapes: N rows, F features, D = d_in, C classes.
 """
@@ -19,13 +20,13 @@ from saebench.evaluation.synthetic.truth import World, unit_rows
 
 @dataclass(frozen=True, kw_only=True)
 class ReadoutWorld(World):
-    """``n_large`` features of strength 1 + 0.25 N(0, 1), and ``n_small`` of ``small`` times that, cut at 0.
+    """``n_large`` features of strength 1 + 0.25 N(0, 1), and ``n_small`` of ``small`` times that, at least 0.
 
-    All fire independently, the large ones with probability l0_large / n_large and the small ones with
-    l0_small / n_small. Small features are an orthonormal basis of a random subspace, large ones are random
-    directions of its complement, where they are more than there are dimensions. The classifier has the
-    weights W = sharpness * sum_i f_i a_i^T over the small features f_i, a_i standard normal in R^C: its
-    gradient lies in the small features' subspace. Labels are drawn from its softmax.
+    All features fire independently: large ones with probability l0_large / n_large, small ones with
+    l0_small / n_small. Small features are an orthonormal basis of a random subspace. Large features are
+    random directions in its complement; there are more of them than dimensions. The classifier has the
+    weights W = sharpness * sum_i f_i a_i^T over the small features f_i, with a_i standard normal in R^C, so
+    its gradient is in the subspace of the small features. Labels are drawn from its softmax.
     """
 
     n_large: int = 192
@@ -37,7 +38,7 @@ class ReadoutWorld(World):
     """Strength of a small feature relative to a large one."""
     n_classes: int = 16
     sharpness: float = 8.0
-    """Scale of the logits: the larger, the more of the label a row decides."""
+    """Scale of the logits; a larger scale makes labels less random given the row."""
 
     @property
     def n_features(self) -> int:

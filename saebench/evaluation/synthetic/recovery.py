@@ -1,7 +1,7 @@
-"""How much of a known dictionary an SAE found: directions, and when they fire.
+"""Recovery metrics: how well an SAE recovers the directions and the firing of known features.
 
-Explained variance, L0 and dead latents are those of ``saebench.evaluation.reconstruction``. Where sae-lens
-6.54 (``sae_lens.synthetic``) has a number of the same name it is the same quantity.
+Explained variance, L0 and dead latents are in ``saebench.evaluation.reconstruction``. Metrics with the same
+name in sae-lens 6.54 (``sae_lens.synthetic``) are the same quantities.
 
 Shapes: N rows, M = d_sae latents, F true features, D = d_in, S entries of sparse codes.
 """
@@ -20,17 +20,19 @@ from saebench.evaluation.synthetic.truth import GroundTruth
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryMetrics:
-    """Directions: decoder rows d_j against features g_f. Firing: latent j against its feature
-    f(j) = argmax_f |cos(d_j, g_f)|, "fires" being z_j != 0 for a latent and > 0 for a feature.
+    """Metrics of directions, decoder rows d_j against features g_f, and of firing.
+
+    Firing compares latent j with its feature f(j) = argmax_f |cos(d_j, g_f)|. A latent fires if z_j != 0; a
+    feature fires if its activation is above 0.
 
     - ``mcc_hungarian``: mean of |cos(d_j, g_f)| over the min(M, F) pairs of the best one-to-one matching
       (arXiv 2505.20254, "mean correlation coefficient"; not Matthews' correlation).
     - ``uniqueness``: number of different f(j), divided by M.
-    - ``precision``: mean over ALL latents of the share of the latent's rows in which its feature is active.
+    - ``precision``: mean over all latents of the share of the latent's rows in which its feature is active.
     - ``recall``: mean over all latents of the share of the feature's rows in which the latent fires.
     - ``f1``: mean over all latents of 2 precision recall / (precision + recall).
 
-    A ratio whose denominator is zero counts as 0, so a dead latent lowers all three.
+    A ratio whose denominator is zero counts as 0, so a dead latent lowers precision, recall and f1.
     """
 
     mcc_hungarian: float
@@ -41,7 +43,7 @@ class RecoveryMetrics:
 
 
 def recovery_metrics(W_dec_MD: Tensor, codes: SparseCodes, truth: GroundTruth) -> RecoveryMetrics:
-    """Compare decoder rows [M, d_in] and the codes of ``truth``'s rows with what these are made of."""
+    """Compare decoder rows [M, d_in], and ``codes`` of the rows of ``truth``, with the true features."""
     cosines_MF = absolute_cosines(W_dec_MD, truth.features_FD)
     precision_M, recall_M = precision_and_recall(codes, truth, cosines_MF.argmax(dim=1))
     return RecoveryMetrics(
@@ -68,7 +70,7 @@ def mcc_hungarian(cosines_MF: Tensor) -> float:
 
 
 def uniqueness(cosines_MF: Tensor) -> float:
-    """How many features are the nearest one of some latent, divided by the number of latents."""
+    """Number of features that are the nearest feature of a latent, divided by the number of latents."""
     return len(torch.unique(cosines_MF.argmax(dim=1))) / len(cosines_MF)
 
 
@@ -84,9 +86,9 @@ def match(similarity_MF: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def precision_and_recall(codes: SparseCodes, truth: GroundTruth, feature_M: Tensor) -> tuple[Tensor, Tensor]:
-    """[M] float64 each: latent j as a detector of feature ``feature_M[j]``; 0 where nothing can be counted.
+    """[M] float64 each: latent j as a detector of feature ``feature_M[j]``; 0 if the denominator is 0.
 
-    precision = TP / (TP + FP), the latent's rows as denominator; recall = TP / (TP + FN), the feature's.
+    precision = TP / (TP + FP), with the latent's rows as denominator; recall = TP / (TP + FN).
     """
     both_M = coincidences(codes, truth, feature_M).double()
     fires_M = fires(codes).double()
@@ -95,7 +97,7 @@ def precision_and_recall(codes: SparseCodes, truth: GroundTruth, feature_M: Tens
 
 
 def coincidences(codes: SparseCodes, truth: GroundTruth, feature_M: Tensor) -> Tensor:
-    """[M] int64: in how many rows latent j and feature ``feature_M[j]`` are both active; -1 is no feature."""
+    """[M] int64: number of rows in which latent j and feature ``feature_M[j]`` (-1: none) both fire."""
     row_S, latent_S = distinct_pairs(codes)
     feature_S = feature_M[latent_S]
     truly_row, truly_feature = distinct_pairs(truth.codes)
@@ -107,7 +109,7 @@ def coincidences(codes: SparseCodes, truth: GroundTruth, feature_M: Tensor) -> T
 
 
 def distinct_pairs(codes: SparseCodes) -> tuple[Tensor, Tensor]:
-    """Rows and latents, int64, of the active entries, sorted; a latent picked twice in a row counts once."""
+    """Rows and latents, int64, of the active entries, sorted, without duplicates."""
     row_S, index_S, _ = codes.coo()
     keys: Tensor = torch.unique(row_S.cpu() * codes.d_sae + index_S.long().cpu())
     return keys // codes.d_sae, keys % codes.d_sae

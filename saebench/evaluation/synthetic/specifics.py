@@ -1,4 +1,4 @@
-"""What one kind of data asks beyond recovery: levels of a tree, difficulty of tokens, small features.
+"""Metrics for one kind of synthetic data: levels of a tree, difficulty of tokens, small features.
 
 Shapes: N rows, M = d_sae latents, F true features, D = d_in, P pairs.
 """
@@ -19,15 +19,15 @@ from saebench.evaluation.synthetic.truth import GroundTruth, Readout
 
 @dataclass(frozen=True, kw_only=True)
 class TreeGeometry:
-    """Decoder rows of the latents that stand for the features of a tree (``match_by_activations``).
+    """Geometry of the decoder rows of the latents that match a tree's features (``match_by_activations``).
 
-    - ``across_levels``: mean |cos| between the rows of a parent and of its child, over the nine such pairs; 0
-      in truth. A child that absorbed its parent, or a parent that was split over its children, raises it.
-    - ``within_level_error``: mean |cos(d_i, d_j) - cos(g_i, g_j)| over all pairs of siblings (the 55 of the
-      root's children and three of each triple); 0 where the likeness of siblings is kept as it is.
+    - ``across_levels``: mean |cos| between the rows of a parent and of its child, over the nine such pairs.
+      The true value is 0. Feature absorption and feature splitting raise it.
+    - ``within_level_error``: mean |cos(d_i, d_j) - cos(g_i, g_j)| over all pairs of siblings (55 pairs of
+      children of the root and three pairs of each triple). It is 0 if cosines of siblings are exact.
     - ``matched_cosine``: mean |cos(d_i, g_i)| over the features.
 
-    Conditional orthogonality is kept when the first two are small together.
+    Conditional orthogonality is preserved if the first two are both small.
     """
 
     across_levels: float
@@ -36,12 +36,17 @@ class TreeGeometry:
 
 
 def tree_geometry(W_dec_MD: Tensor, codes: SparseCodes, truth: GroundTruth) -> TreeGeometry:
-    """Geometry of an SAE with at least as many latents as the tree of ``TreeWorld`` has features.
+    """Geometry of an SAE on the tree of ``TreeWorld``.
 
-    Decoder rows are [M, d_in], ``codes`` those of the rows of ``truth``.
+    Decoder rows are [M, d_in]; ``codes`` are the codes of the rows of ``truth``.
+
+    Raises:
+        ValueError: the SAE has fewer latents than the tree has features.
     """
     if codes.d_sae < truth.n_features:
-        raise ValueError(f"{codes.d_sae} latents cannot stand for {truth.n_features} features")
+        raise ValueError(
+            f"{codes.d_sae} latents cannot be matched one-to-one with {truth.n_features} features"
+        )
     latent_P, feature_P = match_by_activations(codes, truth)
     rows_FD = torch.empty_like(truth.features_FD)
     rows_FD[feature_P] = torch.nn.functional.normalize(W_dec_MD.detach().float().cpu()[latent_P])
@@ -58,10 +63,11 @@ def tree_geometry(W_dec_MD: Tensor, codes: SparseCodes, truth: GroundTruth) -> T
 
 
 def match_by_activations(codes: SparseCodes, truth: GroundTruth) -> tuple[Tensor, Tensor]:
-    """Pairs of latents and features whose activations go together, int64 [min(M, F)] each.
+    """One-to-one pairs of latents and features with similar activations, int64 [min(M, F)] each.
 
-    The similarity is |sum_n z_nj g_nf| / (|z_j| |g_f|) over the rows, 0 for what never fires; the matching is
-    the one-to-one matching of largest total. Directions play no part, because those of siblings are alike.
+    The similarity is |sum_n z_nj g_nf| / (|z_j| |g_f|) over the rows; it is 0 for a latent or feature that
+    never fires. The matching maximizes the total similarity. Directions are not used, because siblings have
+    similar directions.
     """
     z_NM, g_NF = codes.to_dense().float().cpu(), truth.codes.to_dense()
     z_NM, g_NF = (torch.nn.functional.normalize(t, dim=0) for t in (z_NM, g_NF))
@@ -69,17 +75,17 @@ def match_by_activations(codes: SparseCodes, truth: GroundTruth) -> tuple[Tensor
 
 
 def difficulty_correlation(codes: SparseCodes, truth: GroundTruth) -> float:
-    """Pearson correlation over rows of the latents used with the features truly active.
+    """Pearson correlation over rows of the number of active latents with that of active features.
 
-    0 where one of them is the same in every row, as the latents of a TopK SAE are.
+    It is 0 if one of the numbers is the same in every row, as for a TopK SAE.
     """
     return _pearson(codes.l0().double().cpu(), truth.codes.l0().double())
 
 
 def density_rank_correlation(W_dec_MD: Tensor, codes: SparseCodes, truth: GroundTruth) -> float:
-    """Spearman correlation of how often a latent fires with how often its feature is active.
+    """Spearman correlation of the density of a latent with the frequency of its feature.
 
-    Over the pairs of the best one-to-one matching of directions; ties share their mean rank.
+    Pairs come from the best one-to-one matching of directions; ties share their mean rank.
     """
     from scipy.stats import rankdata
 
@@ -95,9 +101,9 @@ def empty_rate(codes: SparseCodes) -> float:
 
 
 def group_recall(W_dec_MD: Tensor, codes: SparseCodes, truth: GroundTruth, group: str) -> float:
-    """Of all activations of the features of ``group``: the share in which the feature's latent fires too.
+    """Share of the activations of the features of ``group`` in which the feature's latent also fires.
 
-    A feature's latent is its partner in the best one-to-one matching of directions.
+    A feature's latent is its match in the best one-to-one matching of directions.
     """
     latent_P, feature_P = match(absolute_cosines(W_dec_MD, truth.features_FD))
     in_group_P = torch.isin(feature_P, truth.groups[group])
@@ -109,11 +115,11 @@ def group_recall(W_dec_MD: Tensor, codes: SparseCodes, truth: GroundTruth, group
 
 @dataclass(frozen=True, kw_only=True)
 class ReadoutDamage:
-    """What a downstream classifier loses when it reads reconstructions, in nats a row.
+    """Loss of a downstream classifier that reads reconstructions instead of rows, in nats per row.
 
     - ``ce_damage``: mean CE(x_hat) - CE(x) of the labels.
-    - ``kl``: mean KL(softmax(x W) || softmax(x_hat W)): the damage expected over fresh labels, which a code
-      that was chosen with knowledge of the labels at hand cannot flatter.
+    - ``kl``: mean KL(softmax(x W) || softmax(x_hat W)), the damage expected over newly drawn labels. It does
+      not favor codes that were selected with knowledge of the labels.
     """
 
     ce_damage: float

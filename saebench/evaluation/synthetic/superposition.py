@@ -1,9 +1,9 @@
-"""A thousand correlated, hierarchical features in far fewer dimensions.
+"""``SuperpositionWorld``: about a thousand correlated, hierarchical features in far fewer dimensions.
 
-After SynthSAEBench (arXiv 2602.14687: Zipf frequencies, trees of branching 4 and depth 3 with exclusive
-siblings, a Gaussian copula of low rank), at a size that two CPU cores can train on. Our reading of published
-descriptions of it, not its code: how exclusive siblings are drawn and what the copula spans is ours and is
-stated below.
+It follows SynthSAEBench (arXiv 2602.14687: Zipf frequencies, trees of branching 4 and depth 3 with exclusive
+siblings, a Gaussian copula of low rank), at a size that can be trained on two CPU cores. It is based on
+published descriptions, not on code of SynthSAEBench. How exclusive siblings are drawn and which features the
+copula includes are our choices; the class documents them.
 
 Shapes: N rows, F features, D = d_in, B base features (roots and features without a tree), R = rank.
 """
@@ -23,19 +23,19 @@ SD_STRENGTH = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class SuperpositionWorld(World):
-    """``n_trees`` trees of features and, to make up ``n_features``, features without a tree.
+    """``n_trees`` trees of features; the rest of the ``n_features`` features are not in a tree.
 
-    Base features, which are the roots and the features without a tree, in this order, fire with the Zipf
-    probabilities ``p_max`` (r + 1)^-``exponent``. They are correlated: feature b fires when the normal
-    variable u_b = l_b . z + sqrt(1 - |l_b|^2) e_b is below the quantile of its probability, where z is
-    standard normal in R^rank and shared by the row, and the entries of l_b are N(0, ``loading``^2).
+    Base features are the roots, followed by the features outside trees. Base feature r fires with the Zipf
+    probability ``p_max`` (r + 1)^-``exponent``. Base features are correlated: feature b fires if the normal
+    variable u_b = l_b . z + sqrt(1 - |l_b|^2) e_b is below the quantile of its probability. z is standard
+    normal in R^rank and shared by the row; the entries of l_b are N(0, ``loading``^2).
 
-    Below an active node of a tree at most one of its ``branching`` children is active: one in all with
-    probability ``p_child``, and the c-th of them with a share proportional to (c + 1)^-1/2; these choices
-    are independent. So a node is active only if its parent is, siblings exclude each other, and the frequency
-    of every feature is known exactly. Mean strengths fall evenly from ``strongest`` for the most frequent
-    feature to 1 for the rarest; the deviation is 0.25, strengths are cut at 0. Directions are random unit
-    vectors.
+    At most one of the ``branching`` children of an active node is active: with probability ``p_child`` one
+    is, and it is the c-th with a probability proportional to (c + 1)^-1/2. These choices are independent. So
+    a node is active only if its parent is, siblings exclude each other, and the frequency of each feature is
+    known exactly. Mean strengths decrease linearly in the rank from ``strongest`` for the most frequent
+    feature to 1 for the rarest. Their standard deviation is 0.25, and strengths are at least 0. Directions
+    are random unit vectors.
     """
 
     n_features: int = 1024
@@ -63,7 +63,7 @@ class SuperpositionWorld(World):
     def parents(self) -> Tensor:
         """[F] int64: the parent of every feature, -1 for base features.
 
-        Tree t has the features t * nodes_per_tree and following, level by level, siblings side by side.
+        Tree t has the features from t * nodes_per_tree on, level by level, with siblings next to each other.
         """
         place_T = torch.arange(self.nodes_per_tree)
         parent_T = torch.where(place_T > 0, (place_T - 1) // self.branching, -1)
@@ -79,7 +79,7 @@ class SuperpositionWorld(World):
         return children.view(-1, self.branching)
 
     def frequencies(self) -> Tensor:
-        """[F] float64: the probability of every feature."""
+        """[F] float64: the firing probability of each feature."""
         p_F = torch.zeros(self.n_features, dtype=torch.float64)
         base_B = self._base()
         p_F[base_B] = self.p_max * torch.arange(1, len(base_B) + 1, dtype=torch.float64) ** -self.exponent
@@ -88,13 +88,13 @@ class SuperpositionWorld(World):
         return p_F
 
     def mean_strengths(self) -> Tensor:
-        """[F] float32."""
+        """[F] float32: the mean strength of each feature."""
         rank_F = self.frequencies().argsort(descending=True, stable=True).argsort()
         means_F: Tensor = self.strongest + (1 - self.strongest) * rank_F.float() / (self.n_features - 1)
         return means_F
 
     def loadings(self) -> Tensor:
-        """[B, R] float32: how the variables of the base features share the row's common ones."""
+        """[B, R] float32: loadings l_b of the base features on the row's shared variables."""
         generator = self.generator("loadings")
         loadings_BR = self.loading * torch.randn(len(self._base()), self.rank, generator=generator)
         bounded_BR: Tensor = loadings_BR / loadings_BR.norm(dim=1, keepdim=True).clamp_min(1)
@@ -116,8 +116,8 @@ class SuperpositionWorld(World):
         chance_NG = torch.rand(n_rows, len(self.sibling_families), generator=generator)
         chosen_NG = torch.bucketize(chance_NG, edges, right=True)
         for family, chosen_N in zip(self.sibling_families, chosen_NG.T, strict=True):
-            at_home_N = active_NF[:, self.parents[family[0]]]
-            active_NF[:, family] = at_home_N[:, None] & (chosen_N[:, None] == torch.arange(self.branching))
+            parent_N = active_NF[:, self.parents[family[0]]]
+            active_NF[:, family] = parent_N[:, None] & (chosen_N[:, None] == torch.arange(self.branching))
 
         row_S, feature_S = active_NF.nonzero(as_tuple=True)
         noise_S = SD_STRENGTH * torch.randn(len(row_S), generator=generator)
@@ -126,7 +126,7 @@ class SuperpositionWorld(World):
         return strengths_NF
 
     def groups(self) -> dict[str, Tensor]:
-        """'base': roots and features without a tree; 'level 1' to 'level depth': the trees' nodes below."""
+        """'base': roots and features outside trees; 'level 1' to 'level depth': other nodes of the trees."""
         level_F = torch.zeros(self.n_features, dtype=torch.int64)
         for family in self.sibling_families:
             level_F[family] = level_F[self.parents[family[0]]] + 1

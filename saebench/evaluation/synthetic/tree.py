@@ -1,10 +1,10 @@
-"""The tree benchmark of matching pursuit: directions that are orthogonal across levels, alike within one.
+"""``TreeWorld``: features of a tree, orthogonal across levels and correlated within a level.
 
 The tree, the activations and the mixing are those of the toy model of Costa et al. 2025 (MP-SAE, arXiv
-2506.03093), read from the authors' code. A silent root has eleven children, of which exactly one is active in
-a row: three parents with probability 0.2 each and eight leaves with 0.05 each. Of the three children of the
-active parent at most one is active: each with 0.2, none with 0.4. So the mean number of active features is
-0.6 + 0.4 + 0.6 * 0.6 = 1.36.
+2506.03093), according to the authors' code. The root is not a feature. It has eleven children, exactly one of
+which is active in each row: three parents with probability 0.2 each and eight leaves with 0.05 each. At most
+one of the three children of the active parent is active: each with probability 0.2, none with 0.4. The mean
+number of active features is 0.6 + 0.4 + 0.6 * 0.6 = 1.36.
 
 Shapes: N rows, F = 20 features, D = 20 dimensions.
 """
@@ -33,22 +33,21 @@ N_LEVELS = len(EPS_CHILD)
 
 @dataclass(frozen=True, kw_only=True)
 class TreeWorld(World):
-    """Features of a tree, whose siblings have a cosine of ``level`` / 10.
+    """Features of a tree whose siblings have a cosine of ``level`` / 10.
 
     The directions start as a random orthonormal basis q. Within a group of n siblings (the root's eleven
     children; each triple of children) every direction becomes
     (1 - eps) q_i + eps / (n - 1) * sum of the other q_j of the group, and is normalized. Directions of
-    different groups, a parent's and its child's among them, stay orthogonal. An active feature has the
-    strength 1.5 + 0.25 N(0, 1), drawn for each by itself (a strength below zero, six deviations away, is
-    absent).
+    different groups, such as those of a parent and its child, stay orthogonal. The strength of an active
+    feature is 1.5 + 0.25 N(0, 1), drawn independently; a negative strength counts as absent.
     """
 
     level: int = 0
-    """0 to 8: the cosine between siblings is a tenth of it."""
+    """0 to 8; the cosine between siblings is ``level`` / 10."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.level < N_LEVELS:
-            raise ValueError(f"level is {self.level}; there are levels 0 to {N_LEVELS - 1}")
+            raise ValueError(f"level is {self.level}; it must be between 0 and {N_LEVELS - 1}")
 
     def draw_features(self, generator: torch.Generator) -> Tensor:
         noise = torch.randn(N_FEATURES, N_FEATURES, generator=generator, dtype=torch.float64)

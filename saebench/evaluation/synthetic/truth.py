@@ -1,4 +1,4 @@
-"""Rows made of known features: what they are made of travels with them.
+"""``World``, a distribution of rows made of known features, and ``GroundTruth``, rows with their features.
 
 Shapes: N rows, F true features, D = d_in, C classes of a readout.
 """
@@ -20,12 +20,12 @@ from saebench_kernels import sparse_decode
 
 Part = Literal["train", "test"]
 CHUNK_ROWS = 8192
-"""Rows drawn together; whatever their number, the first rows of a part are always the same."""
+"""Rows drawn at once, so that the first rows of a part do not depend on how many are drawn."""
 
 
 @dataclass(frozen=True, eq=False)
 class Readout:
-    """A linear classifier downstream of the rows: the model whose loss their gradients belong to."""
+    """A linear classifier that reads the rows; gradients of the rows are those of its loss."""
 
     W_DC: Tensor
     """[d_in, C]: logits are x W."""
@@ -45,18 +45,18 @@ class Readout:
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class GroundTruth:
-    """Rows x = z D and all that they were made of, on the CPU."""
+    """Rows x = z D with their codes and features, on the CPU."""
 
     x_ND: Tensor
     """[N, d_in] float32."""
     features_FD: Tensor
-    """[F, d_in] float32, unit rows: the dictionary to be found."""
+    """[F, d_in] float32, unit rows: the true dictionary."""
     codes: SparseCodes
-    """True activations z, positive, ragged; indices within a row ascend."""
+    """True activations z, positive and ragged; indices within a row are ascending."""
     groups: Mapping[str, Tensor] = field(default_factory=dict)
     """Name -> int64 indices of the features that belong together."""
     readout: Readout | None = None
-    """What reads the rows downstream, where the data have one."""
+    """The downstream classifier, if this world has one."""
 
     @property
     def gradient_ND(self) -> Tensor | None:
@@ -86,11 +86,11 @@ class GroundTruth:
 
 @dataclass(frozen=True, kw_only=True)
 class World(ABC):
-    """A law that rows are drawn from; its fields are its parameters.
+    """A distribution of rows; the fields are its parameters.
 
-    Everything follows from ``seed``: the dictionary is one draw, train and test rows are others, so both
-    parts have the same dictionary. The parameters are not in the seeds: two worlds of one class that differ
-    in a parameter draw the same random numbers.
+    ``seed`` determines everything. Train and test rows use separate random streams and the same dictionary.
+    The parameters do not change the random streams: two worlds of one class that differ only in a parameter
+    draw the same random numbers.
     """
 
     seed: int = 0
@@ -101,14 +101,14 @@ class World(ABC):
 
     @abstractmethod
     def draw_strengths(self, n_rows: int, generator: torch.Generator) -> Tensor:
-        """[n_rows, F] float32: the activation of every feature, 0 where it is absent, never negative."""
+        """[n_rows, F] float32: the activation of each feature; 0 if it is absent, never negative."""
 
     def groups(self) -> dict[str, Tensor]:
         """Name -> int64 indices of the features that belong together."""
         return {}
 
     def readout_weights(self) -> Tensor | None:
-        """[d_in, C] float32, or None: nothing reads the rows."""
+        """[d_in, C] float32, or None if no classifier reads the rows."""
         return None
 
     @functools.cached_property

@@ -1,7 +1,7 @@
-"""Features of Zipf frequencies in tokens of very different difficulty, and a twin in which all are equal.
+"""``ZipfWorld``: features with Zipf frequencies, in tokens with a variable or constant number of features.
 
-For the claims of mutual and feature choice (Ayonrinde 2024, arXiv 2411.02124): a fixed number of latents a
-token is a loss where tokens need different numbers, and none where they do not.
+It tests the claims about mutual choice and feature choice (Ayonrinde 2024, arXiv 2411.02124): a fixed number
+of latents per token reconstructs worse if the number of features varies between tokens, and not otherwise.
 
 Shapes: N rows, F features, D = d_in.
 """
@@ -24,30 +24,31 @@ MEAN_STRENGTH, SD_STRENGTH, LEAST_STRENGTH = 1.0, 0.25, 0.1
 class ZipfWorld(World):
     """Random unit directions; feature r of F has the frequency ``p_r``, proportional to (r + 1)^-exponent.
 
-    A token draws its number of features n from the law ``difficulty`` and then takes the first n of F
-    independent exponential clocks to ring, where clock r has the rate -log(1 - p_r): after one unit of time
-    feature r has rung with probability p_r exactly, and about ``true_l0`` of them have. So the n are
-    distinct, and in a token of average n each has about its Zipf frequency (harder tokens take more of the
-    rare ones). Strengths are 1 + 0.25 N(0, 1), at least 0.1, so that no feature of a token is absent by
-    chance.
+    A token draws its number of features n from the distribution ``difficulty``. Each feature r draws an
+    exponential waiting time with rate -log(1 - p_r), and the token has the n features with the shortest
+    times. A time is below 1 with probability exactly p_r, and on average ``true_l0`` times are. So the n
+    features are distinct, and at average n each feature has about its Zipf frequency; tokens with more
+    features have more rare ones. Strengths are 1 + 0.25 N(0, 1), at least 0.1, so that no feature of a token
+    has strength 0.
     """
 
     difficulty: Literal["lognormal", "poisson", "constant"] = "lognormal"
-    """Law of the number of active features: 1 + lognormal (log-sd ``spread``, rounded up or down at random so
-    that the mean stays), 1 + Poisson, or ``true_l0`` in every token. The mean is ``true_l0`` in each."""
+    """Distribution of the number of active features per token: 1 + lognormal (the logarithm has standard
+    deviation ``spread``; randomly rounded without changing the mean), 1 + Poisson, or constant. The mean is
+    always ``true_l0``."""
     n_features: int = 256
     d_in: int = 128
     true_l0: int = 8
     """Mean number of active features."""
     exponent: float = 1.0
-    """Of the Zipf law."""
+    """Exponent of the Zipf distribution."""
     spread: float = 0.75
-    """Standard deviation of the logarithm of the lognormal law."""
+    """Standard deviation of the logarithm of the lognormal distribution."""
 
     def frequencies(self) -> Tensor:
         """[F] float64 p_r, descending, with the sum ``true_l0``; at most 1/2 each.
 
-        Frequencies that the law would put above one half are one half, and the law goes on below them.
+        Frequencies above 1/2 are set to 1/2, and the other ones are scaled so that the sum is ``true_l0``.
         """
         law_F = torch.arange(1, self.n_features + 1, dtype=torch.float64) ** -self.exponent
         p_F = torch.full_like(law_F, 0.5)
@@ -57,7 +58,7 @@ class ZipfWorld(World):
             if p_F[n_capped] <= 0.5:
                 return p_F
             p_F[n_capped] = 0.5
-        raise ValueError(f"{self.n_features} features cannot have a mean of {self.true_l0} in a token")
+        raise ValueError(f"{self.n_features} features cannot have a mean of {self.true_l0} active per token")
 
     def draw_features(self, generator: torch.Generator) -> Tensor:
         return unit_rows(torch.randn(self.n_features, self.d_in, generator=generator))
@@ -75,7 +76,7 @@ class ZipfWorld(World):
         )
 
     def _numbers(self, n_rows: int, generator: torch.Generator) -> Tensor:
-        """[N] int64: how many features each token has."""
+        """[N] int64: the number of features of each token."""
         if self.difficulty == "constant":
             return torch.full((n_rows,), self.true_l0)
         mean = self.true_l0 - 1.0

@@ -1,7 +1,7 @@
-"""Files of a folder of SAELens, and the version whose form is written."""
+"""File names of the SAELens format, and the version of SAELens that saebench writes for."""
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 SCALE_FILE = "activation_scaler.json"
-"""Beside the weights of a checkpoint: what its inputs are multiplied by."""
+"""In checkpoints only: the factor by which inputs are multiplied."""
 VERSION = "6.54.12"

@@ -1,4 +1,4 @@
-"""What a run says about where its SAE is from, in the words that SAELens and SAEBench ask for."""
+"""The origin of a run's SAE as metadata in the keys that SAELens and SAEBench read."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _OF_AN_IMPORT = ("model_name", "context_size", "prepend_bos", "seqpos_slice", "d
 
 
 def origin_of(run: Run) -> dict[str, Any]:
-    """``hook_name``, ``model_name`` and, as far as it is known, how contexts were made and the mean L0.
+    """``hook_name``, ``model_name`` and, where known, how contexts were made and the mean L0.
 
-    ``l0`` is what ``saebench eval`` measured.
+    ``l0`` is the value that ``saebench eval`` measured.
     """
     facts = run.description()
     imported = facts.get("imported") or {}
@@ -29,7 +29,7 @@ def origin_of(run: Run) -> dict[str, Any]:
 
 
 def _contexts(run: Run) -> dict[str, Any]:
-    """Nothing where no model read contexts, or where an earlier version's cache is gone."""
+    """Context settings; empty if no model read contexts, or if an old run's cache was deleted."""
     try:
         made = run.contexts()
     except UserError:

@@ -1,6 +1,6 @@
-"""SAEs of SAELens as ours.
+"""``read``: convert an SAE that SAELens saved to an architecture of saebench.
 
-Shapes: M = d_sae latents, D = d_in. SAELens keeps ``W_enc`` [D, M] where we keep ``W_enc_MD``.
+Shapes: M = d_sae latents, D = d_in. SAELens stores ``W_enc`` [D, M]; saebench stores ``W_enc_MD``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from saebench.formats.saelens.names import CONFIG_FILE, SCALE_FILE, WEIGHTS_FILE
 from saebench.saes.spec import SaeSpec
 
 FINE_TUNED = "scaling_factor"
-"""A tensor in some old files; all ones unless the SAE was fine-tuned."""
+"""A tensor in some old files; it is all ones unless the SAE was fine-tuned."""
 
 _ENCODER = ("W_enc", "b_enc")
 _READABLE = {
@@ -36,8 +36,8 @@ _READABLE = {
     "gated": ("gated", ("W_enc", "b_gate", "b_mag", "r_mag")),
     "matching_pursuit": ("matching-pursuit", ()),
 }
-"""Architecture of SAELens -> ours, and its tensors beside W_dec and b_dec. The two kinds of BatchTopK are
-in checkpoints alone."""
+"""Architecture of SAELens -> (architecture of saebench, tensors of SAELens besides W_dec and b_dec).
+BatchTopK and its Matryoshka variant occur only in checkpoints."""
 _ORIGIN = (
     "hook_name", "hook_head_index", "model_name", "context_size", "prepend_bos", "seqpos_slice",
     "dataset_path", "sae_lens_version", "training_architecture", "l0",
@@ -46,7 +46,7 @@ _ORIGIN = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Config(Settings):
-    """The settings in ``cfg.json`` on which it depends what an SAE computes, with the defaults of 6.54."""
+    """The settings in ``cfg.json`` that change what an SAE computes, with the defaults of 6.54."""
 
     architecture: str
     d_in: Annotated[int, AtLeast(1)]
@@ -62,19 +62,19 @@ class _Config(Settings):
 
     @property
     def chooses_by_norm(self) -> bool:
-        """Whether the choice among latents is by |d_i| z_i; only BatchTopK does so by default."""
+        """Whether latents are selected by |d_i| z_i; by default, only BatchTopK does so."""
         default = "batchtopk" in self.architecture
         return default if self.rescale_acts_by_decoder_norm is None else self.rescale_acts_by_decoder_norm
 
 
 def read(directory: Path, *, k: int | None = None) -> Foreign:
-    """Read a folder of SAELens, of any version, or a checkpoint of its training.
+    """Read a folder that any version of SAELens wrote, or a checkpoint of its training.
 
-    ``k`` is the mean number of active latents, for a folder that does not say it.
+    ``k`` is the mean number of active latents; it is used if the folder does not record it.
 
     Raises:
-        UserError: no such folder, a damaged file, an SAE that none of ours computes, or a ``k`` that is not
-            the one by which the SAE computes.
+        UserError: the folder is missing, a file is damaged, no architecture of saebench computes this SAE, or
+            ``k`` contradicts the k that the SAE computes with.
     """
     config = _read_config(directory / CONFIG_FILE)
     ours, encoder = _READABLE[config.architecture]
@@ -101,21 +101,21 @@ def read(directory: Path, *, k: int | None = None) -> Foreign:
 
 
 def _is_plain(value: object) -> bool:
-    """Text, a finite number, or a short list of such and None: what may go from their JSON into ours."""
+    """Whether a metadata value can be copied: text, a finite number, or a short list of these and None."""
     if isinstance(value, list):
         return len(value) <= 3 and all(item is None or _is_plain(item) for item in value)
     return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _fold_encoder(weights: Weights, config: _Config, notes: list[str]) -> Weights:
-    """Pre-activations of x - b_dec, decoder rows of norm 1 where that is exact, one threshold a latent."""
+    """Make an encoder of x - b_dec with one threshold per latent, and unit decoder rows where exact."""
     threshold_M = None
     if "topk_threshold" in weights:
         threshold_M = weights.pop("topk_threshold").expand(config.d_sae)
     if not config.apply_b_dec_to_input:
         weights = folding.fold_input_bias(weights)
     if config.chooses_by_norm:
-        # So is the threshold of BatchTopK in units of |d_i| z_i already.
+        # The threshold of BatchTopK is already in units of |d_i| z_i, so it is added after folding.
         weights = folding.fold_decoder_norms(weights)
         return weights if threshold_M is None else {**weights, "threshold": threshold_M}
     if threshold_M is not None:
@@ -124,14 +124,14 @@ def _fold_encoder(weights: Weights, config: _Config, notes: list[str]) -> Weight
         return weights
     if config.architecture != "topk" or folding.norms_are_equal(weights):
         return folding.fold_decoder_norms(weights)
-    notes.append("decoder rows have norms other than 1, which a top-k that chooses without them has to keep")
+    notes.append("decoder rows keep norms other than 1, because this top-k SAE selects latents without them")
     return weights
 
 
 def _pursuit_settings(weights: Weights, config: _Config, scale: float) -> dict[str, Any]:
-    """k and the tolerance. Atoms stay as long as they are: pursuit is by r . d_i there and here."""
+    """k and the tolerance. Decoder rows keep their norms: both libraries select by r . d_i."""
     if not config.apply_b_dec_to_input:
-        weights["b_dec"].zero_()  # It is not added to the reconstruction either.
+        weights["b_dec"].zero_()  # SAELens does not add it to the reconstruction either.
     tolerance = config.residual_threshold / scale
     weights["tolerance"] = torch.tensor(tolerance)
     return {
@@ -143,18 +143,18 @@ def _pursuit_settings(weights: Weights, config: _Config, scale: float) -> dict[s
 
 def _require_same(asked: int | None, known: int, directory: Path) -> None:
     if asked is not None and asked != known:
-        raise UserError(
-            f"--k {asked} is not the k = {known} by which the SAE in {directory} computes; leave --k out"
-        )
+        raise UserError(f"--k {asked} is not the k = {known} of the SAE in {directory}; leave --k out")
 
 
 def _active(config: _Config, k: int | None, notes: list[str]) -> int:
-    """k where it decides what is computed; elsewhere the mean number of active latents, if that is known."""
+    """For topk, the k of the SAE; otherwise the mean number of active latents, if it is known."""
     if config.architecture == "topk":
         if config.k is None:
-            raise UserError(f"a topk SAE needs k, which its {CONFIG_FILE} does not say")
+            raise UserError(f"{CONFIG_FILE} has no k, which a topk SAE needs; copy the whole folder again")
         if not float(config.k).is_integer():
-            raise UserError(f"k in {CONFIG_FILE} is {config.k}; a topk SAE needs a whole number")
+            raise UserError(
+                f"k in {CONFIG_FILE} is {config.k}; a topk SAE needs a whole number; copy the folder again"
+            )
         return int(config.k)
     if k is not None and k > config.d_sae:
         raise UserError(f"--k {k} is more than the SAE's {config.d_sae} latents; give a smaller one")
@@ -165,8 +165,8 @@ def _active(config: _Config, k: int | None, notes: list[str]) -> int:
             return round(known)
     assumed = min(SaeSpec.k, config.d_sae)
     notes.append(
-        f"the folder does not say how many latents are active, so k is noted as {assumed}, on which nothing "
-        "that is computed depends; --k puts it right"
+        f"the folder does not record how many latents are active; k is recorded as {assumed}, which does not "
+        "change the SAE; --k sets another value"
     )
     return assumed
 
@@ -175,7 +175,7 @@ def _active(config: _Config, k: int | None, notes: list[str]) -> int:
 
 
 def _read_config(file: Path) -> _Config:
-    """``cfg.json`` in the names of 6.x, its types checked."""
+    """The settings in ``cfg.json`` under the names of 6.x, with checked types."""
     raw = read_json(file, what="the SAELens description")
     if not isinstance(raw, dict) or not isinstance(raw.get("metadata", {}), dict):
         raise UserError(f"{file} is not the description of an SAE; name a folder that SAELens wrote")
@@ -184,21 +184,21 @@ def _read_config(file: Path) -> _Config:
         raw = _since_6(raw, file)
     if not isinstance(raw.get("architecture"), str) or raw["architecture"] not in _READABLE:
         raise UserError(
-            f"{file} says architecture {raw.get('architecture')!r}; saebench reads {', '.join(_READABLE)}"
+            f"{file} has architecture {raw.get('architecture')!r}; saebench reads {', '.join(_READABLE)}"
         )
     known = {f.name for f in dataclasses.fields(_Config)}
     return from_flat(_Config, {name: v for name, v in raw.items() if name in known}, source=str(file))
 
 
 def _since_6(raw: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The settings of a folder from before 6.0 as 6.0 would write them."""
+    """Convert the settings of a folder from before 6.0 to those of 6.0."""
     kind = raw.get("activation_fn_str", raw.get("activation_fn", "relu"))
     arguments = raw.get("activation_fn_kwargs") or {}
     new = {"architecture": "standard", **raw}
     if kind == "topk" and isinstance(arguments, dict) and "k" in arguments:
         new |= {"architecture": "topk", "k": arguments["k"]}
     elif kind != "relu":
-        raise UserError(f"{file} says activation function {kind!r}; saebench reads relu and topk")
+        raise UserError(f"{file} has activation function {kind!r}; saebench reads relu and topk")
     scaled = new.get("normalize_activations") or "none"
     new["normalize_activations"] = "expected_average_only_in" if scaled is True else scaled
     hook = raw.get("hook_name", raw.get("hook_point"))
@@ -207,39 +207,42 @@ def _since_6(raw: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _read_weights(file: Path, encoder: tuple[str, ...], config: _Config) -> Weights:
-    """The tensors in our names and orientation."""
+    """The tensors under the names and in the orientation of saebench."""
     shapes = {"W_enc": (config.d_in, config.d_sae), "topk_threshold": ()}
     expected = {"W_dec": (config.d_sae, config.d_in), "b_dec": (config.d_in,)}
     expected |= {name: shapes.get(name, (config.d_sae,)) for name in encoder}
     weights = read_tensors(file, expected, optional=(FINE_TUNED,))
     if (weights.pop(FINE_TUNED, torch.ones(1)) != 1).any():
-        raise UserError(f"{file} has a fine-tuned factor on its output, which no SAE of saebench has")
+        raise UserError(
+            f"{file} has a fine-tuned factor on its output, which saebench cannot represent; "
+            "import the SAE from before fine-tuning"
+        )
     if "W_enc" in weights:
         weights["W_enc_MD"] = weights.pop("W_enc").T
     return weights
 
 
 def _input_scale(config: _Config, directory: Path) -> float:
-    """What inputs are multiplied by before this SAE sees them.
+    """The factor by which inputs are multiplied before the encoder.
 
     Raises:
-        UserError: it is not known, or more is done to inputs than that.
+        UserError: the factor is not recorded, or inputs are normalized in another way.
     """
     how = config.normalize_activations
     if how == "none":
         return 1.0
     if how != "expected_average_only_in":
         raise UserError(
-            f"{directory / CONFIG_FILE} says normalize_activations {how!r}, which cannot be folded into the "
+            f"{directory / CONFIG_FILE} has normalize_activations {how!r}, which cannot be folded into the "
             "weights; saebench reads 'none' and 'expected_average_only_in'"
         )
     if not (directory / SCALE_FILE).exists():
         raise UserError(
-            f"{directory} says that its inputs are scaled and has no {SCALE_FILE} that says by how much; "
+            f"the SAE in {directory} scales its inputs, but {SCALE_FILE} with the factor is missing; "
             "copy it from the checkpoint"
         )
     scaler = read_json(directory / SCALE_FILE, what="the scale of the inputs")
     scale = scaler.get("scaling_factor") if isinstance(scaler, dict) else None
     if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
-        raise UserError(f"{directory / SCALE_FILE} gives no positive scaling_factor; copy it again")
+        raise UserError(f"{directory / SCALE_FILE} has no positive scaling_factor; copy it again")
     return float(scale)

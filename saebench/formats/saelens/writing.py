@@ -1,6 +1,6 @@
-"""Our SAEs as SAELens has them.
+"""``convert`` and ``write``: save an SAE of saebench in the format of SAELens.
 
-Shapes: M = d_sae latents, D = d_in. SAELens keeps ``W_enc`` [D, M].
+Shapes: M = d_sae latents, D = d_in. SAELens stores ``W_enc`` [D, M].
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from saebench.saes.base import SAE
 
 @dataclass(frozen=True)
 class Written:
-    """An SAE as SAELens has it."""
+    """An SAE in the format of SAELens."""
 
     architecture: str
     tensors: dict[str, Tensor]
     settings: dict[str, Any] = field(default_factory=dict)
     trained_as: str | None = None
-    """What it was while it was trained, where that has another name."""
+    """Architecture during training, if its name differs."""
     note: str | None = None
-    """What the other side will do differently."""
+    """What SAELens computes differently."""
 
 
 def convert(sae: SAE) -> Written:
-    """``sae`` as SAELens has it.
+    """``sae`` in the format of SAELens.
 
     Raises:
-        UserError: SAELens has nothing that computes what this SAE does.
+        UserError: no architecture of SAELens computes what this SAE computes.
     """
     if sae.spec.name not in _WRITERS:
-        raise UserError(f"SAELens has no form for {sae.spec.name}; it can hold {', '.join(_WRITERS)}")
+        raise UserError(f"SAELens has no architecture for {sae.spec.name}; it can hold {', '.join(_WRITERS)}")
     return _WRITERS[sae.spec.name](sae)
 
 
 def write(written: Written, directory: Path, sae: SAE, run: Run) -> None:
-    """Write the folder of a converted ``sae``; ``run`` says what it was trained on."""
+    """Write the folder of a converted ``sae``; ``run`` gives the metadata on its origin."""
     from safetensors.torch import save as serialize
 
     config = {
@@ -81,12 +81,12 @@ def _topk(sae: SAE) -> Written:
 
 
 def _gradient(sae: SAE) -> Written:
-    note = "SAELens has no gradients at inference: what it computes is our inference mode 'plain'"
+    note = "SAELens has no gradients at inference: it computes the inference mode 'plain' of saebench"
     return Written("topk", _linear(sae), _topk(sae).settings, "gradient_topk", note)
 
 
 def _thresholded(trained_as: str) -> Callable[[SAE], Written]:
-    """One threshold, or one a latent: SAELens wants [M] in any case."""
+    """A writer of jumprelu SAEs; a single threshold is repeated, because SAELens needs one per latent."""
 
     def written(sae: SAE) -> Written:
         threshold_M = sae.state_dict()["threshold"].expand(sae.d_sae)
@@ -108,7 +108,9 @@ def _matching_pursuit(sae: SAE) -> Written:
     spec = to_flat(sae.spec)
     if spec["orthogonal"] or spec["selection"] != "signed":
         kind = "orthogonal" if spec["orthogonal"] else "absolute"
-        raise UserError(f"SAELens has no form for {kind} matching pursuit; it can hold the signed, plain one")
+        raise UserError(
+            f"SAELens has no {kind} matching pursuit; it can hold only the signed, not orthogonal one"
+        )
     settings = {
         "max_iterations": sae.k,
         "residual_threshold": float(sae.state_dict()["tolerance"]),

@@ -1,4 +1,4 @@
-"""Our recovery metrics are SAELens' where they share a name: on the same arrays, each in its own process."""
+"""Recovery metrics equal those of SAELens with the same names on the same arrays."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ N_FEATURES, N_ROWS = 40, 3000
 
 
 def noisy(truth, d_sae):
-    """Decoder rows [M, D] and codes [N, M] near those of the truth: some latents twice, five dead, noise."""
+    """Decoder rows [M, D] and codes [N, M] near the true ones, with noise, duplicates and dead latents."""
     generator = torch.Generator().manual_seed(d_sae)
     copied = torch.randint(N_FEATURES, (d_sae,), generator=generator)
     rows_MD = truth.features_FD[copied] + 0.1 * torch.randn(d_sae, truth.d_in, generator=generator)
@@ -48,7 +48,7 @@ def ours(truth, rows_MD, z_NM):
 
 
 @pytest.mark.peers
-def test_the_same_numbers_from_the_same_arrays(tmp_path):
+def test_recovery_metrics_equal_saelens(tmp_path):
     truth = ZipfWorld(n_features=N_FEATURES, d_in=24, true_l0=4).sample(N_ROWS, part="test")
     found = {}
     for d_sae in (30, 40, 90):

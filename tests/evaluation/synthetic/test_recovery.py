@@ -1,4 +1,4 @@
-"""Planted dictionaries: perfect, permuted, duplicated, dead; and the definitions written out densely."""
+"""Recovery metrics of constructed dictionaries, and against a dense implementation of the definitions."""
 
 import pytest
 import torch
@@ -31,26 +31,26 @@ def scores(W_dec_MD, dense_NM, truth):
 
 @settings(max_examples=10, deadline=None)
 @given(st.permutations(range(F)), st.booleans())
-def test_a_perfect_dictionary_in_any_order_and_sign(truth, order, negative):
+def test_permuted_and_negated_true_dictionary_is_perfect(truth, order, negative):
     rows_MD, z_NM = truth.features_FD[order], truth.codes.to_dense()[:, order]
     if negative:
         rows_MD, z_NM = -3 * rows_MD, -z_NM
     assert scores(rows_MD, z_NM, truth) == pytest.approx([1, 1, 1, 1, 1], abs=1e-5)
 
 
-def test_duplicates_cost_uniqueness_and_nothing_else(truth):
+def test_duplicated_latents_lower_only_uniqueness(truth):
     twice = torch.arange(F).repeat(2)
     found = scores(truth.features_FD[twice], truth.codes.to_dense()[:, twice], truth)
     assert found == pytest.approx([1, 0.5, 1, 1, 1], abs=1e-5)
 
 
-def test_dead_latents_count_as_zero(truth):
+def test_dead_latents_count_as_zero_precision_and_recall(truth):
     z_NM = truth.codes.to_dense()
     z_NM[:, : F // 4] = 0
     assert scores(truth.features_FD, z_NM, truth) == pytest.approx([1, 1, 0.75, 0.75, 0.75], abs=1e-5)
 
 
-def test_a_latent_of_two_features_gains_recall_and_loses_precision(truth):
+def test_latents_that_always_fire_have_full_recall_and_low_precision(truth):
     z_NF = truth.codes.to_dense()
     always_NF = torch.ones_like(z_NF)
     found = recovery_metrics(truth.features_FD, sparse(always_NF), truth)
@@ -59,7 +59,7 @@ def test_a_latent_of_two_features_gains_recall_and_loses_precision(truth):
     )
 
 
-def test_fewer_and_more_latents_than_features_match_the_smaller_number(truth):
+def test_matching_has_as_many_pairs_as_smaller_side(truth):
     few = truth.features_FD[:5]
     assert scores(few, truth.codes.to_dense()[:, :5], truth) == pytest.approx([1] * 5, abs=1e-5)
     noise_MD = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
@@ -69,13 +69,13 @@ def test_fewer_and_more_latents_than_features_match_the_smaller_number(truth):
     assert scores(more_MD, z_NM, truth) == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_matching_is_the_best_and_not_the_greedy_one():
+def test_matching_is_optimal_not_greedy():
     assert mcc_hungarian(torch.tensor([[0.9, 0.8], [0.85, 0.1]])) == pytest.approx((0.8 + 0.85) / 2)
 
 
 @settings(max_examples=30, deadline=None)
 @given(n=st.integers(1, 30), m=st.integers(1, 12), f=st.integers(1, 9), seed=st.integers(0, 1000))
-def test_firing_is_counted_as_densely_defined(n, m, f, seed):
+def test_firing_metrics_equal_dense_definitions(n, m, f, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def random_codes(width):
@@ -95,7 +95,7 @@ def test_firing_is_counted_as_densely_defined(n, m, f, seed):
     assert scores(rows_MD, z_NM, truth)[1:] == pytest.approx([float(e) for e in expected])
 
 
-def test_a_repeated_pick_counts_once_and_no_feature_counts_never():
+def test_repeated_pick_counts_once_and_latent_without_feature_never():
     codes = SparseCodes.from_ragged(
         torch.tensor([1.0, 0.5, 2.0]), torch.tensor([0, 0, 1]), torch.tensor([0, 3]), d_sae=2
     )

@@ -1,4 +1,4 @@
-"""What every world promises: seeds decide all, parts share a dictionary, rows are what they are made of."""
+"""Every world: seeds determine all bytes, parts share a dictionary, rows are sums of features."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def bytes_of(truth):
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: type(world).__name__)
 class TestEveryWorld:
-    def test_the_seed_decides_every_byte(self, world: World):
+    def test_seed_determines_every_byte(self, world: World):
         fields = {name: getattr(world, name) for name in world.__dataclass_fields__}
         again, other = type(world)(**fields), type(world)(**{**fields, "seed": 1})
         assert bytes_of(again.sample(300)) == bytes_of(world.sample(300))
@@ -38,13 +38,13 @@ class TestEveryWorld:
         ]
         assert all(differ[:3])
 
-    def test_parts_share_the_dictionary_and_not_the_rows(self, world: World):
+    def test_parts_share_dictionary_and_no_rows(self, world: World):
         train, test = world.sample(300, part="train"), world.sample(300, part="test")
         assert torch.equal(train.features_FD, test.features_FD)
         same_NN = (train.x_ND[:, None] == test.x_ND[None]).all(-1)
         assert not same_NN[(train.x_ND != 0).any(1)].any()
 
-    def test_rows_are_the_sum_of_their_features(self, world: World):
+    def test_rows_are_sums_of_their_features(self, world: World):
         truth = world.sample(CHUNK_ROWS + 300)
         dense_NF = truth.codes.to_dense()
         assert dense_NF.shape == (CHUNK_ROWS + 300, truth.n_features)
@@ -53,11 +53,11 @@ class TestEveryWorld:
         assert (truth.codes.values > 0).all()
         torch.testing.assert_close(truth.frequency(), (dense_NF > 0).double().mean(0))
 
-    def test_fewer_rows_are_the_first_of_more(self, world: World):
+    def test_smaller_sample_is_start_of_larger_one(self, world: World):
         few, many = world.sample(CHUNK_ROWS + 5), world.sample(CHUNK_ROWS + 700)
         assert torch.equal(few.x_ND, many.x_ND[: CHUNK_ROWS + 5])
         assert torch.equal(few.codes.to_dense(), many.codes.to_dense()[: CHUNK_ROWS + 5])
 
-    def test_groups_name_features(self, world: World):
+    def test_groups_hold_valid_feature_indices(self, world: World):
         for indices in world.groups().values():
             assert len(indices) and indices.min() >= 0 and indices.max() < len(world.features_FD)

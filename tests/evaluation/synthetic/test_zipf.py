@@ -1,4 +1,4 @@
-"""Zipf frequencies, and how many features a token has under each law of difficulty."""
+"""``ZipfWorld``: frequencies, and the number of features per token for each difficulty."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def truth(world):
     return world.sample(N)
 
 
-def test_the_mean_number_of_features_is_the_same_and_the_spread_is_not(world, truth):
+def test_difficulties_have_equal_mean_l0_and_stated_deviation(world, truth):
     l0_N = truth.codes.l0().double()
     assert abs(l0_N.mean() - world.true_l0) < 4.5 * max(l0_N.std().item() / N**0.5, 1e-9)
     assert l0_N.min() >= 1
@@ -26,7 +26,7 @@ def test_the_mean_number_of_features_is_the_same_and_the_spread_is_not(world, tr
     assert l0_N.std().item() == pytest.approx(expected_sd[world.difficulty], rel=0.05)
 
 
-def test_frequencies_follow_the_law(world, truth):
+def test_frequencies_follow_capped_zipf_distribution(world, truth):
     law_F = world.frequencies()
     assert law_F.sum().item() == pytest.approx(world.true_l0)
     assert law_F.max() <= 0.5 and (law_F.diff() <= 0).all()
@@ -44,12 +44,12 @@ def test_frequencies_follow_the_law(world, truth):
         assert ((truth.frequency() - law_F).abs() < 0.02 * law_F + 4.5 * deviation).all()
 
 
-def test_strengths(truth):
+def test_strengths_have_stated_mean_deviation_and_minimum(truth):
     values = truth.codes.values
     assert values.min() >= 0.1
     assert abs(values.mean() - 1) < 0.005 and abs(values.std() - 0.25) < 0.005
 
 
-def test_too_few_features_for_the_mean():
+def test_too_few_features_for_mean_l0_raise_value_error():
     with pytest.raises(ValueError, match="cannot have a mean of 8"):
         ZipfWorld(n_features=15).frequencies()
