@@ -1,4 +1,4 @@
-"""The suite on synthetic data: SAEs trained where the truth is known, the papers' claims put to the test."""
+"""The synthetic suite: train SAEs on data with known features, and test the papers' claims."""
 
 from __future__ import annotations
 

@@ -1,11 +1,14 @@
-"""The papers' claims, each put to the test as it stands: it holds or it does not, with the numbers.
+"""Tests of the papers' claims: each claim holds, does not hold or was not tested, with the numbers.
 
-The rules were fixed before the first full run and are these. A difference counts only when it exceeds the
-spread over seeds (``scores.exceeds``). Reconstructions are compared at equal L0: an SAE whose L0 at inference
-misses k by more than 5% cannot support a claim about reconstruction at equal L0. Two explained variances are
-equal when their difference is within the spread, or below ``EQUAL_VARIANCE``. The fewest dead latents are
-fewer than TopK's by more than the spread, while no other SAE has fewer by more than the spread. (At first a
-tie with TopK was enough, which claims nothing; this rule alone was made stricter later.)
+The rules were fixed before the first full run:
+
+- A difference counts only if it exceeds the spread over seeds (``scores.exceeds``).
+- Reconstructions are compared at equal L0. If the L0 of an SAE at inference differs from k by more than 5%, a
+  claim about reconstruction at equal L0 does not hold.
+- Two explained variances are equal if their difference is within the spread or below ``EQUAL_VARIANCE``.
+- An SAE has the fewest dead latents if it has fewer than TopK by more than the spread, and no other SAE has
+  fewer by more than the spread. (At first, a tie with TopK was enough. Only this rule was changed after the
+  first run; it became stricter.)
 """
 
 from __future__ import annotations
@@ -18,17 +21,17 @@ from saebench.synth.scores import Score, exceeds
 from saebench.synth.variants import BETAS
 
 EQUAL_VARIANCE = 0.005
-"""Explained variance that makes no difference."""
+"""A smaller difference of explained variances does not count."""
 ORTHOGONAL = 0.1
-"""Conditional orthogonality is kept while both of its errors (see TreeGeometry) are below this."""
+"""Conditional orthogonality is preserved if both of its errors (see TreeGeometry) are below this."""
 FIRST_CORRELATED_LEVEL = 3
-"""The tree's claims are about levels from here on, where siblings have a cosine of 0.3 and more."""
+"""Claims about the tree use this level and higher ones, where siblings have a cosine of at least 0.3."""
 MORE_OF = ("mutual-choice", "feature-choice")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """``holds`` is None where the data or SAEs that it needs were not part of the suite."""
+    """A claim and its verdict; ``holds`` is None if the suite lacks the data or SAEs that it needs."""
 
     text: str
     holds: bool | None
@@ -47,13 +50,13 @@ class Scores:
         self._by_name = {(score.data, score.sae): score for score in scores}
 
     def get(self, data: str, *labels: str) -> list[Score] | None:
-        """The scores of these SAEs, or None if one is missing or has no second seed."""
+        """The scores of these SAEs, or None if one is missing or has only one seed."""
         found = [self._by_name.get((data, label)) for label in labels]
         there = [score for score in found if score is not None and score.n_seeds > 1]
         return there if len(there) == len(labels) else None
 
     def levels(self) -> list[str]:
-        """The names of the tree's data that were part of the suite, from the first correlated level on."""
+        """Names of the tree data in the suite, from ``FIRST_CORRELATED_LEVEL`` on."""
         names = {score.data for score in self.all if score.data.startswith("tree-")}
         return sorted(name for name in names if int(name.removeprefix("tree-")) >= FIRST_CORRELATED_LEVEL)
 
@@ -103,7 +106,7 @@ def _at_equal_l0(
 
 
 def _fewest_dead(known: Scores) -> Claim:
-    """On all data together, dead latents added up; SAEs that were shown the labels are no rivals."""
+    """Compares dead latents summed over all data; SAEs that read the labels are not compared."""
     text = "feature-choice leaves the fewest dead latents: fewer than topk, and no other SAE leaves fewer"
     own = [score for score in known.all if score.sae == "feature-choice" and score.n_seeds > 1]
     rivals = {score.sae for score in known.all if not score.sae.endswith(f"({ORACLE})")} - {"feature-choice"}
@@ -178,7 +181,7 @@ def _nearer_to_the_tree(known: Scores) -> Claim:
 
 
 def _not_tested(text: str, needs: str) -> Claim:
-    return Claim(text, None, f"it needs {needs}, and two seeds at least")
+    return Claim(text, None, f"needs {needs}, with at least two seeds")
 
 
 def _versus(pair: Sequence[Score], metric: str) -> str:

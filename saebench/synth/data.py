@@ -1,4 +1,4 @@
-"""The data of the suite: which worlds, how many rows, and the activation cache made of them.
+"""The data sets of the synthetic suite, and the activation caches of their training rows.
 
 Shapes: N rows, D = d_in.
 """
@@ -29,10 +29,10 @@ HOOK = "synthetic"
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """Rows of one world, and what every SAE that is trained on them has in common.
+    """Rows of one world, and the settings shared by all SAEs that are trained on them.
 
-    All have as many latents as there are true features, and ``k`` near the true number of active ones (the
-    readout's is half of it, on purpose). Every training row is used once.
+    The SAEs have as many latents as there are true features, and a ``k`` near the true number of active
+    features (for the readout, half of it, on purpose). Each training row is used once.
     """
 
     name: str
@@ -53,11 +53,11 @@ class DataSet:
 
     @property
     def test_rows(self) -> int:
-        """Rows to measure on; training sees none of them."""
+        """Number of rows to measure on; none of them is used in training."""
         return min(MOST_TEST_ROWS, self.tokens // 20)
 
     def describe(self) -> dict[str, Any]:
-        """Plain JSON values that say how the rows are made and trained on."""
+        """The settings of the data and of the training, as plain JSON values."""
         world = {"name": type(self.world).__name__, **dataclasses.asdict(self.world)}
         settings = {"k": self.k, "tokens": self.tokens, "batch_size": self.batch_size, "d_sae": self.d_sae}
         return {"world": world, **settings}
@@ -67,7 +67,7 @@ def data_sets(kinds: Sequence[SyntheticData], *, full: bool, tokens: int | None 
     """The data of these kinds, in the order of the suite; ``tokens`` replaces the rows to train on."""
     made: list[DataSet] = []
     if "tree" in kinds:
-        # The authors take 15,000 steps of 200 rows; the full suite takes as many rows in larger batches.
+        # The authors train for 15,000 steps of 200 rows; the full suite uses the same rows in larger batches.
         size = _size(full, tokens, (3_000_000, 2000))
         made += [
             DataSet(name=f"tree-{level}", kind="tree", world=TreeWorld(level=level), k=2, **size)
@@ -89,23 +89,23 @@ def data_sets(kinds: Sequence[SyntheticData], *, full: bool, tokens: int | None 
 
 
 def _size(full: bool, tokens: int | None, of_full: tuple[int, int]) -> dict[str, int]:
-    """Rows to train on, and in a step."""
+    """Rows to train on, and rows in a batch."""
     rows, batch_size = of_full if full else (150_000, 500)
     return {"tokens": tokens or rows, "batch_size": batch_size}
 
 
 def claim_directory(data: DataSet, directory: Path) -> None:
-    """Make ``directory`` the place of this data and of what is trained on it.
+    """Record in ``directory`` that it holds this data and the SAEs that are trained on it.
 
     Raises:
-        UserError: it is the place of data that were made or trained on otherwise.
+        UserError: the directory was made with other settings.
     """
     description, file = data.describe(), directory / DESCRIPTION
     before = read_json(file, what="the description of the data") if file.exists() else description
     for name, value in description.items():
         if before.get(name) != value:
             raise UserError(
-                f"{directory} was made with {name} {_short(before.get(name))} and this call says "
+                f"{directory} was made with {name} {_short(before.get(name))}, but this call has "
                 f"{_short(value)}; choose another --out"
             )
     directory.mkdir(parents=True, exist_ok=True)
@@ -113,10 +113,10 @@ def claim_directory(data: DataSet, directory: Path) -> None:
 
 
 def make_cache(data: DataSet, directory: Path, *, quiet: bool) -> ActivationCache:
-    """The cache of the training rows in ``directory``/cache, fp32, made unless it is there.
+    """Open the fp32 cache of the training rows in ``directory``/cache; make it if it does not exist.
 
-    It holds as many rows as training takes and the 5% that an import holds out besides, which calibrate
-    thresholds and are not the test rows.
+    It has the rows for training and, in addition, the 5% of rows that an import holds out. The held-out rows
+    calibrate thresholds; they are not the test rows.
 
     Raises:
         UserError: the disk is full.
@@ -143,7 +143,7 @@ def make_cache(data: DataSet, directory: Path, *, quiet: bool) -> ActivationCach
 
 
 def _write_arrays(data: DataSet, directory: Path, n_rows: int, with_gradients: bool) -> None:
-    """x.npy and, where something reads the rows, gradients.npy, piece by piece."""
+    """Write x.npy and, if the world has a readout, gradients.npy, in chunks."""
     from numpy.lib.format import open_memmap
 
     names = ["x", "gradients"] if with_gradients else ["x"]

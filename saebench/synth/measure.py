@@ -1,4 +1,4 @@
-"""Every number of one trained SAE on test rows whose features are known.
+"""``measure``: all metrics of one trained SAE on test rows with known features.
 
 Shapes: N rows, D = d_in.
 """
@@ -40,10 +40,10 @@ SPECIFIC: dict[SyntheticData, tuple[str, ...]] = {
 def measure(
     sae: SAE, truth: GroundTruth, kind: SyntheticData, *, inference: str = "plain"
 ) -> dict[str, float]:
-    """Metric -> value: those of ``COMMON`` and of ``SPECIFIC[kind]``, on the rows of ``truth``.
+    """Metric -> value for the metrics in ``COMMON`` and ``SPECIFIC[kind]``, on the rows of ``truth``.
 
     ``dead`` counts latents that fire on none of these rows. ``changed_picks`` is the share of active entries
-    that the same SAE would not have if it were read plainly, as TopK is.
+    that are not active in the inference mode 'plain' of the same SAE.
     """
     codes = read(sae, truth, inference)
     meter = ReconstructionMeter(sae)
@@ -72,7 +72,7 @@ def measure(
 
 
 def read(sae: SAE, truth: GroundTruth, inference: str) -> SparseCodes:
-    """Codes of the rows of ``truth``, on the CPU; only a gradient SAE can be read otherwise than plainly."""
+    """Codes of the rows of ``truth``, on the CPU; only gradient SAEs have modes other than 'plain'."""
     gradient_ND = truth.gradient_ND if inference == "oracle" else None
     pieces = []
     for start in range(0, truth.n_rows, ROWS_AT_ONCE):

@@ -1,4 +1,4 @@
-"""What the suite found: as tables for a person, as Markdown and JSON beside the runs."""
+"""``SynthReport``: the results of the suite as tables, Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ HEADINGS = {
 LEGEND = (
     "Mean \u00b1 standard deviation over seeds, on test rows. EV: explained variance; MCC: mean |cos| of the "
     "best one-to-one matching; uniqueness, precision, recall, F1: as in saebench.evaluation.synthetic; "
-    f"L0: at inference, * where it misses k by more than {L0_TOLERANCE:.0%}; dead: latents that fire on no "
-    f"test row. ({ORACLE}): latents are chosen by the gradient of the loss, which sees the labels; compare "
-    "such rows with nothing but each other."
+    f"L0: at inference, * if it differs from k by more than {L0_TOLERANCE:.0%}; dead: latents that fire on "
+    f"no test row. ({ORACLE}): latents are selected by the gradient of the loss, which depends on the "
+    "labels; compare such rows only with each other."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SynthReport:
-    """Scores, the verdicts on the claims, and where the numbers come from."""
+    """Scores, verdicts on the claims, and the provenance of the numbers."""
 
     scores: list[Score]
     claims: list[Claim]
     troubles: list[str]
-    """What diverged; the scores are of the rest."""
+    """Errors of trainings that failed; the scores are those of the other SAEs."""
     provenance: dict[str, Any]
 
     def tables(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
@@ -102,18 +102,18 @@ class SynthReport:
         for title, header, rows in self.tables():
             lines += [f"## {title}", "", *_markdown(header, rows), ""]
         lines += ["## Claims", "", *_markdown(["verdict", "claim", "evidence"], self.verdicts()), ""]
-        lines += [f"Trouble: {trouble}" for trouble in self.troubles]
+        lines += [f"Failed: {trouble}" for trouble in self.troubles]
         return "\n".join(lines).rstrip() + "\n"
 
 
 def write_report(report: SynthReport, out: Path) -> None:
-    """results.json and results.md in ``out``."""
+    """Write results.json and results.md into ``out``."""
     write_json_atomic(out / RESULTS_JSON, report.to_dict())
     write_bytes_atomic(out / RESULTS_MARKDOWN, report.to_markdown().encode())
 
 
 def provenance(config: SynthConfig) -> dict[str, Any]:
-    """When, with what and how the numbers were made."""
+    """Date, commit, versions and settings of the measurement."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": _commit(),
@@ -127,7 +127,7 @@ def provenance(config: SynthConfig) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this code is in, '+' when files differ from it; None elsewhere."""
+    """The commit of this checkout, with '+' if files differ from it; None outside a checkout."""
     root = Path(saebench.__file__).resolve().parent.parent
     try:
         found = subprocess.run(

@@ -41,6 +41,6 @@ class SynthConfig(Settings):
             architectures.canonical(name, flag="--architectures")
         for flag, values in (("data", self.data), ("architectures", self.architectures)):
             if len(set(values)) != len(values):
-                raise UserError(f"--{flag} names the same thing twice: {', '.join(values)}")
+                raise UserError(f"--{flag} names the same value twice: {', '.join(values)}; name each once")
         if not self.data:
             raise UserError("no data was named; leave --data out for all of them")

@@ -1,4 +1,4 @@
-"""``synth``: make data, train every SAE on it in one pass, measure against the truth, judge the claims."""
+"""``synth``: make synthetic data, train SAEs on it in one pass, measure recovery, and test claims."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ ROW_ORDER_SEED = 0
 
 @accepts_settings(SynthConfig)
 def synth(config: SynthConfig) -> SynthReport:
-    """Train SAEs on data whose features are known, compare what they found with the truth, test the claims.
+    """Train SAEs on synthetic data with known features, measure recovery, and test the papers' claims.
 
-    Leaves ``out``/DATA/runs/NAME-seedS (run directories), ``out``/results.json and ``out``/results.md. All
-    SAEs of one data set see identical batches, in one pass; seeds differ in the initial weights alone.
-    Trainings that an earlier call with the same settings finished are not done again, and more
-    architectures, data or seeds may be asked for later.
+    Writes the run directories ``out``/DATA/runs/NAME-seedS, ``out``/results.json and ``out``/results.md. All
+    SAEs of one data set are trained on the same batches in one pass; seeds change only the initial weights.
+    Trainings that an earlier call finished are not repeated, so a later call can add architectures, data or
+    seeds.
 
     Raises:
-        UserError: ``out`` holds other data, or a stage raises it.
+        UserError: ``out`` holds data with other settings, or a training or measurement fails.
     """
     scores: list[Score] = []
     troubles: list[str] = []
@@ -60,7 +60,7 @@ def synth(config: SynthConfig) -> SynthReport:
 
 
 def _train(data: DataSet, chosen: Sequence[Variant], config: SynthConfig) -> list[str]:
-    """Train what is not trained yet; returns a sentence on what diverged, if something did."""
+    """Train the SAEs that are not trained yet; returns the errors of trainings that failed."""
     directory = config.out / data.name
     plans = [_plan(data, variant, seed, config) for variant in chosen for seed in range(config.seeds)]
     claim_directory(data, directory)
@@ -114,7 +114,7 @@ def _measure(data: DataSet, chosen: Sequence[Variant], config: SynthConfig) -> l
 
 @contextlib.contextmanager
 def _threads(data: DataSet) -> Iterator[None]:
-    """One thread for the tree: its arrays are so small that a second one only waits for the first."""
+    """Use one thread for the tree, whose arrays are too small for several threads."""
     before = torch.get_num_threads()
     if data.kind == "tree":
         torch.set_num_threads(1)
@@ -132,7 +132,7 @@ def _is_trained(run: Path, spec: SaeSpec) -> bool:
     """Whether the run is finished.
 
     Raises:
-        UserError: it is, but was trained with other settings.
+        UserError: the run was trained with other settings.
     """
     if not Run(run).is_finished:
         return False

@@ -1,4 +1,4 @@
-"""Which SAEs the suite trains on which data, and in which ways each is read."""
+"""The SAEs that the suite trains on each data set, and their inference modes."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from saebench.saes.spec import SaeSpec
 from saebench.synth.data import DataSet
 
 BETAS = (0.3, 1.0, 3.0, 10.0)
-"""Of the gradient SAE."""
+"""Values of beta for the gradient SAE."""
 TREE_TOLERANCE = 0.05
-"""Residual norm, in the units of the data, at which matching pursuit's authors stop it on the tree."""
+"""Residual norm, in the units of the data, at which the authors of MP-SAE stop pursuit on the tree."""
 SCALE_ROWS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One architecture with the settings that the suite gives it beside d_sae and k."""
+    """One architecture with the settings that the suite uses, other than d_sae and k."""
 
     name: str
     """Label of its results, and the name of its runs."""
     sae: str
     settings: dict[str, Any] = field(default_factory=dict)
     inferences: tuple[str, ...] = ("plain",)
-    """Ways to read it: 'oracle' is shown each row's gradient."""
+    """Inference modes to measure; 'oracle' reads each row's gradient."""
 
     def spec(self, data: DataSet) -> SaeSpec:
         values = {"d_sae": data.d_sae, "k": data.k, **self.settings}
@@ -37,11 +37,11 @@ class Variant:
 
 
 def variants(names: Sequence[str], data: DataSet) -> list[Variant]:
-    """What is trained on ``data``, of the architectures ``names`` (all if there are none).
+    """The variants of the architectures ``names`` (by default all) that are trained on ``data``.
 
-    Those that need gradients are trained where the data have them, once for each beta. On the tree, matching
-    pursuit is that of its authors, which makes picks until the residual is small or a pick is repeated; one
-    of at most k picks is trained beside it. All other settings are the defaults: nothing is tuned.
+    Architectures that need gradients are trained only on data with gradients, once for each beta. On the
+    tree, matching pursuit has two variants: its authors', which stops if the residual is small or a pick is
+    repeated, and one with at most k picks. All other settings are the defaults; none is tuned.
     """
     made = []
     for name in dict.fromkeys(map(architectures.canonical, names or ARCHITECTURES)):
@@ -68,7 +68,7 @@ def variants(names: Sequence[str], data: DataSet) -> list[Variant]:
 
 
 def _tree_tolerance(data: DataSet) -> float:
-    """``TREE_TOLERANCE`` in the units of training, which have unit variance per dimension; two digits."""
+    """``TREE_TOLERANCE`` scaled to the inputs of training, which have unit variance, rounded to 2 digits."""
     sample = data.world.sample(SCALE_ROWS)
     deviation = math.sqrt(sample.x_ND.double().var(0, correction=0).mean().item())
     return round(TREE_TOLERANCE / deviation, 2)

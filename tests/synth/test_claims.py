@@ -1,4 +1,4 @@
-"""Every claim is judged by its rule: planted scores on both sides of each."""
+"""Each claim follows its rule, for constructed scores on both sides of the rule."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def verdict(beginning, *scores):
 
 @pytest.mark.parametrize("sae", ["mutual-choice", "feature-choice"])
 class TestReconstruction:
-    def test_better_where_difficulty_varies(self, sae):
+    def test_better_reconstruction_needs_difference_beyond_spread(self, sae):
         text = f"{sae} reconstructs better"
         topk = score("zipf", "topk")
         assert verdict(text, topk, score("zipf", sae, explained_variance=0.51)) is True
@@ -38,7 +38,7 @@ class TestReconstruction:
         assert verdict(text, topk, score("zipf", sae, explained_variance=0.51, n_seeds=1)) is None
         assert verdict(text, topk, score("zipf-constant", sae, explained_variance=0.51)) is None
 
-    def test_equal_where_it_does_not(self, sae):
+    def test_equal_reconstruction_allows_small_difference(self, sae):
         text = f"{sae} reconstructs as well"
         topk = score("zipf-constant", "topk")
         assert verdict(text, topk, score("zipf-constant", sae, explained_variance=0.504)) is True
@@ -49,13 +49,13 @@ class TestReconstruction:
         assert verdict(text, topk) is None
 
 
-def test_who_is_better_where_none_should_be():
+def test_failed_equality_claim_names_better_sae():
     scores = [score("zipf-constant", "topk"), score("zipf-constant", "mutual-choice", explained_variance=0.6)]
     (claim,) = [claim for claim in claims(scores) if claim.text.startswith("mutual-choice reconstructs as")]
     assert claim.holds is False and claim.evidence.endswith("; mutual-choice is better")
 
 
-def test_fewest_dead_over_all_data_together():
+def test_fewest_dead_latents_are_summed_over_all_data():
     text = "feature-choice leaves the fewest"
 
     def at(feature, topk):
@@ -65,13 +65,13 @@ def test_fewest_dead_over_all_data_together():
     assert verdict(text, *at((0, 0), (3, 0))) is True
     assert verdict(text, *at((0, 2), (3, 0))) is True
     assert verdict(text, *at((4, 0), (0, 3))) is False
-    # A tie with TopK is no claim, one with another SAE leaves it standing, and one with fewer ends it.
+    # The claim fails on a tie with TopK, holds on a tie with another SAE, and fails if another SAE has fewer.
     assert verdict(text, *at((0, 0), (0, 0))) is False
     assert verdict(text, *at((0, 0), (0.003, 0))) is False, "2 x 0.002 is the spread of the sums"
     for other, holds in ((0, True), (2, True), (-1, False)):
         rivals = [score("a", "mutual-choice", dead=other), score("b", "mutual-choice", dead=0)]
         assert verdict(text, *at((0, 0), (3, 0)), *rivals) is holds
-    # An SAE that is not trained on the same data is no rival, nor one that saw the labels.
+    # SAEs that are not trained on the same data, or that read the labels, are not compared.
     assert verdict(text, *at((4, 0), (9, 9)), score("a", "gradient-beta1 (plain)", dead=0)) is True
     oracle = [score(data, "gradient-beta1 (oracle)", dead=0) for data in "ab"]
     assert verdict(text, *at((4, 0), (9, 9)), *oracle) is True
@@ -80,14 +80,14 @@ def test_fewest_dead_over_all_data_together():
     assert verdict(text, score("a", "feature-choice"), score("a", "relu", dead=9)) is None
 
 
-def test_ties_in_dead_latents_are_told():
+def test_ties_in_dead_latents_are_in_evidence():
     scores = [score("a", sae) for sae in ("feature-choice", "topk", "relu")]
     (claim,) = [claim for claim in claims(scores) if claim.text.startswith("feature-choice leaves")]
     assert claim.evidence.endswith("; no difference beyond the spread: relu, topk")
 
 
 @pytest.mark.parametrize("inference", ["plain", "oracle"])
-def test_less_damage_is_judged_for_each_beta_and_way_of_reading(inference):
+def test_less_damage_is_tested_for_each_beta_and_inference_mode(inference):
     seen = {"plain": "", "oracle": " (which sees the labels)"}[inference]
     text = f"gradient with beta 3, read {inference}{seen}, damages"
     topk = score("readout", "topk")
@@ -100,7 +100,7 @@ def test_less_damage_is_judged_for_each_beta_and_way_of_reading(inference):
 
 
 @pytest.mark.parametrize("rival", ["topk", "mutual-choice"])
-def test_conditional_orthogonality_must_be_kept_alone_and_at_every_correlated_level(rival):
+def test_orthogonality_must_hold_only_for_pursuit_at_each_correlated_level(rival):
     text = f"matching-pursuit keeps conditional orthogonality on the tree, where {rival}"
 
     def at(level, mine, other):
@@ -119,7 +119,7 @@ def test_conditional_orthogonality_must_be_kept_alone_and_at_every_correlated_le
     assert verdict(text, *at(4, kept, lost), score("tree-8", rival)) is None
 
 
-def test_nearer_to_the_tree_at_every_correlated_level():
+def test_nearer_directions_must_hold_at_each_correlated_level():
     text = "matching-pursuit's directions"
 
     def at(level, mine):
@@ -133,7 +133,7 @@ def test_nearer_to_the_tree_at_every_correlated_level():
     assert verdict(text) is None
 
 
-def test_the_evidence_has_the_numbers_and_the_verdict_its_words():
+def test_evidence_has_means_and_deviations():
     found = claims([score("zipf", "topk"), score("zipf", "mutual-choice", explained_variance=0.75)])
     assert found[0].verdict == "holds" and "0.75 \u00b1 0.001 against 0.5 \u00b1 0.001" in found[0].evidence
     assert found[1].verdict == "not tested" and "feature-choice" in found[1].evidence

@@ -1,4 +1,4 @@
-"""The cache that SAEs are trained on has the world's rows and gradients, and keeps its place."""
+"""Data sets of the suite and their caches of rows and gradients."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def data_of(name, tokens=10_000, **options):
     return data
 
 
-def test_the_cache_has_the_training_rows_and_their_gradients(tmp_path):
+def test_cache_has_training_rows_and_gradients_of_world(tmp_path):
     data = data_of("readout")
     cache = make_cache(data, tmp_path, quiet=True)
     truth = data.world.sample(cache.n_rows, part="train")
@@ -27,7 +27,7 @@ def test_the_cache_has_the_training_rows_and_their_gradients(tmp_path):
     assert make_cache(data, tmp_path, quiet=True).hash == cache.hash
 
 
-def test_small_and_full_suites():
+def test_full_suite_has_more_data_sets_and_rows_than_small_one():
     small, full = (
         data_sets(["superposition", "tree", "zipf", "readout"], full=full) for full in (False, True)
     )
@@ -40,12 +40,12 @@ def test_small_and_full_suites():
     assert all(a.tokens < b.tokens for a, b in zip(small[-4:], full[-4:], strict=True))
 
 
-def test_a_directory_of_other_data_is_refused(tmp_path):
+def test_directory_with_other_settings_is_refused(tmp_path):
     claim_directory(data_of("zipf"), tmp_path)
     claim_directory(data_of("zipf"), tmp_path)
     with pytest.raises(
-        UserError, match=r"was made with tokens 10000 and this call says 20000; choose another"
+        UserError, match=r"was made with tokens 10000, but this call has 20000; choose another"
     ):
         claim_directory(data_of("zipf", tokens=20_000), tmp_path)
-    with pytest.raises(UserError, match=r"difficulty=lognormal .* says .*difficulty=constant"):
+    with pytest.raises(UserError, match=r"difficulty=lognormal .* has .*difficulty=constant"):
         claim_directory(data_of("zipf-constant"), tmp_path)

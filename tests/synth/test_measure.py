@@ -1,4 +1,4 @@
-"""Planted SAEs: their numbers are known."""
+"""``measure`` on constructed SAEs with known metrics."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def planted(name, truth, k, **settings):
     return sae
 
 
-def test_the_truth_as_an_sae_is_perfect_on_the_tree():
+def test_sae_made_of_true_features_is_perfect_on_tree():
     truth = TreeWorld(level=0).sample(5000, part="test")
     found = measure(planted("topk", truth, 2), truth, "tree")
     assert list(found) == [*COMMON, *SPECIFIC["tree"]]
@@ -28,7 +28,7 @@ def test_the_truth_as_an_sae_is_perfect_on_the_tree():
     assert found["across_levels"] < 1e-5 and found["matched_cosine"] == pytest.approx(1)
 
 
-def test_difficulty_is_measured_on_the_codes():
+def test_difficulty_and_empty_rate_are_measured_on_codes():
     truth = ZipfWorld(n_features=40, d_in=64, true_l0=4).sample(5000, part="test")
     sae = planted("mutual-choice", truth, 4)
     sae.threshold.fill_(0.5)
@@ -39,7 +39,7 @@ def test_difficulty_is_measured_on_the_codes():
     assert nothing["empty_rate"] == 1 and nothing["dead"] == 40 and nothing["f1"] == 0
 
 
-def test_reading_with_the_gradient_finds_the_small_features():
+def test_gradient_modes_recover_small_features():
     truth = ReadoutWorld().sample(5000, part="test")
     sae = planted("gradient", truth, 8, beta=10.0)
     sae.gradient_scale.fill_(1.0)
@@ -55,7 +55,7 @@ def test_reading_with_the_gradient_finds_the_small_features():
         assert found["explained_variance"] < plain["explained_variance"]
 
 
-def test_every_row_is_read_with_its_own_gradient():
+def test_read_in_blocks_uses_gradient_of_each_row():
     truth = ReadoutWorld().sample(5000, part="test")
     sae = planted("gradient", truth, 8, beta=3.0)
     sae.gradient_scale.fill_(1.0)

@@ -1,4 +1,4 @@
-"""A tiny suite from end to end: what it leaves, that it resumes, and how it complains."""
+"""A tiny suite from end to end: its files, resuming, and errors."""
 
 import json
 
@@ -37,7 +37,7 @@ def finished(tmp_path_factory):
     return out
 
 
-def test_it_leaves_runs_and_results(finished, capsys):
+def test_suite_writes_runs_and_results(finished, capsys):
     capsys.readouterr()
     assert main([*words(finished), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -59,7 +59,7 @@ def test_it_leaves_runs_and_results(finished, capsys):
     assert {"date", "commit", "suite", "seeds"} <= set(printed["provenance"])
 
 
-def test_the_markdown_has_a_table_for_each_data_set_and_every_claim(finished):
+def test_markdown_has_table_per_data_set_and_each_claim(finished):
     text = (finished / "results.md").read_text()
     for name in ("zipf", "zipf-constant", "readout"):
         assert f"\n## {name} (k 8, 2 seeds, 500 test rows)\n" in text
@@ -67,13 +67,13 @@ def test_the_markdown_has_a_table_for_each_data_set_and_every_claim(finished):
         text.count("\n| holds |") + text.count("\n| does not hold |") + text.count("\n| not tested |") == 16
     )
     assert str(finished) not in text
-    assert "(oracle): latents are chosen by the gradient of the loss, which sees the labels" in text
+    assert "(oracle): latents are selected by the gradient of the loss, which depends on the labels" in text
     assert text.count("read oracle (which sees the labels)") == 4
     widths = {line.count(" | ") for line in text.splitlines() if line.startswith("| gradient-beta")}
     assert len(widths) == 1
 
 
-def test_what_is_trained_is_not_trained_again_and_what_is_lost_comes_back_the_same(finished, monkeypatch):
+def test_second_call_trains_only_deleted_runs_with_identical_bytes(finished, monkeypatch):
     before = weights(finished)
     with monkeypatch.context() as patched:
         patched.setattr(suite, "train_all", lambda plans: pytest.fail("trained again"))
@@ -87,7 +87,7 @@ def test_what_is_trained_is_not_trained_again_and_what_is_lost_comes_back_the_sa
     assert weights(finished) == before
 
 
-def test_an_sae_that_diverges_is_told_and_the_rest_is_measured(tmp_path, monkeypatch):
+def test_failed_training_is_reported_and_other_saes_are_measured(tmp_path, monkeypatch):
     def all_but_the_last(plans):
         real(plans[:-1])
         raise UserError("the last one diverged")
@@ -98,28 +98,28 @@ def test_an_sae_that_diverges_is_told_and_the_rest_is_measured(tmp_path, monkeyp
     report = suite.synth(out=tmp_path, **settings)
     assert report.troubles == ["readout: the last one diverged"]
     assert [score.n_seeds for score in report.scores] == [2, 1]
-    assert "Trouble: readout: the last one diverged" in (tmp_path / "results.md").read_text()
+    assert "Failed: readout: the last one diverged" in (tmp_path / "results.md").read_text()
     assert json.loads((tmp_path / "results.json").read_text())["troubles"] == report.troubles
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"tokens": 20_000}, "made with tokens 10000 and this call says 20000; choose another --out"),
+        ({"tokens": 20_000}, "made with tokens 10000, but this call has 20000; choose another --out"),
         ({"data": ("zipf", "wood")}, 'Invalid value "wood" for --data'),
-        ({"data": ("zipf", "zipf")}, "--data names the same thing twice: zipf, zipf"),
+        ({"data": ("zipf", "zipf")}, "--data names the same value twice: zipf, zipf; name each once"),
         ({"architectures": ("sparse",)}, "--architectures sparse is not an SAE architecture; there is topk"),
         ({"seeds": 0}, "seeds is 0; it must be at least 1"),
         ({"tokens": 999}, "tokens is 999; it must be at least 10000"),
     ],
 )
-def test_complaints_are_one_sentence(finished, capsys, settings, sentence):
+def test_invalid_settings_are_refused_with_one_sentence(finished, capsys, settings, sentence):
     assert main(words(finished, **settings)) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
 
 
-def test_settings_of_an_architecture_that_changed_are_noticed(finished):
+def test_run_with_other_architecture_settings_is_refused(finished):
     file = finished / "zipf" / "runs" / "topk-seed0" / "sae.json"
     before = file.read_text()
     file.write_text(before.replace('"k": 8', '"k": 7'))

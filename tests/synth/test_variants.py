@@ -1,4 +1,4 @@
-"""What is trained on which data."""
+"""The SAEs that the suite trains on each data set."""
 
 import pytest
 
@@ -9,14 +9,14 @@ from saebench.synth.variants import BETAS, variants
 DATA = {data.name: data for data in data_sets(["tree", "zipf", "readout"], full=False)}
 
 
-def test_all_architectures_by_default_and_each_once_whatever_it_is_called():
+def test_default_is_all_architectures_and_aliases_count_once():
     names = [variant.name for variant in variants((), DATA["zipf"])]
     assert names == [name for name in ARCHITECTURES if not architecture(name).uses_gradients]
     aliased = variants(("batchtopk", "mutual-choice"), DATA["zipf"])
     assert [variant.sae for variant in aliased] == ["mutual-choice"]
 
 
-def test_a_gradient_sae_for_each_beta_where_there_are_gradients():
+def test_gradient_sae_is_trained_for_each_beta_on_data_with_gradients():
     made = variants(("gradient",), DATA["readout"])
     assert [variant.spec(DATA["readout"]).beta for variant in made] == list(BETAS)
     assert {variant.inferences for variant in made} == {("plain", "proxy", "oracle")}
@@ -24,7 +24,7 @@ def test_a_gradient_sae_for_each_beta_where_there_are_gradients():
 
 
 @pytest.mark.parametrize("name", ["tree-4", "readout"])
-def test_specs_have_the_width_and_k_of_the_data(name):
+def test_specs_have_width_and_k_of_data(name):
     data = DATA[name]
     for variant in variants((), data):
         spec = variant.spec(data)
@@ -32,7 +32,7 @@ def test_specs_have_the_width_and_k_of_the_data(name):
         assert (spec.name, spec.d_sae, spec.k) == (variant.sae, data.d_sae, k)
 
 
-def test_matching_pursuit_stops_on_the_tree_as_its_authors_have_it_and_after_k_picks():
+def test_matching_pursuit_on_tree_has_authors_and_k_variants():
     data = DATA["tree-4"]
     authors, ours = variants(("matching-pursuit",), data)
     deviation = data.world.sample(20_000).x_ND.var(0).mean().sqrt().item()
