@@ -1,4 +1,4 @@
-"""``saebench demo``: the whole pipeline, from a model and a text to features in the explorer."""
+"""``demo``: the whole pipeline on a small scale, from a model and a text to a feature store."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ STEPS_BETWEEN_CHECKPOINTS = 200
 SHOWN_FEATURES = 5
 SHOWN_TOKENS = 6
 SHOWCASE: dict[str, tuple[float | None, float | None]] = {"density": (2e-4, 5e-3), "entropy_tok": (3.0, 5.0)}
-"""Features worth showing first: neither rare nor everywhere, and on a handful of different tokens."""
+"""Ranges of the features to show first: neither rare nor dense, and active on several tokens."""
 _MAY_CHANGE = {"out", "explore", "port", "device", "quiet"}
 
 
@@ -89,19 +89,19 @@ class DemoConfig(Settings):
 
 @dataclass(frozen=True)
 class ShownFeature:
-    """One feature as the summary shows it."""
+    """One feature in the printed summary."""
 
     feature: int
     density: float
     tokens: list[str]
-    """Tokens on which it fires most often."""
+    """Tokens on which the feature fires most often."""
     example: str
-    """Text around its largest activation; the token is in [brackets]."""
+    """Text around the largest activation; the token is in [brackets]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoReport:
-    """What a demo left behind, and how good it is."""
+    """The paths that a demo wrote, and the evaluation of its SAEs."""
 
     cache: Path
     runs: tuple[Path, ...]
@@ -109,9 +109,9 @@ class DemoReport:
     evaluation: dict[str, Any]
     """The contents of eval.json of the first run."""
     comparison: Comparison | None
-    """All runs side by side, where there are several."""
+    """Comparison of all runs, if there are several."""
     seconds: dict[str, float]
-    """Wall-clock time of each stage, in the call that finished it."""
+    """Wall-clock time of each stage in the call that finished it."""
     peak_memory_bytes: int
     """Largest resident memory of the process, mapped files included."""
     features: list[ShownFeature]
@@ -119,14 +119,14 @@ class DemoReport:
 
 @accepts_settings(DemoConfig)
 def demo(config: DemoConfig) -> DemoReport:
-    """Harvest, train, evaluate, index; leaves out/cache, out/runs/NAME and out/store.
+    """Harvest, train, evaluate and index; write out/cache, out/runs/NAME and out/store.
 
-    It trains a TopK SAE; with ``all``, the five main architectures at equal tokens, width and k, in one pass
-    over a cache with gradients. Stages that an earlier call of the same settings finished are not done
-    again, and an interrupted stage goes on where it stopped.
+    It trains a TopK SAE, or with ``all`` the five main architectures with equal tokens, width and k in one
+    pass over a cache with gradients. Stages that an earlier call with the same settings finished are skipped,
+    and an interrupted stage is resumed.
 
     Raises:
-        UserError: ``out`` holds a demo of other settings, or anything that the stages refuse.
+        UserError: ``out`` holds a demo with other settings, or a stage fails.
     """
     from saebench.runs.run import Run
     from saebench.saes.files import SPEC_FILE
@@ -136,7 +136,7 @@ def demo(config: DemoConfig) -> DemoReport:
     names = MAIN_ARCHITECTURES if config.all else ("topk",)
     runs = tuple(config.out / "runs" / f"{name}-{config.d_sae}-k{config.k}" for name in names)
     named = dict(zip(names, runs, strict=True))
-    _plans(config, cache, named)  # refused before anything is harvested
+    _plans(config, cache, named)  # raises for invalid settings before anything is harvested
     with directory_lock(config.out, what="the demo"):
         done = _Progress(config)
         with done.stage("harvest", leaves=(cache / "manifest.json",)) as wanted:
@@ -177,10 +177,10 @@ def _harvest(config: DemoConfig, cache: Path) -> None:
 
 
 def _plans(config: DemoConfig, cache: Path, runs: dict[str, Path]) -> list[Plan]:
-    """The trainings.
+    """Settings of each training.
 
     Raises:
-        UserError: one of them cannot be had with these settings.
+        UserError: an architecture cannot be trained with these settings.
     """
     tokens = config.tokens if config.tokens is not None else TOKENS_OF_ALL if config.all else TOKENS
     plans: list[Plan] = [
@@ -200,7 +200,7 @@ def _plans(config: DemoConfig, cache: Path, runs: dict[str, Path]) -> list[Plan]
 
 
 def _evaluate(config: DemoConfig, cache: Path, run: Path) -> None:
-    """In every way in which the SAE can choose its latents."""
+    """Evaluate the run in each inference mode of its SAE."""
     for inference in saebench.load(run).inferences or (None,):
         saebench.evaluate(
             EvalConfig(
@@ -211,7 +211,7 @@ def _evaluate(config: DemoConfig, cache: Path, run: Path) -> None:
 
 
 class _Progress:
-    """``demo.json``: the settings of the demo and what each finished stage took."""
+    """``demo.json``: the settings of the demo, and the time of each finished stage."""
 
     def __init__(self, config: DemoConfig) -> None:
         self._path = config.out / PROGRESS_FILE
@@ -225,7 +225,7 @@ class _Progress:
 
     @contextlib.contextmanager
     def stage(self, name: str, *, leaves: Sequence[Path]) -> Iterator[bool]:
-        """Gives whether the stage is still to be done, and notes its time when it is."""
+        """Yield whether the stage must run; if so, record its time."""
         if name in self.seconds and all(file.exists() for file in leaves):
             if not self._quiet:
                 print(f"{name}: already done, in {leaves[0].parent}", file=sys.stderr, flush=True)
@@ -243,7 +243,8 @@ class _Progress:
             if before != value:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(
-                    f"{out} holds a demo with {flag} {before}, this call says {value}; choose another --out"
+                    f"{out} holds a demo with {flag} {before}, but this call has {value}; "
+                    "choose another --out"
                 )
         self.seconds = {stage: written["seconds"][stage] for stage in STAGES if stage in written["seconds"]}
         self.peak_memory_bytes = int(written["peak_memory_bytes"])
@@ -258,9 +259,9 @@ class _Progress:
 
 
 def showcase_features(store: FeatureStore, n: int = SHOWN_FEATURES) -> list[ShownFeature]:
-    """The most frequent ``n`` of the features that are neither rare nor everywhere, with what they fire on.
+    """The ``n`` densest features within the ranges of ``SHOWCASE``, with the tokens that they fire on.
 
-    Where the store has too few of those, the most frequent of all make up the number.
+    If the store has too few of these, the densest other features are added.
     """
     chosen: dict[int, float] = {}
     for ranges in (SHOWCASE, {}):
@@ -289,7 +290,7 @@ def _shown(store: FeatureStore, feature: int, density: float) -> ShownFeature:
 
 
 def _snippet(pieces: list[str], at: int, around: int = 8) -> str:
-    """The window's text near ``at``, on one line, with that token in brackets."""
+    """The text of a window near position ``at``, on one line, with that token in brackets."""
     shown = [f"[{piece}]" if i == at else piece for i, piece in enumerate(pieces)]
     return " ".join("".join(shown[max(0, at - around) : at + around + 1]).split())
 
@@ -310,6 +311,6 @@ def _peak_memory_bytes() -> int:
 
 
 def program() -> str:
-    """What to type to run this program again: 'saebench', or its path when it is not on the PATH."""
+    """The command that runs this program: 'saebench', or its path if it is not on the PATH."""
     called = sys.argv[0]
     return called if Path(called).name == "saebench" and not shutil.which("saebench") else "saebench"

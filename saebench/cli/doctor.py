@@ -1,4 +1,4 @@
-"""What `saebench doctor` prints. It needs no package beside saebench, so that it can say which is broken."""
+"""The output of `saebench doctor`. It imports only saebench, so that it works if packages are broken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags made from the settings classes: a field is the flag, its docstring the help, its type the check."""
+"""Flags made from settings classes: a field gives the flag, its docstring the help, its type the check."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parameters(
     """One parameter for each of the fields ``names`` of ``config_class``, for the signature of a command.
 
     Args:
-        given: values from a settings file; they take the place of the defaults.
+        given: values from a settings file; they replace the defaults.
         positional: the fields that may also be given without their flags.
     """
     types, docs = get_type_hints(config_class), field_docs(config_class)
@@ -66,12 +66,12 @@ def parameters(
 
 
 def _written(default: object) -> str:
-    """A default as one would type it."""
+    """A default as it is typed on the command line."""
     return " ".join(map(str, default)) if isinstance(default, tuple | list) else str(default)
 
 
 def _converter(kind: Any) -> Callable[[object, Sequence[Any]], Any] | None:
-    """What makes a value of words for a field of whole numbers; None for other fields."""
+    """The converter of words for a field of whole numbers; None for other fields."""
     if int not in (kind, *get_args(kind)):
         return None
     return _whole_numbers if get_origin(kind) is tuple else _whole_number
@@ -82,12 +82,12 @@ def _whole_number(kind: object, tokens: Sequence[Any]) -> int:
 
 
 def _whole_numbers(kind: object, tokens: Sequence[Any]) -> tuple[int, ...]:
-    """Several words, each of which may be several numbers with commas between them."""
+    """Numbers from several words; each word may have several numbers separated by commas."""
     return tuple(whole_number(part) for token in tokens for part in token.value.split(",") if part)
 
 
 def values_in(argv: Sequence[str], flag: str) -> list[str]:
-    """The values of ``flag`` in ``argv``, before anything is parsed; a flag may have several after it."""
+    """The values of ``flag`` in unparsed ``argv``; several values may follow a flag."""
     found: list[str] = []
     inside = False
     for token in argv:
@@ -109,7 +109,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The flat TOML file ``path``; ``d-sae`` and ``d_sae`` are the same key.
 
     Raises:
-        UserError: no such file, not TOML, or it has tables.
+        UserError: the file cannot be read, is not TOML, or has tables.
     """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -118,18 +118,21 @@ def read_settings(path: Path) -> dict[str, Any]:
             f"cannot read the settings file {path}: {error.strerror}; check {CONFIG_FLAG}"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"the settings file {path} is not TOML: {error}") from None
+        raise UserError(f"the settings file {path} is not TOML: {error}; correct it") from None
     for name, value in raw.items():
         if isinstance(value, dict):
-            raise UserError(f"[{name}] in {path} is a table; settings are flat, like d_sae = 4096")
+            raise UserError(
+                f"[{name}] in {path} is a table; settings are flat: write lines such as d_sae = 4096"
+            )
     return {name.replace("-", "_"): value for name, value in raw.items()}
 
 
 def check_settings(settings: Mapping[str, Any], types: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The values of a settings file in the types of the fields that they set.
+    """The values of a settings file, converted to the types of their fields.
 
     Raises:
-        UserError: the command has no such setting (the nearest is offered), or a value does not fit.
+        UserError: the command has no such setting (the message suggests a similar one), or a value has the
+            wrong type.
     """
     import pydantic
 
@@ -137,7 +140,7 @@ def check_settings(settings: Mapping[str, Any], types: Mapping[str, Any], path: 
     for name, value in settings.items():
         if name not in types:
             near = difflib.get_close_matches(name, types, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(sorted(types))}"
+            hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(types))}"
             raise UserError(f"{name!r} in {path} is not a setting of this command; {hint}")
         if get_origin(types[name]) is tuple and isinstance(value, str):
             value = (value,)

@@ -1,4 +1,4 @@
-"""What `saebench bench` prints."""
+"""The output of `saebench bench`."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def of_cpu(report: BenchReport) -> str:
         ),
         table(("one step", "median ms", "min", "max", "x product", "error"), lines),
         table(("times as long", "ratio", "goal", ""), goals),
-        table(("topk SAEs", "apart s", "in a sweep s", "gain"), sweeps),
+        table(("topk SAEs", "separate s", "sweep s", "gain"), sweeps),
     ]
     return "\n\n".join(parts)
 
@@ -128,7 +128,7 @@ def of_store(report: StoreReport) -> str:
     heads = ("", "", "at most", "")
     return "\n\n".join([
         pairs({"device": report.device, **report.settings, **report.versions}),
-        table(("table", "seconds", "of processors", "bytes an activation"), lines),
+        table(("table", "seconds", "CPU seconds", "bytes per activation"), lines),
         table(("measured", *heads), goals),
         table(("at 1,000,000,000 activations", *heads), further),
         report.reasoning,

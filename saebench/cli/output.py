@@ -1,4 +1,4 @@
-"""What a command prints: a table for people or JSON for programs on stdout; everything else on stderr."""
+"""Formatting of results: tables for people or JSON for programs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from saebench.core.files import finite
 
 @dataclass(frozen=True)
 class Result:
-    """What a command found out."""
+    """The result of a command."""
 
     data: Mapping[str, Any]
-    """Plain JSON values, for --json; a number that is NaN or infinite becomes null there."""
+    """Plain JSON values, for --json; NaN and infinite numbers are printed as null."""
     text: str
-    """The same for a person."""
+    """The same result for people."""
     error_message: str | None = None
     """One sentence on what the user must change; makes the exit code 2."""
 
@@ -29,7 +29,7 @@ class Result:
 
 
 def plain(value: Any) -> Any:
-    """What JSON does not know: dataclasses and numbers of other libraries as they are, the rest as text."""
+    """JSON values for other types: dataclasses as objects, NumPy and torch numbers as numbers, else text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return finite(dataclasses.asdict(value))
     return finite(value.item()) if hasattr(value, "item") else str(value)
@@ -60,7 +60,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def cell(value: object) -> str:
-    """A value as a person reads it: 12,345 and 0.1234, lists with commas."""
+    """A value formatted for people: 12,345 and 0.1234, lists with commas."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

@@ -44,7 +44,7 @@ def test_the_table_of_a_sweep_shows_it(gradient_settings, capsys):
         words += [f"--{name.replace('_', '-')}", str(gradient_settings[name])]
     assert main(words) == 0
     head, topk, gradient = capsys.readouterr().out.splitlines()[:3]
-    assert head.endswith("  not TopK's picks") and len(topk) < head.index("not TopK's")
+    assert head.endswith("  picks changed") and len(topk) < head.index("picks changed")
     last = (gradient_settings["out"] / "gradient" / "metrics.jsonl").read_text().splitlines()[-1]
     assert gradient.split()[-1] == f"{json.loads(last)['picks_changed']:.4f}"
 
