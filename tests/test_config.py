@@ -1,4 +1,4 @@
-"""Settings: read from plain values, checked, and written back."""
+"""Settings: reading from plain values, checks, and writing back."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ REQUIRED: dict[type, dict[str, Any]] = {
 
 @given(st.data(), st.sampled_from(list(CONFIGS)))
 @settings(deadline=None)
-def test_plain_values_come_back_through_json(data: st.DataObject, config_class: type) -> None:
+def test_settings_survive_json_round_trip(data: st.DataObject, config_class: type) -> None:
     strategies = CONFIGS[config_class]
     optional = {name: s for name, s in strategies.items() if name not in REQUIRED[config_class]}
     required = {name: strategies[name] for name in REQUIRED[config_class]}
@@ -68,7 +68,7 @@ def test_plain_values_come_back_through_json(data: st.DataObject, config_class: 
 
 
 @pytest.mark.parametrize("config_class", CONFIGS)
-def test_every_field_says_what_it_is(config_class: type) -> None:
+def test_every_field_has_docstring(config_class: type) -> None:
     """The field docstrings are the help of the flags."""
     source = inspect.getsource(config_class)
     for field in dataclasses.fields(config_class):
@@ -94,14 +94,16 @@ def test_every_field_says_what_it_is(config_class: type) -> None:
         (TrainConfig, {"warmup": float("nan")}, "warmup is nan; it must be at least 0"),
         (TrainConfig, {"warmup": 0.9}, "warmup 0.9 and decay 0.3 are shares of one run and exceed it"),
         (TrainConfig, {"sae": "no such"}, "--sae no such is not an SAE architecture; there is topk"),
-        (EvalConfig, {"text": "a.txt"}, "--text a.txt needs a model to read it; add --model"),
+        (EvalConfig, {"text": "a.txt"}, "--text a.txt needs a model that reads the text; add --model"),
         (EvalConfig, {"rows": "some"}, "'rows' in the file is 'some': input should be 'held-out' or 'all'"),
         (IndexConfig, {"seed": -1}, "seed is -1; it must be at least 0"),
         (IndexConfig, {"seed": 2**63}, "seed is 9223372036854775808; it must be below 2**63"),
         (TrainConfig, {"grad_clip": float("inf")}, "grad_clip is infinite; give a finite number"),
     ],
 )
-def test_bad_values_are_named_in_one_sentence(config_class: type, bad: dict[str, Any], message: str) -> None:
+def test_invalid_value_is_refused_with_one_sentence(
+    config_class: type, bad: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError) as caught:
         from_flat(config_class, {**REQUIRED[config_class], **bad}, source="the file")
     assert str(caught.value).startswith(message)
@@ -109,7 +111,7 @@ def test_bad_values_are_named_in_one_sentence(config_class: type, bad: dict[str,
 
 
 @pytest.mark.parametrize("config_class", CONFIGS)
-def test_a_missing_value_is_named(config_class: type) -> None:
+def test_missing_value_is_refused_with_its_name(config_class: type) -> None:
     for name in REQUIRED[config_class]:
         rest = {key: value for key, value in REQUIRED[config_class].items() if key != name}
         with pytest.raises(UserError, match=f"'{name}' is missing from the call"):
@@ -152,7 +154,7 @@ def test_function_with_settings_takes_a_config_or_the_same_keywords() -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_registered_architecture_is_there_under_its_name(name: str) -> None:
+def test_registered_architecture_has_its_name(name: str) -> None:
     assert architecture(name).Spec.name == name
 
 
@@ -175,7 +177,7 @@ def test_settings_load_without_torch_or_pydantic() -> None:
     assert found.stdout == "[]\n"
 
 
-def test_more_shards_than_a_process_can_map_are_refused_and_the_way_out_is_taken() -> None:
+def test_too_many_shards_are_refused_and_suggested_shard_rows_works() -> None:
     with pytest.raises(UserError, match=r"pass --shard-rows (\d+)") as refused:
         HarvestConfig(out=Path("c"), tokens=2_000_000_000)
     enough = int(str(refused.value).rsplit(" ", 1)[1])
@@ -199,7 +201,7 @@ BOUNDED = [
 @pytest.mark.parametrize(
     ("config_class", "name", "bounds"), BOUNDED, ids=[f"{c.__name__}-{n}" for c, n, _ in BOUNDED]
 )
-def test_value_outside_its_bounds_raises_also_when_the_class_is_called_directly(
+def test_value_out_of_bounds_is_refused_by_settings_class(
     config_class: type, name: str, bounds: tuple[Bound, ...]
 ) -> None:
     required = {f.name: Path() for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING}
@@ -213,7 +215,7 @@ def test_value_outside_its_bounds_raises_also_when_the_class_is_called_directly(
         config_class(**required, **{name: float("inf")})
 
 
-def test_none_and_the_words_of_a_type_have_no_bounds() -> None:
+def test_none_and_auto_are_not_checked_against_bounds() -> None:
     assert TrainConfig(cache=Path("c"), out=Path("r"), lr="auto", order_seed=None).lr == "auto"
     with pytest.raises(UserError, match="lr is fast; it must be 'auto' or above 0"):
         TrainConfig(cache=Path("c"), out=Path("r"), lr="fast")  # type: ignore[arg-type]

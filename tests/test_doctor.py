@@ -1,4 +1,4 @@
-"""`saebench doctor`: a healthy installation, a broken one, and the form of its JSON."""
+"""`saebench doctor`: healthy and broken installations, and the format of its JSON."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def diagnosis_of(*findings: Finding) -> Diagnosis:
     return Diagnosis(packages=list(findings), devices=[], optional=[], plugins=[], system=[], data=[])
 
 
-def test_healthy_installation_is_0_and_every_finding_has_the_same_keys() -> None:
+def test_healthy_installation_exits_0_and_findings_have_same_keys() -> None:
     done = doctor("--json")
     assert done.returncode == 0 and not done.stderr
     report = json.loads(done.stdout)
@@ -47,8 +47,8 @@ def test_healthy_installation_is_0_and_every_finding_has_the_same_keys() -> None
     assert "kernels" in report["devices"][0]["detail"]
 
 
-def test_broken_packages_are_2_with_one_sentence_whatever_they_do_when_imported(tmp_path: Path) -> None:
-    """Also the parser of the command line, and a package that ends the process."""
+def test_broken_packages_exit_2_with_one_sentence(tmp_path: Path) -> None:
+    """This includes the argument parser, and a package that ends the process."""
     (tmp_path / "duckdb.py").write_text("raise OSError('wrong\\nglibc')")
     (tmp_path / "gguf.py").write_text("import os; os._exit(3)")
     (tmp_path / "cyclopts.py").write_text("raise SystemExit('no')")
@@ -62,7 +62,7 @@ def test_broken_packages_are_2_with_one_sentence_whatever_they_do_when_imported(
     assert "the process ended with code 3" in lines["gguf"]
 
 
-def test_problem_names_the_first_broken_part_what_to_do_and_the_others() -> None:
+def test_problem_names_first_broken_part_with_fix_and_then_others() -> None:
     fine = Finding(name="numpy", state="ok", found="2.0")
     optional = Finding(name="wandb", state="missing", detail="train --wandb", fix="pip install wandb")
     first = Finding(name="torch", state="broken", detail="not installed", fix="pip install torch")
@@ -73,7 +73,7 @@ def test_problem_names_the_first_broken_part_what_to_do_and_the_others() -> None
     assert several == "torch does not work (not installed); pip install torch; 1 more: text"
 
 
-def test_version_that_is_too_old_is_broken() -> None:
+def test_too_old_version_is_broken() -> None:
     found = diagnosis._package("numpy", ">=99", {"state": "ok"})
     assert found.state == "broken" and found.detail == "saebench needs numpy>=99"
     assert found.fix == "pip install 'numpy>=99'"
@@ -101,18 +101,16 @@ def test_checksums_name_every_bundled_file() -> None:
     assert set(json.loads((saebench_data.FOLDER / saebench_data.CHECKSUMS).read_text())) == files
 
 
-def test_cache_directory_that_cannot_be_written_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unwritable_cache_directory_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SAEBENCH_CACHE", str(tmp_path / "file"))
     cache = next(finding for finding in diagnosis._system() if finding.name == "cache")
     assert cache.state == "missing" and cache.fix == "set SAEBENCH_CACHE to a directory that can be written"
 
 
-def test_an_error_in_a_look_is_a_finding() -> None:
-    def look() -> list[Finding]:
+def test_error_in_check_is_a_finding() -> None:
+    def check() -> list[Finding]:
         raise RuntimeError("odd")
 
-    (found,) = diagnosis._guarded("system", look)
+    (found,) = diagnosis._guarded("system", check)
     assert (found.state, found.detail) == ("broken", "RuntimeError: odd")

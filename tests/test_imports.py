@@ -1,4 +1,4 @@
-"""What a module costs to import, and which packages import which."""
+"""Cost of imports, and which packages import which."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "duckdb", "streamlit", "transformer_lens", "transformers", "pandas", "triton", "datasets"}
 PACKAGES = ("saebench", "app/saebench_app", "data/saebench_data", "kernels/saebench_kernels")
 NEEDED_BY_OTHERS = {"plotly"}
-"""Declared, not imported by us: Streamlit draws the charts with it."""
+"""Declared but not imported by saebench: Streamlit needs it for charts."""
 OF_PEERS = {"sae-lens", "sparsify", "dictionary-learning"}
-"""Imported by what runs in an environment of its own (make peers), or only where they are installed."""
+"""Imported only in the environment of `make peers`, or only if they are installed."""
 
 
 def modules_after(code: str) -> set[str]:
@@ -33,29 +33,29 @@ def modules_after(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize("module", ["saebench", "saebench.config", "saebench.demo", "saebench.cli.app"])
-def test_import_is_light(module: str) -> None:
+def test_import_loads_no_heavy_package(module: str) -> None:
     assert not modules_after(f"import {module}") & HEAVY
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["harvest", "--help"], ["tarin"]])
-def test_help_and_errors_are_light(words: list[str]) -> None:
+def test_help_and_errors_load_no_heavy_package(words: list[str]) -> None:
     code = "import contextlib, io, saebench.cli\n"
     code += f"with contextlib.redirect_stdout(io.StringIO()): saebench.cli.main({words})"
     assert not modules_after(code) & HEAVY
 
 
-def test_training_needs_little_but_torch() -> None:
+def test_training_loads_no_heavy_package_except_torch() -> None:
     loaded = modules_after("from saebench.training import train")
     assert not loaded & (HEAVY - {"torch"})
 
 
-def test_every_public_name_is_there() -> None:
+def test_every_public_name_exists() -> None:
     for name in saebench.__all__:
         assert getattr(saebench, name) is not None
 
 
 def imports_of(folder: Path) -> set[str]:
-    """Full names of all modules that the code in ``folder`` imports, anywhere in it."""
+    """Full names of all modules that the code in ``folder`` imports at any level."""
     found = set()
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -67,15 +67,15 @@ def imports_of(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_an_import_name_is_the_path_of_a_folder_with_types(package: str) -> None:
+def test_packages_are_imported_from_checkout_and_typed(package: str) -> None:
     found = importlib.util.find_spec(Path(package).name)
     assert found is not None and found.origin is not None
     assert Path(found.origin) == ROOT / package / "__init__.py"
     assert (ROOT / package / "py.typed").is_file()
 
 
-def test_folders_of_the_checkout_are_not_taken_for_packages_of_others() -> None:
-    """transformers looks for Hugging Face's ``kernels``, and python -c imports from the working directory."""
+def test_folders_of_checkout_do_not_shadow_packages() -> None:
+    """transformers tries to import ``kernels``, and python -c also imports from the working directory."""
     assert not [folder for folder in ("app", "data", "kernels") if (ROOT / folder / "__init__.py").exists()]
     code = "from transformers import BertForPreTraining"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
@@ -108,7 +108,7 @@ def test_every_import_is_declared_and_every_dependency_is_imported() -> None:
 
 
 def modules() -> dict[str, Path]:
-    """Every module of ours and its file."""
+    """Every module of saebench and its file."""
     return {
         ".".join(path.relative_to((ROOT / package).parent).with_suffix("").parts).removesuffix(
             ".__init__"
@@ -119,7 +119,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports_in(path: Path, *, when_type_checking: bool = True) -> set[str]:
-    """Full names of the modules, or of what they hold, that one file imports, anywhere in it."""
+    """Full names of the modules, or of names in them, that one file imports at any level."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     if not when_type_checking:
         tree.body = [node for node in tree.body if not is_type_checking(node)]
@@ -138,13 +138,13 @@ def is_type_checking(node: ast.stmt) -> bool:
 
 
 def package_of(name: str) -> str | None:
-    """The package of `LAYERS` that a module or a name in one belongs to; None for other people's."""
+    """The package in `LAYERS` that contains a module or a name; None for other distributions."""
     if name.partition(".")[0] not in {Path(package).name for package in PACKAGES}:
         return None
     return max((p for p in LAYERS if name == p or name.startswith(p + ".")), key=len)
 
 
-def test_every_package_imports_only_what_the_table_of_layers_allows() -> None:
+def test_packages_import_only_what_layers_allow() -> None:
     broken = set()
     for module, path in modules().items():
         own = package_of(module)
@@ -156,7 +156,7 @@ def test_every_package_imports_only_what_the_table_of_layers_allows() -> None:
     assert not broken
 
 
-def test_the_table_of_layers_has_no_package_twice_and_no_circle() -> None:
+def test_layers_have_existing_packages_and_no_cycle() -> None:
     known = {name for name in LAYERS if EVERYTHING not in LAYERS[name]}
     assert {name for allowed in LAYERS.values() for name in allowed} - {EVERYTHING} <= known
     order = list(graphlib.TopologicalSorter({name: LAYERS[name] for name in known}).static_order())
@@ -165,18 +165,18 @@ def test_the_table_of_layers_has_no_package_twice_and_no_circle() -> None:
         assert (ROOT / folder_of(package)).exists()
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
-    """Imports inside functions count as well; those for type checkers alone do not."""
+def test_modules_have_no_import_cycle() -> None:
+    """Imports inside functions count; imports under TYPE_CHECKING do not."""
     ours = modules()
     graph: dict[str, set[str]] = {}
     for module, path in ours.items():
         names = imports_in(path, when_type_checking=False)
         graph[module] = {n if n in ours else n.rpartition(".")[0] for n in names} & set(ours) - {module}
-    # The public names are imported when they are used: what uses them from inside is not a circle of files.
+    # Public names are imported lazily, so using them inside the package does not make a cycle of files.
     graph = {name: used - {"saebench"} for name, used in graph.items() if name != "saebench"}
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
-def test_contributing_shows_the_table_of_layers() -> None:
+def test_contributing_shows_current_layers() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     assert with_table(text) == text, "run python -m tests.layers"

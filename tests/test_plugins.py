@@ -17,7 +17,7 @@ from saebench.core.registry import Registry
 
 MODULES = {
     "loud": '''
-        """TopK whose codes are multiplied by a setting of its own."""
+        """TopK with codes multiplied by an additional setting."""
 
         from dataclasses import dataclass
         from typing import Annotated, ClassVar
@@ -91,7 +91,7 @@ ENTRY_POINTS = """
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of installed packages with one that adds to every registry."""
+    """A site directory with an installed package that adds to every registry."""
     site = tmp_path_factory.mktemp("site")
     (site / "add_on").mkdir()
     (site / "add_on" / "__init__.py").touch()
@@ -109,7 +109,7 @@ def install(site: Path, package: str, entry_points: str) -> None:
 
 
 def saebench_with(site: Path, *commands: list[str]) -> list[dict[str, object]]:
-    """What each command answers, where ``site`` is on the path: its exit code and output."""
+    """Exit code and output of each command, with ``site`` on the path."""
     program = textwrap.dedent(
         """
         import contextlib, io, json, sys
@@ -136,7 +136,7 @@ def saebench_with(site: Path, *commands: list[str]) -> list[dict[str, object]]:
     return answers
 
 
-def test_package_adds_architecture_and_forms_that_work_like_built_in_ones(
+def test_package_adds_working_architecture_and_formats(
     site: Path, tmp_path: Path, tiny_cache: object
 ) -> None:
     cache, run = str(tiny_cache.path), str(tmp_path / "run")  # type: ignore[attr-defined]
@@ -167,7 +167,7 @@ def test_package_adds_architecture_and_forms_that_work_like_built_in_ones(
     assert refused["code"] == 2 and "loudness is 0.0; it must be at least 1" in str(refused["err"])
 
 
-def test_without_the_package_the_error_lists_what_there_is(tmp_path: Path) -> None:
+def test_missing_package_error_lists_architectures(tmp_path: Path) -> None:
     from saebench.runs.run import load
     from saebench.saes.topk import TopKSAE, TopKSpec
 
@@ -178,7 +178,7 @@ def test_without_the_package_the_error_lists_what_there_is(tmp_path: Path) -> No
         load(tmp_path)
 
 
-def test_broken_package_is_named_and_breaks_nothing_else(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_package_is_named_and_others_still_load(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(site))
     registry = Registry(
         "an SAE architecture", "saebench.architectures", {"topk": "saebench.saes.topk:TopKSAE"}
@@ -191,7 +191,7 @@ def test_broken_package_is_named_and_breaks_nothing_else(site: Path, monkeypatch
     assert issubclass(registry.load("loud"), torch.nn.Module)
 
 
-def test_of_two_packages_with_one_name_the_second_is_ignored_with_a_warning(
+def test_second_package_with_same_name_is_ignored_with_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for package in ("zebra", "ape"):
@@ -202,7 +202,7 @@ def test_of_two_packages_with_one_name_the_second_is_ignored_with_a_warning(
         assert registry.plugins["mine"].value == "ape:SAE"
 
 
-def test_damaged_metadata_of_a_package_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_package_metadata_gives_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, "fine", "[saebench.formats]\nmine = fine\n")
     install(tmp_path, "damaged", "")
     (tmp_path / "damaged-1.5.dist-info" / "entry_points.txt").write_bytes(b"[saebench.formats]\nx\xff = y\n")
@@ -212,7 +212,7 @@ def test_damaged_metadata_of_a_package_is_a_warning(tmp_path: Path, monkeypatch:
         assert Registry("a format of SAEs", "saebench.formats", {}).names() == ["mine"]
 
 
-def test_names_that_saebench_has_are_found_without_reading_any_package(
+def test_built_in_names_are_found_without_reading_packages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("saebench.core.registry.metadata.distributions", lambda: pytest.fail("read packages"))

@@ -1,4 +1,4 @@
-"""saebench as a wheel, installed where the checkout cannot be seen, and used there."""
+"""The wheel of saebench, installed and used without the checkout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOT_INSTALLED = {"__pycache__", ".ruff_cache", ".mypy_cache"}
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that nothing is left in the checkout and nothing old is taken from it."""
+    """The wheel, built from a copy so that build files do not come from or go into the checkout."""
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, source)
@@ -39,12 +39,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The ``bin`` of an environment with the wheel and today's dependencies, but not the checkout."""
+    """The ``bin`` of an environment with the wheel and the current dependencies, without the checkout."""
     home = tmp_path_factory.mktemp("environment")
     venv.create(home, symlinks=True)
     python = home / "bin" / "python"
     site = Path(capture(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    # A path file adds folders without reading the path files in them: the editable install stays unseen.
+    # A path file does not read path files in the folders it adds, so the editable install is not found.
     dependencies = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     (site / "dependencies.pth").write_text("\n".join(dependencies) + "\n")
     pip("--python", str(python), "install", "--quiet", "--no-deps", "--force-reinstall", str(wheel))
@@ -67,7 +67,7 @@ def capture(program: Path, *words: str, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def test_the_wheel_carries_every_file_of_the_packages(wheel: Path) -> None:
+def test_wheel_has_every_file_of_packages(wheel: Path) -> None:
     carried = set(zipfile.ZipFile(wheel).namelist())
     expected = {
         path.relative_to((ROOT / package).parent).as_posix()
@@ -80,7 +80,7 @@ def test_the_wheel_carries_every_file_of_the_packages(wheel: Path) -> None:
     assert "License-Expression: Apache-2.0" in metadata
 
 
-def test_the_installed_program_answers(installed: Path, tmp_path: Path) -> None:
+def test_installed_program_runs_outside_checkout(installed: Path, tmp_path: Path) -> None:
     assert capture(installed / "saebench", "--version", cwd=tmp_path) == saebench.__version__ + "\n"
     assert "harvest" in capture(installed / "saebench", "--help", cwd=tmp_path)
     code = (
@@ -92,7 +92,7 @@ def test_the_installed_program_answers(installed: Path, tmp_path: Path) -> None:
         assert Path(file).is_relative_to(installed.parent)
 
 
-def test_it_trains_there(installed: Path, tmp_path: Path) -> None:
+def test_installed_program_trains(installed: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(4000, 32)).astype(np.float32))
     capture(installed / "saebench", "cache", "import", "x.npy", "--out", "cache", "--quiet", cwd=tmp_path)
     words = "train --cache cache --out run --d-sae 64 --k 4 --tokens 4e5 --batch-size 512 --json --quiet"

@@ -1,4 +1,4 @@
-"""Whole training steps on a CPU, ours and SAELens's in turns, and what a sweep saves."""
+"""The CPU benchmark: training steps of saebench and SAELens, and the gain of a sweep."""
 
 from __future__ import annotations
 
@@ -36,30 +36,30 @@ THEIRS: dict[str, dict[str, Any]] = {
         "decoder_init_norm": 1.0,
     },
 }
-"""What SAELens has in the place of each of ours; matching pursuit makes the same k picks for every row."""
+"""SAELens's settings for each architecture of ours; its matching pursuit makes k picks for every row."""
 GOALS = (
     ("sae-lens topk", "saebench topk", "at least", 3.5),
     ("sae-lens matching_pursuit", "saebench matching-pursuit", "at least", 4.0),
     ("saebench mutual-choice", "saebench topk", "at most", 1.3),
 )
 N_BATCHES = 16
-"""Batches of random rows: at the sizes of the benchmark 64 MiB, more than a cache holds."""
+"""Batches of random rows; at the default sizes they take 64 MiB, more than the processor's caches."""
 ERROR_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table; times are None where the contestant is missing."""
+    """One line of the table; ``timing`` is None if the library is not installed."""
 
     name: str
     timing: Timing | None
     error: float | None = None
-    """Relative error of the reconstruction against float64; None for what is not ours."""
+    """Relative error of the reconstruction against float64; None for SAELens and the product."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """How many times as long ``slower`` takes as ``faster``, by medians; None where one is missing."""
+    """Ratio of the median times of ``slower`` and ``faster``; ``value`` is None if one is missing."""
 
     slower: str
     faster: str
@@ -76,7 +76,7 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """What was measured, where, when, and with what."""
+    """The measurements with their date, device, versions and settings."""
 
     device: str
     versions: dict[str, str]
@@ -98,19 +98,19 @@ class BenchReport:
         return data
 
 
-def measure(config: BenchConfig, said: Callable[[str], None]) -> BenchReport:
+def measure(config: BenchConfig, announce: Callable[[str], None]) -> BenchReport:
     """Time training steps on the CPU.
 
     A step is everything that the training loop does with a batch in memory: forward, loss, backward,
-    clipping, Adam, decoder norm, counters; SAELens's is its own trainer's ``step``. Rows are random normal
-    numbers. Nothing is dead, so no auxiliary loss is paid on either side.
+    clipping, Adam, decoder norm and counters. For SAELens it is ``step`` of its trainer. Rows are random
+    normal numbers. No latent is dead, so neither library computes an auxiliary loss.
 
     Raises:
         UserError: the peers' environment is broken.
     """
     with _threads(config.threads), tempfile.TemporaryDirectory() as folder:
-        rows, versions = _steps(config, Path(folder), said)
-        gains = sweep_gains(config, Path(folder), said=said)
+        rows, versions = _steps(config, Path(folder), announce)
+        gains = sweep_gains(config, Path(folder), announce=announce)
     median = {row.name: row.timing.median for row in rows if row.timing is not None}
     ratios = [
         Ratio(
@@ -134,33 +134,31 @@ def measure(config: BenchConfig, said: Callable[[str], None]) -> BenchReport:
 
 
 def n_parts(config: BenchConfig) -> int:
-    """How often `measure` says what it is at."""
-    n_contestants = 1 + len(OURS) + (len(THEIRS) if peer.python_of(config.peers) else 0)
-    return (config.turns + 1) * n_contestants + SWEEP_PARTS
+    """How often `measure` calls ``announce``."""
+    n_entries = 1 + len(OURS) + (len(THEIRS) if peer.python_of(config.peers) else 0)
+    return (config.turns + 1) * n_entries + SWEEP_PARTS
 
 
 def _steps(
-    config: BenchConfig, folder: Path, said: Callable[[str], None]
+    config: BenchConfig, folder: Path, announce: Callable[[str], None]
 ) -> tuple[list[Row], dict[str, str]]:
     generator = torch.Generator().manual_seed(0)
     rows_ND = torch.randn(N_BATCHES * config.batch_size, config.d_in, generator=generator)
     sizes = {"batch_size": config.batch_size, "d_sae": config.d_sae}
-    contestants: dict[str, Timed] = {PRODUCT: encoder_product(rows_ND, **sizes)}
+    entries: dict[str, Timed] = {PRODUCT: encoder_product(rows_ND, **sizes)}
     ours: dict[str, SAE] = {}
     for name in OURS:
-        ours[f"saebench {name}"], contestants[f"saebench {name}"] = step_of(
-            name, rows_ND, **sizes, k=config.k
-        )
+        ours[f"saebench {name}"], entries[f"saebench {name}"] = step_of(name, rows_ND, **sizes, k=config.k)
     versions = {"saebench": saebench.__version__, "torch": torch.__version__}
     with contextlib.ExitStack() as stack:
         if peer.python_of(config.peers) is None:
             versions["sae-lens"] = peer.MISSING
         else:
             running = stack.enter_context(peer.running_peer(config.peers, threads=config.threads))
-            told = running.ask("versions", threads=config.threads)
-            versions |= {"sae-lens": told["sae-lens"], "sae-lens's torch": told["torch"]}
-            contestants |= _peer_steps(running, rows_ND, config, folder)
-        timings = take_turns(contestants, turns=config.turns, said=said)
+            installed = running.ask("versions", threads=config.threads)
+            versions |= {"sae-lens": installed["sae-lens"], "sae-lens's torch": installed["torch"]}
+            entries |= _peer_steps(running, rows_ND, config, folder)
+        timings = take_turns(entries, turns=config.turns, announce=announce)
     batch = Batch(rows_ND[:ERROR_ROWS])
     rows = [
         Row(name=name, timing=timing, error=error_of(ours[name], batch) if name in ours else None)
@@ -207,7 +205,7 @@ def _threads(n_threads: int) -> Iterator[None]:
 
 
 def processor() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as the operating system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -1,4 +1,4 @@
-"""Encoders and whole training steps on one GPU, against the bare product, plain torch and other libraries."""
+"""The GPU benchmark: encoders and training steps, compared with a matrix product and other libraries."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from saebench.bench.timing import Timed, Timing, take_turns
 from saebench.core.errors import UserError
 
 N_BATCHES = 4
-"""Batches of random rows; with the weights they are more than a cache holds."""
+"""Batches of random rows; together with the weights they exceed the GPU's caches."""
 STEPS_TO_PEAK = 10
-"""Steps after which ours have taken their graph, and with it all their memory."""
+"""Number of steps after which our CUDA graphs are captured and all memory is allocated."""
 PRODUCT = "bare product"
 NOT_FUSED = "left out: matching pursuit is not fused for more than 65,536 latents"
 GOALS: tuple[tuple[str, str, dict[str, float]], ...] = (
@@ -33,9 +33,9 @@ GOALS: tuple[tuple[str, str, dict[str, float]], ...] = (
     ("mutual-choice encode", PRODUCT, {"S1": 1.35, "S2": 1.15}),
     ("mutual-choice step", TOPK, {"S1": 1.15, "S2": 1.15}),
 )
-"""At most so many times as long."""
+"""(slower, faster, largest ratio of their times by size)."""
 LEAST_TIMES: dict[str, float] = {"S1": 3.6, "S2": 2.5}
-"""So many times as long as our TopK step is the fastest other one to take."""
+"""Smallest ratio of the time of other libraries to that of our TopK step, by size."""
 MOST_MS: dict[str, dict[str, float]] = {
     TOPK: {"S1": 1.35, "S2": 9.3},
     "topk step, 5% dead": {"S1": 1.8, "S2": 12.0},
@@ -46,16 +46,16 @@ MOST_MS: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GpuRow:
-    """One contestant at one size; no numbers, but the reason, where it could not be measured."""
+    """One entry at one size; if it could not be measured, only ``reason`` is set."""
 
     size: str
     name: str
     timing: Timing | None = None
     products: float | None = None
-    """How many bare products fit into its median."""
+    """Median time divided by that of the bare product."""
     goal_ms: float | None = None
     memory_gib: float | None = None
-    """Peak of a step beyond weights, optimizer and data; None for an encoder."""
+    """Peak memory of a step in addition to weights, optimizer and data; None for an encoder."""
     reason: str | None = None
 
     @property
@@ -67,7 +67,7 @@ class GpuRow:
 
 @dataclass(frozen=True, kw_only=True)
 class GpuRatio:
-    """How many times as long ``slower`` takes as ``faster``, in turns; goal None: only for a look."""
+    """Ratio of the interleaved median times of ``slower`` and ``faster``; ``goal`` is None without a goal."""
 
     size: str
     slower: str
@@ -85,7 +85,7 @@ class GpuRatio:
 
 @dataclass(frozen=True, kw_only=True)
 class GpuReport:
-    """What was measured, where, when, and with what."""
+    """The measurements with their date, device, versions and settings."""
 
     device: str
     versions: dict[str, str]
@@ -107,34 +107,35 @@ class GpuReport:
 
 
 def require_gpu() -> None:
-    """Refuse to go on without one."""
+    """Raise a UserError if there is no GPU."""
     if not torch.cuda.is_available():
-        raise UserError("there is no GPU to measure on; say saebench bench --cpu")
+        raise UserError("no GPU was found; run saebench bench --cpu")
 
 
 def n_parts(config: BenchConfig) -> int:
-    """How often `measure` says what it is at, if nothing fails."""
+    """How often `measure` calls ``announce`` if nothing fails."""
     ours = sum(1 + len(group) for size in SIZES for group in _ours(size))
     return (config.turns + 1) * (ours + sum(2 * len(_others(size)) for size in SIZES))
 
 
-def measure(config: BenchConfig, said: Callable[[str], None]) -> GpuReport:
-    """Time everything: bfloat16 products, float32 masters, gradients clipped to norm 1, random normal rows.
+def measure(config: BenchConfig, announce: Callable[[str], None]) -> GpuReport:
+    """Time all entries at all sizes.
 
-    A step is all that a training does with rows that are on the GPU, as it does it: as a graph where it is
-    one. All of them together would not fit. So at each size, ours without matching pursuit take turns with
-    each other and with the bare product, and matching pursuit with the bare product. Then each other
-    contestant (see `saebench.bench.gpu_peers`) is built, takes turns with the one of ours that it is compared
-    with, and is freed before the next. What fails, or finds too little memory, gets a row that says why.
+    Products are in bfloat16, master weights in float32, gradients are clipped to norm 1, and rows are random
+    normal numbers. A step of ours is everything that a training does with rows on the GPU, including CUDA
+    graphs. All entries together do not fit in memory. So at each size, our entries other than matching
+    pursuit are interleaved with each other and with the bare product, and matching pursuit with the bare
+    product. Then each entry of `saebench.bench.gpu_peers` is built, interleaved with its counterpart of ours,
+    and freed. An entry that fails, for example for lack of memory, gets a row with the reason.
     """
     rows: list[GpuRow] = []
     ratios: list[GpuRatio] = []
     for size in SIZES:
-        of_size = _Measuring(size, _random_rows(size), config.turns, said)
+        of_size = _Measuring(size, _random_rows(size), config.turns, announce)
         for group in _ours(size):
             of_size.measure_ours(group)
         for name, make in _others(size).items():
-            of_size.measure_beside(name, make)
+            of_size.measure_peer(name, make)
         if size.only_topk:
             of_size.leave_out_pursuit()
         rows += of_size.rows
@@ -165,19 +166,19 @@ def measure(config: BenchConfig, said: Callable[[str], None]) -> GpuReport:
 
 
 class _Measuring:
-    """The rows and ratios of one size as they come in."""
+    """Measures the entries of one size and collects their rows and ratios."""
 
-    def __init__(self, size: Size, rows_BND: Tensor, turns: int, said: Callable[[str], None]) -> None:
-        self.size, self.rows_BND, self.turns, self.said = size, rows_BND, turns, said
+    def __init__(self, size: Size, rows_BND: Tensor, turns: int, announce: Callable[[str], None]) -> None:
+        self.size, self.rows_BND, self.turns, self.announce = size, rows_BND, turns, announce
         self.rows: list[GpuRow] = []
         self.ratios: list[GpuRatio] = []
         self._kept: dict[str, Timed] = {}
         self._product = 0.0
 
     def measure_ours(self, group: dict[str, Make]) -> None:
-        """Some of ours and the bare product, in turns; those that others are compared with are kept."""
+        """Time entries of ours interleaved with the bare product; keep those that peers are compared with."""
         free()
-        contestants = {PRODUCT: timed(product(self.size, self.rows_BND))}
+        entries = {PRODUCT: timed(product(self.size, self.rows_BND))}
         memory: dict[str, float] = {}
         failed: dict[str, str] = {}
         for name, make in group.items():
@@ -185,11 +186,11 @@ class _Measuring:
                 once = make(self.size, self.rows_BND)
                 if name in STEPS:
                     memory[name] = peak_gib(once, calls=STEPS_TO_PEAK)
-            except Exception as error:  # most likely too little memory; what was measured is not lost
+            except Exception as error:  # usually out of memory; the other entries are still measured
                 failed[name] = reason(error)
                 continue
-            contestants[name] = timed(once)
-        timings = take_turns(contestants, turns=self.turns, said=self.said)
+            entries[name] = timed(once)
+        timings = take_turns(entries, turns=self.turns, announce=self.announce)
         medians = {name: timing.median for name, timing in timings.items()}
         if not self._product:
             self._product = medians[PRODUCT]
@@ -211,19 +212,19 @@ class _Measuring:
             for slower, faster, goal in GOALS
             if slower in medians and faster in medians
         ]
-        self._kept |= {name: contestants[name] for name in _COMPARED if name in contestants}
+        self._kept |= {name: entries[name] for name in _COMPARED if name in entries}
 
-    def measure_beside(self, name: str, make: Make) -> None:
-        """One that is not ours, in turns with the one of ours that does the same."""
+    def measure_peer(self, name: str, make: Make) -> None:
+        """Time an entry of another library, interleaved with its counterpart of ours."""
         free()
-        ours = _same_of_ours(name)
+        ours = _counterpart(name)
         beside = {ours: self._kept[ours]} if ours in self._kept else {}
         try:
             once = make(self.size, self.rows_BND)
-            once()  # optimizers take their memory in the first step
+            once()  # optimizers allocate their memory in the first step
             memory = peak_gib(once, calls=1)
-            timings = take_turns(beside | {name: timed(once)}, turns=self.turns, said=self.said)
-        except Exception as error:  # whatever another library raises
+            timings = take_turns(beside | {name: timed(once)}, turns=self.turns, announce=self.announce)
+        except Exception as error:  # another library may raise anything
             self._left_out(name, reason(error))
             return
         self._add(name, timings[name], None if name in gpu_peers.ENCODERS else memory)
@@ -280,7 +281,7 @@ def _others(size: Size) -> dict[str, Make]:
     return gpu_peers.ENCODERS | steps
 
 
-def _same_of_ours(name: str) -> str:
+def _counterpart(name: str) -> str:
     if name in gpu_peers.ENCODERS:
         return "topk encode"
     return PURSUIT if name == gpu_peers.PURSUIT else TOPK

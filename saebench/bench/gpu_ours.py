@@ -1,4 +1,4 @@
-"""Our encoders and whole training steps, and the bare matrix product, each ready to be timed on a GPU.
+"""The entries of saebench for the GPU benchmark: the bare matrix product, encoders and training steps.
 
 Shapes: B batches of N rows, D = d_in, M = d_sae latents, S = stored entries of codes.
 """
@@ -21,7 +21,7 @@ from saebench.training.state import STEPS_BETWEEN_REFRESHES, TrainingState, fres
 from saebench_kernels import gradient_topk_encode, mutual_choice_encode, topk_encode
 
 DEAD_SHARE = 20
-"""One latent in so many is dead where AuxK is at work."""
+"""In the entry with AuxK, one latent in this many is dead."""
 TOPK, PURSUIT = "topk step", "matching-pursuit step"
 
 
@@ -70,7 +70,7 @@ ENCODERS: dict[str, Make] = {
 
 
 def _step(name: str, *, dead: bool = False) -> Make:
-    """The step of a training of architecture ``name``; with ``dead``, one latent in 20 never fires."""
+    """A training step of architecture ``name``; with ``dead``, one latent in 20 never fires."""
 
     def make(size: Size, rows_BND: Tensor) -> Once:
         sae_class, device = architecture(name), rows_BND.device
@@ -94,7 +94,7 @@ def _step(name: str, *, dead: bool = False) -> Make:
         )
         if dead:
             sae = training.current.sae
-            with torch.no_grad():  # too weak to be among the k largest, but half of them positive
+            with torch.no_grad():  # too weak for the k largest, but positive for half of the rows
                 sae.W_enc_MD[::DEAD_SHARE] *= 1e-3
             sae.tokens_since_fired[::DEAD_SHARE] = sae.dead_after
 

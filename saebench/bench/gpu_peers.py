@@ -1,8 +1,8 @@
-"""Training steps of other libraries, and of plain torch, that can be imported in this Python.
+"""Training steps of plain torch, and of other libraries that can be imported in this Python.
 
-Each takes rows as its library's training loop would hand them to it, and does what that loop does with them:
-forward, loss, backward, its optimizer, its way of keeping the decoder's norms, its counters. Products are
-in bfloat16 by autocast on a GPU, in float32 on a CPU; masters are float32. A step returns its loss.
+Each step does with a batch what the training loop of its library does: forward, loss, backward, optimizer,
+decoder norms and counters. Products are in bfloat16 by autocast on a GPU, and in float32 on a CPU; master
+weights are float32. A step returns its loss.
 
 Shapes: B batches of N rows, D = d_in, M = d_sae latents.
 """
@@ -23,14 +23,14 @@ from saebench.bench.gpu_sizes import Make, Once, Size
 from saebench.bench.steps import LEARNING_RATE
 
 MANY_STEPS = 1_000_000
-"""Of a schedule: longer than any measurement."""
+"""Length of schedules; longer than any measurement."""
 PLAIN, COMPILED = "plain torch step", "torch.compile step"
 MODULES = {
     "sae-lens": "sae_lens",
     "eai-sparsify": "sparsify",
     "dictionary-learning": "dictionary_learning",
 }
-"""Distribution -> what is imported of it."""
+"""Distribution -> its module."""
 
 
 def versions() -> dict[str, str]:
@@ -53,7 +53,7 @@ def _mixed(device: torch.device) -> bool:
 
 
 def _plain(*, compiled: bool) -> Make:
-    """A TopK step with a dense code; compiled, its loss and their gradients are one ``torch.compile``."""
+    """A TopK step with dense codes; ``compiled`` passes the loss to ``torch.compile``."""
 
     def make(size: Size, rows_BND: Tensor) -> Once:
         device, k, mixed = rows_BND.device, size.k, _mixed(rows_BND.device)
@@ -96,10 +96,10 @@ def _plain(*, compiled: bool) -> Make:
 
 
 def _sae_lens(settings: dict[str, Any], budget: str) -> Make:
-    """`SAETrainer.step`, which ends with the step of its schedules: Adam (not fused), gradients clipped to 1.
+    """`SAETrainer.step`, with its schedules, Adam (not fused) and gradients clipped to norm 1.
 
-    Norms of decoder rows are not kept but multiplied into TopK's codes; the AuxK loss cannot be turned off,
-    and its price with nothing dead is one look at the counters.
+    SAELens does not normalize decoder rows; it multiplies their norms into TopK's codes. The AuxK loss cannot
+    be turned off. Without dead latents, it only reads the counters.
     """
 
     def make(size: Size, rows_BND: Tensor) -> Once:
@@ -124,11 +124,11 @@ def _sae_lens(settings: dict[str, Any], budget: str) -> Make:
 
 
 def _sparsify(optimizer_name: str) -> Make:
-    """The body of `sparsify.Trainer.fit`, which is one loop that cannot be entered for a step.
+    """One step of `sparsify.Trainer.fit`, a loop that has no function for a single step.
 
-    All that it does with a batch whose rows are at hand, from its own parts and in its order; the model's
-    forward pass and the gathering of rows by a mask are left out. ``optimizer_name`` is 'signum', its
-    default, which has no schedule, or 'adam', torch's, not fused; neither clips. AuxK is off, as by default.
+    It calls the same functions of sparsify in the same order, without the model's forward pass and the
+    selection of rows by a mask. ``optimizer_name`` is 'signum', the default of sparsify, which has no
+    schedule, or 'adam', torch's Adam (not fused). Neither clips gradients. AuxK is off, as by default.
     """
 
     def make(size: Size, rows_BND: Tensor) -> Once:
@@ -188,13 +188,15 @@ def _float32_products(precision: str) -> Iterator[None]:
 
 
 def _dictionary_learning(size: Size, rows_BND: Tensor) -> Once:
-    """`TopKTrainer.update` as `trainSAE` calls it: Adam (not fused), gradients projected and clipped to
-    norm 1, unit rows; the AuxK loss is turned off, and nothing else."""
+    """`TopKTrainer.update` as `trainSAE` calls it, with the AuxK loss turned off.
+
+    It has Adam (not fused), projected gradients clipped to norm 1, and unit decoder rows.
+    """
     with _same_fake_tensors():
         from dictionary_learning.trainers.top_k import TopKTrainer
 
     device = rows_BND.device
-    with device:  # its parameters are drawn there and not on the CPU
+    with device:  # parameters are drawn on this device instead of the CPU
         training = TopKTrainer(
             steps=MANY_STEPS, activation_dim=size.d_in, dict_size=size.d_sae, k=size.k, layer=0,
             lm_name="none", lr=LEARNING_RATE, auxk_alpha=0, warmup_steps=0, device=str(device),
@@ -216,7 +218,7 @@ def _dictionary_learning(size: Size, rows_BND: Tensor) -> Once:
 
 @contextlib.contextmanager
 def _same_fake_tensors() -> Iterator[None]:
-    """nnsight, which dictionary-learning imports, changes a class without which torch.compile cannot work."""
+    """Undo a change of nnsight to FakeTensor (at import of dictionary-learning) that breaks torch.compile."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     before = {name: FakeTensor.__dict__.get(name) for name in ("__new__", "__bool__")}
@@ -263,7 +265,7 @@ _PURSUIT: dict[str, Any] = {
     "stop_on_duplicate_support": False,
     "decoder_init_norm": 1.0,
 }
-"""The same k picks for every row, as ours."""
+"""Settings with k picks for every row, as ours."""
 _STEPS: dict[str, tuple[str | None, Make]] = {
     PLAIN: (None, _plain(compiled=False)),
     COMPILED: (None, _plain(compiled=True)),
@@ -276,4 +278,4 @@ _STEPS: dict[str, tuple[str | None, Make]] = {
 STEPS: dict[str, Make] = {
     name: make for name, (peer, make) in _STEPS.items() if peer is None or _importable(MODULES[peer])
 }
-"""What can be asked for in this Python; Adam everywhere but where the name says otherwise."""
+"""Steps that can be imported in this Python; the optimizer is Adam unless the name has another one."""

@@ -1,4 +1,4 @@
-"""The problems that are measured on a GPU, and how a contestant comes to one."""
+"""The problem sizes of the GPU benchmark, and the types of its entries."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 Once = Callable[[], object]
-"""Does it once, and need not wait for the GPU."""
+"""Launches one call; it need not wait for the GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """A problem of the benchmark."""
+    """A problem size of the benchmark."""
 
     name: str
     batch_size: int
@@ -21,7 +21,7 @@ class Size:
     d_sae: int
     k: int
     only_topk: bool = False
-    """Of ours, the TopK step alone is measured."""
+    """Of our entries, measure only the TopK step."""
 
 
 SIZES = (
@@ -29,7 +29,7 @@ SIZES = (
     Size(name="S2", batch_size=8192, d_in=2304, d_sae=65_536, k=64),
     Size(name="S3", batch_size=8192, d_in=4096, d_sae=131_072, k=64, only_topk=True),
 )
-"""GPT-2 small, 32 latents a dimension; Gemma 2 2B, 28; a model of 7 or 8 billion parameters, 32."""
+"""Widths of GPT-2 small, Gemma 2 2B, and a model with 7 or 8 billion parameters."""
 
 Make = Callable[[Size, Tensor], Once]
-"""Makes a contestant for batches of rows [B, N, D], on their device; may raise what its library raises."""
+"""Makes an entry for batches of rows [B, N, D], on their device; it may raise errors of its library."""

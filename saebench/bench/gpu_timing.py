@@ -1,4 +1,4 @@
-"""Timing on a GPU: by events around several calls, or as a graph; and what is said of a call that failed."""
+"""Timing of calls and CUDA graphs with GPU events, peak memory, and short reasons for failed calls."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from saebench.bench.timing import Timed
 
 CALL_SECONDS = 0.1
 MOST_REPEATS = 10
-"""Calls timed together: launching one takes longer than its first kernels. Fewer where they are slow."""
+"""Calls timed together, because launching one call takes longer than its first kernels run."""
 _LONGEST_REASON = 100
 
 
 def repeats_for(seconds: float) -> int:
-    """How many calls of ``seconds`` each are timed together: what fits into 0.1 s, 1 to 10."""
+    """How many calls of ``seconds`` each are timed together: as many as fit in 0.1 s, but 1 to 10."""
     return max(1, min(MOST_REPEATS, int(CALL_SECONDS / max(seconds, 1e-9))))
 
 
 def timed(once: Once) -> Timed:
-    """Seconds of one call, from events around as many as its last duration suggests; at first, around one."""
+    """A function that returns the seconds of one call, averaged over `repeats_for` its last duration."""
     repeats, calls = 1, once.calls if isinstance(once, Graph) else 1
 
     def measured() -> float:
@@ -40,7 +40,7 @@ def timed(once: Once) -> Timed:
 
 
 def peak_gib(once: Once, calls: int) -> float:
-    """The most memory that ``calls`` take at once, beyond what was taken before."""
+    """Peak memory in GiB during ``calls`` calls, in addition to the memory allocated before."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -51,7 +51,7 @@ def peak_gib(once: Once, calls: int) -> float:
 
 
 class Graph:
-    """Several calls as one CUDA graph: within it they follow each other as the kernels of a step do."""
+    """Several calls as one CUDA graph, so that kernels follow each other without launch delays."""
 
     calls = MOST_REPEATS
 
@@ -60,7 +60,7 @@ class Graph:
             once()
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        self._kept = once  # with it, the tensors that the graph reads
+        self._kept = once  # keeps the tensors that the graph reads alive
         with torch.cuda.graph(self._graph):
             for _ in range(self.calls):
                 once()
@@ -70,17 +70,17 @@ class Graph:
 
 
 def free() -> None:
-    """Give back to the GPU what nothing refers to."""
+    """Free unreferenced GPU memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def reason(error: BaseException) -> str:
-    """One short line: the kind of error and the first sentence of what it says."""
-    said = " ".join(str(error).split())
-    sentence = said.split(". ", 1)[0].rstrip(".")
-    if isinstance(error, torch.OutOfMemoryError) and ". " in said:  # the second one says how much
-        sentence = ". ".join(said.split(". ", 2)[:2])
+    """One short line: the type of the error and the first sentence of its message."""
+    message = " ".join(str(error).split())
+    sentence = message.split(". ", 1)[0].rstrip(".")
+    if isinstance(error, torch.OutOfMemoryError) and ". " in message:  # the second sentence has the size
+        sentence = ". ".join(message.split(". ", 2)[:2])
     text = f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__
     return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."

@@ -1,4 +1,4 @@
-"""Another library in a process of its own: requests and answers are JSON lines, arrays are files."""
+"""``Peer``: SAELens in a separate process; requests and answers are JSON lines, arrays are files."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ MISSING = "not installed: make peers"
 
 @dataclass(frozen=True)
 class Peer:
-    """A running SAELens; see ``saelens_peer.py`` for what it can be asked."""
+    """A running SAELens process; ``saelens_peer.py`` has its commands."""
 
     process: subprocess.Popen[str]
     log: IO[str]
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Wait for the answer to one request.
+        """Send one request and return the answer.
 
         Raises:
-            RuntimeError: the other process ended, with the last lines that it printed.
+            RuntimeError: the process ended; the message has the last lines that it printed.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -38,27 +38,27 @@ class Peer:
         line = self.process.stdout.readline()
         if not line:
             self.log.seek(0)
-            raise RuntimeError(f"the peer ended while asked to {command}:\n{self.log.read()[-2000:]}")
+            raise RuntimeError(f"the SAELens process ended during {command!r}:\n{self.log.read()[-2000:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
 
 def python_of(environment: Path) -> Path | None:
-    """The Python of a virtual environment, if it is there."""
+    """The Python of a virtual environment, or None if it does not exist."""
     python = environment / "bin" / "python"
     return python if python.exists() else None
 
 
 @contextlib.contextmanager
 def running_peer(environment: Path, *, threads: int) -> Iterator[Peer]:
-    """SAELens in the Python of ``environment``; it ends with the block.
+    """Run SAELens in the Python of ``environment`` until the end of the block.
 
     Raises:
-        UserError: there is no such environment, or none with sae-lens.
+        UserError: the environment does not exist, or cannot import sae-lens.
     """
     python = python_of(environment)
     if python is None:
-        raise UserError(f"{environment} is no virtual environment; make peers builds .venv-peers")
+        raise UserError(f"{environment} is not a virtual environment; make peers creates .venv-peers")
     settings = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
     with (
         tempfile.TemporaryFile("w+") as log,

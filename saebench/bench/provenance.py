@@ -1,4 +1,4 @@
-"""When something was measured, and with which code."""
+"""The date and the commit of a measurement."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def now() -> str:
-    """UTC, to the second, such as '2026-11-27T20:10:55+00:00'."""
+    """The current time in UTC, such as '2026-11-27T20:10:55+00:00'."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def commit(root: Path | None = None) -> str | None:
-    """The commit of the checkout that runs, with '-dirty' where it was changed; None outside a checkout."""
+    """The commit of the checkout, with '-dirty' if it has changes; None outside a checkout."""
     root = Path(__file__).resolve().parents[2] if root is None else root
     if not (root / ".git").exists():
         return None

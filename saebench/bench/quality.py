@@ -1,4 +1,4 @@
-"""Our SAEs and SAELens's on the same rows of known features: which reconstruct, and which find the features.
+"""The quality benchmark: SAEs of saebench and SAELens trained on the same rows of known features.
 
 Shapes: N rows, D = d_in, M = d_sae latents.
 """
@@ -26,15 +26,14 @@ from saebench.saes.base import SAE
 from saebench.training import sweep
 
 LEARNING_RATES = (3e-3, 1e-2, 3e-2)
-"""Each side is measured at whichever of these suits it best; SAELens's default, 3e-4, suits runs of many more
-steps."""
+"""Each library uses the best of these; SAELens's default, 3e-4, is meant for runs of many more steps."""
 WARMUP, DECAY = 0.05, 0.3
-"""Shares of the steps, ours by default; SAELens gets the same schedule."""
+"""Shares of the steps; these are the defaults of saebench, and SAELens uses the same schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contest:
-    """What both sides train on, with what."""
+    """The data and settings that both libraries train with."""
 
     world: World
     d_sae: int
@@ -48,7 +47,7 @@ class Contest:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Of one architecture on one side; one number a seed."""
+    """The quality of one architecture of one library; lists have one number per seed."""
 
     name: str
     lr: float
@@ -56,9 +55,9 @@ class Quality:
     """1 - sum |x - x_hat|^2 / sum |x - mean x|^2 over test rows."""
     mcc_hungarian: list[float]
     l0: list[float]
-    """Mean number of active latents of a test row, at inference."""
+    """Mean number of active latents per test row, at inference."""
     norm_error: float
-    """Largest | |d_i| - 1 | of any decoder row."""
+    """Largest | |d_i| - 1 | over all decoder rows and seeds."""
 
     def mean(self, metric: str) -> float:
         return statistics.fmean(getattr(self, metric))
@@ -70,13 +69,13 @@ class Quality:
 
 
 def compare_quality(
-    contest: Contest, peer: Peer, folder: Path, *, said: Callable[[str], None]
+    contest: Contest, peer: Peer, folder: Path, *, announce: Callable[[str], None]
 ) -> list[tuple[Quality, Quality]]:
-    """Train each of ours and SAELens's counterpart for as many steps on the same rows: (ours, theirs).
+    """Train each architecture with saebench and SAELens, for equal steps on the same rows: (ours, theirs).
 
-    Rows are scaled to unit variance beforehand, so that neither side has to. Both have the same schedule and
-    the same clipping (SAELens clips the gradient of its loss, which is d_in times ours, to norm 1), and each
-    architecture has the learning rate that is best for it: by explained variance plus MCC of the first seed.
+    Rows are scaled to unit variance before training, so neither library scales them. Both use the same
+    schedule and the same clipping (SAELens clips the gradient of its loss, which is d_in times ours, to norm
+    1). Each architecture uses its best learning rate, by explained variance plus MCC of the first seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     truth = contest.world.sample(contest.test_rows, part="test")
@@ -84,15 +83,15 @@ def compare_quality(
     np.save(folder / "test.npy", (truth.x_ND * scale).numpy())
     pairs = []
     for name in THEIRS:
-        said(f"saebench {name}")
+        announce(f"saebench {name}")
         ours = _train_ours(name, contest, cache, truth, scale, folder)
-        said(f"sae-lens {THEIRS[name]['architecture']}")
+        announce(f"sae-lens {THEIRS[name]['architecture']}")
         pairs.append((ours, _train_theirs(name, contest, peer, truth, scale, folder)))
     return pairs
 
 
 def _write_rows(contest: Contest, folder: Path) -> tuple[ActivationCache, float]:
-    """The cache that ours read, and ``train.npy``: those of its rows that are for training."""
+    """Write the cache that saebench reads, and ``train.npy`` with the training rows of this cache."""
     n_rows = contest.tokens * HELD_OUT_SHARE // (HELD_OUT_SHARE - 1) + 1
     x_ND = contest.world.sample(n_rows).x_ND
     scale = float(x_ND.double().var(0, correction=0).mean().rsqrt())

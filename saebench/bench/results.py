@@ -1,8 +1,8 @@
-"""The tables of GPU times in the documentation, from the newest results in kernels/saebench_kernels/results/.
+"""Write the tables of GPU times into the documentation, from kernels/saebench_kernels/results/.
 
     python -m saebench.bench.results [kernels/saebench_kernels/results/FILE.json]
 
-writes them into docs/performance.md, between two comments.
+writes the tables of FILE, or of the newest results, into docs/performance.md between two comments.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ PAGE = Path("docs/performance.md")
 BEGIN, END = "<!-- saebench bench: begin -->", "<!-- saebench bench: end -->"
 MET = {None: "", True: "met", False: "missed"}
 _SAME = ("saebench", "torch", "triton")
-"""Versions that come first; the rest are peers'."""
+"""Versions that come first; the others are those of peers."""
 
 
 def newest(folder: Path) -> Path | None:
-    """The results with the latest date, or None where there are none."""
+    """The results with the latest date, or None if there are none."""
     dates = {path: str(_read(path)["date"]) for path in folder.glob("*.json")}
     return max(dates, key=lambda path: (dates[path], path.name), default=None)
 
 
 def render(report: dict[str, Any]) -> str:
-    """Markdown of one report of `saebench bench`: where and when, milliseconds, and how goals were met."""
+    """Markdown of one report of `saebench bench`: device and date, milliseconds, ratios and goals."""
     sizes = report["sizes"]
     cells = {(row["size"], row["name"]): _milliseconds(row) for row in report["rows"]}
     names = list(dict.fromkeys(row["name"] for row in report["rows"]))
@@ -51,7 +51,7 @@ def rewrite(text: str, made: str) -> str:
     """``text`` with ``made`` between the two comments.
 
     Raises:
-        UserError: the comments are not there, once each and in their order.
+        UserError: the text does not have each comment once, in this order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
         raise UserError(f"{PAGE} needs the lines {BEGIN} and {END}, once each and in this order")
@@ -61,7 +61,7 @@ def rewrite(text: str, made: str) -> str:
 
 
 def main(words: list[str]) -> None:
-    """Render the named or the newest results into docs/performance.md of the working directory."""
+    """Render the named file, or else the newest one, into docs/performance.md of the working directory."""
     path = Path(words[0]) if words else newest(RESULTS)
     if path is None:
         raise UserError(f"there is no JSON in {RESULTS}; make one with saebench bench --out")

@@ -1,4 +1,4 @@
-"""Which of the benchmarks to run: on a CPU, on a GPU, or of the feature store."""
+"""``bench``: run one of the benchmarks (CPU, GPU or feature store)."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from saebench.core.settings import accepts_settings
 
 @accepts_settings(BenchConfig)
 def bench(config: BenchConfig) -> BenchReport | GpuReport | StoreReport:
-    """Time training steps, on the GPU if there is one; see `saebench.bench.timing.take_turns` for how.
+    """Time training steps on a GPU, or with ``cpu`` on the CPU; see `saebench.bench.timing.take_turns`.
 
-    With ``store``, make a feature store instead and ask it; see `saebench.bench.store.measure`.
+    With ``store``, measure a feature store instead; see `saebench.bench.store.measure`.
 
     Raises:
-        UserError: there is no GPU and ``cpu`` was not asked for, ``out`` cannot be written, or the peers'
-            environment is broken.
+        UserError: there is no GPU and ``cpu`` is False, ``out`` cannot be written, or the environment of the
+            peers is broken.
     """
     if config.out is not None:
         require_writable_file(config.out, what="the results")
     measure, total = _what(config)
     with progress("bench", total=total, unit="part", quiet=config.quiet) as bar:
 
-        def said(what: str) -> None:
+        def announce(what: str) -> None:
             bar.update(1, what)
 
-        report = measure(config, said)
+        report = measure(config, announce)
     if config.out is not None:
         write_json_atomic(config.out, report.as_json())
     return report
 
 
 def _what(config: BenchConfig) -> tuple[Callable[..., BenchReport | GpuReport | StoreReport], int]:
-    """``(measure, parts)``: what was asked for, and how often it says what it is at."""
+    """``(measure, parts)``: the function of the benchmark, and how often it calls ``announce``."""
     if config.store:
         return feature_store.measure, feature_store.N_PARTS
     if config.cpu:

@@ -1,7 +1,7 @@
-"""SAELens at work, for whoever started this file: one JSON request a line on stdin, one answer on stdout.
+"""A process that runs SAELens: it reads one JSON request per line from stdin and writes answers to stdout.
 
-It runs in the Python of an environment that has sae-lens and not saebench, so it imports nothing of ours.
-Arrays come and go as .npy files, SAEs as folders of SAELens.
+It runs in an environment with sae-lens and without saebench, so it does not import saebench. Arrays are
+exchanged as .npy files, SAEs as folders in the format of SAELens.
 
 Shapes: N rows, D = d_in, M = d_sae latents.
 """
@@ -26,20 +26,20 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 
 def versions(threads: int) -> dict[str, Any]:
-    """Which versions these are; also sets how many threads are used."""
+    """Set the number of threads, and return the versions."""
     torch.set_num_threads(threads)
     return {"sae-lens": sae_lens.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 class Steps:
-    """Training steps of several SAEs on the same rows, one at a time, by SAELens's own trainer."""
+    """Training steps of several SAEs on the same rows, one step at a time, with SAELens's trainer."""
 
     def __init__(self) -> None:
         self.batches: list[torch.Tensor] = []
         self.trainers: dict[str, SAETrainer[Any, Any]] = {}
 
     def begin(self, data: str, batch_size: int, saes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """``saes``: name -> architecture and its settings."""
+        """Make the trainers of ``saes``: name -> architecture and its settings."""
         rows_ND = torch.from_numpy(np.load(data))
         self.batches = [rows_ND[i : i + batch_size] for i in range(0, len(rows_ND), batch_size)]
         for name, settings in saes.items():
@@ -47,7 +47,7 @@ class Steps:
         return {}
 
     def step(self, name: str, batch: int) -> dict[str, Any]:
-        """Seconds of one step."""
+        """Take one step and return its seconds."""
         rows_ND = self.batches[batch % len(self.batches)]
         start = time.perf_counter()
         self.trainers[name].step(rows_ND)
@@ -59,7 +59,7 @@ class Steps:
 def trainer(
     settings: dict[str, Any], data: Iterator[torch.Tensor], *, batch_size: int, n_steps: int, **how: Any
 ) -> SAETrainer[Any, Any]:
-    """``settings`` are those of the SAE, with ``architecture`` among them; ``how`` those of the trainer."""
+    """A trainer with the settings ``how``; ``settings`` are those of the SAE, with ``architecture``."""
     settings = dict(settings)
     sae_class, config_class = get_sae_training_class(settings.pop("architecture"))
     config = SAETrainerConfig(
@@ -76,7 +76,7 @@ def trainer(
 def train(
     data: str, folder: str, sae: dict[str, Any], batch_size: int, n_steps: int, seed: int, **how: Any
 ) -> dict[str, Any]:
-    """Train on the rows of a file, in an order drawn from ``seed`` anew for every epoch, and save."""
+    """Train on the rows of a file, shuffled with ``seed`` in every epoch, and save the SAE."""
     torch.manual_seed(seed)
     rows_ND = torch.from_numpy(np.load(data))
 
@@ -95,9 +95,9 @@ def train(
 def make(
     folder: str, sae: dict[str, Any], seed: int, training: bool, inference: str | None = None
 ) -> dict[str, Any]:
-    """Save an SAE with random weights: every tensor moved away from what SAELens begins with.
+    """Save an SAE whose tensors are SAELens's initial ones plus noise.
 
-    One in ``training`` can be saved for ``inference`` too, into that folder.
+    With ``training``, it is a training SAE, which can also be saved for inference, into ``inference``.
     """
     settings = dict(sae)
     torch.manual_seed(seed)
@@ -118,7 +118,7 @@ def make(
 
 @torch.no_grad()
 def encode(folder: str, data: str, out: str, fold_norms: bool = False) -> dict[str, Any]:
-    """Load a folder as SAELens does; write ``out/codes.npy`` [N, M] and ``out/x_hat.npy`` [N, D]."""
+    """Load a folder with SAELens; write ``out/codes.npy`` [N, M] and ``out/x_hat.npy`` [N, D]."""
     sae = sae_lens.SAE.load_from_disk(folder, fold_W_dec_norm=fold_norms)
     codes_NM = sae.encode(torch.from_numpy(np.load(data)))
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def encode(folder: str, data: str, out: str, fold_norms: bool = False) -> dict[s
 
 
 def main() -> None:
-    """Answer until stdin ends. Whatever libraries print goes to stderr, not among the answers."""
+    """Answer requests until stdin ends. Output of libraries goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.simplefilter("ignore")

@@ -13,15 +13,15 @@ from saebench.saes.spec import SaeSpec
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig(Settings):
-    """Time training steps beside other libraries and beside the matrix product alone, taking turns.
+    """Compare the speed of training steps with other libraries and with a plain matrix product.
 
-    On a GPU: encoders and steps at three fixed sizes, beside plain torch and whichever of sae-lens,
-    eai-sparsify and dictionary-learning can be imported. With --cpu: ours and SAELens's. With --store: the
-    feature store.
+    On a GPU (default), it times encoders and training steps at three fixed sizes, and compares them with
+    plain torch and with sae-lens, eai-sparsify and dictionary-learning, if these can be imported. With --cpu,
+    it compares training steps with SAELens. With --store, it measures the feature store.
     """
 
     cpu: bool = False
-    """Measure on the CPU, even where there is a GPU."""
+    """Measure on the CPU, even if there is a GPU."""
     store: bool = False
     """Measure the feature store instead: build time, size and query times."""
     store_activations: Annotated[int, AtLeast(1)] = 60_000_000
@@ -29,8 +29,8 @@ class BenchConfig(Settings):
     store_features: int = 16_384
     """With --store: number of latents."""
     peers: Path = Path(".venv-peers")
-    """With --cpu: virtual environment with sae-lens, made by 'make peers'; without it, the rows of SAELens
-    stay empty."""
+    """With --cpu: virtual environment with sae-lens, made by 'make peers'; without it, SAELens is not
+    measured."""
     d_in: Annotated[int, AtLeast(1)] = 256
     """With --cpu: width of an activation."""
     d_sae: int = 4096

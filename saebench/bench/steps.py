@@ -1,4 +1,4 @@
-"""One whole training step of ours, as the training loop takes it, and what it is measured against.
+"""Entries of saebench for the CPU benchmark: a training step, and the matrix product of an encoder.
 
 Shapes: N rows, D = d_in, M = d_sae latents, S = stored entries of codes.
 """
@@ -16,7 +16,7 @@ from saebench.saes.registry import architecture
 from saebench.training.optimizer import make_optimizer, optimizer_step
 
 LEARNING_RATE = 3e-4
-"""SAELens's default; all contestants take it."""
+"""SAELens's default; all entries use it."""
 
 
 def step_of(name: str, rows_ND: Tensor, *, batch_size: int, d_sae: int, k: int) -> tuple[SAE, Timed]:
@@ -46,7 +46,7 @@ def step_of(name: str, rows_ND: Tensor, *, batch_size: int, d_sae: int, k: int) 
 
 
 def encoder_product(rows_ND: Tensor, *, batch_size: int, d_sae: int) -> Timed:
-    """The matrix product x W_enc alone: nothing that looks at every latent takes less."""
+    """The matrix product x W_enc alone, a lower bound for any encoder that evaluates every latent."""
     batches = torch.split(rows_ND, batch_size)
     W_enc_MD = torch.randn(d_sae, rows_ND.shape[1], generator=torch.Generator().manual_seed(1))
     out_NM = torch.empty(batch_size, d_sae)
@@ -66,8 +66,8 @@ def encoder_product(rows_ND: Tensor, *, batch_size: int, d_sae: int) -> Timed:
 def error_of(sae: SAE, batch: Batch) -> float:
     """Relative error of a training batch's reconstruction against float64 with the same latents.
 
-    |x_hat - x_hat64| / |x_hat64| over all rows. For matching pursuit the picks are taken in their order, each
-    coefficient from the residual that the picks before it left.
+    |x_hat - x_hat64| / |x_hat64| over all rows. For matching pursuit, the picks are applied in their order,
+    and each coefficient is computed from the residual after the picks before it.
     """
     terms = sae.loss(batch)
     codes = terms.codes

@@ -1,4 +1,4 @@
-"""How long it takes to make a feature store, how large it is, and how fast it answers."""
+"""The feature store benchmark: build time, size and query times."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from saebench.store.textfile import write_text_file
 
 GIB = 2**30
 FIRST_TABLES = ("read", "act", "feature", "hist", "example")
-"""The tables that a page cannot do without, and the reading of the activations that they are made of."""
+"""The tables that a page needs, and reading the activations that they are made from."""
 ASKED = 200
-"""Features, and tokens, that are asked for, at random; the first tenth of the answers is left out as cold."""
+"""Number of random features and tokens to query; the first tenth of the answers is a warm-up."""
 LARGE = 1_000_000
-"""Features of the table that is filtered and sorted."""
+"""Number of features in the table that is filtered and sorted."""
 SHOWN = (
     "feature", "top_token", "top_token_share", "logit_top", "density", "max_act", "mean_act", "p50", "p99",
     "n_act", "n_ctx_act", "n_doc_act", "entropy_tok", "enc_dec_cos", "dec_max_cos", "dec_nn",
@@ -49,7 +49,7 @@ N_PARTS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A number with its unit, and the most that it should be."""
+    """A number with its unit, and the goal that it should not exceed."""
 
     name: str
     value: float
@@ -63,7 +63,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreReport:
-    """What was measured, where, and with what; ``extrapolated`` is computed from it, with the reasoning."""
+    """The measurements, and numbers extrapolated from them with the reasoning."""
 
     device: str
     versions: dict[str, str]
@@ -84,11 +84,11 @@ class StoreReport:
         return data
 
 
-def measure(config: BenchConfig, said: Callable[[str], None]) -> StoreReport:
-    """Make a store of made-up codes in a temporary directory and ask it what pages ask.
+def measure(config: BenchConfig, announce: Callable[[str], None]) -> StoreReport:
+    """Build a store of synthetic codes in a temporary directory, and time the queries of the pages.
 
-    Encoding is left out: it is the SAE's own time. Writing its codes as runs is measured. Goals are those for
-    60 million activations of 16,384 latents on two cores.
+    Encoding with an SAE is not measured; writing its codes as runs is. The goals are for 60 million
+    activations of 16,384 latents on two cores.
     """
     import duckdb
     import pyarrow
@@ -97,13 +97,13 @@ def measure(config: BenchConfig, said: Callable[[str], None]) -> StoreReport:
     with tempfile.TemporaryDirectory(prefix="saebench-store-") as folder:
         store = Path(folder) / "store"
         with peak_memory() as peak:
-            watch, n_activations, n_tokens = build(store, config, said)
+            watch, n_activations, n_tokens = build(store, config, announce)
         seconds = watch.seconds
         sizes = bytes_of_tables(store)
-        said("answers")
+        announce("answers")
         answers = _answers(store)
         shutil.rmtree(store)
-        said("a large table")
+        announce("a large table")
         answers += _large_table(Path(folder) / "large")
     first = sum(seconds[name] for name in FIRST_TABLES)
     after = sum(seconds.values()) - seconds["runs"]
@@ -113,11 +113,11 @@ def measure(config: BenchConfig, said: Callable[[str], None]) -> StoreReport:
     rest = sum(size for name, size in own.items() if name not in ("context", "act_by_ctx"))
     measured = [
         Measured(name=f"{', '.join(FIRST_TABLES)} built", value=first, unit="s", goal=90),
-        Measured(name=f"{', '.join(FIRST_TABLES)} built, of processors", value=first_cpu, unit="s"),
+        Measured(name=f"{', '.join(FIRST_TABLES)} built, CPU time", value=first_cpu, unit="s"),
         Measured(name="all tables built", value=after, unit="s", goal=300),
-        Measured(name="all tables built, of processors", value=after_cpu, unit="s"),
-        Measured(name="act", value=own["act"], unit="bytes an activation", goal=8),
-        Measured(name="all but contexts", value=rest, unit="bytes an activation", goal=16),
+        Measured(name="all tables built, CPU time", value=after_cpu, unit="s"),
+        Measured(name="act", value=own["act"], unit="bytes per activation", goal=8),
+        Measured(name="all but contexts", value=rest, unit="bytes per activation", goal=16),
         *answers,
         Measured(name="peak anonymous memory", value=peak.gib, unit="GiB", goal=3),
     ]
@@ -134,16 +134,16 @@ def measure(config: BenchConfig, said: Callable[[str], None]) -> StoreReport:
     )  # fmt: skip
 
 
-def build(store: Path, config: BenchConfig, said: Callable[[str], None]) -> tuple[Stopwatch, int, int]:
-    """``(stopwatch, activations, tokens)`` of a store that is made at ``store``."""
+def build(store: Path, config: BenchConfig, announce: Callable[[str], None]) -> tuple[Stopwatch, int, int]:
+    """Build a store at ``store``; returns ``(stopwatch, activations, tokens)``."""
     watch, n_latents = Stopwatch(), config.store_features
-    said("text")
+    announce("text")
     cache: Any = MadeUpCache(config.store_activations // config.k, config.d_in)
     corpus = Corpus(cache)
     store.mkdir()
     current, building = publish.begin(store)
     runs = SortedSpill(store / "runs", n_latents)
-    said("codes")
+    announce("codes")
     for batch in made_up_codes(cache, n_latents, config.k):
         with watch.on("runs"):
             runs.add(*batch)
@@ -151,11 +151,11 @@ def build(store: Path, config: BenchConfig, said: Callable[[str], None]) -> tupl
                 runs.flush()
     with watch.on("runs"):
         runs.flush()
-    said("text file")
+    announce("text file")
     with watch.on("context, token, document"):
         text_file = building / f"text-{corpus.hash[:12]}.duckdb"
         write_text_file(text_file, corpus, name="made-up")
-    said("tables")
+    announce("tables")
     W_U_DV = torch.randn(config.d_in, VOCAB, generator=torch.Generator().manual_seed(2))
     job = Job(
         sae=made_up_sae(config.d_in, n_latents, config.k),
@@ -168,7 +168,7 @@ def build(store: Path, config: BenchConfig, said: Callable[[str], None]) -> tupl
 
 
 def bytes_of_tables(store: Path) -> dict[str, int]:
-    """Bytes on disk of each table: the blocks that hold its columns, shared ones counted once."""
+    """Bytes on disk of each table: the blocks with its columns; a block counts once per table."""
     manifest = publish.read_manifest(store)
     sizes: dict[str, int] = {}
     import duckdb
@@ -191,7 +191,7 @@ def extrapolate(
     config: BenchConfig, seconds: dict[str, float], own: dict[str, float], n_activations: int, n_tokens: int,
     peak_gib: float,
 ) -> tuple[list[Measured], str]:  # fmt: skip
-    """What a billion activations of as many latents would take."""
+    """Extrapolate time, disk and memory to a billion activations with the same number of latents."""
     times = BILLION / n_activations
     per_latent = ("neighbor", "neighbor (directions)", "logit", "quantile", "token_feature")
     fixed = sum(seconds.get(name, 0) for name in per_latent)
@@ -200,12 +200,12 @@ def extrapolate(
     disk += sum(size for name, size in own.items() if name not in ("act", "context")) * n_activations
     rows = n_tokens * times * 4 / GIB
     reasoning = (
-        "Tables are made from groups of at most 4,000,000 activations (or of one latent), each read, sorted "
-        "and written by itself, so time grows with the number of groups, and memory with the densest latent "
-        "(at most one activation a token) and a few arrays of 4 bytes a token, not with the activations. "
-        f"Per latent, and so unchanged, are {', '.join(per_latent)} (co-firing looks at a bounded number of "
-        "pairs). On disk act and contexts grow; examples, token lists and the others hold a fixed number of "
-        "rows a latent."
+        "Tables are made from groups of at most 4,000,000 activations (or of one latent). Each group is "
+        "read, sorted and written separately. So time grows with the number of groups. Memory grows with "
+        "the densest latent (at most one activation per token) and a few arrays of 4 bytes per token, not "
+        f"with the number of activations. Times per latent do not change: {', '.join(per_latent)} "
+        "(co-firing reads a bounded number of pairs). On disk, act and contexts grow; examples, token lists "
+        "and other tables have a fixed number of rows per latent."
     )
     return [
         Measured(name="all tables built", value=fixed + growing * times, unit="s"),
@@ -216,19 +216,21 @@ def extrapolate(
 
 @dataclass
 class Peak:
+    """Peak memory in GiB."""
+
     gib: float = 0.0
 
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[Peak]:
-    """The most anonymous memory (no mapped files) that this process had, looked at ten times a second."""
+    """Peak anonymous memory (without mapped files) of this process, sampled ten times per second."""
     peak, done = Peak(), threading.Event()
 
-    def look() -> None:
+    def sample() -> None:
         while not done.wait(0.1):
             peak.gib = max(peak.gib, anonymous_bytes() / GIB)
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=sample, daemon=True)
     thread.start()
     try:
         yield peak
@@ -239,7 +241,7 @@ def peak_memory() -> Iterator[Peak]:
 
 
 def anonymous_bytes() -> int:
-    """RssAnon of this process; 0 where the system does not say."""
+    """RssAnon of this process; 0 if the system does not report it."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -248,7 +250,7 @@ def anonymous_bytes() -> int:
 
 
 def _answers(path: Path) -> list[Measured]:
-    """How long pages wait for a store that was just asked similar things."""
+    """Times of the queries of pages, on a warm store."""
     rng = np.random.default_rng(5)
     with open_store(path) as store:
         alive = store.features(["feature"], flags={"dead": False})["feature"].to_numpy()
@@ -271,7 +273,7 @@ def _answers(path: Path) -> list[Measured]:
 
 
 def _large_table(path: Path) -> list[Measured]:
-    """How long a page waits for the first rows of a long feature table, filtered and sorted."""
+    """Times of queries for the first rows of a large feature table, filtered and sorted."""
     rng = np.random.default_rng(6)
     with _store_of_features(path, LARGE) as store:
 
@@ -293,7 +295,7 @@ def _large_table(path: Path) -> list[Measured]:
 
 
 def _store_of_features(path: Path, n: int) -> FeatureStore:
-    """A store whose feature table is long and whose other tables are empty."""
+    """A store with a large feature table and no other tables."""
     rng = np.random.default_rng(7)
     path.mkdir()
     current, building = publish.begin(path)
@@ -320,7 +322,7 @@ def _store_of_features(path: Path, n: int) -> FeatureStore:
 
 
 def _waits(name: str, ask: Callable[[int], Any], what: Any, goal: float) -> list[Measured]:
-    """Median and 95% quantile of the milliseconds for an answer."""
+    """Median and 95% quantile of the milliseconds per query."""
     seconds = []
     for one in what:
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -330,5 +332,5 @@ def _waits(name: str, ask: Callable[[int], Any], what: Any, goal: float) -> list
     return [
         Measured(name=f"{name}, median", value=float(np.median(wall)), unit="ms"),
         Measured(name=f"{name}, 95%", value=float(np.quantile(wall, 0.95)), unit="ms", goal=goal),
-        Measured(name=f"{name}, 95% of processors", value=float(np.quantile(cpu, 0.95)), unit="ms"),
+        Measured(name=f"{name}, 95%, CPU time", value=float(np.quantile(cpu, 0.95)), unit="ms"),
     ]

@@ -1,6 +1,6 @@
-"""A made-up text and made-up codes over it, as large as one asks: Zipf's law, log-normal values, fixed seed.
+"""A synthetic text and synthetic codes of any size: Zipf frequencies, log-normal values, fixed seed.
 
-Shapes: N tokens, B tokens of a batch, M latents, K active latents a token, V tokens of the vocabulary.
+Shapes: N tokens, B tokens of a batch, M latents, K active latents per token, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ LABELS = 100
 CONTEXTS_PER_DOCUMENT = 8
 BATCH = 16_384
 FLATNESS = 64
-"""Latent i fires in proportion to 1 / (i + FLATNESS), so of 16,384 with k 32 the first on a tenth."""
+"""Latent i fires in proportion to 1 / (i + FLATNESS); of 16,384 with k 32, the first on 10% of tokens."""
 
 
 class MadeUpCache:
-    """What a store needs to know of an activation cache, but for the activations themselves."""
+    """The parts of an activation cache that a store reads, except the activations."""
 
     def __init__(self, n_tokens: int, d_in: int) -> None:
         self.path = Path("made-up")
@@ -54,7 +54,7 @@ class MadeUpCache:
 
 
 def made_up_sae(d_in: int, d_sae: int, k: int) -> TopKSAE:
-    """Random directions."""
+    """An SAE with random directions."""
     generator = torch.Generator().manual_seed(0)
     sae = TopKSAE(TopKSAE.Spec(d_sae=d_sae, k=k), d_in)
     with torch.no_grad():
@@ -67,9 +67,9 @@ def made_up_sae(d_in: int, d_sae: int, k: int) -> TopKSAE:
 def made_up_codes(
     cache: MadeUpCache, d_sae: int, k: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]:
-    """``(latent, row, value)`` of batch after batch; each token has k latents, nearly always different ones.
+    """Batches of ``(latent, row, value)``; each token has k latents, which are nearly always different.
 
-    Half of a token's latents are fixed by which token it is, as in a real SAE; the others are drawn.
+    Half of the latents are determined by the token, as in a real SAE; the others are random.
     """
     rng = np.random.default_rng(1)
     name_M = rng.permutation(d_sae)
@@ -86,7 +86,7 @@ def made_up_codes(
 
 
 def _zipf(share: NDArray[np.float64], n: int, flatness: int) -> NDArray[np.int64]:
-    """The number below n whose probability, as 1 / (number + flatness), covers each share of the whole."""
+    """Map uniform ``share`` to numbers i below n with probability proportional to 1 / (i + flatness)."""
     found: NDArray[np.int64] = np.minimum(np.searchsorted(_covered(n, flatness), share, side="right"), n - 1)
     return found
 

@@ -1,4 +1,4 @@
-"""What a sweep saves: several SAEs in one pass over a cache, against one run after the other."""
+"""The gain of a sweep: several SAEs in one pass over a cache, compared with separate runs."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ SEEDS = (0, 1, 2, 3)
 STEPS = 16
 ORDER = ("separate", "together", "together", "separate")
 SWEEP_PARTS = 1 + 2 * len(ORDER)
-"""How often ``said`` is called: for the cache, and for each measurement at two widths."""
+"""How often ``announce`` is called: for the cache, and for each measurement at two widths."""
 NARROW = 16
-"""The second width is this much smaller: reading a batch then costs more beside a step on it."""
+"""Factor between the two widths; at a smaller width, reading a batch takes a larger share of the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepGain:
-    """Seconds that the training loops took, the mean of two measurements; start-up is in neither."""
+    """Seconds of the training loops without start-up, each the mean of two measurements."""
 
     d_sae: int
     n_saes: int
     n_steps: int
     separate: float
-    """One run after the other."""
+    """Seconds of separate runs, one after the other."""
     together: float
-    """All in one pass."""
+    """Seconds of one pass with all SAEs."""
 
     @property
     def gain(self) -> float:
         return self.separate / self.together
 
 
-def sweep_gains(config: BenchConfig, folder: Path, *, said: Callable[[str], None]) -> list[SweepGain]:
-    """TopK SAEs that differ in their seeds, at the width of the benchmark and at a narrow one.
+def sweep_gains(config: BenchConfig, folder: Path, *, announce: Callable[[str], None]) -> list[SweepGain]:
+    """Measure TopK SAEs with different seeds, at the width of the benchmark and at a smaller one.
 
-    The cache is bf16, as harvests are, and in the system's memory when it is read.
+    The cache is bf16, as harvested caches are, and is read from the page cache.
     """
-    said("cache of the sweep")
+    announce("cache of the sweep")
     rng = np.random.default_rng(0)
     n_rows = STEPS * config.batch_size * HELD_OUT_SHARE // (HELD_OUT_SHARE - 1) + 1
     rows_ND = rng.standard_normal((n_rows, config.d_in), dtype=np.float32)
@@ -66,11 +66,13 @@ def sweep_gains(config: BenchConfig, folder: Path, *, said: Callable[[str], None
         }
         taken: dict[str, list[float]] = {"separate": [], "together": []}
         for place, how in enumerate(ORDER):
-            said(f"{how}, {d_sae} latents")
+            announce(f"{how}, {d_sae} latents")
             out = folder / f"{how}-{d_sae}-{place}"
             if how == "together":
                 runs = [run.path for run in sweep({"seed": list(SEEDS)}, out=out, **settings)]
-                taken[how].append(min(_seconds(runs)))  # all end together; the last to begin saw no start-up
+                taken[how].append(
+                    min(_seconds(runs))
+                )  # all end together; the last one to begin includes no start-up
             else:
                 runs = [train(out=out / str(seed), seed=seed, **settings).path for seed in SEEDS]
                 taken[how].append(sum(_seconds(runs)))
@@ -86,6 +88,6 @@ def sweep_gains(config: BenchConfig, folder: Path, *, said: Callable[[str], None
 
 
 def _seconds(runs: Sequence[Path]) -> list[float]:
-    """Of each run: from the first step to the last, as its own log of sessions says."""
+    """Seconds from the first to the last step of each run, from its sessions.jsonl."""
     sessions = [json.loads((run / "sessions.jsonl").read_text(encoding="utf-8")) for run in runs]
     return [float(session["seconds"]) for session in sessions]

@@ -1,4 +1,4 @@
-"""Timing several things fairly: in turns, in alternating order, the first call of each turn unmeasured."""
+"""Interleaved timing of several functions, so that their ratios also hold on a busy machine."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 Timed = Callable[[], float]
-"""Does it once; returns the seconds that it took."""
+"""Makes one call and returns its seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds of one contestant."""
+    """Seconds per call of one entry, and the number of measured calls."""
 
     median: float
     smallest: float
@@ -21,24 +21,25 @@ class Timing:
 
 
 def take_turns(
-    contestants: Mapping[str, Timed], *, turns: int, calls: int = 2, said: Callable[[str], None]
+    entries: Mapping[str, Timed], *, turns: int, calls: int = 2, announce: Callable[[str], None]
 ) -> dict[str, Timing]:
-    """Time every contestant ``turns`` times ``calls``.
+    """Time every entry ``calls`` times in each of ``turns`` rounds.
 
-    Neighbors in time share whatever else the machine is doing, so ratios hold on a busy machine too. Every
-    second round goes backwards: nobody always comes after the same one. The first call of a turn refills the
-    caches that the others emptied and is not counted; one whole turn before the first warms up allocators.
+    Entries that are timed one after another share the machine's other load, so ratios also hold on a busy
+    machine. Every second round has the reverse order, so no entry always follows the same one. The first call
+    of each turn refills the caches and is not counted. One uncounted round before the first one warms up
+    allocators.
 
     Args:
-        said: told the contestant's name before each turn.
+        announce: called with the name of the entry before each turn.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in entries}
     for turn in range(turns + 1):
-        order = list(contestants)[:: 1 if turn % 2 else -1]
+        order = list(entries)[:: 1 if turn % 2 else -1]
         for name in order:
-            said(name)
-            contestants[name]()
-            taken = [contestants[name]() for _ in range(calls)]
+            announce(name)
+            entries[name]()
+            taken = [entries[name]() for _ in range(calls)]
             if turn > 0:
                 seconds[name] += taken
     return {

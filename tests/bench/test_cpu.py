@@ -1,4 +1,4 @@
-"""The benchmark at small sizes: what is in the report, and what is said when a peer is missing."""
+"""The CPU benchmark at small sizes: the report, missing peers, and errors."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ SMALL = {"d_in": 16, "d_sae": 64, "k": 4, "batch_size": 64, "threads": 1, "turns
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """What the command prints, and the JSON that it leaves; no peers."""
+    """What the command prints and the JSON that it writes, without peers."""
     folder = tmp_path_factory.mktemp("bench")
     flags = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     printed = io.StringIO()
@@ -31,7 +31,7 @@ def measured(tmp_path_factory):
     return printed.getvalue(), json.loads((folder / "bench.json").read_text())
 
 
-def test_without_peers_theirs_are_missing_and_ours_are_measured(measured):
+def test_without_peers_saelens_is_missing_and_saebench_is_measured(measured):
     printed, report = measured
     timed = {row["name"]: row for row in report["rows"] if row["timing"] is not None}
     assert set(timed) == {"encoder product", *(f"saebench {name}" for name in OURS)}
@@ -46,7 +46,7 @@ def test_without_peers_theirs_are_missing_and_ours_are_measured(measured):
         assert f"\n{name} " in printed
 
 
-def test_ratios_and_gains_follow_from_the_times(measured):
+def test_ratios_and_gains_follow_from_times(measured):
     printed, report = measured
     medians = {row["name"]: row["timing"]["median"] for row in report["rows"] if row["timing"]}
     no_topk, no_pursuit, mutual = report["ratios"]
@@ -59,7 +59,7 @@ def test_ratios_and_gains_follow_from_the_times(measured):
     assert "4 x 64 latents" in printed
 
 
-def test_threads_are_what_they_were(tmp_path):
+def test_number_of_threads_is_restored(tmp_path):
     before = torch.get_num_threads()
     with cpu._threads(before + 1):
         assert torch.get_num_threads() == before + 1
@@ -76,12 +76,12 @@ def test_threads_are_what_they_were(tmp_path):
         ("at most", 1.3, None, None),
     ],
 )
-def test_a_goal_is_met_on_its_own_side(bound, goal, value, met):
+def test_goal_is_met_on_its_side_of_bound(bound, goal, value, met):
     assert Ratio(slower="a", faster="b", value=value, bound=bound, goal=goal).met is met
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_the_error_is_that_of_the_reconstruction(name, monkeypatch):
+def test_error_is_relative_error_of_reconstruction(name, monkeypatch):
     rows_ND = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
     sae, step = steps.step_of(name, rows_ND, batch_size=64, d_sae=64, k=4)
     step()
@@ -97,8 +97,8 @@ def test_the_error_is_that_of_the_reconstruction(name, monkeypatch):
     assert steps.error_of(sae, batch) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_a_step_is_the_one_that_the_training_loop_takes():
-    """The weights move, the decoder is normalized, and what fired is counted."""
+def test_step_updates_weights_norms_and_counters():
+    """The weights change, the decoder is normalized, and firing latents are counted."""
     rows_ND = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
     sae, step = steps.step_of("topk", rows_ND, batch_size=64, d_sae=64, k=4)
     before = sae.W_dec.detach().clone()
@@ -108,7 +108,7 @@ def test_a_step_is_the_one_that_the_training_loop_takes():
     assert (sae.tokens_since_fired == 0).any()
 
 
-def test_nothing_to_measure_and_broken_environments_are_sentences(tmp_path, capsys):
+def test_missing_gpu_or_broken_peers_are_refused_with_one_sentence(tmp_path, capsys):
     assert main(["bench"]) == 2
     assert "saebench bench --cpu" in capsys.readouterr().err
     with pytest.raises(UserError, match="make peers"), running_peer(tmp_path, threads=1):
@@ -119,9 +119,7 @@ def test_nothing_to_measure_and_broken_environments_are_sentences(tmp_path, caps
         pass
 
 
-def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(
-    tmp_path, capsys, monkeypatch
-):
+def test_unwritable_results_are_refused_before_measuring(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cpu, "_steps", lambda *_: pytest.fail("measured"))
     (tmp_path / "file").write_text("")
     for out in (tmp_path, tmp_path / "file" / "b.json"):
@@ -129,6 +127,6 @@ def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(
         assert str(tmp_path) in capsys.readouterr().err
 
 
-def test_the_goals_name_contestants():
+def test_goals_name_existing_entries():
     names = {f"saebench {name}" for name in OURS} | set(cpu._peer_names())
     assert {name for slower, faster, *_ in cpu.GOALS for name in (slower, faster)} <= names

@@ -1,4 +1,4 @@
-"""The benchmark of a GPU, without one: who takes turns with whom, and what becomes of those who fail."""
+"""The GPU benchmark without a GPU: which entries are interleaved, and rows of entries that fail."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ ROWS_BND = torch.randn(2, 8, 4)
 
 
 def makes(name):
-    """A contestant that says its name when it is called."""
+    """An entry that returns its name when it is called."""
     return lambda size, rows_BND: lambda: name
 
 
@@ -29,22 +29,22 @@ def fails(error):
 
 @pytest.fixture
 def measuring(monkeypatch):
-    """At once, with clocks that know how long everyone takes; and what was said."""
+    """A measurement with fixed times, and the list of announced names."""
     monkeypatch.setattr(gpu, "timed", lambda once: lambda: SECONDS.get(once(), 10e-3))
     monkeypatch.setattr(gpu, "peak_gib", lambda once, calls: 0.5)
     monkeypatch.setattr(gpu, "product", makes(PRODUCT))
-    said = []
-    return gpu._Measuring(SIZE, ROWS_BND, 1, said.append), said
+    announced = []
+    return gpu._Measuring(SIZE, ROWS_BND, 1, announced.append), announced
 
 
-def test_others_take_turns_with_the_one_of_ours_that_does_the_same(measuring):
-    run, said = measuring
+def test_peers_are_interleaved_with_their_counterpart(measuring):
+    run, announced = measuring
     run.measure_ours({name: makes(name) for name in ("topk encode", TOPK, "gradient step")})
     run.measure_ours({PURSUIT: makes(PURSUIT)})
-    del said[:]
+    del announced[:]
     for name in ("plain torch encode", "plain torch step", gpu_peers.PURSUIT):
-        run.measure_beside(name, makes(name))
-    assert [sorted(said[i : i + 2]) for i in range(0, len(said), 4)] == [
+        run.measure_peer(name, makes(name))
+    assert [sorted(announced[i : i + 2]) for i in range(0, len(announced), 4)] == [
         ["plain torch encode", "topk encode"],
         ["plain torch step", TOPK],
         sorted([PURSUIT, gpu_peers.PURSUIT]),
@@ -63,11 +63,11 @@ def test_others_take_turns_with_the_one_of_ours_that_does_the_same(measuring):
     assert ratios[gpu_peers.PURSUIT, PURSUIT].met is None
 
 
-def test_who_fails_gets_a_row_with_the_reason_and_the_others_go_on(measuring):
+def test_failed_entry_gets_row_with_reason_and_others_are_measured(measuring):
     run, _ = measuring
     run.measure_ours({"gradient step": fails(torch.OutOfMemoryError("none left")), TOPK: makes(TOPK)})
-    run.measure_beside("a", fails(ImportError("cannot import b. Really")))
-    run.measure_beside("c", makes("c"))
+    run.measure_peer("a", fails(ImportError("cannot import b. Really")))
+    run.measure_peer("c", makes("c"))
     rows = {row.name: row for row in run.rows}
     assert list(rows) == [PRODUCT, "gradient step", TOPK, "a", "c"]
     assert rows["gradient step"].reason == "OutOfMemoryError: none left"
@@ -82,7 +82,7 @@ def test_who_fails_gets_a_row_with_the_reason_and_the_others_go_on(measuring):
     assert [row["met"] for row in report.as_json()["rows"]] == [None, None, False, None, None]
 
 
-def test_everything_is_measured_but_matching_pursuit_where_it_is_not_fused(monkeypatch):
+def test_all_entries_are_measured_except_pursuit_where_not_fused(monkeypatch):
     monkeypatch.setattr(gpu_peers, "STEPS", {name: make for name, (_, make) in gpu_peers._STEPS.items()})
     for size in SIZES:
         ours = [name for group in gpu._ours(size) for name in group]
@@ -92,7 +92,7 @@ def test_everything_is_measured_but_matching_pursuit_where_it_is_not_fused(monke
         else:
             assert sorted(ours) == sorted(ENCODERS | STEPS)
             assert set(others) == set(gpu_peers.ENCODERS) | set(gpu_peers.STEPS)
-    # In a turn: ours and the product, in five groups; then each other with one of ours. One turn warms up.
+    # Per round: ours and the product in five groups, then each peer with one of ours. One round warms up.
     counted = 5 + 2 * (len(ENCODERS) + len(STEPS)) + 1 + 2 * (2 * (2 + 7) + 6)
     assert gpu.n_parts(BenchConfig(turns=4)) == 5 * counted
 
@@ -101,13 +101,13 @@ def test_everything_is_measured_but_matching_pursuit_where_it_is_not_fused(monke
     ("bound", "goal", "met"),
     [("at most", 1.5, True), ("at most", 1.4, False), ("at least", 1.5, True), ("at least", 1.6, False)],
 )
-def test_a_goal_is_met_on_its_own_side(bound, goal, met):
+def test_goal_is_met_on_its_side_of_bound(bound, goal, met):
     ratio = GpuRatio(size="S1", slower="a", faster="b", value=1.5, goal=goal, bound=bound)
     assert ratio.met is met
 
 
 @pytest.mark.parametrize("name", ["plain torch step", "plain torch encode"])
-def test_plain_torch_does_what_it_says(name):
+def test_plain_torch_step_lowers_loss_and_encode_picks_k(name):
     torch.manual_seed(0)
     once = (gpu_peers.STEPS | gpu_peers.ENCODERS)[name](SIZE, ROWS_BND)
     first = once()
@@ -118,7 +118,7 @@ def test_plain_torch_does_what_it_says(name):
         assert last[1] < first
 
 
-def test_a_peer_that_is_not_there_is_not_asked_for(monkeypatch):
+def test_missing_peer_is_listed_as_not_installed(monkeypatch):
     monkeypatch.setattr(gpu_peers, "MODULES", {"sae-lens": "no_such_module", "torch": "torch"})
     found = gpu_peers.versions()
     assert found["sae-lens"] == "not installed" and found["torch"].startswith(torch.__version__.split("+")[0])

@@ -1,4 +1,4 @@
-"""What does not need a GPU: how many calls are timed together, and what is said of a failure."""
+"""Parts of GPU timing that need no GPU: numbers of calls, reasons of failures, and the commit."""
 
 import subprocess
 
@@ -12,7 +12,7 @@ from saebench.bench.gpu_timing import CALL_SECONDS, MOST_REPEATS, reason, repeat
 
 
 @given(st.floats(0, 1e4))
-def test_repeats_fit_into_the_time_of_a_call_but_there_is_always_one(seconds):
+def test_repeats_fit_in_call_seconds_and_are_at_least_1(seconds):
     repeats = repeats_for(seconds)
     assert 1 <= repeats <= MOST_REPEATS
     assert repeats == 1 or repeats * seconds <= CALL_SECONDS
@@ -24,7 +24,7 @@ of which 1.2 GiB is free."""
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "text"),
     [
         (
             torch.OutOfMemoryError(OUT_OF_MEMORY),
@@ -37,21 +37,21 @@ of which 1.2 GiB is free."""
         (ValueError(), "ValueError"),
     ],
 )
-def test_a_reason_is_short(error, said):
-    assert reason(error) == said
+def test_reason_is_type_and_first_sentence(error, text):
+    assert reason(error) == text
 
 
 @given(st.text())
-def test_a_reason_is_one_short_line(text):
+def test_reason_is_one_line_of_at_most_100_characters(text):
     line = reason(RuntimeError(text))
     assert line.startswith("RuntimeError")
     assert len(line) <= 100
     assert len(line.splitlines()) == 1
 
 
-def test_the_commit_is_that_of_the_checkout_and_outside_there_is_none(tmp_path, monkeypatch):
+def test_commit_is_of_checkout_and_none_outside(tmp_path, monkeypatch):
     assert provenance.commit(tmp_path) is None
-    (tmp_path / ".git").mkdir()  # damaged: still no error
+    (tmp_path / ".git").mkdir()  # a damaged repository is not an error
     assert provenance.commit(tmp_path) is None
     (tmp_path / ".git").rmdir()
     for name in ("AUTHOR", "COMMITTER"):

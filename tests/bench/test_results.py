@@ -1,4 +1,4 @@
-"""The tables in docs/performance.md show the newest results of the GPU bench."""
+"""The tables in docs/performance.md show the newest results of the GPU benchmark."""
 
 import copy
 import json
@@ -46,7 +46,7 @@ def test_performance_page_shows_newest_results():
     assert results.rewrite(PAGE, made) == PAGE, "run python -m saebench.bench.results"
 
 
-def test_every_row_and_ratio_is_shown():
+def test_render_shows_every_row_and_ratio():
     lines = results.render(report()).splitlines()
     assert lines[0].startswith(
         "One a card, 2026-01-02, commit `abc`; saebench 1, torch 2, sae-lens 6. Batches"
@@ -57,7 +57,7 @@ def test_every_row_and_ratio_is_shown():
     assert "| slow / topk | 3.50 (at least 3.6: missed) |  |" in lines
 
 
-def test_newest_results_replace_what_was_there(tmp_path, monkeypatch):
+def test_newest_results_replace_old_tables(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n"
     (tmp_path / results.PAGE).parent.mkdir()

@@ -1,4 +1,4 @@
-"""The store's benchmark at a small size: the store passes its checks, and the report follows from it."""
+"""The feature store benchmark at a small size: a valid store, and a consistent report."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ from saebench.store import check_store
 SMALL = {"store": True, "store_activations": 40_000, "store_features": 256, "k": 8, "d_in": 16, "threads": 1}
 
 
-def test_made_up_codes_have_k_latents_a_token_and_a_few_dense_ones():
+def test_synthetic_codes_have_k_latents_per_token_and_few_dense_ones():
     cache = MadeUpCache(10_000, 8)
     counts = np.zeros(256, dtype=int)
     for latent, row, value in made_up_codes(cache, 256, 8):
@@ -27,7 +27,7 @@ def test_made_up_codes_have_k_latents_a_token_and_a_few_dense_ones():
     assert counts.max() > 3 * np.median(counts)
 
 
-def test_the_store_that_is_measured_is_sound(tmp_path):
+def test_measured_store_passes_check(tmp_path):
     watch, n_activations, n_tokens = store.build(tmp_path / "store", BenchConfig(**SMALL), lambda what: None)
     assert check_store(tmp_path / "store") == []
     assert 0.999 < n_activations / (8 * n_tokens) <= 1
@@ -47,7 +47,7 @@ def printed(tmp_path, monkeypatch):
     return text.getvalue(), json.loads((tmp_path / "bench.json").read_text())
 
 
-def test_the_report(printed):
+def test_report_has_goals_and_is_printed(printed):
     text, report = printed
     for one in report["measured"]:
         assert one["name"] in text

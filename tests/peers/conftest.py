@@ -1,4 +1,4 @@
-"""SAELens in the environment that `make peers` builds; one process for all tests."""
+"""A SAELens process in the environment of `make peers`, shared by all tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The other libraries can be imported from the root of the checkout, where saebench is not installed."""
+"""The peers can be imported in their environment with the checkout as working directory."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "code", ["from transformers import BertForPreTraining", "import sae_lens", "import sparsify"]
 )
-def test_folders_of_the_checkout_do_not_hide_packages_of_others(code: str) -> None:
-    """transformers looks for Hugging Face's package ``kernels``; the checkout has a folder of that name."""
+def test_folders_of_checkout_do_not_shadow_packages(code: str) -> None:
+    """transformers tries to import Hugging Face's ``kernels``; the checkout has a folder of that name."""
     python = python_of(ENVIRONMENT)
     assert python is not None, "run make peers"
     done = subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

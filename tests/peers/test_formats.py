@@ -1,7 +1,7 @@
-"""SAEs go to SAELens and come from there: SAELens itself computes what we compute.
+"""Export to and import from SAELens: SAELens itself computes the same codes and reconstructions.
 
-Two codes agree when their supports are equal in 99.9% of the rows (a near tie may fall either way), and where
-they are equal each row of codes and of the reconstruction differs by at most 1e-5 of its norm.
+Codes agree if their supports are equal in 99.9% of the rows (near ties may differ). In these rows, codes and
+reconstructions must differ by at most 1e-5 of their norms.
 """
 
 import json
@@ -47,7 +47,7 @@ def assert_agree(sae, theirs, x_ND, *, at_least=0.999):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_saelens_computes_what_we_export(name, saelens, data, tmp_path):
+def test_saelens_computes_exported_sae(name, saelens, data, tmp_path):
     sae = random_sae(name, d_in=D_IN, d_sae=D_SAE, k=K)
     sae.save(tmp_path / "ours", hook_name="blocks.1.hook_resid_post", model={"name": "tiny"})
     made = export_sae(tmp_path / "ours", out=tmp_path / "theirs")
@@ -79,11 +79,11 @@ THEIRS = {
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "checkpoint"])
 @pytest.mark.parametrize("case", THEIRS)
-def test_what_saelens_made_computes_the_same_here(case, training, saelens, data, tmp_path):
+def test_imported_random_sae_computes_what_saelens_computes(case, training, saelens, data, tmp_path):
     name = case.split()[0]
     settings = {"architecture": name, "d_in": D_IN, "d_sae": D_SAE, **THEIRS[case]}
     saelens.ask("make", folder=str(tmp_path / "theirs"), sae=settings, seed=3, training=training)
-    # A pursuit says itself how many picks it makes at most; for a threshold, k is what it is to be called.
+    # Matching pursuit records its number of picks. For a threshold, k is only recorded.
     k = None if name == "matching_pursuit" else K
     import_sae(tmp_path / "theirs", out=tmp_path / "ours", k=k)
     fold = name in ("jumprelu", "standard", "gated") or settings.get("rescale_acts_by_decoder_norm", training)
@@ -92,7 +92,7 @@ def test_what_saelens_made_computes_the_same_here(case, training, saelens, data,
 
 
 @pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka_batchtopk", "matching_pursuit"])
-def test_what_saelens_trained_computes_the_same_here(name, saelens, data, tmp_path):
+def test_imported_trained_sae_computes_what_saelens_computes(name, saelens, data, tmp_path):
     settings = {
         "matching_pursuit": {"max_iterations": K, "stop_on_duplicate_support": False},
         "matryoshka_batchtopk": {"k": K, "matryoshka_widths": [D_SAE // 4, D_SAE]},
@@ -106,8 +106,8 @@ def test_what_saelens_trained_computes_the_same_here(name, saelens, data, tmp_pa
     assert_agree(load(tmp_path / "ours"), by_saelens(saelens, tmp_path / "theirs", data), rows(N, 11, D_IN))
 
 
-def test_the_checkpoint_of_a_batchtopk_is_what_saelens_saves_for_inference(saelens, data, tmp_path):
-    """SAELens loads a checkpoint of BatchTopK for training only; we read it as it converts it."""
+def test_batchtopk_checkpoint_equals_saelens_inference_model(saelens, data, tmp_path):
+    """SAELens loads BatchTopK checkpoints only for training; ours must equal its inference conversion."""
     folder = tmp_path / "checkpoint"
     settings = {"architecture": "batchtopk", "d_in": D_IN, "d_sae": D_SAE, "k": K}
     inference = tmp_path / "inference"
@@ -127,7 +127,7 @@ def test_the_checkpoint_of_a_batchtopk_is_what_saelens_saves_for_inference(saele
         ("matching_pursuit", {"max_iterations": 30, "residual_threshold": 1.0}),
     ],
 )
-def test_the_dense_reference_is_what_saelens_computes(name, settings, saelens, tmp_path):
+def test_dense_reference_equals_saelens(name, settings, saelens, tmp_path):
     weights = write_folder(tmp_path / "theirs", name, **settings)
     np.save(tmp_path / "rows.npy", rows().numpy())
     _, x_hat_ND = by_saelens(saelens, tmp_path / "theirs", tmp_path / "rows.npy")
@@ -140,7 +140,7 @@ def test_the_dense_reference_is_what_saelens_computes(name, settings, saelens, t
     torch.testing.assert_close(x_hat_ND.double(), expected_ND, rtol=1e-5, atol=1e-5)
 
 
-def test_a_folder_from_before_6_is_read_as_saelens_reads_it(saelens, tmp_path):
+def test_folder_from_before_version_6_is_read_as_in_saelens(saelens, tmp_path):
     write_folder(tmp_path / "theirs", "standard")
     file = tmp_path / "theirs" / "cfg.json"
     config = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""The steps of other libraries that `saebench bench` times on a GPU learn, at a small size on the CPU."""
+"""Training steps of peers in the GPU benchmark lower the loss, at a small size on the CPU."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests.peers.conftest import ENVIRONMENT
 pytestmark = pytest.mark.peers
 
 ROOT = Path(__file__).parents[2]
-NAMES = [name for name in gpu_peers._STEPS if name != gpu_peers.COMPILED]  # that one needs a C++ compiler
+NAMES = [name for name in gpu_peers._STEPS if name != gpu_peers.COMPILED]  # it needs a C++ compiler
 SCRIPT = """
 import json, sys, torch
 from saebench.bench import gpu_peers
@@ -38,28 +38,28 @@ print("\\n" + json.dumps({"steps": found, "versions": gpu_peers.versions()}))
 
 
 @pytest.fixture(scope="module")
-def told():
-    """What the Python of the peers says of its libraries, and the losses of their steps."""
+def measured():
+    """The versions in the environment of the peers, and the losses of their steps."""
     python = python_of(ENVIRONMENT)
-    assert python is not None, "make peers builds .venv-peers"
-    rooms = str(ROOT / ".venv" / "rooms")
+    assert python is not None, "run make peers"
+    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "app", "data", "kernels"))
     done = subprocess.run(
         [python, "-c", SCRIPT, json.dumps(NAMES)],
-        env={**os.environ, "PYTHONPATH": rooms, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_loss_falls(name, told):
+def test_step_lowers_loss_of_same_batch(name, measured):
     peer = gpu_peers._STEPS[name][0]
-    if peer not in (None, "sae-lens") and told["versions"][peer] == "not installed":
+    if peer not in (None, "sae-lens") and measured["versions"][peer] == "not installed":
         pytest.skip(f"{peer} is not installed in {ENVIRONMENT.name}")
-    losses = told["steps"][name]
+    losses = measured["steps"][name]
     assert isinstance(losses, list), losses
-    assert losses[-1] < 0.98 * losses[0]  # of the same batch
+    assert losses[-1] < 0.98 * losses[0]  # on the same batch
 
 
-def test_versions_are_told(told):
-    assert told["versions"]["sae-lens"][0].isdigit()
+def test_version_of_saelens_is_found(measured):
+    assert measured["versions"]["sae-lens"][0].isdigit()

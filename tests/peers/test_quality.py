@@ -1,4 +1,4 @@
-"""At equal rows, steps, batch, width and k, ours are at least as good as SAELens's, over three seeds."""
+"""SAEs of saebench are at least as good as those of SAELens with equal data and settings."""
 
 import pytest
 
@@ -17,9 +17,9 @@ CONTESTS = {
 @pytest.mark.peers
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CONTESTS)
-def test_ours_are_at_least_as_good(name, saelens, tmp_path, capsys):
+def test_saebench_is_at_least_as_good_as_saelens(name, saelens, tmp_path, capsys):
     contest = CONTESTS[name]
-    pairs = compare_quality(contest, saelens, tmp_path, said=lambda text: None)
+    pairs = compare_quality(contest, saelens, tmp_path, announce=lambda text: None)
     metrics = ("explained_variance", "mcc_hungarian", "l0")
     lines = [(side.name, f"{side.lr:g}", *map(side.shown, metrics)) for pair in pairs for side in pair]
     with capsys.disabled():
