@@ -43,7 +43,7 @@ class Claim:
 
 
 class Scores:
-    """Looks scores up by data and label."""
+    """Scores by data and label."""
 
     def __init__(self, scores: Sequence[Score]) -> None:
         self.all = list(scores)
@@ -136,8 +136,8 @@ def _total_dead(scores: Sequence[Score], label: str) -> Score:
 
 
 def _less_damage(known: Scores, inference: str, beta: float) -> Claim:
-    how = f"{inference} (which sees the labels)" if inference == ORACLE else inference
-    text = f"gradient with beta {beta:g}, read {how}, damages the readout less than topk at equal k"
+    how = f"{inference} (which reads the labels)" if inference == ORACLE else inference
+    text = f"gradient with beta {beta:g}, in mode {how}, damages the readout less than topk at equal k"
     found = known.get("readout", f"gradient-beta{beta:g} ({inference})", "topk")
     if found is None:
         return _not_tested(text, "readout data with gradient and topk")

@@ -88,8 +88,8 @@ def test_ties_in_dead_latents_are_in_evidence():
 
 @pytest.mark.parametrize("inference", ["plain", "oracle"])
 def test_less_damage_is_tested_for_each_beta_and_inference_mode(inference):
-    seen = {"plain": "", "oracle": " (which sees the labels)"}[inference]
-    text = f"gradient with beta 3, read {inference}{seen}, damages"
+    seen = {"plain": "", "oracle": " (which reads the labels)"}[inference]
+    text = f"gradient with beta 3, in mode {inference}{seen}, damages"
     topk = score("readout", "topk")
     label = f"gradient-beta3 ({inference})"
     assert verdict(text, topk, score("readout", label, ce_damage=0.9)) is True

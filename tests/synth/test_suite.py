@@ -68,7 +68,7 @@ def test_markdown_has_table_per_data_set_and_each_claim(finished):
     )
     assert str(finished) not in text
     assert "(oracle): latents are selected by the gradient of the loss, which depends on the labels" in text
-    assert text.count("read oracle (which sees the labels)") == 4
+    assert text.count("in mode oracle (which reads the labels)") == 4
     widths = {line.count(" | ") for line in text.splitlines() if line.startswith("| gradient-beta")}
     assert len(widths) == 1
 
