@@ -22,12 +22,12 @@ from saebench.bench.settings import BenchConfig
 from saebench.bench.store_world import VOCAB, MadeUpCache, made_up_codes, made_up_sae
 from saebench.core.settings import to_flat
 from saebench.store import publish, schema
-from saebench.store.build import Job, Options, write_sae
+from saebench.store.build import IndexJob, Options, write_sae
 from saebench.store.corpus import Corpus
 from saebench.store.database import insert, insert_meta, new_database
 from saebench.store.query import FeatureStore, open_store
 from saebench.store.sorted_spill import RUN_SIZE, SortedSpill
-from saebench.store.tables import Stopwatch
+from saebench.store.tables import TableTimer
 from saebench.store.textfile import write_text_file
 
 GIB = 2**30
@@ -97,8 +97,8 @@ def measure(config: BenchConfig, announce: Callable[[str], None]) -> StoreReport
     with tempfile.TemporaryDirectory(prefix="saebench-store-") as folder:
         store = Path(folder) / "store"
         with peak_memory() as peak:
-            watch, n_activations, n_tokens = build(store, config, announce)
-        seconds = watch.seconds
+            timer, n_activations, n_tokens = build(store, config, announce)
+        seconds = timer.seconds
         sizes = bytes_of_tables(store)
         announce("answers")
         answers = _answers(store)
@@ -107,8 +107,8 @@ def measure(config: BenchConfig, announce: Callable[[str], None]) -> StoreReport
         answers += _large_table(Path(folder) / "large")
     first = sum(seconds[name] for name in FIRST_TABLES)
     after = sum(seconds.values()) - seconds["runs"]
-    first_cpu = sum(watch.cpu_seconds[name] for name in FIRST_TABLES)
-    after_cpu = sum(watch.cpu_seconds.values()) - watch.cpu_seconds["runs"]
+    first_cpu = sum(timer.cpu_seconds[name] for name in FIRST_TABLES)
+    after_cpu = sum(timer.cpu_seconds.values()) - timer.cpu_seconds["runs"]
     own = {name: size / n_activations for name, size in sizes.items()}
     rest = sum(size for name, size in own.items() if name not in ("context", "act_by_ctx"))
     measured = [
@@ -129,14 +129,14 @@ def measure(config: BenchConfig, announce: Callable[[str], None]) -> StoreReport
             "pyarrow": pyarrow.__version__, "torch": torch.__version__,
         },
         settings={name: to_flat(config)[name] for name in SETTINGS} | {"tokens": n_tokens},
-        seconds=seconds, cpu_seconds=watch.cpu_seconds, bytes_per_activation=own, measured=measured,
+        seconds=seconds, cpu_seconds=timer.cpu_seconds, bytes_per_activation=own, measured=measured,
         extrapolated=extrapolated, reasoning=reasoning,
     )  # fmt: skip
 
 
-def build(store: Path, config: BenchConfig, announce: Callable[[str], None]) -> tuple[Stopwatch, int, int]:
-    """Build a store at ``store``; returns ``(stopwatch, activations, tokens)``."""
-    watch, n_latents = Stopwatch(), config.store_features
+def build(store: Path, config: BenchConfig, announce: Callable[[str], None]) -> tuple[TableTimer, int, int]:
+    """Build a store at ``store``; returns ``(timer, activations, tokens)``."""
+    timer, n_latents = TableTimer(), config.store_features
     announce("text")
     cache: Any = MadeUpCache(config.store_activations // config.k, config.d_in)
     corpus = Corpus(cache)
@@ -145,26 +145,26 @@ def build(store: Path, config: BenchConfig, announce: Callable[[str], None]) -> 
     runs = SortedSpill(store / "runs", n_latents)
     announce("codes")
     for batch in made_up_codes(cache, n_latents, config.k):
-        with watch.on("runs"):
+        with timer.on("runs"):
             runs.add(*batch)
             if runs.n_waiting >= RUN_SIZE:
                 runs.flush()
-    with watch.on("runs"):
+    with timer.on("runs"):
         runs.flush()
     announce("text file")
-    with watch.on("context, token, document"):
+    with timer.on("context, token, document"):
         text_file = building / f"text-{corpus.hash[:12]}.duckdb"
         write_text_file(text_file, corpus, name="made-up")
     announce("tables")
     W_U_DV = torch.randn(config.d_in, VOCAB, generator=torch.Generator().manual_seed(2))
-    job = Job(
+    job = IndexJob(
         sae=made_up_sae(config.d_in, n_latents, config.k),
         options=Options(name="made-up", hook="made-up", quiet=True), W_U_DV=W_U_DV,
     )  # fmt: skip
-    stored = write_sae(building, job, "0" * 64, cache, corpus, runs, watch)
+    stored = write_sae(building, job, "0" * 64, cache, corpus, runs, timer)
     publish.publish(store, current, [stored], publish.describe(text_file))
     shutil.rmtree(store / "runs")
-    return watch, runs.n_activations, corpus.n_rows
+    return timer, runs.n_activations, corpus.n_rows
 
 
 def bytes_of_tables(store: Path) -> dict[str, int]:

@@ -13,7 +13,7 @@ A rule is an OR of terms, a term is an AND of atoms:
     {"repeated": true}            the same token stands earlier in the context
 
 ``at`` is 0 for the token itself, -1 and -2 for those before it in the context; where there is none, the atom
-is false. `apply_rule` is the definition; words.py computes the same over a whole corpus.
+is false. `apply_rule` is the definition; token_index.py computes the same over a whole corpus.
 """
 
 from __future__ import annotations

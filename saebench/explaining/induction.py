@@ -38,7 +38,7 @@ MOST_ROWS = 30_000
 
 
 @dataclass(frozen=True)
-class Found:
+class Candidate:
     """An atom or several, with what they would make of the rule so far."""
 
     objective: float
@@ -57,7 +57,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class SoFar:
+class PartialRule:
     """The terms found: rows at which they hold, how many of these are firings, all firings there are."""
 
     n_true: int
@@ -73,17 +73,17 @@ class SoFar:
 class Induction:
     """Finds rules on one text; what all latents share is counted once."""
 
-    def __init__(self, words: TokenIndex) -> None:
-        self.words = words
-        train = words.rows[TRAIN]
-        self.base_V = {offset: words.counts(TRAIN, offset).astype(np.float64) for offset in OFFSETS}
+    def __init__(self, index: TokenIndex) -> None:
+        self.index = index
+        train = index.rows[TRAIN]
+        self.base_V = {offset: index.counts(TRAIN, offset).astype(np.float64) for offset in OFFSETS}
         self.some_R = _thinned(train, 3 * MOST_ROWS)
         self._whole_kinds: dict[int, tuple[Numbers, dict[tuple[str, int], Numbers]]] = {}
-        self._fires_N = np.zeros(words.n_rows, dtype=bool)
-        self._said_N = np.zeros(words.n_rows, dtype=bool)
-        last = int(words.pos_N.max(initial=0))
-        self._base_P = np.bincount(words.pos_N[train], minlength=last + 1).astype(np.float64)
-        self._n_repeated = float(words.repeated_N[train].sum())
+        self._fires_N = np.zeros(index.n_rows, dtype=bool)
+        self._said_N = np.zeros(index.n_rows, dtype=bool)
+        last = int(index.pos_N.max(initial=0))
+        self._base_P = np.bincount(index.pos_N[train], minlength=last + 1).astype(np.float64)
+        self._n_repeated = float(index.repeated_N[train].sum())
 
     def rule(self, firing_F: Rows) -> Rule:
         """The rule for a latent that fires, within the training fold, on ``firing_F`` (ascending)."""
@@ -92,14 +92,14 @@ class Induction:
         said_R: Rows = np.empty(0, dtype=np.int64)
         left_F, best = firing_F, 0.0
         while len(terms) < MOST_TERMS and len(left_F):
-            so_far = SoFar(len(firing_F) - len(left_F), len(said_R), len(firing_F))
-            atoms = self._term(left_F, said_R, so_far)
+            partial = PartialRule(len(firing_F) - len(left_F), len(said_R), len(firing_F))
+            atoms = self._term(left_F, said_R, partial)
             if atoms is None:
                 break
-            new_R = self.words.rows_of_term(list(atoms), TRAIN)
+            new_R = self.index.rows_of_term(list(atoms), TRAIN)
             new_R = new_R[~self._said_N[new_R]]
-            n_true = so_far.n_true + int(self._fires_N[new_R].sum())
-            n_said = so_far.n_said + len(new_R)
+            n_true = partial.n_true + int(self._fires_N[new_R].sum())
+            n_said = partial.n_said + len(new_R)
             objective = 2 * n_true / (n_said + len(firing_F)) - sum(map(_length, [*terms, atoms]))
             if terms and objective < best + LEAST_GAIN:
                 break
@@ -113,16 +113,16 @@ class Induction:
 
     def best_token(self, firing_F: Rows) -> Rule:
         """The single token whose presence predicts these firings best."""
-        token_U, n_U = np.unique(self.words.token_N[0][firing_F], return_counts=True)
+        token_U, n_U = np.unique(self.index.token_N[0][firing_F], return_counts=True)
         f1_U = 2 * n_U / (self.base_V[0][token_U] + len(firing_F))
         best = [{"at": 0, "in": [int(token_U[f1_U.argmax()])]}]
         return {"version": VERSION, "any": [{"all": best}]}
 
-    def _term(self, left_F: Rows, said_R: Rows, so_far: SoFar) -> tuple[Atom, ...] | None:
+    def _term(self, left_F: Rows, said_R: Rows, partial: PartialRule) -> tuple[Atom, ...] | None:
         """The best further term for the firings ``left_F`` that the terms so far leave out."""
-        some_F = _thinned(left_F, MOST_FIRINGS)
-        weight = len(left_F) / len(some_F)
-        singles = self._atoms(some_F, weight, Counts(None, said_R, 1.0), so_far, ())
+        sample_F = _thinned(left_F, MOST_FIRINGS)
+        weight = len(left_F) / len(sample_F)
+        singles = self._atoms(sample_F, weight, Counts(None, said_R, 1.0), partial, ())
         found = list(singles)
         beam = sorted(singles, key=lambda f: -f.objective)[:STARTS]
         beam += sorted(singles, key=lambda f: (-round(f.recall, 3), -f.objective))[:2]
@@ -130,7 +130,7 @@ class Induction:
             longer = [
                 extended
                 for start in {str(start.atoms): start for start in beam}.values()
-                for extended in self._extensions(start.atoms, some_F, weight, said_R, so_far)
+                for extended in self._extensions(start.atoms, sample_F, weight, said_R, partial)
             ]
             found += longer
             beam = sorted(longer, key=lambda f: -f.objective)[:2]
@@ -138,69 +138,69 @@ class Induction:
         return found[0].atoms if found else None
 
     def _extensions(
-        self, atoms: tuple[Atom, ...], some_F: Rows, weight: float, said_R: Rows, so_far: SoFar
-    ) -> list[Found]:
-        here_F = some_F
+        self, atoms: tuple[Atom, ...], sample_F: Rows, weight: float, said_R: Rows, partial: PartialRule
+    ) -> list[Candidate]:
+        here_F = sample_F
         for atom in atoms:
-            here_F = here_F[self.words.holds(atom, here_F)]
+            here_F = here_F[self.index.holds(atom, here_F)]
         if not len(here_F):
             return []
         row_R, stands_for = self._where(atoms)
         row_R = row_R[~self._said_N[row_R]] if len(said_R) else row_R
-        return self._atoms(here_F, weight, Counts(row_R, said_R, stands_for), so_far, atoms)
+        return self._atoms(here_F, weight, Counts(row_R, said_R, stands_for), partial, atoms)
 
     def _where(self, atoms: tuple[Atom, ...]) -> tuple[Rows, float]:
         """Rows at which all ``atoms`` hold, all or a sample, and for how many each stands."""
-        all_R = self.words.rows[TRAIN]
+        all_R = self.index.rows[TRAIN]
         first = next((atom for atom in atoms if "in" in atom or "word" in atom), None)
         if first is not None:
-            all_R = self.words.rows_of_term([first], TRAIN)
+            all_R = self.index.rows_of_term([first], TRAIN)
         row_R = self.some_R if first is None else _thinned(all_R, 3 * MOST_ROWS)
         stands_for = len(all_R) / max(len(row_R), 1)
         for atom in atoms:
-            row_R = row_R[self.words.holds(atom, row_R)]
+            row_R = row_R[self.index.holds(atom, row_R)]
         thin = _thinned(row_R, MOST_ROWS)
         return thin, stands_for * len(row_R) / max(len(thin), 1)
 
     def _atoms(
-        self, firing_F: Rows, weight: float, counts: Counts, so_far: SoFar, before: tuple[Atom, ...]
-    ) -> list[Found]:
+        self, firing_F: Rows, weight: float, counts: Counts, partial: PartialRule, before: tuple[Atom, ...]
+    ) -> list[Candidate]:
         """The best atoms of each kind to add to ``before``; each firing stands for ``weight``."""
-        found: list[Found] = []
+        found: list[Candidate] = []
         n_left = weight * len(firing_F)
 
         def add(atom: Atom, n_true: float, n_said: float) -> None:
             term = (*before, atom)
-            f1 = so_far.f1(np.array(n_true), np.array(n_said))
-            found.append(Found(float(f1) - _length(term), term, n_true / n_left))
+            f1 = partial.f1(np.array(n_true), np.array(n_said))
+            found.append(Candidate(float(f1) - _length(term), term, n_true / n_left))
 
         for offset in OFFSETS:
             if any(atom.get("at") == offset for atom in before):
                 continue
             base_V = self._base(counts, offset)
-            times_V = np.bincount(self.words.token_N[offset][firing_F], minlength=len(base_V))[:-1]
+            times_V = np.bincount(self.index.token_N[offset][firing_F], minlength=len(base_V))[:-1]
             token_U = np.flatnonzero(times_V)
             n_U = times_V[token_U] * weight
             if not len(token_U):
                 continue
             said_U = np.maximum(base_V[token_U], n_U)
-            self._sets(add, offset, token_U, n_U, said_U, so_far, n_left)
-            n_A = n_U @ self.words.classes_VA[token_U]
+            self._sets(add, offset, token_U, n_U, said_U, partial, n_left)
+            n_A = n_U @ self.index.classes_VA[token_U]
             said_A, said_of = self._base_kinds(counts, offset, base_V)
-            best = int(so_far.f1(n_A, said_A).argmax())
+            best = int(partial.f1(n_A, said_A).argmax())
             if n_A[best]:
                 add({"at": offset, "is": list(CLASSES)[best]}, n_A[best], said_A[best])
-            for (kind, length), (number_V, values) in self.words.categories.items():
+            for (kind, length), (number_V, values) in self.index.categories.items():
                 true = np.bincount(number_V[token_U], weights=n_U, minlength=len(values))
                 said = said_of[kind, length]
                 true[0] = 0
-                best = int(so_far.f1(true, said).argmax())
+                best = int(partial.f1(true, said).argmax())
                 if true[best]:
                     add({"at": offset, kind: values[best]}, true[best], said[best])
-        self._positions(add, firing_F, weight, counts, so_far, before)
+        self._positions(add, firing_F, weight, counts, partial, before)
         return found
 
-    def _sets(self, add, offset, token_U, n_U, said_U, so_far, n_left) -> None:  # type: ignore[no-untyped-def]
+    def _sets(self, add, offset, token_U, n_U, said_U, partial, n_left) -> None:  # type: ignore[no-untyped-def]
         """Two sets of tokens: the one with the best F1, which takes the purest tokens first, and the smallest
         one that has most of the firings."""
         for order, chosen in (
@@ -210,33 +210,33 @@ class Induction:
             order = order[:MOST_TOKENS]
             true, said = np.cumsum(n_U[order]), np.cumsum(said_U[order])
             if chosen is None:
-                size = int((so_far.f1(true, said) - TOKEN_PENALTY * np.arange(len(order))).argmax()) + 1
+                size = int((partial.f1(true, said) - TOKEN_PENALTY * np.arange(len(order))).argmax()) + 1
             else:
                 size = min(int(np.searchsorted(true, chosen - 1e-9)) + 1, len(order))
             tokens = sorted(order[:size], key=lambda u: (-n_U[u], token_U[u]))
             add({"at": offset, "in": [int(token_U[u]) for u in tokens]}, true[size - 1], said[size - 1])
 
-    def _positions(self, add, firing_F, weight, counts, so_far, before) -> None:  # type: ignore[no-untyped-def]
+    def _positions(self, add, firing_F, weight, counts, partial, before) -> None:  # type: ignore[no-untyped-def]
         if not any("position" in atom for atom in before):
             base_P = self._base_positions(counts)
-            n_P = np.bincount(self.words.pos_N[firing_F], minlength=len(base_P)) * weight
+            n_P = np.bincount(self.index.pos_N[firing_F], minlength=len(base_P)) * weight
             upto_true, upto_said = np.cumsum(n_P), np.cumsum(base_P)
             for kind, true, said in (
                 ("first", upto_true, upto_said),
                 ("last", upto_true[-1] - upto_true, upto_said[-1] - upto_said),
                 ("one", n_P, base_P),
             ):
-                at = int(so_far.f1(true, said).argmax())
+                at = int(partial.f1(true, said).argmax())
                 if true[at]:
                     bounds = {"first": [0, at], "last": [at + 1, None], "one": [at, at]}[kind]
                     add({"position": bounds}, true[at], said[at])
         if not any("repeated" in atom for atom in before):
-            n = float(self.words.repeated_N[firing_F].sum()) * weight
+            n = float(self.index.repeated_N[firing_F].sum()) * weight
             if n:
                 add({"repeated": True}, n, self._base_repeated(counts))
 
     def _base(self, counts: Counts, offset: int) -> Numbers:
-        token_N, n = self.words.token_N[offset], len(self.words.vocab) + 1
+        token_N, n = self.index.token_N[offset], len(self.index.vocab) + 1
         if counts.row_R is not None:
             return np.bincount(token_N[counts.row_R], minlength=n) * counts.weight
         if not len(counts.without_R):
@@ -254,10 +254,10 @@ class Induction:
         some = np.flatnonzero(base_V)
         n_some = base_V[some]
         kinds = (
-            n_some @ self.words.classes_VA[some],
+            n_some @ self.index.classes_VA[some],
             {
                 key: np.bincount(number_V[some], weights=n_some, minlength=len(values))
-                for key, (number_V, values) in self.words.categories.items()
+                for key, (number_V, values) in self.index.categories.items()
             },
         )
         if whole:
@@ -265,14 +265,14 @@ class Induction:
         return kinds
 
     def _base_positions(self, counts: Counts) -> Numbers:
-        pos_N, n = self.words.pos_N, len(self._base_P)
+        pos_N, n = self.index.pos_N, len(self._base_P)
         if counts.row_R is not None:
             return np.bincount(pos_N[counts.row_R], minlength=n) * counts.weight
         base_P: Numbers = self._base_P - np.bincount(pos_N[counts.without_R], minlength=n)
         return base_P
 
     def _base_repeated(self, counts: Counts) -> float:
-        repeated_N = self.words.repeated_N
+        repeated_N = self.index.repeated_N
         if counts.row_R is not None:
             return float(repeated_N[counts.row_R].sum() * counts.weight)
         return self._n_repeated - float(repeated_N[counts.without_R].sum())

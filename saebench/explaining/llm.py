@@ -34,8 +34,8 @@ class LlmExplainer:
         self, store: FeatureStore, provider: Provider, *, n: int, window: int, seed: int, budget: int | None
     ) -> None:
         self.store, self.provider, self.n, self.seed, self.budget = store, provider, n, seed, budget
-        self.words = TokenIndex(store)
-        self.sampler = Sampler(self.words, n=n, window=window, seed=seed)
+        self.index = TokenIndex(store)
+        self.sampler = Sampler(self.index, n=n, window=window, seed=seed)
         self._prompt = prompting.version()
         self.version = f"{self._prompt} {provider.version}".strip()
         self._spent = 0
@@ -45,7 +45,7 @@ class LlmExplainer:
         """A record for each of ``features``, until the budget does not allow a further one."""
         n_act = self.store.features(["n_act"])["n_act"].to_numpy()
         for block in blocks(features, n_act):
-            fired = self.words.firings(self.store, block[0], block[-1] + 1)
+            fired = self.index.firings(self.store, block[0], block[-1] + 1)
             for feature in block:
                 try:
                     yield self._explain(feature, *fired[feature - block[0]])
@@ -65,7 +65,7 @@ class LlmExplainer:
         )
 
     def _explain(self, feature: int, row_R: Any, value_R: Any) -> Record:
-        fold_R = self.words.fold_N[row_R]
+        fold_R = self.index.fold_N[row_R]
         n_train, n_test = int((fold_R == TRAIN).sum()), int((fold_R == TEST).sum())
         record: Record = {
             "feature": feature, "provider": self.provider.name, "model": self.provider.model,
@@ -79,7 +79,7 @@ class LlmExplainer:
             )
             return record | {"status": "few", "reason": reason}
         examples = self.sampler.draw(feature, row_R, value_R)
-        [reply] = self._ask([prompting.explain(examples.shown, self.words.vocab)], record)
+        [reply] = self._ask([prompting.explain(examples.shown, self.index.vocab)], record)
         if reply.status != "ok":
             return record | {"status": reply.status, "reason": reply.reason}
         text = prompting.read_explanation(reply.text)
@@ -101,7 +101,7 @@ class LlmExplainer:
         self, feature: int, text: str, examples: Examples
     ) -> dict[str, list[tuple[Question, dict[str, Any]]]]:
         """For each scorer, questions with the facts about them: window, marks and truth."""
-        vocab = self.words.vocab
+        vocab = self.index.vocab
         detection = [
             (prompting.detection(text, window, vocab), _facts(window, (), truth))
             for truth, windows in ((True, examples.positive[: self.n]), (False, examples.negative))
@@ -122,7 +122,7 @@ class LlmExplainer:
         silent = np.array([
             window.start + i
             for i, token in enumerate(window.tokens)
-            if window.start + i not in window.fires and self.words.vocab[token].strip()
+            if window.start + i not in window.fires and self.index.vocab[token].strip()
         ], dtype=np.int64)  # fmt: skip
         order = np.argsort(hash_random(silent + window.ctx * 65_536, feature, self.seed), kind="stable")
         return tuple(sorted(silent[order[: len(window.fires)]].tolist()))

@@ -30,9 +30,9 @@ class RuleExplainer:
 
     def __init__(self, store: FeatureStore, seed: int) -> None:
         self.store, self.version = store, PROMPT
-        self.words = TokenIndex(store)
-        self.induction = Induction(self.words)
-        self.judge = RuleScorer(self.words, seed)
+        self.index = TokenIndex(store)
+        self.induction = Induction(self.index)
+        self.scorer = RuleScorer(self.index, seed)
 
     def explain(self, features: Sequence[int]) -> Iterator[dict[str, Any]]:
         """A record for each of ``features``, in order: explanation, scores of the rule and of one token."""
@@ -52,7 +52,7 @@ class RuleExplainer:
         by_feature = {record["feature"]: record for record in ruled}
         for feature, row_R in self.firings(list(others)):
             rule = json.loads(others[feature])
-            test_R = row_R[self.words.fold_N[row_R] == TEST]
+            test_R = row_R[self.index.fold_N[row_R] == TEST]
             yield by_feature[feature], self._scored("shuffled", rule, test_R)
 
     def finish(self, records: Sequence[dict[str, Any]]) -> None:
@@ -61,18 +61,18 @@ class RuleExplainer:
             record["scores"] = [*record["scores"], score]
 
     def forecast(self, n_features: int) -> str:
-        return f"{n_features:,} features, {self.words.n_rows:,} tokens; no model is asked"
+        return f"{n_features:,} features, {self.index.n_rows:,} tokens; no model is asked"
 
     def firings(self, features: Sequence[int]) -> Iterator[tuple[int, Rows]]:
         """The rows on which each of ``features`` fires; activations of neighboring ones are read at once."""
         n_act = self.store.features(["n_act"])["n_act"].to_numpy()
         for block in blocks(features, n_act):
-            fired = self.words.firings(self.store, block[0], block[-1] + 1)
+            fired = self.index.firings(self.store, block[0], block[-1] + 1)
             for feature in block:
                 yield feature, fired[feature - block[0]][0]
 
     def _explain(self, feature: int, row_R: Rows) -> dict[str, Any]:
-        fold_R = self.words.fold_N[row_R]
+        fold_R = self.index.fold_N[row_R]
         train_R, test_R = row_R[fold_R == TRAIN], row_R[fold_R == TEST]
         record: dict[str, Any] = {
             "feature": feature, "provider": NAME, "model": "", "prompt": PROMPT, "text": None, "rule": None,
@@ -90,11 +90,11 @@ class RuleExplainer:
             self._scored("rule", rule, test_R),
             self._scored("best token", self.induction.best_token(train_R), test_R),
         ]
-        text = describe(rule, self.words.vocab)
+        text = describe(rule, self.index.vocab)
         return record | {"text": text, "rule": json.dumps(rule), "scores": scores}
 
     def _scored(self, scorer: str, rule: Rule, test_R: Rows) -> dict[str, Any]:
-        score: RuleScore = self.judge.score(self.words.rows_where(rule, TEST), test_R)
+        score: RuleScore = self.scorer.score(self.index.rows_where(rule, TEST), test_R)
         return {"scorer": scorer, **score.to_dict(), "auc": None, "n_failed": 0, "rule": json.dumps(rule)}
 
 

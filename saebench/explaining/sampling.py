@@ -45,14 +45,14 @@ class Examples:
 class Sampler:
     """Draws examples; the same seed draws the same ones, whatever else is drawn."""
 
-    def __init__(self, words: TokenIndex, *, n: int, window: int, seed: int) -> None:
-        self.words, self.n, self.window, self.seed = words, n, window, seed
-        new_N = np.ones(words.n_rows, dtype=bool)
-        new_N[1:] = (np.diff(words.ctx_N) != 0) | (np.diff(words.doc_N) != 0) | (np.diff(words.pos_N) != 1)
+    def __init__(self, index: TokenIndex, *, n: int, window: int, seed: int) -> None:
+        self.index, self.n, self.window, self.seed = index, n, window, seed
+        new_N = np.ones(index.n_rows, dtype=bool)
+        new_N[1:] = (np.diff(index.ctx_N) != 0) | (np.diff(index.doc_N) != 0) | (np.diff(index.pos_N) != 1)
         first = np.flatnonzero(new_N)
-        length = np.diff(np.append(first, words.n_rows))
+        length = np.diff(np.append(first, index.n_rows))
         self._first_N, self._stop_N = np.repeat(first, length), np.repeat(first + length, length)
-        self._fires_N = np.zeros(words.n_rows, dtype=bool)
+        self._fires_N = np.zeros(index.n_rows, dtype=bool)
 
     def draw(self, feature: int, row_R: Rows, value_R: NDArray[np.float32]) -> Examples:
         """Examples of a latent that fires on ``row_R`` with the activations ``value_R``.
@@ -60,7 +60,7 @@ class Sampler:
         Half of what is shown are its largest activations, the rest and all positives are drawn at random;
         twice as many positives as negatives are drawn where there are enough.
         """
-        fold_R = self.words.fold_N[row_R]
+        fold_R = self.index.fold_N[row_R]
         train_R, test_R = row_R[fold_R == TRAIN], row_R[fold_R == TEST]
         self._fires_N[row_R] = True
         used: set[int] = set()
@@ -81,7 +81,7 @@ class Sampler:
         for row in row_R[: TRIES * self.n * 4].tolist():
             if len(found) >= n:
                 break
-            ctx = int(self.words.ctx_N[row])
+            ctx = int(self.index.ctx_N[row])
             if ctx in used:
                 continue
             first, stop = int(self._first_N[row]), int(self._stop_N[row])
@@ -92,22 +92,22 @@ class Sampler:
                 continue
             used.add(ctx)
             found.append(Window(
-                doc=int(self.words.doc_N[row]), ctx=ctx, start=int(self.words.pos_N[low]),
-                tokens=tuple(self.words.token_N[0][rows].tolist()),
-                fires=tuple(self.words.pos_N[rows[fires]].tolist()),
+                doc=int(self.index.doc_N[row]), ctx=ctx, start=int(self.index.pos_N[low]),
+                tokens=tuple(self.index.token_N[0][rows].tolist()),
+                fires=tuple(self.index.pos_N[rows[fires]].tolist()),
             ))  # fmt: skip
         return found
 
     def _near(self, train_R: Rows, feature: int) -> Rows:
         """Test rows with the tokens on which it fires most often, but where it does not fire."""
-        token_U, n_U = np.unique(self.words.token_N[0][train_R], return_counts=True)
+        token_U, n_U = np.unique(self.index.token_N[0][train_R], return_counts=True)
         often = token_U[np.lexsort((token_U, -n_U))[:8]].tolist()
-        row_R = self.words.rows_of_term([{"at": 0, "in": often}], TEST)
+        row_R = self.index.rows_of_term([{"at": 0, "in": often}], TEST)
         return self._shuffled(row_R[~self._fires_N[row_R]], feature, 2)
 
     def _some(self, fold: int, feature: int) -> Rows:
         """Rows of a fold, drawn with replacement: enough to find silent windows for all but dense latents."""
-        row_R = self.words.rows[fold]
+        row_R = self.index.rows[fold]
         bits = hash_random(np.arange(TRIES * self.n * 4), feature, self.seed)
         return np.unique(row_R[(bits % np.uint64(max(len(row_R), 1))).astype(np.int64)])
 

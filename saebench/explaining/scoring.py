@@ -41,11 +41,11 @@ class RuleScore:
 class RuleScorer:
     """Scores rules on the test fold of one text."""
 
-    def __init__(self, words: TokenIndex, seed: int) -> None:
-        self.words = words
-        docs = np.unique(words.doc_N[words.rows[TEST]])
+    def __init__(self, index: TokenIndex, seed: int) -> None:
+        self.index = index
+        docs = np.unique(index.doc_N[index.rows[TEST]])
         self.n_groups = max(1, min(len(docs), MOST_GROUPS))
-        self._group_N = np.searchsorted(docs, words.doc_N) % self.n_groups
+        self._group_N = np.searchsorted(docs, index.doc_N) % self.n_groups
         self.weight_BD = resamplings(self.n_groups, seed)
 
     def score(self, said_R: Rows, firing_R: Rows) -> RuleScore:
@@ -60,7 +60,7 @@ class RuleScorer:
         f1_B = (2 * true_B / np.maximum(said_B + fires_B, 1))[fires_B > 0]
         low, high = np.quantile(f1_B, INTERVAL) if len(f1_B) else (0.0, 1.0)
         tp, n_said, n_fires = len(true_R), len(said_R), len(firing_R)
-        n_rows = len(self.words.rows[TEST])
+        n_rows = len(self.index.rows[TEST])
         return RuleScore(
             value=2 * tp / (n_said + n_fires), ci_lo=float(low), ci_hi=float(high),
             precision=tp / n_said if n_said else None, recall=tp / n_fires,

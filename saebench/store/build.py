@@ -26,12 +26,12 @@ from saebench.store.settings import IndexConfig
 from saebench.store.sorted_spill import BYTES_PER_ENTRY, SortedSpill
 from saebench.store.tables import (
     Build,
-    Stopwatch,
     TableOptions,
-    given_by,
+    TableTimer,
     index_by_context,
     left_out_tables,
     missing_tables,
+    static_data,
     write_sae_file,
 )
 from saebench.store.textfile import write_text_file
@@ -57,7 +57,7 @@ class Options(TableOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class IndexJob:
     """One SAE on its way into a store.
 
     ``W_U_DV`` is the unembedding [d_in, vocabulary] for the logits, without it ``no_logits`` says why;
@@ -113,7 +113,7 @@ def index(config: IndexConfig) -> FeatureStore:
             batch_size=config.batch_size, context_index=config.with_context_index, quiet=config.quiet,
         )  # fmt: skip
         W_U_DV, no_logits = unembeddings[hook]
-        jobs.append(Job(
+        jobs.append(IndexJob(
             sae=sae, options=options, W_U_DV=W_U_DV, no_logits=no_logits,
             evaluation=run.evaluation(), metrics=run.metrics_file if run.metrics_file.is_file() else None,
         ))  # fmt: skip
@@ -143,7 +143,7 @@ def check_fit(sae: SAE, cache: ActivationCache, hook: str) -> None:
         )
 
 
-def build_all(out: Path, jobs: Sequence[Job], cache: ActivationCache) -> publish.Manifest:
+def build_all(out: Path, jobs: Sequence[IndexJob], cache: ActivationCache) -> publish.Manifest:
     """Write SAEs into the store ``out``, in one pass over the cache, and publish them as one generation."""
     corpus = Corpus(cache)
     out = Path(out)
@@ -181,11 +181,11 @@ def build_all(out: Path, jobs: Sequence[Job], cache: ActivationCache) -> publish
 
 
 def write_sae(
-    building: Path, job: Job, identity: str, cache: ActivationCache, corpus: Corpus, runs: SortedSpill,
-    watch: Stopwatch | None = None,
+    building: Path, job: IndexJob, identity: str, cache: ActivationCache, corpus: Corpus, runs: SortedSpill,
+    timer: TableTimer | None = None,
 ) -> publish.StoredSae:  # fmt: skip
     """The file of one SAE, in the build directory."""
-    sae, options, watch = job.sae, job.options, watch or Stopwatch()
+    sae, options, timer = job.sae, job.options, timer or TableTimer()
     meta = {
         "format_version": schema.FORMAT_VERSION, "name": options.name, "sae": sae.spec.name,
         "d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k, "hook_name": options.hook,
@@ -204,8 +204,8 @@ def write_sae(
         name = f"sae-{identity[:12]}-{len(taken)}.duckdb"
     build = Build(
         corpus=corpus, d_sae=sae.d_sae, n_activations=runs.n_activations,
-        groups=runs.groups(tables.GROUP_SIZE, tables.GROUP_LATENTS), options=options, watch=watch,
-        given=given_by(sae, corpus, job.W_U_DV, job.metrics, watch),
+        groups=runs.groups(tables.GROUP_SIZE, tables.GROUP_LATENTS), options=options, timer=timer,
+        static=static_data(sae, corpus, job.W_U_DV, job.metrics, timer),
         context_index=(lambda connection: index_by_context(connection, corpus, runs))
         if options.context_index
         else None,

@@ -112,12 +112,12 @@ def deciles(
     alive_L = np.flatnonzero(acts.counts_M)
     n_L1 = acts.counts_M[alive_L][:, None]
     decile_K = np.repeat(np.arange(len(DECILES)), n)
-    tenth = len(DECILES)
-    low_LK, high_LK = -(-decile_K * n_L1 // tenth), -(-(decile_K + 1) * n_L1 // tenth)
-    part_K = np.tile(np.arange(n), tenth)
+    n_deciles = len(DECILES)
+    low_LK, high_LK = -(-decile_K * n_L1 // n_deciles), -(-(decile_K + 1) * n_L1 // n_deciles)
+    part_K = np.tile(np.arange(n), n_deciles)
     length_LK = high_LK - low_LK
     low_LK, high_LK = low_LK + length_LK * part_K // n, low_LK + length_LK * (part_K + 1) // n
-    bits_LK = hash_random((alive_L + acts.first)[:, None], np.arange(n * tenth)[None], seed + 1)
+    bits_LK = hash_random((alive_L + acts.first)[:, None], np.arange(n * n_deciles)[None], seed + 1)
     rank_LK = low_LK + uniform_below(bits_LK, high_LK - low_LK)
     some_LK = high_LK > low_LK
     at = acts.order_S[(acts.starts_M[alive_L][:, None] + rank_LK)[some_LK]]

@@ -25,9 +25,9 @@ from saebench.store.database import open_reader, quoted, read_meta, sentence_for
 from saebench.store.extras import keep_extras
 from saebench.store.sorted_spill import Activations, ranges
 from saebench.store.tables import (
-    GIVEN_COLUMNS,
+    STATIC_COLUMNS,
     Build,
-    Given,
+    StaticData,
     TableOptions,
     left_out_tables,
     missing_tables,
@@ -175,7 +175,7 @@ def _rebuild(
         build = Build(
             corpus=corpus, d_sae=meta["d_sae"], n_activations=meta["n_activations"],
             groups=_groups(connection, corpus, meta["d_sae"]),
-            given=_given(connection, present, meta["d_sae"]),
+            static=_static_data(connection, present, meta["d_sae"]),
             options=TableOptions(
                 examples=meta["examples"], window=meta["window"], seed=meta["seed"], quiet=quiet
             ),
@@ -204,12 +204,12 @@ def _groups(connection: duckdb.DuckDBPyConnection, corpus: StoredText, d_sae: in
         )
 
 
-def _given(connection: duckdb.DuckDBPyConnection, present: set[str], d_sae: int) -> Given:
+def _static_data(connection: duckdb.DuckDBPyConnection, present: set[str], d_sae: int) -> StaticData:
     """What the old file knows of the SAE and the run."""
     query = "SELECT column_name FROM duckdb_columns() WHERE database_name = 'sae' AND table_name = ?"
     known = {name for (name,) in connection.execute(query, ["feature"]).fetchall()}
-    columns: dict[str, Any] = dict.fromkeys(GIVEN_COLUMNS, [None] * d_sae)
-    for name in known & set(GIVEN_COLUMNS):
+    columns: dict[str, Any] = dict.fromkeys(STATIC_COLUMNS, [None] * d_sae)
+    for name in known & set(STATIC_COLUMNS):
         rows = connection.execute(f"SELECT {name} FROM sae.feature ORDER BY feature").fetchall()
         columns[name] = [value for (value,) in rows]
     copied = []
@@ -226,7 +226,7 @@ def _given(connection: duckdb.DuckDBPyConnection, present: set[str], d_sae: int)
     if "logit" in present and "logit_max" not in known:
         best = "SELECT value FROM sae.logit WHERE sign = 1 AND rank = 0 ORDER BY feature"
         columns["logit_max"] = [value for (value,) in connection.execute(best).fetchall()]
-    return Given(columns, [(table, _arrow(connection, rows)) for table, rows in copied])
+    return StaticData(columns, [(table, _arrow(connection, rows)) for table, rows in copied])
 
 
 def _arrow(connection: duckdb.DuckDBPyConnection, query: str) -> dict[str, Any]:

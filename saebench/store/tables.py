@@ -53,7 +53,7 @@ GROUP_LATENTS = 1024
 NEED_TEXT = (
     "context", "token", "document", "feature_token", "token_feature", "feature_label", "position",
 )  # fmt: skip
-GIVEN_COLUMNS = (
+STATIC_COLUMNS = (
     "dec_norm", "enc_norm", "enc_dec_cos", "b_enc", "dec_max_cos", "dec_nn", "logit_top", "logit_max",
     "logit_kurtosis",
 )  # fmt: skip
@@ -71,14 +71,14 @@ class TableOptions:
 
 
 @dataclass(frozen=True)
-class Given:
+class StaticData:
     """What does not derive from activations: columns of the feature table, and rows of whole tables."""
 
     columns: dict[str, Any]
     tables: list[tuple[schema.Table, dict[str, Any]]]
 
 
-class Stopwatch:
+class TableTimer:
     """Seconds spent on each table: by the clock, and of processors, which other programs do not change."""
 
     def __init__(self) -> None:
@@ -111,10 +111,10 @@ class Build:
     d_sae: int
     n_activations: int
     groups: Iterable[Activations]
-    given: Given
+    static: StaticData
     options: TableOptions
     context_index: Callable[[duckdb.DuckDBPyConnection], None] | None = None
-    watch: Stopwatch = field(default_factory=Stopwatch)
+    timer: TableTimer = field(default_factory=TableTimer)
 
 
 def write_sae_file(path: Path, build: Build, meta: dict[str, Any]) -> None:
@@ -122,77 +122,77 @@ def write_sae_file(path: Path, build: Build, meta: dict[str, Any]) -> None:
     absent = meta["missing"] | meta["left_out"]
     tables = [table for name, table in schema.SAE_TABLES.items() if name not in absent]
     names = {table.name for table in tables}
-    corpus, options, watch = build.corpus, build.options, build.watch
+    corpus, options, timer = build.corpus, build.options, build.timer
     together = CoactivationCounter(corpus.n_rows, build.d_sae, build.n_activations, options.seed)
     inverse = TokenFeatures()
     with (
         new_database(path, tables) as connection,
         progress("tables", total=build.n_activations, unit="act", quiet=options.quiet) as bar,
     ):
-        for table, rows in build.given.tables:
+        for table, rows in build.static.tables:
             insert(connection, table, rows)
-        for acts in watch.each("read", build.groups):
-            with watch.on("act"):
+        for acts in timer.each("read", build.groups):
+            with timer.on("act"):
                 insert(connection, schema.ACT, _act_rows(acts, corpus))
-            with watch.on("feature"):
+            with timer.on("feature"):
                 columns = activation_statistics(acts, corpus)
             if corpus.has_text:
-                with watch.on("feature_token"):
+                with timer.on("feature_token"):
                     rows, of_feature = token_statistics(acts, corpus, inverse)
                     insert(connection, schema.FEATURE_TOKEN, rows)
                     columns |= of_feature
-                with watch.on("position"):
+                with timer.on("position"):
                     insert(connection, schema.POSITION, position_rows(acts, corpus))
             if "feature_label" in names:
-                with watch.on("feature_label"):
+                with timer.on("feature_label"):
                     insert(connection, schema.FEATURE_LABEL, label_rows(acts, corpus))
-            with watch.on("feature"):
-                insert(connection, schema.FEATURE, _feature_rows(acts, columns, build.given))
-            with watch.on("hist"):
+            with timer.on("feature"):
+                insert(connection, schema.FEATURE, _feature_rows(acts, columns, build.static))
+            with timer.on("hist"):
                 insert(connection, schema.HIST, histograms(acts))
-            with watch.on("quantile"):
+            with timer.on("quantile"):
                 insert(connection, schema.QUANTILE, quantile_rows(acts))
-            with watch.on("example"):
+            with timer.on("example"):
                 insert(connection, schema.EXAMPLE, examples(
                     acts, corpus, n=options.examples, window=options.window, seed=options.seed))  # fmt: skip
-            with watch.on("neighbor"):
+            with timer.on("neighbor"):
                 together.add(acts)
             bar.update(len(acts.row_S))
-        with watch.on("neighbor"):
+        with timer.on("neighbor"):
             insert(connection, schema.NEIGHBOR, together.rows())
         meta = {**meta, "pair_tokens": together.n_tokens}
         if corpus.has_text:
-            with watch.on("token_feature"):
+            with timer.on("token_feature"):
                 insert(connection, schema.TOKEN_FEATURE, inverse.rows())
             meta["position_rows"] = corpus.bucket_counts.tolist()
         if build.context_index:
-            with watch.on("act_by_ctx"):
+            with timer.on("act_by_ctx"):
                 build.context_index(connection)
-        with watch.on("file"):
+        with timer.on("file"):
             insert_meta(connection, schema.SAE_META, meta)
             connection.execute("CHECKPOINT")
 
 
 @torch.no_grad()
-def given_by(
-    sae: SAE, corpus: Corpus, W_U_DV: Tensor | None, metrics: Path | None, watch: Stopwatch | None = None
-) -> Given:
+def static_data(
+    sae: SAE, corpus: Corpus, W_U_DV: Tensor | None, metrics: Path | None, timer: TableTimer | None = None
+) -> StaticData:
     """What the SAE's weights, the model's unembedding [d_in, V] and the run's metrics.jsonl say."""
-    watch = watch or Stopwatch()
+    timer = timer or TableTimer()
     W_dec_MD, W_enc_MD = sae.W_dec.detach(), sae.W_enc.detach().T
     none = [None] * sae.d_sae
-    columns: dict[str, Any] = dict.fromkeys(GIVEN_COLUMNS, none)
+    columns: dict[str, Any] = dict.fromkeys(STATIC_COLUMNS, none)
     columns |= directions(W_enc_MD, W_dec_MD)
     columns["b_enc"] = sae.b_enc.detach().float().cpu().numpy()
     tables = []
-    with watch.on("neighbor (directions)"):
+    with timer.on("neighbor (directions)"):
         for kind, W_MD in (("decoder", W_dec_MD), ("encoder", W_enc_MD)):
             other_MJ, cosine_MJ = nearest_rows(W_MD)
             tables.append((schema.NEIGHBOR, neighbor_rows(kind, other_MJ, cosine_MJ)))
             if kind == "decoder" and other_MJ.shape[1]:
                 columns["dec_max_cos"], columns["dec_nn"] = cosine_MJ[:, 0].numpy(), other_MJ[:, 0].numpy()
     if W_U_DV is not None:
-        with watch.on("logit"):
+        with timer.on("logit"):
             rows, of_feature = logit_rows(W_dec_MD, W_U_DV)
             tables.append((schema.LOGIT, rows))
             best = rows["token"].reshape(sae.d_sae, -1)[:, 0]
@@ -200,7 +200,7 @@ def given_by(
             columns["logit_top"] = [token_text(corpus.vocab[token]) for token in best]
     if metrics is not None:
         tables.append((schema.TRAIN_METRIC, metric_rows(metrics)))
-    return Given(columns, tables)
+    return StaticData(columns, tables)
 
 
 def metric_rows(path: Path) -> dict[str, Any]:
@@ -265,8 +265,8 @@ def _act_rows(acts: Activations, corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def _feature_rows(acts: Activations, columns: dict[str, Any], given: Given) -> dict[str, Any]:
+def _feature_rows(acts: Activations, columns: dict[str, Any], static: StaticData) -> dict[str, Any]:
     latents = slice(acts.first, acts.first + acts.n_latents)
-    known = {name: column[latents] for name, column in given.columns.items()} | columns
+    known = {name: column[latents] for name, column in static.columns.items()} | columns
     known["feature"] = np.arange(latents.start, latents.stop)
     return {name: known.get(name, [None] * acts.n_latents) for name in schema.FEATURE.names}

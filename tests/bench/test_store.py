@@ -28,10 +28,10 @@ def test_synthetic_codes_have_k_latents_per_token_and_few_dense_ones():
 
 
 def test_measured_store_passes_check(tmp_path):
-    watch, n_activations, n_tokens = store.build(tmp_path / "store", BenchConfig(**SMALL), lambda what: None)
+    timer, n_activations, n_tokens = store.build(tmp_path / "store", BenchConfig(**SMALL), lambda what: None)
     assert check_store(tmp_path / "store") == []
     assert 0.999 < n_activations / (8 * n_tokens) <= 1
-    assert set(store.FIRST_TABLES) <= set(watch.seconds)
+    assert set(store.FIRST_TABLES) <= set(timer.seconds)
     sizes = store.bytes_of_tables(tmp_path / "store")
     written = sum(file.stat().st_size for file in (tmp_path / "store").rglob("*.duckdb"))
     assert 0.3 * written < sum(sizes.values()) <= 1.5 * written

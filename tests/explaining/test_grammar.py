@@ -34,7 +34,7 @@ rules = st.fixed_dictionaries({"version": st.just(1), "any": st.lists(terms, max
 
 
 @pytest.fixture(scope="module")
-def words(wide_store):
+def index(wide_store):
     with open_store(wide_store) as store:
         return TokenIndex(store)
 
@@ -46,7 +46,7 @@ def contexts(wide_store):
 
 
 @given(rules)
-def test_the_corpus_agrees_with_every_context(words, contexts, rule):
+def test_the_corpus_agrees_with_every_context(index, contexts, rule):
     some = contexts[:60]
     there = [apply_rule(rule, context["tokens"], VOCAB) for context in some]
     held = {
@@ -55,15 +55,15 @@ def test_the_corpus_agrees_with_every_context(words, contexts, rule):
         for pos in range(1, context["n_tokens"])
         if holds[pos]
     }
-    rows = np.concatenate([words.rows_where(rule, fold) for fold in (0, 1)])
-    last = words.row_of(np.array([59]), np.array([some[-1]["n_tokens"] - 1]))[0]
+    rows = np.concatenate([index.rows_where(rule, fold) for fold in (0, 1)])
+    last = index.row_of(np.array([59]), np.array([some[-1]["n_tokens"] - 1]))[0]
     rows = np.sort(rows[rows <= last])
     everywhere = [(c["ctx"], pos) for c in some for pos in range(1, c["n_tokens"])]
     assert {everywhere[row] for row in rows} == held
     every = np.arange(last + 1)
     holds = np.zeros(len(every), dtype=bool)
     for term in rule["any"]:
-        holds |= np.logical_and.reduce([words.holds(atom, every) for atom in term["all"]])
+        holds |= np.logical_and.reduce([index.holds(atom, every) for atom in term["all"]])
     assert np.array_equal(every[holds], rows)
 
 

@@ -25,7 +25,7 @@ from tests.store.small_store import VOCAB, build_small_store
 
 
 @pytest.fixture(scope="module")
-def wide_words(wide_store):
+def wide_index(wide_store):
     with open_store(wide_store) as store:
         return TokenIndex(store)
 
@@ -65,14 +65,14 @@ def plantable(term: dict) -> bool:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(rules)
-def test_a_planted_rule_is_found(wide_words, rule):
+def test_a_planted_rule_is_found(wide_index, rule):
     """Whatever short rule says where a latent fires, one as good is found from the training fold alone."""
-    train, test = (wide_words.rows_where(rule, fold) for fold in (TRAIN, TEST))
-    n_rows = wide_words.n_rows
+    train, test = (wide_index.rows_where(rule, fold) for fold in (TRAIN, TEST))
+    n_rows = wide_index.n_rows
     assume(n_rows / 200 < len(train) < n_rows / 3 and len(test) >= 20)
     assume(len(rule["any"]) == 1 and plantable(rule["any"][0]))
-    found = Induction(wide_words).rule(train)
-    assert RuleScorer(wide_words, 0).score(wide_words.rows_where(found, TEST), test).value > 0.75
+    found = Induction(wide_index).rule(train)
+    assert RuleScorer(wide_index, 0).score(wide_index.rows_where(found, TEST), test).value > 0.75
 
 
 @pytest.mark.parametrize(
@@ -85,23 +85,23 @@ def test_a_planted_rule_is_found(wide_words, rule):
         [{"position": [0, 2]}],
     ],
 )
-def test_a_simple_rule_is_found_as_it_is(wide_words, term):
+def test_a_simple_rule_is_found_as_it_is(wide_index, term):
     rule = {"version": 1, "any": [{"all": term}]}
-    found = Induction(wide_words).rule(wide_words.rows_where(rule, TRAIN))
+    found = Induction(wide_index).rule(wide_index.rows_where(rule, TRAIN))
     for fold in (TRAIN, TEST):
-        assert np.array_equal(wide_words.rows_where(found, fold), wide_words.rows_where(rule, fold))
+        assert np.array_equal(wide_index.rows_where(found, fold), wide_index.rows_where(rule, fold))
     assert len(found["any"]) == 1
 
 
-def test_an_interval_holds_the_value_and_narrows_to_it(wide_words):
-    judge = RuleScorer(wide_words, 0)
-    fires = wide_words.rows[TEST][::7]
-    perfect = judge.score(fires, fires)
+def test_an_interval_holds_the_value_and_narrows_to_it(wide_index):
+    scorer = RuleScorer(wide_index, 0)
+    fires = wide_index.rows[TEST][::7]
+    perfect = scorer.score(fires, fires)
     assert (perfect.value, perfect.ci_lo, perfect.ci_hi) == (1, 1, 1)
-    half = judge.score(fires[::2], fires)
+    half = scorer.score(fires[::2], fires)
     assert half.ci_lo <= half.value <= half.ci_hi
-    assert half.tp + half.fp + half.fn + half.tn == len(wide_words.rows[TEST])
-    assert judge.score(fires[:0], fires).precision is None
+    assert half.tp + half.fp + half.fn + half.tn == len(wide_index.rows[TEST])
+    assert scorer.score(fires[:0], fires).precision is None
 
 
 @given(st.integers(1, 30), st.integers(0, 3))

@@ -16,21 +16,21 @@ from tests.store.small_store import VOCAB
 
 @pytest.fixture(scope="module")
 def world(wide_store):
-    """``(words, firings of every feature, contexts, activations at each place of every feature)``."""
+    """``(index, firings of every feature, contexts, activations at each place of every feature)``."""
     with open_store(wide_store) as store:
-        words = TokenIndex(store)
+        index = TokenIndex(store)
         contexts = [store.context(ctx) for ctx in range(store.info()["n_contexts"])]
         places = [
             {(row.ctx, row.pos) for row in store.activations(feature).itertuples()} for feature in range(22)
         ]
-        return words, words.firings(store, 0, 22), contexts, places
+        return index, index.firings(store, 0, 22), contexts, places
 
 
 @settings(max_examples=60, deadline=None)
 @given(feature=st.integers(0, 21), n=st.integers(1, 12), window=st.integers(4, 40), seed=st.integers(0, 9))
 def test_shown_and_asked_never_overlap(world, feature, n, window, seed):
-    words, firings, contexts, places = world
-    sampler = Sampler(words, n=n, window=window, seed=seed)
+    index, firings, contexts, places = world
+    sampler = Sampler(index, n=n, window=window, seed=seed)
     drawn = sampler.draw(feature, *firings[feature])
     asked = drawn.positive + drawn.negative
     assert {fold_of([w.doc])[0] for w in drawn.shown} <= {TRAIN}
@@ -46,27 +46,27 @@ def test_shown_and_asked_never_overlap(world, feature, n, window, seed):
         assert {context["docs"][pos] for pos in positions} == {w.doc}
         assert [pos for pos in positions if (w.ctx, pos) in places[feature]] == list(w.fires)
         assert bool(w.fires) == (w not in drawn.negative)
-    other = Sampler(words, n=n, window=window, seed=seed)
+    other = Sampler(index, n=n, window=window, seed=seed)
     other.draw((feature + 1) % 22, *firings[(feature + 1) % 22])
     assert other.draw(feature, *firings[feature]) == drawn
 
 
 def test_there_are_examples_of_every_kind(world):
-    words, firings, _, _ = world
-    drawn = Sampler(words, n=8, window=8, seed=0).draw(3, *firings[3])
+    index, firings, _, _ = world
+    drawn = Sampler(index, n=8, window=8, seed=0).draw(3, *firings[3])
     assert (len(drawn.shown), len(drawn.positive), len(drawn.negative)) == (8, 16, 8)
-    often = {words.token_N[0][row] for row in firings[3][0]}
+    often = {index.token_N[0][row] for row in firings[3][0]}
     assert sum(bool(often & set(w.tokens)) for w in drawn.negative) >= 4
-    assert max(firings[3][1][words.fold_N[firings[3][0]] == TRAIN]) in [
+    assert max(firings[3][1][index.fold_N[firings[3][0]] == TRAIN]) in [
         value
         for row, value in zip(*firings[3], strict=True)
-        if any(w.ctx == words.ctx_N[row] for w in drawn.shown)
+        if any(w.ctx == index.ctx_N[row] for w in drawn.shown)
     ]
 
 
 def test_marks_stand_around_what_fires(world):
-    words, firings, _, _ = world
-    for w in Sampler(words, n=6, window=12, seed=1).draw(5, *firings[5]).shown:
+    index, firings, _, _ = world
+    for w in Sampler(index, n=6, window=12, seed=1).draw(5, *firings[5]).shown:
         text = marked(w, w.fires, VOCAB)
         assert text.replace("<<", "").replace(">>", "") == marked(w, (), VOCAB)
         assert "\n" not in one_line(text)

@@ -15,7 +15,7 @@ import torch
 from saebench.saes.base import SAE
 from saebench.saes.topk import TopKSAE
 from saebench.store import publish
-from saebench.store.build import Job, Options, build_all
+from saebench.store.build import IndexJob, Options, build_all
 
 D_IN, D_SAE, K, CTX_LEN, N_CONTEXTS = 12, 24, 4, 24, 10
 HOOK = "blocks.0.hook_resid_post"
@@ -105,8 +105,8 @@ def small_options(**changes: object) -> Options:
 
 
 def build_store(out: Path, sae: SAE, cache: Any, options: Options, **others: Any) -> publish.Manifest:
-    """Write one SAE into the store ``out`` and publish it; ``others`` are further arguments of Job."""
-    return build_all(out, [Job(sae=sae, options=options, **others)], cache)
+    """Write one SAE into the store ``out`` and publish it; ``others`` are further arguments of IndexJob."""
+    return build_all(out, [IndexJob(sae=sae, options=options, **others)], cache)
 
 
 def build_small_store(

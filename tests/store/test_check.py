@@ -126,10 +126,10 @@ PLANTED = {
     "a profile of positions is reversed": (
         "sae-", "UPDATE position SET counts = list_reverse(counts) WHERE feature = 0"),
     "a profile of positions is missing": ("sae-", "DELETE FROM position WHERE feature = 0"),
-    "an example is in another tenth": (
+    "an example is in another decile": (
         "sae-", "UPDATE example SET grp = CASE grp WHEN 3 THEN 4 ELSE 3 END WHERE grp IN (3, 4) AND "
         "feature = 0"),
-    "an example of a tenth is missing": ("sae-", "DELETE FROM example WHERE grp = 7 AND feature = 0"),
+    "an example of a decile is missing": ("sae-", "DELETE FROM example WHERE grp = 7 AND feature = 0"),
     "an example's weight is wrong": (
         "sae-", "UPDATE example SET weight = weight + 1 WHERE grp = 5 AND feature = 0"),
     "a weight of random examples is wrong": (

@@ -170,8 +170,8 @@ def test_examples_have_folds_weights_and_groups(store):
     assert list(examples["group"].unique()) == [
         group for group in schema.GROUPS if group in set(examples["group"])
     ]
-    tenths = examples[examples["group"].str.startswith("decile")]
-    assert tenths["weight"].sum() == store.feature(1)["n_act"]
+    deciles = examples[examples["group"].str.startswith("decile")]
+    assert deciles["weight"].sum() == store.feature(1)["n_act"]
     assert (examples.groupby("doc")["fold"].nunique() == 1).all()
     silent = examples[examples["group"].isin(["near-miss", "negative"])]
     assert (silent["value"] == 0).all()

@@ -11,7 +11,7 @@ import duckdb
 import pytest
 
 from saebench.store import build, check_store, encode, open_store, publish, sorted_spill
-from saebench.store.build import Job, build_all
+from saebench.store.build import IndexJob, build_all
 from saebench.store.encode import ENCODED, JOURNAL
 from tests.store.small_store import SmallCache, small_options, small_sae, small_unembedding
 
@@ -64,7 +64,7 @@ test_resume.index_two(store)
 
 def jobs():
     return [
-        Job(sae=small_sae(seed), options=small_options(name=f"sae{seed}", context_index=True),
+        IndexJob(sae=small_sae(seed), options=small_options(name=f"sae{seed}", context_index=True),
             W_U_DV=small_unembedding())
         for seed in (0, 1)
     ]  # fmt: skip
@@ -168,7 +168,7 @@ def test_codes_of_other_work_are_not_taken_up(tmp_path, half_encoded, counted, c
     cache = SmallCache(5 if change == "cache" else 0)
     sae = small_sae(7 if change == "sae" else 0)
     options = small_options(batch_size=11 if change == "batch size" else BATCH)
-    build_all(store, [Job(sae=sae, options=options)], cache)
+    build_all(store, [IndexJob(sae=sae, options=options)], cache)
     assert len(counted) == -(-cache.n_rows // options.batch_size)
     assert check_store(store) == []
     with open_store(store) as opened:
@@ -199,7 +199,7 @@ def test_codes_that_are_not_finite_leave_nothing(tmp_path):
     cache = SmallCache()
     cache.activations()[50, 3] = float("nan")
     with pytest.raises(build.UserError, match="row 50"):
-        build_all(tmp_path / "store", [Job(sae=small_sae(), options=small_options())], cache)
+        build_all(tmp_path / "store", [IndexJob(sae=small_sae(), options=small_options())], cache)
     assert not (tmp_path / "store" / ENCODED).exists()
 
 

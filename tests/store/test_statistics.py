@@ -203,18 +203,18 @@ def rows_of(shown, group, corpus):
 
 
 def check_deciles(shown, feature, column, corpus, n):
-    """Each tenth of the firings, by rank, has its share of examples, and the weights add up."""
+    """Each decile of the firings has the expected number of examples, and the weights add up."""
     fired = np.flatnonzero(column)
     ranked = fired[np.lexsort((fired, column[fired]))]
     total = 0.0
     for decile in schema.DECILES:
         group = (shown["feature"] == feature) & (shown["grp"] == decile)
-        tenth = [row for rank, row in enumerate(ranked) if rank * 10 // len(ranked) + 1 == decile]
+        firings = [row for rank, row in enumerate(ranked) if rank * 10 // len(ranked) + 1 == decile]
         rows = rows_of(shown, group, corpus)
-        assert len(set(rows)) == len(rows) == min(per_decile(n), len(tenth))
-        assert set(rows) <= set(tenth)
+        assert len(set(rows)) == len(rows) == min(per_decile(n), len(firings))
+        assert set(rows) <= set(firings)
         weights = [shown["weight"][int(i)].as_py() for i in np.flatnonzero(group)]
-        assert sum(weights) == len(tenth)
+        assert sum(weights) == len(firings)
         total += sum(weights)
     assert total == len(fired)
 
@@ -269,7 +269,7 @@ def test_top_of_many_equal_activations_goes_by_row(tmp_path):
     np.testing.assert_array_equal(acts.row_S[top(acts, Corpus(cache), 3)], [0, 1, 2, 0, 1, 2])
 
 
-def test_weighted_examples_of_the_tenths_estimate_the_mean(tmp_path):
+def test_weighted_examples_of_the_deciles_estimate_the_mean(tmp_path):
     values = np.random.default_rng(0).lognormal(size=500).astype(np.float32)
     acts = write_runs(tmp_path / "runs", values[:, None], 100).read(0, 1)
     estimates = []
