@@ -1,4 +1,4 @@
-"""What a latent fires on, in words: by rules that are counted exactly, or by asking a language model."""
+"""Explanations of latents in words: rules found and scored by counting, or answers of a language model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is finished of a long explanation: a journal in the store, from which a killed process resumes."""
+"""The journal of finished features, in the store's directory, from which a killed explanation resumes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FinishedFeatures:
 
 @contextlib.contextmanager
 def open_finished(store: Path, identity: object) -> Iterator[FinishedFeatures]:
-    """The finished features of the work that ``identity`` (JSON) describes; other work has another journal.
+    """The journal of the work that ``identity`` (JSON) describes; other work has another journal.
 
     Raises:
         UserError: another process does the same work, or the disk is full or refuses the write.

@@ -1,4 +1,4 @@
-"""Rules: which tokens of a context a latent is said to fire on, as JSON that anybody can evaluate.
+"""The grammar of rules: a JSON description of the tokens on which a latent fires, and its evaluation.
 
 A rule is an OR of terms, a term is an AND of atoms:
 
@@ -52,7 +52,7 @@ CLASSES = {
 """Name -> regular expression that the whole text of a token matches. A change makes a new VERSION."""
 
 AFFIXES = {"begins": (3,), "ends": (2, 3)}
-"""Lengths of the beginnings and ends that induction tries; rules may have any."""
+"""Lengths of the prefixes and suffixes that induction tries; rules may have any length."""
 
 
 def word_of(text: str) -> str:
@@ -104,7 +104,7 @@ def holds_for_text(atom: Atom, text: str) -> bool:
 
 
 def check_rule(rule: Any) -> None:
-    """Raise a UserError when ``rule`` is not of this grammar."""
+    """Raise a UserError when ``rule`` does not follow this grammar."""
     try:
         if rule["version"] != VERSION:
             raise UserError(

@@ -1,4 +1,4 @@
-"""The provider ``hf``: a causal language model in a local folder, asked in this process.
+"""The provider ``hf``: a causal language model in a local folder, run in this process.
 
 Shapes: B questions, T tokens, V vocabulary.
 """
@@ -16,7 +16,7 @@ BATCH = 8
 
 
 class HuggingFace:
-    """Answers with transformers. Of yes and no it says the probability, given that it is one of the two.
+    """Answers with transformers; for yes-or-no questions with P(yes | yes or no).
 
     Raises:
         UserError: no such folder, or no language model with weights as safetensors in it.
@@ -55,7 +55,7 @@ class HuggingFace:
         self._chat = bool(getattr(self._tokenizer, "chat_template", None))
 
     def ask(self, questions: Sequence[Question]) -> list[Reply]:
-        """Greedy text, or the probability of yes; a prompt longer than the model reads is ``failed``."""
+        """Greedy text, or the probability of yes; a prompt that is too long for the model is ``failed``."""
         prompts = [self._ids(question) for question in questions]
         replies: list[Reply | None] = [
             self._too_long(ids, q) for ids, q in zip(prompts, questions, strict=True)
@@ -96,7 +96,7 @@ class HuggingFace:
         return Reply("failed", reason=reason)
 
     def _chances(self, prompts: list[list[int]]) -> list[float]:
-        """P(yes) of each prompt: the model's log-probabilities of the two answers, normalized to one."""
+        """P(yes) of each prompt: the probabilities of the two answers, normalized to sum to 1."""
         import torch
 
         answers = [self._answer(word) for word in ("Yes", "No")]

@@ -1,9 +1,8 @@
-"""Find a rule for a latent: a short OR of ANDs that holds where it fires, on the training fold alone.
+"""Search for a rule that holds where a latent fires: a short OR of ANDs, found on the training fold.
 
-Terms are found one after the other. For a term, all single atoms are scored at once by counting what the
-firings, and what all rows, have there; the best are extended by a second and a third atom, which are scored
-by counting within the rows where the first ones hold. The measure is F1 on the training fold less a penalty
-for length.
+Terms are found one after the other. For a term, all single atoms are scored by counting over the firings and
+over all rows. The best ones are extended by a second and a third atom, which are scored by counting over the
+rows where the first atoms hold. The score is F1 on the training fold minus a penalty for length.
 
 Shapes: F firings, R rows, V tokens of the vocabulary, U different tokens, A classes, P positions.
 """
@@ -26,20 +25,20 @@ MOST_TERMS = 3
 MOST_ATOMS = 3
 MOST_TOKENS = 64
 COVER = 0.9
-"""Share of the firings that the smallest set of tokens is to have."""
+"""Fraction of the firings that the smallest set of tokens must cover."""
 ATOM_PENALTY = 0.01
 TOKEN_PENALTY = 0.002
 LEAST_GAIN = 0.01
-"""F1 that a further term must add beyond its own length."""
+"""F1 that a further term must add, after the penalty for its length."""
 STARTS = 5
 MOST_FIRINGS = 20_000
 MOST_ROWS = 30_000
-"""Firings and rows beyond these are sampled while searching; what is found is counted exactly."""
+"""If there are more firings or rows, the search uses a sample; a term that is found is counted exactly."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An atom or several, with what they would make of the rule so far."""
+    """Atoms of a further term, with the objective and the recall that the rule would have with it."""
 
     objective: float
     atoms: tuple[Atom, ...]
@@ -48,17 +47,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the rows are that a further atom may choose from, each standing for ``weight`` rows."""
+    """The rows over which a further atom is counted; each represents ``weight`` rows."""
 
     row_R: Rows | None
-    """None: all rows of the fold but ``without_R``."""
+    """None: all rows of the fold except ``without_R``."""
     without_R: Rows
     weight: float
 
 
 @dataclass(frozen=True)
 class PartialRule:
-    """The terms found: rows at which they hold, how many of these are firings, all firings there are."""
+    """Counts for the terms found so far: rows where they hold, firings among these, and all firings."""
 
     n_true: int
     n_said: int
@@ -71,7 +70,7 @@ class PartialRule:
 
 
 class Induction:
-    """Finds rules on one text; what all latents share is counted once."""
+    """Finds rules on one text; counts that do not depend on the latent are computed once."""
 
     def __init__(self, index: TokenIndex) -> None:
         self.index = index
@@ -86,7 +85,7 @@ class Induction:
         self._n_repeated = float(index.repeated_N[train].sum())
 
     def rule(self, firing_F: Rows) -> Rule:
-        """The rule for a latent that fires, within the training fold, on ``firing_F`` (ascending)."""
+        """The rule for a latent that fires on the rows ``firing_F`` (ascending) of the training fold."""
         self._fires_N[firing_F] = True
         terms: list[tuple[Atom, ...]] = []
         said_R: Rows = np.empty(0, dtype=np.int64)
@@ -119,7 +118,7 @@ class Induction:
         return {"version": VERSION, "any": [{"all": best}]}
 
     def _term(self, left_F: Rows, said_R: Rows, partial: PartialRule) -> tuple[Atom, ...] | None:
-        """The best further term for the firings ``left_F`` that the terms so far leave out."""
+        """The best further term for the firings ``left_F``, on which no term so far holds."""
         sample_F = _thinned(left_F, MOST_FIRINGS)
         weight = len(left_F) / len(sample_F)
         singles = self._atoms(sample_F, weight, Counts(None, said_R, 1.0), partial, ())
@@ -150,7 +149,7 @@ class Induction:
         return self._atoms(here_F, weight, Counts(row_R, said_R, stands_for), partial, atoms)
 
     def _where(self, atoms: tuple[Atom, ...]) -> tuple[Rows, float]:
-        """Rows at which all ``atoms`` hold, all or a sample, and for how many each stands."""
+        """Rows at which all ``atoms`` hold (all or a sample), and how many rows each represents."""
         all_R = self.index.rows[TRAIN]
         first = next((atom for atom in atoms if "in" in atom or "word" in atom), None)
         if first is not None:
@@ -165,7 +164,7 @@ class Induction:
     def _atoms(
         self, firing_F: Rows, weight: float, counts: Counts, partial: PartialRule, before: tuple[Atom, ...]
     ) -> list[Candidate]:
-        """The best atoms of each kind to add to ``before``; each firing stands for ``weight``."""
+        """The best atoms of each kind to add to ``before``; each firing represents ``weight`` firings."""
         found: list[Candidate] = []
         n_left = weight * len(firing_F)
 
@@ -201,8 +200,8 @@ class Induction:
         return found
 
     def _sets(self, add, offset, token_U, n_U, said_U, partial, n_left) -> None:  # type: ignore[no-untyped-def]
-        """Two sets of tokens: the one with the best F1, which takes the purest tokens first, and the smallest
-        one that has most of the firings."""
+        """Add two sets of tokens: the one with the best F1, in order of precision, and the smallest one that
+        covers the fraction COVER of the firings."""
         for order, chosen in (
             (np.lexsort((token_U, -n_U, -n_U / said_U)), None),
             (np.lexsort((token_U, -n_U)), COVER * n_left),
@@ -279,13 +278,13 @@ class Induction:
 
 
 def _length(atoms: tuple[Atom, ...]) -> float:
-    """What the length of a term costs."""
+    """The penalty for the length of a term."""
     tokens = sum(len(atom["in"]) - 1 for atom in atoms if "in" in atom)
     return ATOM_PENALTY * len(atoms) + TOKEN_PENALTY * tokens
 
 
 def _thinned(row_R: Rows, most: int) -> Rows:
-    """All rows, or ``most`` of them at equal distances."""
+    """All rows, or ``most`` of them, evenly spaced."""
     if len(row_R) <= most:
         return row_R
     return row_R[(np.arange(most) * len(row_R)) // most]

@@ -1,5 +1,8 @@
-"""Explanations by a language model: it is shown examples, says what they have in common, and is then asked
-about examples that nobody has shown it."""
+"""Explanations by a language model, scored by detection and fuzzing.
+
+The model is shown examples of a feature and says what they have in common. It is then asked about other
+examples, with this explanation, and its answers are compared with the truth.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ Record = dict[str, Any]
 
 
 class OutOfBudget(Exception):
-    """The next questions could take more tokens than are left."""
+    """The next questions could take more tokens than the budget has left."""
 
 
 class LlmExplainer:
@@ -42,7 +45,7 @@ class LlmExplainer:
         self._window = window
 
     def explain(self, features: Sequence[int]) -> Iterator[Record]:
-        """A record for each of ``features``, until the budget does not allow a further one."""
+        """A record for each of ``features``; stops when the budget does not allow another one."""
         n_act = self.store.features(["n_act"])["n_act"].to_numpy()
         for block in blocks(features, n_act):
             fired = self.index.firings(self.store, block[0], block[-1] + 1)
@@ -53,7 +56,7 @@ class LlmExplainer:
                     return
 
     def finish(self, records: Sequence[Record]) -> None:
-        """Nothing is left to say."""
+        """Does nothing: each record is complete."""
 
     def forecast(self, n_features: int) -> str:
         calls = n_features * (1 + 4 * self.n)
@@ -118,7 +121,7 @@ class LlmExplainer:
         return {"detection": detection, "fuzzing": fuzzing}
 
     def _elsewhere(self, feature: int, window: Window) -> tuple[int, ...]:
-        """As many positions as the window has firings, drawn among those without one that show something."""
+        """As many positions as the window has firings, drawn from visible tokens that do not fire."""
         silent = np.array([
             window.start + i
             for i, token in enumerate(window.tokens)

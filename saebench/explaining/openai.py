@@ -1,7 +1,7 @@
 """The provider ``openai``: a server that speaks OpenAI's chat completions, local or not.
 
-The key comes from the environment, goes into one header and nowhere else. Answers are kept on disk under the
-hash of all that was asked, so that a question is paid for once.
+The key is read from the environment and sent in one header; it is not stored. Answers are cached on disk
+under a hash of the whole question, so a question is paid for once.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 LARGEST_ANSWER = 4 << 20
 LONGEST_WAIT = 60.0
 MOST_TOKENS = 10_000_000
-"""A server that says a question took more says nothing."""
+"""A larger number of tokens in a server's answer is ignored."""
 NEEDS_A_KEY = ("api.openai.com",)
 LOGPROBS = {"logprobs": True, "top_logprobs": 20}
 
 
 class _Retry(Exception):
-    """A failure that may pass; ``wait`` seconds, if the server says how long."""
+    """A temporary failure; ``wait`` is the number of seconds that the server asks to wait, if it does."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -46,15 +46,15 @@ class OpenAICompatible:
     """Answers by asking a server.
 
     Args:
-        timeout: seconds until an answer has to be there, whole.
-        retries: further attempts after a failure that may pass: no answer in time, an answer that is not
-            understood, 408, 409, 429 and 5xx. In between it waits, as long as the server says or twice as
-            long each time, with jitter.
-        answers: directory in which answers are kept.
+        timeout: seconds within which a complete answer must arrive.
+        retries: further attempts after a temporary failure: no answer in time, an answer that cannot be
+            parsed, or status 408, 409, 429 or 5xx. Before each, it waits as long as the server asks, or twice
+            as long as the last time, with jitter.
+        answers: directory in which answers are cached.
 
     Raises:
-        UserError: the server needs a key and there is none; while asking, it refuses the key, does not know
-            the model, or nothing is there.
+        UserError: the server needs a key and there is none. While asking: the server refuses the key, does
+            not know the model, or cannot be reached.
     """
 
     name = "openai"
@@ -73,18 +73,18 @@ class OpenAICompatible:
         if not key and urlsplit(base_url).hostname in NEEDS_A_KEY:
             raise UserError(f"{base_url} needs a key; put it into the environment variable {key_env}")
         if not (key.isascii() and key.isprintable()):
-            raise UserError(f"what the environment variable {key_env} holds is no key; check it")
+            raise UserError(f"the environment variable {key_env} does not hold a valid key; check it")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._certificates = httpx.create_ssl_context()  # reading them takes longer than many a question
+        self._certificates = httpx.create_ssl_context()  # loading them takes longer than many questions do
         self._answered = False
         self._logprobs = True
 
     def ask(self, questions: Sequence[Question]) -> list[Reply]:
-        """Replies in order; several questions are under way at once."""
+        """Replies in the order of the questions, which are sent concurrently."""
         loop = asyncio.new_event_loop()
         work = loop.create_task(self._ask_all(questions))
         try:
-            # In a thread of its own, because a notebook's thread runs a loop already.
+            # In its own thread, because the thread of a notebook already runs an event loop.
             with ThreadPoolExecutor(1) as thread:
                 replies = thread.submit(loop.run_until_complete, work)
                 try:
@@ -150,7 +150,7 @@ class OpenAICompatible:
         return Reply("failed", reason=reason)
 
     async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[int, Any, str]:
-        """Status, headers and text of the answer, which must be whole before the time is over."""
+        """Status, headers and text of the answer, which must be complete within the timeout."""
         import httpx
 
         data = bytearray()
@@ -180,7 +180,7 @@ class OpenAICompatible:
             raise UserError(f"{self._url} refuses the key in {self._key_env} (status {status}); check it")
         if status == 404:
             raise UserError(
-                f"{self._url} knows no model {self.model!r} (status 404); check --model, --base-url"
+                f"{self._url} does not know the model {self.model!r} (status 404); check --model, --base-url"
             )
         if status in (408, 409, 429) or status >= 500:
             raise _Retry(f"the server answers with status {status}", _retry_after(headers))
@@ -203,12 +203,12 @@ class OpenAICompatible:
             return Reply("refused", reason="the server declines to answer", tokens=tokens)
         if not isinstance(content, str):
             raise _Retry("the server's answer is not understood")
-        content = content.encode("utf-8", "replace").decode()  # half a character cannot be written
+        content = content.encode("utf-8", "replace").decode()  # a lone surrogate cannot be stored
         return Reply("ok", content, chance_of_yes(choice) if yes_or_no else None, tokens=tokens)
 
 
 def chance_of_yes(choice: dict[str, Any]) -> float | None:
-    """P(yes) given yes or no, from the log-probabilities of the first token; None when there are none."""
+    """P(yes | yes or no), from the log-probabilities of the first token; None when there are none."""
     try:
         first = choice["logprobs"]["content"][0]["top_logprobs"]
         mass = {"yes": 0.0, "no": 0.0}
@@ -223,7 +223,7 @@ def chance_of_yes(choice: dict[str, Any]) -> float | None:
 
 
 def _retry_after(headers: Any) -> float | None:
-    """Seconds that the server asks to wait, which it says as a number or as a date."""
+    """Seconds that the server asks to wait; the header has a number or a date."""
     said = headers.get("retry-after")
     if said is None:
         return None
@@ -238,7 +238,7 @@ def _retry_after(headers: Any) -> float | None:
 
 
 def _kept(path: Path) -> dict[str, Any] | None:
-    """A kept answer; one that cannot be read is asked for again."""
+    """A cached answer; None when there is none or it cannot be read."""
     if not path.exists():
         return None
     try:

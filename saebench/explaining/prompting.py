@@ -1,6 +1,6 @@
-"""Prompts: versioned files, what is put into them, and what is read out of the answers.
+"""Prompts: versioned templates, the questions made from them, and parsing of the answers.
 
-A prompt that is changed gets a new number; the explanations in a store say which they were made with.
+A prompt that is changed gets a new number. Each explanation in a store names the prompts it was made with.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOST_CHARACTERS = 400
 
 
 def version() -> str:
-    """Names of the prompts, and a hash of all that is in them."""
+    """Names of the prompts, and a hash of their text."""
     digest = hashlib.sha256("\0".join(_read(name) for name in (EXPLAIN, DETECTION, FUZZING)).encode())
     return f"{EXPLAIN} {DETECTION} {FUZZING} {digest.hexdigest()[:12]}"
 
@@ -56,7 +56,7 @@ def one_line(text: str) -> str:
 
 
 def read_explanation(answer: str) -> str | None:
-    """The explanation in an answer; None when there is none, or something far longer than one."""
+    """The explanation in an answer; None when there is none or it is longer than MOST_CHARACTERS."""
     found = re.search(r"(?:explanation|the feature responds to)\s*:?\s*(.+)", answer, re.IGNORECASE)
     lines = [line for line in answer.splitlines() if line.strip()]
     text = one_line(found[1] if found else lines[0] if lines else "").strip("\"' ")
@@ -64,7 +64,7 @@ def read_explanation(answer: str) -> str | None:
 
 
 def read_verdict(answer: str) -> bool | None:
-    """Yes or no; None when an answer begins with neither."""
+    """True for yes, False for no, None for an answer that begins with neither."""
     found = re.match(r"\W*(yes|no)\b", answer, re.IGNORECASE)
     return found[1].lower() == "yes" if found else None
 

@@ -1,4 +1,4 @@
-"""What a language model is asked and what comes back; a provider is whatever answers.
+"""Questions to a language model, its replies, and the interface of a provider that answers them.
 
 An answer that did not come is a state, never a verdict: what is ``failed`` (no answer in time, an error),
 ``refused`` (the model or its server declines) or ``unparsed`` (an answer that says nothing) counts nowhere.
@@ -16,7 +16,7 @@ Status = Literal["ok", "failed", "refused", "unparsed"]
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt. With ``yes_or_no`` it is answered by one of the two, perhaps with a probability."""
+    """One prompt. With ``yes_or_no`` the answer is yes or no, and may have a probability."""
 
     system: str
     user: str
@@ -25,7 +25,7 @@ class Question:
 
     @property
     def most_tokens(self) -> int:
-        """Tokens that asking this may take: a token has three bytes or more in all but odd text."""
+        """Estimate of the most tokens that asking this takes, with three bytes per token of the prompt."""
         return (len(self.system.encode()) + len(self.user.encode())) // 3 + self.max_tokens + 16
 
 
@@ -50,12 +50,12 @@ class Provider(Protocol):
     name: str
     model: str
     version: str
-    """A hash of the model, where it is known."""
+    """A hash of the model; empty when it is not known."""
 
     def ask(self, questions: Sequence[Question]) -> list[Reply]:
-        """One reply a question, in order."""
+        """One reply per question, in order."""
 
 
 def shown_name(model: str) -> str:
-    """What a model is called in a store: for a folder its name, without where it lies."""
+    """The name of a model in a store; for a folder, the folder's name without its path."""
     return Path(model).resolve().name if Path(model).is_dir() else model

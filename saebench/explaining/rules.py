@@ -1,4 +1,4 @@
-"""The provider ``rules``: explanations without a language model, found and scored by counting."""
+"""The provider ``rules``: explanations that are found and scored by counting, without a language model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 NAME = "rules"
 PROMPT = f"grammar {VERSION}"
 LEAST_FIRINGS = 10
-"""Firings that a fold must have for a rule to be sought, or scored."""
+"""Firings that each fold must have for a rule to be searched and scored."""
 BLOCK = 4_000_000
-"""Activations read at once."""
+"""Number of activations that are read at once."""
 
 
 class RuleExplainer:
-    """Explains the features of one store; records are what the journal keeps (tables.py)."""
+    """Explains the features of one store; tables.py describes the records."""
 
     def __init__(self, store: FeatureStore, seed: int) -> None:
         self.store, self.version = store, PROMPT
@@ -35,15 +35,15 @@ class RuleExplainer:
         self.scorer = RuleScorer(self.index, seed)
 
     def explain(self, features: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """A record for each of ``features``, in order: explanation, scores of the rule and of one token."""
+        """A record for each of ``features``, in order: the rule, its score and that of the best token."""
         for feature, row_R in self.firings(features):
             yield self._explain(feature, row_R)
 
     def shuffled(self, records: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """``(record, score)`` of each record that has a rule, scored with the rule of the one before it.
 
-        A rule that says something of its own latent beats one that says something of another. The first has
-        the rule of the last; with one rule there is nothing to compare.
+        This is a baseline: a specific rule scores better on its own latent than on another. The first record
+        gets the rule of the last one; with only one rule there is no baseline.
         """
         ruled = [record for record in records if record["rule"] is not None]
         if len(ruled) < 2:
@@ -56,7 +56,7 @@ class RuleExplainer:
             yield by_feature[feature], self._scored("shuffled", rule, test_R)
 
     def finish(self, records: Sequence[dict[str, Any]]) -> None:
-        """Score each rule on the latent of another, for comparison."""
+        """Add the baseline scores of `shuffled` to the records."""
         for record, score in self.shuffled(records):
             record["scores"] = [*record["scores"], score]
 
@@ -64,7 +64,7 @@ class RuleExplainer:
         return f"{n_features:,} features, {self.index.n_rows:,} tokens; no model is asked"
 
     def firings(self, features: Sequence[int]) -> Iterator[tuple[int, Rows]]:
-        """The rows on which each of ``features`` fires; activations of neighboring ones are read at once."""
+        """The rows on which each of ``features`` fires; activations of nearby features are read together."""
         n_act = self.store.features(["n_act"])["n_act"].to_numpy()
         for block in blocks(features, n_act):
             fired = self.index.firings(self.store, block[0], block[-1] + 1)
@@ -99,7 +99,7 @@ class RuleExplainer:
 
 
 def blocks(features: Sequence[int], n_act: Any) -> Iterator[list[int]]:
-    """``features``, ascending, in runs between whose ends there are at most BLOCK activations."""
+    """``features``, ascending, in blocks; the range of features of a block has at most BLOCK activations."""
     total = np.concatenate([[0], np.cumsum(n_act)])
     block: list[int] = []
     for feature in features:

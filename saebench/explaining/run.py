@@ -23,24 +23,24 @@ Record = dict[str, Any]
 NOT_OF_THE_RESULT = set(
     "store features limit budget concurrency timeout retries key_env device quiet".split()
 )
-"""Settings that say how much is done and how, not what comes of it: a journal goes on when they change."""
+"""Settings that do not change the content of a record; a journal is resumed when they change."""
 NOT_STORED = ("store", "features", "quiet")
 
 
 class Explainer(Protocol):
-    """Makes records (tables.py) of features."""
+    """Makes records of features; tables.py describes them."""
 
     version: str
-    """What the records depend on beside the settings: prompts, grammar, a model's hash."""
+    """What the records depend on, apart from settings: prompts, grammar, the hash of a model."""
 
     def explain(self, features: Sequence[int]) -> Iterator[Record]:
-        """A record for each of ``features``, in order; ends early where it may not go on."""
+        """A record for each of ``features``, in order; it ends early when the budget is spent."""
 
     def finish(self, records: Sequence[Record]) -> None:
-        """Add to ``records`` what can only be said when all are there."""
+        """Add to ``records`` the scores that need all of them."""
 
     def forecast(self, n_features: int) -> str:
-        """What explaining them will take, in one line."""
+        """The expected work for so many features, in one line."""
 
 
 @accepts_settings(ExplainConfig)
@@ -107,7 +107,7 @@ def explain(config: ExplainConfig) -> FeatureStore:
 
 
 def chosen_features(store: FeatureStore, config: ExplainConfig) -> list[int]:
-    """The features to explain, ascending: those named, or those that fire, or the most frequent of these.
+    """The features to explain, ascending: those named, or all that fire, or the most frequent of these.
 
     Raises:
         UserError: a feature that the SAE has not.
@@ -121,7 +121,7 @@ def chosen_features(store: FeatureStore, config: ExplainConfig) -> list[int]:
 
 
 def make_explainer(store: FeatureStore, config: ExplainConfig) -> Explainer:
-    """Who explains, ready to begin.
+    """The explainer that the settings ask for.
 
     Raises:
         UserError: see explain.

@@ -1,7 +1,7 @@
 """Examples for language models: from training documents to explain, from test documents to score.
 
-A window is a run of encoded tokens of one document in one context. What is shown to explain a feature and
-what is asked to score it have no document in common, and no context either.
+A window is a sequence of consecutive encoded tokens of one document in one context. The windows that are
+shown to explain a feature and those that are asked about to score it share neither documents nor contexts.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from saebench.explaining.token_index import Rows, TokenIndex
 from saebench.store.folds import TEST, TRAIN
 
 BEFORE = 2 / 3
-"""Share of a window that lies before the token it is drawn for."""
+"""Fraction of a window that is before the token it is drawn for."""
 NEAR_MISS = 0.5
-"""Share of the negatives that hold a token on which the feature fires elsewhere."""
+"""Fraction of the negatives that contain a token on which the feature fires elsewhere."""
 TRIES = 20
 
 
 @dataclass(frozen=True)
 class Window:
-    """A piece of a context: ``tokens`` from position ``start``; ``fires``: positions at which it fires."""
+    """A part of a context: ``tokens`` from position ``start``; ``fires`` are the positions of firings."""
 
     doc: int
     ctx: int
@@ -35,7 +35,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Examples:
-    """``shown`` (training documents); ``positive`` and ``negative`` (test documents) fire, or do not."""
+    """Windows of training documents (``shown``) and of test documents, with firings or without."""
 
     shown: list[Window] = field(default_factory=list)
     positive: list[Window] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Examples:
 
 
 class Sampler:
-    """Draws examples; the same seed draws the same ones, whatever else is drawn."""
+    """Draws examples; those of a feature depend on the seed and the feature only."""
 
     def __init__(self, index: TokenIndex, *, n: int, window: int, seed: int) -> None:
         self.index, self.n, self.window, self.seed = index, n, window, seed
@@ -57,8 +57,8 @@ class Sampler:
     def draw(self, feature: int, row_R: Rows, value_R: NDArray[np.float32]) -> Examples:
         """Examples of a latent that fires on ``row_R`` with the activations ``value_R``.
 
-        Half of what is shown are its largest activations, the rest and all positives are drawn at random;
-        twice as many positives as negatives are drawn where there are enough.
+        Half of the shown windows have its largest activations; the other half and all positives are drawn at
+        random. There are twice as many positives as negatives if enough contexts have firings.
         """
         fold_R = self.index.fold_N[row_R]
         train_R, test_R = row_R[fold_R == TRAIN], row_R[fold_R == TEST]
@@ -76,7 +76,7 @@ class Sampler:
         return Examples(shown, positive, negative)
 
     def _windows(self, row_R: Rows, n: int, used: set[int], *, silent: bool = False) -> list[Window]:
-        """Windows around the first ``n`` rows in unused contexts; in ``silent`` ones it does not fire."""
+        """Windows around the first ``n`` rows in unused contexts; with ``silent``, those without firings."""
         found: list[Window] = []
         for row in row_R[: TRIES * self.n * 4].tolist():
             if len(found) >= n:
@@ -99,14 +99,14 @@ class Sampler:
         return found
 
     def _near(self, train_R: Rows, feature: int) -> Rows:
-        """Test rows with the tokens on which it fires most often, but where it does not fire."""
+        """Test rows on which it does not fire, with the tokens on which it fires most often."""
         token_U, n_U = np.unique(self.index.token_N[0][train_R], return_counts=True)
         often = token_U[np.lexsort((token_U, -n_U))[:8]].tolist()
         row_R = self.index.rows_of_term([{"at": 0, "in": often}], TEST)
         return self._shuffled(row_R[~self._fires_N[row_R]], feature, 2)
 
     def _some(self, fold: int, feature: int) -> Rows:
-        """Rows of a fold, drawn with replacement: enough to find silent windows for all but dense latents."""
+        """Rows of a fold, drawn with replacement; enough for silent windows of all but dense latents."""
         row_R = self.index.rows[fold]
         bits = hash_random(np.arange(TRIES * self.n * 4), feature, self.seed)
         return np.unique(row_R[(bits % np.uint64(max(len(row_R), 1))).astype(np.int64)])

@@ -1,4 +1,4 @@
-"""Scores out of verdicts: balanced accuracy, AUC, and their spread over documents.
+"""Scores from verdicts: balanced accuracy, AUC, and a confidence interval over documents.
 
 Shapes: Q questions that were answered, B resamplings, G documents.
 """
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from saebench.explaining.scoring import INTERVAL, resamplings
 
 MOST_FAILED = 0.05
-"""Share of the questions that may be without an answer; with more, there is no score."""
+"""Largest fraction of questions without an answer; with more, there is no score."""
 
 
 def score_items(scorer: str, items: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
-    """A row of expl_score (but for its key) from rows of expl_item.
+    """A row of expl_score (except its key) from rows of expl_item.
 
     ``value`` is balanced accuracy: the mean of the share of the true that were called true and of the false
     that were called false. It and all that follows from it are None when too many questions failed, or when
@@ -48,7 +48,7 @@ def score_items(scorer: str, items: Sequence[Mapping[str, Any]], seed: int) -> d
 
 
 def auc(truth_Q: NDArray[np.bool_], chance_Q: NDArray[np.float64]) -> float:
-    """How often a true one has a higher probability than a false one; equal ones count half."""
+    """Fraction of pairs in which the true item has the higher probability; ties count half."""
     high, low = chance_Q[truth_Q][:, None], chance_Q[~truth_Q][None, :]
     return float(((high > low) + 0.5 * (high == low)).mean())
 

@@ -1,4 +1,4 @@
-"""How well a rule says where a latent fires, on the test fold: exact counts, and their spread over documents.
+"""Scores of rules on the test fold: exact counts, and a confidence interval from resampling documents.
 
 Shapes: N rows, R some rows, D documents (or groups of them), B resamplings.
 """
@@ -16,13 +16,13 @@ from saebench.store.folds import TEST
 
 RESAMPLINGS = 400
 MOST_GROUPS = 2048
-"""Where there are more test documents, they are resampled in so many groups, which bounds memory."""
+"""With more test documents, this many groups of documents are resampled instead, which bounds memory."""
 INTERVAL = (0.025, 0.975)
 
 
 @dataclass(frozen=True)
 class RuleScore:
-    """Token by token over all test documents: ``value`` is F1, between ``ci_lo`` and ``ci_hi``."""
+    """Counts over all tokens of the test documents; F1 (``value``) and its interval."""
 
     value: float
     ci_lo: float
@@ -72,6 +72,6 @@ class RuleScorer:
 
 
 def resamplings(n: int, seed: int) -> NDArray[np.float64]:
-    """[B, n]: how often each of ``n`` is drawn in each of B drawings of n with replacement."""
+    """[B, n]: how often each of ``n`` items is drawn in each of B bootstrap samples."""
     drawn_B = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLINGS)
     return drawn_B.astype(np.float64)

@@ -1,4 +1,4 @@
-"""What came of explaining: how many features, and how good the explanations are."""
+"""Summary of explanations: how many features have one, and the scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def summarize(store: FeatureStore, config: ExplainConfig) -> dict[str, Any]:
-    """Of all explanations that the store has of this provider and model.
+    """The summary of all explanations that the store has from this provider and model.
 
     Keys: path, generation, provider, model, and those of FeatureStore.explanation_summary.
     """

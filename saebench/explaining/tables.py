@@ -1,4 +1,4 @@
-"""From finished records to the tables of the extra ``explanations``, beside what the store has already.
+"""Writes finished records into the tables of the extra ``explanations``, next to the existing explanations.
 
 A record is a dict with the columns of the explanation table, and with ``scores`` and ``items``: lists of
 dicts with the further columns of expl_score and expl_item.

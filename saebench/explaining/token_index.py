@@ -1,4 +1,4 @@
-"""All tokens of a store that its SAE was run on, and which atoms of a rule hold at which of them.
+"""TokenIndex: all tokens that the SAE of a store was run on, and the tokens at which an atom or a rule holds.
 
 Shapes: N rows (tokens that were encoded), V tokens of the vocabulary, C contexts, A classes, R some rows.
 """
@@ -40,7 +40,7 @@ class TokenIndex:
     Attributes:
         token_N: for each offset, the token there; V where the context has none.
         ctx_N, pos_N, doc_N, fold_N: context, position in it, document, and fold of the document.
-        repeated_N: whether the same token stands earlier in the context.
+        repeated_N: whether the same token occurs earlier in the context.
         rows: for each fold, its rows.
 
     Raises:

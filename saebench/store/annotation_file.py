@@ -1,4 +1,4 @@
-"""The file in which annotations are kept: SQLite, written by several processes at once, never half there."""
+"""The SQLite file of annotations: transactions, checks of entries, and safe use by several processes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class AnnotationFile:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection | None]:
-        """A connection to the file, which sees one state of it; None while there is none."""
+        """A connection that sees one snapshot of the file; None when the file does not exist."""
         if not self.path.exists():
             yield None
             return
@@ -69,7 +69,7 @@ class AnnotationFile:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction, which alone writes; it is committed on a clean exit and else undone."""
+        """A write transaction, one at a time; it is committed on a clean exit and rolled back otherwise."""
         with self._sentences():
             if not self.path.exists():
                 self._make()
@@ -107,13 +107,15 @@ class AnnotationFile:
         address = f"{self.path.absolute().as_uri()}?mode={mode}"
         directory_is_fixed = not os.access(self.path.parent, os.W_OK)
         if directory_is_fixed and not self.path.with_name(f"{FILE}-wal").exists():
-            address += "&immutable=1"  # the log's index could not be made there, and nobody else writes
+            address += (
+                "&immutable=1"  # SQLite cannot make the index of its log there, and no other process writes
+            )
         connection = sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
         connection.execute("PRAGMA synchronous = FULL")
         return connection
 
     def _make(self) -> None:
-        """Put an empty file in place, whole; whoever comes second finds the first one's."""
+        """Create an empty file atomically; of several processes, the first one creates it."""
         directory = os.open(self.path.parent, os.O_RDONLY)
         temporary = self.path.with_name(f".{FILE}.{os.getpid()}{TEMPORARY_SUFFIX}")
         try:
@@ -160,7 +162,7 @@ class AnnotationFile:
 
 
 def now() -> str:
-    """The time, UTC, ISO 8601 with microseconds: text that sorts as time does."""
+    """The time in UTC, ISO 8601 with microseconds; the order of the text is the order of time."""
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
@@ -177,7 +179,7 @@ def select(
 
 
 def insert(connection: sqlite3.Connection, table: str, row: Mapping[str, Any], on_conflict: str) -> int:
-    """Rows changed: 1 or 0."""
+    """Insert one row; returns the number of rows changed, 1 or 0."""
     columns = TABLES[table]
     marks = ", ".join("?" * len(columns))
     query = (
@@ -188,12 +190,13 @@ def insert(connection: sqlite3.Connection, table: str, row: Mapping[str, Any], o
 
 
 def replacing(table: str) -> str:
+    """The ON CONFLICT clause with which a row replaces the one of the same key."""
     changed = [column for column in TABLES[table] if column not in KEYS[table]]
     return "DO UPDATE SET " + ", ".join(f"{column} = excluded.{column}" for column in changed)
 
 
 def newer(table: str) -> str:
-    """Take over the newer of two entries, whichever comes first; of equally old ones, the greater text."""
+    """The ON CONFLICT clause that keeps the newer of two entries; of equally old ones, the greater text."""
     if table not in ("labels", "views"):
         return "DO NOTHING"
     text = {"labels": "label", "views": "query"}[table]
@@ -202,7 +205,7 @@ def newer(table: str) -> str:
 
 
 def checked_row(table: str, row: Mapping[str, Any], what: str | None = None) -> dict[str, Any]:
-    """``row`` with exactly the columns of ``table``, each of its kind and within its limit."""
+    """``row``, after a check that it has exactly the columns of ``table``, with valid values."""
     place = f" in {what}" if what else ""
     if set(row) != set(TABLES[table]):
         raise UserError(
@@ -236,6 +239,7 @@ def _is_text(value: str) -> bool:
 
 
 def checked(content: Any, what: str) -> dict[str, list[dict[str, Any]]]:
+    """Table -> rows of an export, after a check of all of them."""
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise UserError(f"{what} is not an export of annotations; make one with export_json")
     version = content.get("format_version")

@@ -1,9 +1,9 @@
-"""What people say of features: labels, bookmarks, comments, lists and saved views, in ``user.sqlite``.
+"""Annotations of features by users: labels, bookmarks, comments, lists and saved views, in ``user.sqlite``.
 
-The file lies beside the store's manifest and is written by nothing but this module. Everything in it is kept
-by the hash of the SAE's weights, so it survives whatever is indexed, and comes back with the same SAE. Each
-call is one transaction: several processes may write at once, and what one wrote the next one reads. Reading
-never makes the file. A damaged file is never changed or removed.
+The file is beside the store's manifest, and only this module writes it. Entries are keyed by the hash of the
+SAE's weights, so they survive indexing and belong to the same SAE wherever it is indexed again. Each call is
+one transaction: several processes may write at the same time, and each reads what the others wrote. Reading
+does not create the file. A damaged file is never changed or removed.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Annotations:
     ('numbers of years', [3, 1])
 
     Attributes:
-        path: the file, which need not be there yet.
+        path: the file, which may not exist yet.
         sae_hash: hash of the weights whose annotations these are.
-        author: who writes, when a call does not say; may be empty.
+        author: the author of calls that do not name one; may be empty.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Annotations:
     # Labels
 
     def set_label(self, feature: int, label: str, *, author: str | None = None) -> None:
-        """Name a feature; an empty label takes its name away.
+        """Name a feature; an empty label removes the name.
 
         Raises:
             UserError: no such feature, more than 200 characters, or a damaged or read-only file.
@@ -84,7 +84,7 @@ class Annotations:
     # Bookmarks
 
     def bookmark(self, feature: int, on: bool = True, *, author: str | None = None) -> None:
-        """Mark a feature, or take the mark away."""
+        """Add or remove the bookmark of a feature."""
         if on:
             self._put("bookmarks", feature=self._known(feature), author=author)
         else:
@@ -97,7 +97,7 @@ class Annotations:
     # Comments
 
     def comment(self, feature: int, comment: str, *, author: str | None = None) -> str:
-        """Add a comment of up to 10,000 characters; its id."""
+        """Add a comment of up to 10,000 characters; returns its id."""
         made = uuid.uuid4().hex
         self._put("comments", id=made, feature=self._known(feature), comment=comment, author=author)
         return made
@@ -115,7 +115,7 @@ class Annotations:
     # Lists of features
 
     def add_to_list(self, name: str, features: int | Iterable[int], *, author: str | None = None) -> None:
-        """Put features, such as a column of a table, on a list; those on it already stay as they are."""
+        """Add features, such as a column of a table, to a list; those on it already are not changed."""
         wanted = list(features) if isinstance(features, Iterable) else [features]
         numbers = [self._known(feature) for feature in wanted]
         rows = [self._row("list_entries", name=name, feature=number, author=author) for number in numbers]
@@ -125,14 +125,14 @@ class Annotations:
                     insert(connection, "list_entries", row, "DO NOTHING")
 
     def remove_from_list(self, name: str, feature: int) -> None:
-        """Take a feature off a list; a list without features is gone."""
+        """Remove a feature from a list; a list that becomes empty is removed."""
         self._remove("list_entries", name=name, feature=self._known(feature))
 
     def rename_list(self, name: str, new: str) -> None:
-        """Give a list another name; where that is a list already, the two become one.
+        """Rename a list; if a list has the new name already, the two are merged.
 
         Raises:
-            UserError: no such list, or a name that is empty or too long.
+            UserError: there is no such list, or the new name is empty or too long.
         """
         with self._file.writing() as connection:
             columns = TABLES["list_entries"]
@@ -179,7 +179,7 @@ class Annotations:
     # Saved views
 
     def save_view(self, name: str, query: str, *, author: str | None = None) -> None:
-        """Keep the query string of a page under a name, in place of an older one of that name."""
+        """Save the query string of a page under a name; it replaces an older one of that name."""
         self._put("views", name=name, query=query, author=author)
 
     def views(self) -> pd.DataFrame:
@@ -191,10 +191,10 @@ class Annotations:
         if not self._remove("views", name=name):
             raise UserError(f"there is no saved view {name!r}; see views()")
 
-    # All of it
+    # Export and import
 
     def export_json(self, path: str | Path | None = None) -> dict[str, Any]:
-        """Everything in the file, of all SAEs, as plain JSON values; also written to ``path``."""
+        """All entries of the file, for all SAEs, as JSON values; also written to ``path`` if given."""
         with self._file.reading() as connection:
             tables = {
                 table: [dict(zip(columns, row, strict=True)) for row in select(connection, table, columns)]
@@ -208,13 +208,13 @@ class Annotations:
         return content
 
     def import_json(self, source: str | Path | Mapping[str, Any]) -> int:
-        """Add what ``export_json`` wrote, of all SAEs; the number of entries that were new or newer.
+        """Add the entries that ``export_json`` wrote, for all SAEs; returns how many changed the file.
 
-        Of two labels of a feature, or two views of a name, the newer one stays. Importing twice changes
-        nothing more. Nothing is taken over unless all of it is valid.
+        Of two labels of a feature, or two views of a name, the newer one is kept. A second import changes
+        nothing. If any entry is not valid, nothing is imported.
 
         Raises:
-            UserError: it is not such a file, or an entry breaks a limit.
+            UserError: it is not an export of annotations, or an entry exceeds a limit.
         """
         if isinstance(source, Mapping):
             content, what = source, "the annotations to import"

@@ -1,4 +1,4 @@
-"""``saebench index``: encode a cache with SAEs, once, and write what every latent does as a store."""
+"""``saebench index``: encode a cache with one or more SAEs, and write a feature store."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ INDEX_BYTES_PER_ACTIVATION = 9
 
 @dataclass(frozen=True, kw_only=True)
 class Options(TableOptions):
-    """What a build needs to know beside the SAE and the cache; see IndexConfig."""
+    """Options of indexing one SAE; see IndexConfig."""
 
     name: str
     hook: str
@@ -58,10 +58,10 @@ class Options(TableOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class IndexJob:
-    """One SAE on its way into a store.
+    """One SAE to index.
 
-    ``W_U_DV`` is the unembedding [d_in, vocabulary] for the logits, without it ``no_logits`` says why;
-    ``evaluation`` what eval.json says of the SAE; ``metrics`` the run's metrics.jsonl.
+    ``W_U_DV`` is the unembedding [d_in, vocabulary] for the logits; without it, ``no_logits`` is the reason.
+    ``evaluation`` is the content of eval.json, ``metrics`` the path of the run's metrics.jsonl.
     """
 
     sae: SAE
@@ -76,9 +76,9 @@ class IndexJob:
 def index(config: IndexConfig) -> FeatureStore:
     """Encode all rows of a cache and publish the result as a new generation of the store ``config.out``.
 
-    An SAE of the same name is replaced, others stay as they are. Readers go on with the generation they
-    opened. A process killed at any instant leaves the store as it was; the same call goes on where it was.
-    The store is opened at the first SAE.
+    An SAE of the same name is replaced; others are not changed. Readers continue with the generation that
+    they opened. A process that is killed at any time leaves the store unchanged, and the same call resumes.
+    The returned store is open at the first SAE.
 
     >>> with sb.index(run=run, cache=cache, out="another", quiet=True) as made:
     ...     made.info()["d_sae"] == sb.load(run).d_sae
@@ -122,7 +122,7 @@ def index(config: IndexConfig) -> FeatureStore:
 
 
 def choose_hook(cache: ActivationCache, hook: str | None, run: Run) -> str:
-    """The hook to encode: ``hook``, else the one the SAE was trained on, else the cache's only one."""
+    """The hook to encode: ``hook``, or the one that the SAE was trained on, or the only hook of the cache."""
     wanted = hook or (run.provenance.hook_name if run.is_finished or run.checkpoint is not None else None)
     if wanted is None and len(cache.hooks) > 1:
         raise UserError(f"the cache {cache.path} has several hooks, {', '.join(cache.hooks)}; pass --hook")
@@ -184,7 +184,7 @@ def write_sae(
     building: Path, job: IndexJob, identity: str, cache: ActivationCache, corpus: Corpus, runs: SortedSpill,
     timer: TableTimer | None = None,
 ) -> publish.StoredSae:  # fmt: skip
-    """The file of one SAE, in the build directory."""
+    """Write the file of one SAE in the build directory."""
     sae, options, timer = job.sae, job.options, timer or TableTimer()
     meta = {
         "format_version": schema.FORMAT_VERSION, "name": options.name, "sae": sae.spec.name,
@@ -222,7 +222,7 @@ def has_text_file(store: Path, current: publish.Manifest, corpus: Corpus) -> boo
 
 
 def forecast(sae: SAE, corpus: Corpus, options: Options) -> int:
-    """Bytes that a build writes at most, its temporary runs included."""
+    """The most bytes that a build writes, temporary files included."""
     n_activations = corpus.n_rows * min(sae.k, sae.d_sae)
     shown = min(2 * options.examples * sae.d_sae, 2 * n_activations)
     shown += (10 * per_decile(options.examples) + 2 * options.examples) * min(sae.d_sae, n_activations)

@@ -72,7 +72,7 @@ def examples(acts: Activations, corpus: Corpus, *, n: int, window: int, seed: in
 
 
 def top(acts: Activations, corpus: Corpus, n: int) -> NDArray[np.int64]:
-    """Indices into S, by latent and then by falling activation."""
+    """Indices into S, by latent and then by descending activation."""
     if not len(acts.row_S):
         return np.empty(0, dtype=np.int64)
     ctx_S = corpus.ctx[acts.row_S] if corpus.has_text else acts.row_S
@@ -91,7 +91,7 @@ def top(acts: Activations, corpus: Corpus, n: int) -> NDArray[np.int64]:
 def random(acts: Activations, n: int, seed: int) -> NDArray[np.int64]:
     """Indices into S, by latent and then in random order."""
     bits_S = hash_random(acts.row_S, acts.latent_S + acts.first, seed)
-    # Enough random draws are below the threshold in all but one of 10^20 latents; those few take part whole.
+    # In all but one of 10^20 latents enough random bits are below the threshold; the rest use all firings.
     share_M = np.minimum((4 * n + 64) / np.maximum(acts.counts_M, 1), 1.0)
     low_S = bits_S <= (share_M * float(2**64 - 2**12)).astype(np.uint64)[acts.latent_S]
     drawn_M = np.bincount(acts.latent_S[low_S], minlength=acts.n_latents)
@@ -103,11 +103,11 @@ def random(acts: Activations, n: int, seed: int) -> NDArray[np.int64]:
 def deciles(
     acts: Activations, n: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """``(decile, index into S, firings it stands for)``, by latent and rising activation.
+    """``(decile, index into S, number of firings it represents)``, by latent and ascending activation.
 
-    The firings of a latent in rising order (equal ones in the order of rows) are cut into ten parts of equal
-    count, each of these into ``n``, and one is drawn from each that is not empty. So the sums over examples,
-    weighted by what each stands for, estimate the sums over all firings.
+    The firings of a latent, sorted by activation and then by row, are cut into ten parts of equal count. Each
+    part is cut into ``n``, and one firing is drawn from each that is not empty. A sum over examples, weighted
+    by the number of firings that each represents, estimates the sum over all firings.
     """
     alive_L = np.flatnonzero(acts.counts_M)
     n_L1 = acts.counts_M[alive_L][:, None]

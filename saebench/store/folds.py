@@ -1,10 +1,10 @@
 """Folds: documents from which explanations are made, and documents on which they are scored.
 
-Documents 2i and 2i + 1 always go to different folds, so that both folds have half of them however few there
-are; which of the two goes where is a hash of i. The fold of a document is thus the same in every store.
+Documents 2i and 2i + 1 always go to different folds, so each fold has half of the documents, even of few. A
+hash of i decides which of the two goes where, so the fold of a document is the same in every store.
 
-An example's fold is that of the document of its token; where documents are packed into one context, its
-window may show the end of the document before or the beginning of the next.
+The fold of an example is that of the document of its token. When documents are packed into one context, its
+window may show the end of the previous document or the start of the next one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Integrity rules of a store: queries that return what breaks them.
+"""Integrity rules of a store: SQL queries that return the rows that break them.
 
-The first column of each query has the features (or contexts, tokens) that break the rule; an intact store
-gives no rows. ``$name`` are parameters from the meta table. ``{some}`` selects the features whose tables are
-computed again from the activations: all of them, or a fixed sample in a very large store. ``{few}`` selects
-fewer, for rules whose work grows with the square of their number.
+The first column of each query has the features (or contexts, tokens) that break the rule. On an intact store
+a query returns no rows. ``$name`` is a parameter from the meta table. ``{some}`` selects the features whose
+tables are computed again from the activations: all of them, or a fixed sample in a very large store.
+``{few}`` selects fewer, for rules whose cost grows with the square of the number of features.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from saebench.store.schema import (
 
 @dataclass(frozen=True)
 class Rule:
-    """``query`` lists what breaks the rule; it needs the tables ``tables`` and is skipped without them."""
+    """``query`` returns what breaks the rule. It needs the tables ``tables``; without them it is skipped."""
 
     broken: str
     tables: frozenset[str]
@@ -40,7 +40,7 @@ def _rule(tables: str, broken: str, query: str) -> Rule:
 
 
 def _differs(stored: str, computed: str) -> str:
-    """Differs by more than rounding to FLOAT explains; NULL differs from a number."""
+    """SQL: the two differ by more than rounding to FLOAT explains; NULL differs from a number."""
     close = f"abs({stored} - {computed}) <= 1e-5 * (abs({computed}) + 1e-5)"
     return f"NOT coalesce({close}, {stored} IS NULL AND {computed} IS NULL)"
 

@@ -1,4 +1,4 @@
-"""Generations: how a store changes under its readers' feet without their noticing.
+"""Atomic generations of a store: building, publishing and reading them, and removing old ones.
 
     store/manifest.json                     points at the files of the current generation; replaced atomically
     store/gen-000002/manifest.json          the same, kept with the generation
@@ -7,9 +7,9 @@
     store/.building/                        a build under way, or what a killed one left
     store/.encoded/                         codes that are not in a generation yet, see encode.py
 
-A process killed at any instant leaves the manifest of the old generation or of the new one. Readers hold a
-shared lock on their generation's manifest, so files are removed only when neither the current generation
-nor the one before nor any reader uses them.
+A process that is killed at any time leaves the manifest of the old generation or of the new one. Readers hold
+a shared lock on the manifest of their generation. A file is kept while the current generation, the
+previous one or a generation with a reader uses it.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class StoredFile:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredSae:
-    """One SAE: its file, and the hash of the text it was indexed over (None for a cache without text).
+    """One SAE: its file, and the hash of the text that it was indexed over (None for a cache without text).
 
-    ``extras``: name -> file of what was derived from it after indexing (extras.py).
+    ``extras``: name -> file of an extra, which is derived from the SAE's file after indexing (extras.py).
     """
 
     name: str
@@ -73,7 +73,7 @@ class Manifest:
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
 
     def next(self, sae: StoredSae, text: StoredFile | None) -> Manifest:
-        """The generation after this one: ``sae`` added, or put in the place of the one with its name."""
+        """The next generation, in which ``sae`` is added or replaces the SAE of the same name."""
         known = [old.name for old in self.saes]
         saes = tuple(sae if old.name == sae.name else old for old in self.saes)
         saes = saes if sae.name in known else (*saes, sae)
@@ -89,7 +89,7 @@ def read_manifest(store: Path) -> Manifest:
     """The current generation.
 
     Raises:
-        UserError: no store there, a damaged manifest, or a format newer than this version reads.
+        UserError: there is no store, its manifest is damaged, or its format is newer than this version reads.
     """
     path = Path(store) / MANIFEST
     if not path.exists():
@@ -126,7 +126,7 @@ def parse_manifest(path: Path) -> Manifest:
         manifest = Manifest(generation=int(content["generation"]), saes=saes, texts=texts)
         for file in manifest.files():
             if not _INSIDE.fullmatch(file.path):
-                raise ValueError(f"{file.path!r} is no file of a generation")
+                raise ValueError(f"{file.path!r} is not a file of a generation")
         return manifest
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, f"{type(error).__name__} {error}") from None
@@ -159,7 +159,7 @@ def before_next(store: Path) -> Manifest:
 
 
 def begin(store: Path) -> tuple[Manifest, Path]:
-    """Clear what killed builds left and make an empty build directory; the caller holds the store's lock.
+    """Remove what killed builds left, and make an empty build directory. The caller holds the store's lock.
 
     Raises:
         UserError: see `before_next`.
@@ -175,9 +175,10 @@ def begin(store: Path) -> tuple[Manifest, Path]:
 
 
 def _require_first_build(store: Path, way_out: str) -> None:
-    """Without a manifest there may be one generation, of a first build killed just before it was published.
+    """Raise a UserError when a store without a manifest has more than its first generation.
 
-    A later one means that the manifest was lost, and what is there must not be cleared away.
+    A first build that was killed just before it was published leaves one generation. A later generation means
+    that the manifest was lost, so the files must not be removed.
     """
     found = generations(store)
     if any(_number(folder) > 1 for folder in found):
@@ -190,8 +191,8 @@ def _require_first_build(store: Path, way_out: str) -> None:
 def publish(store: Path, current: Manifest, saes: Sequence[StoredSae], text: StoredFile | None) -> Manifest:
     """Make the build directory the next generation, in which ``saes`` are added or replaced.
 
-    ``text`` is the text file that was built with it; None when the store has it already. Paths of the
-    new files, which are those without a folder, are relative to the build directory.
+    ``text`` is the text file that was built with them; None when the store has it already. A path without a
+    folder is that of a new file and relative to the build directory.
     """
     folder = f"gen-{current.generation + 1:06d}"
 
@@ -218,13 +219,13 @@ def describe(path: Path) -> StoredFile:
 
 
 def is_intact(store: Path, file: StoredFile) -> bool:
-    """Whether a published file is still what it was."""
+    """Whether a published file still has its size and its checksum."""
     path = store / file.path
     return path.is_file() and path.stat().st_size == file.bytes and sha256_file(path) == file.sha256
 
 
 def collect(store: Path, current: Manifest) -> None:
-    """Remove the files that no generation in use refers to."""
+    """Remove the files that neither the last two generations nor a generation with a reader refer to."""
     kept = {file.path for file in current.files()}
     folders = generations(store)
     for folder in folders:
@@ -241,6 +242,7 @@ def collect(store: Path, current: Manifest) -> None:
 
 
 def generations(store: Path) -> list[Path]:
+    """The folders of generations, oldest first."""
     return sorted((path for path in store.iterdir() if _number(path)), key=_number)
 
 
@@ -248,12 +250,12 @@ def hold(store: Path, manifest: Manifest) -> IO[bytes] | None:
     """Mark a generation as being read until the returned file is closed."""
     path = store / f"gen-{manifest.generation:06d}" / MANIFEST
     try:
-        file = open(path, "rb")  # noqa: SIM115 - it is the lock, and closed with the reader
+        file = open(path, "rb")  # noqa: SIM115 - it is the lock; the reader closes it
     except OSError:
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_SH)
-    except OSError:  # a file system without locks: the generation before the current one is kept anyway
+    except OSError:  # a file system without locks; the previous generation is kept in any case
         file.close()
         return None
     return file

@@ -1,8 +1,8 @@
-"""``saebench store rebuild``: make the tables of a store again from its activations, without cache or SAE.
+"""``saebench store rebuild``: compute the tables of a store again from its activations, without cache or SAE.
 
-What derives from the act table and the text is made anew; directions, logits, the run's metrics and the index
-by context are taken over. So a store of the format before becomes one of this format. Two things cannot be
-had from such a store and stay empty: encoder norms with their neighbors, and the kurtosis of logits.
+Tables that derive from the act table and the text are computed again. Directions, logits, the run's metrics
+and the index by context are copied. This converts a store of format 1 to format 2. Encoder norms with their
+neighbors and the kurtosis of logits are not in format 1, so they stay empty.
 
 Shapes: C contexts, T positions, X tokens of all contexts, N rows of the cache, S activations.
 """
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
     import duckdb
 
 MOST_TEXT = 1 << 20
-"""Tokens of contexts that are read at once."""
+"""Number of tokens of contexts that are read at once."""
 
 
 def rebuild_store(path: str | Path, *, quiet: bool = False) -> publish.Manifest:
-    """Make the tables of all SAEs of a store again; each SAE becomes a generation when it is done.
+    """Compute the tables of all SAEs of a store again, and publish a generation after each SAE.
 
     Raises:
-        UserError: no store, one that is damaged or of a newer format, or an older one whose text file does
-            not tell which tokens its cache kept.
+        UserError: there is no store, it is damaged or of a newer format, or it is of an older format and its
+            text file does not tell which tokens the cache kept.
     """
     path = Path(path)
     manifest = publish.read_manifest(path)
@@ -67,7 +67,10 @@ def rebuild_store(path: str | Path, *, quiet: bool = False) -> publish.Manifest:
 
 
 class StoredText(Corpus):
-    """The rows of the cache that a store was made from, read from its text file (or, without, from act)."""
+    """The rows of the cache that a store was made from, read from its text file.
+
+    Without a text file it has the number of rows only.
+    """
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, meta: dict[str, Any], scratch: Path) -> None:
         self.n_rows, self.n_contexts = meta["n_tokens"], meta["n_contexts"]
@@ -85,7 +88,7 @@ class StoredText(Corpus):
         scratch.mkdir()
 
         def array(name: str, shape: tuple[int, ...]) -> Any:
-            """On disk, so that memory does not grow with the text."""
+            """An array on disk, so that memory does not grow with the text."""
             return np.lib.format.open_memmap(scratch / f"{name}.npy", "w+", np.int32, shape)
 
         self.context_tokens = array("context_tokens", (self.n_contexts, self.ctx_len))
@@ -123,7 +126,7 @@ class StoredText(Corpus):
 
 
 def _skipped(connection: duckdb.DuckDBPyConnection, n_rows: int) -> int:
-    """How many tokens at the head of each context have no row, in a text file that does not list which."""
+    """How many tokens at the start of each context have no row, for a text file that does not list them."""
     for skipped in (0, 1):
         counted = (
             f"SELECT token, count(*) AS m FROM (SELECT unnest(tokens[{skipped + 1}:]) AS token "
@@ -147,7 +150,8 @@ def _rebuild(
     for file in (old.file, *([text] if text else [])):
         if not publish.is_intact(store, file):
             raise UserError(
-                f"{store / file.path} is damaged, so nothing can be made of it; run saebench index again"
+                f"{store / file.path} is damaged, so its tables cannot be computed again; "
+                "run saebench index again"
             )
     with open_reader(store / old.file.path, store / text.path if text else None) as connection:
         meta = read_meta(connection)
@@ -205,7 +209,7 @@ def _groups(connection: duckdb.DuckDBPyConnection, corpus: StoredText, d_sae: in
 
 
 def _static_data(connection: duckdb.DuckDBPyConnection, present: set[str], d_sae: int) -> StaticData:
-    """What the old file knows of the SAE and the run."""
+    """Directions, logits and metrics, as the old file has them."""
     query = "SELECT column_name FROM duckdb_columns() WHERE database_name = 'sae' AND table_name = ?"
     known = {name for (name,) in connection.execute(query, ["feature"]).fetchall()}
     columns: dict[str, Any] = dict.fromkeys(STATIC_COLUMNS, [None] * d_sae)

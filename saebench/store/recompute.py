@@ -1,4 +1,4 @@
-"""What a store says of an SAE, against the SAE itself, the cache it was indexed over and the model.
+"""Comparison of a store's tables with the SAE, the cache and the model that they were computed from.
 
 Shapes: R rows sampled, F latents sampled, M latents, D = d_in, V tokens of the vocabulary.
 """
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 SAMPLED_ROWS = 4096
 SAMPLED_FEATURES = 64
 MOST_FLIPPED = 1e-3
-"""Share of the codes that may be there on one side only: near ties fall either way in another batch."""
+"""Largest fraction of codes on one side only: another batch may resolve near ties differently."""
 
 
 def load_references(
     run: Path | None, cache: Path | None, model: str
 ) -> tuple[SAE | None, ActivationCache | None]:
-    """The SAE and the cache that a store is to be compared with.
+    """The SAE and the cache to compare a store with.
 
     Raises:
-        UserError: a cache without a run, or a model without a cache.
+        UserError: a cache is named without a run, or a model without a cache.
     """
     from saebench.activations.cache import open_cache
     from saebench.runs.run import load
@@ -59,7 +59,7 @@ def problems(
     connection: duckdb.DuckDBPyConnection, meta: dict[str, Any], text: str | None, sae: SAE,
     cache: ActivationCache | None, model: str,
 ) -> Iterator[str]:  # fmt: skip
-    """What is wrong with the tables of one SAE of a store.
+    """The problems found in the tables of one SAE of a store, one sentence each.
 
     Raises:
         UserError: the cache or the model is not the one that the store was made with.
@@ -69,8 +69,9 @@ def problems(
         return
     if cache.hash != meta["cache_hash"]:
         raise UserError(
-            f"the cache {cache.path} is not the one that the store was made of: its hash is "
-            f"{cache.hash[:12]}, the store's {meta['cache_hash'][:12]}; pass that one, or leave --cache out"
+            f"the cache {cache.path} is not the one that the store was made from: its hash is "
+            f"{cache.hash[:12]}, but the store was made from {meta['cache_hash'][:12]}; pass that cache, or "
+            "leave --cache out"
         )
     check_fit(sae, cache, meta["hook_name"])
     corpus = Corpus(cache)
@@ -85,7 +86,7 @@ def problems(
 
 
 def is_of(sae: SAE, meta: dict[str, Any]) -> bool:
-    """Whether the tables are those of this SAE."""
+    """Whether the tables were computed from this SAE."""
     return bool(weights_hash(sae) == meta["sae_hash"])
 
 
@@ -171,5 +172,5 @@ def _logits(connection: duckdb.DuckDBPyConnection, sae: SAE, W_U_DV: Tensor) -> 
 
 
 def _sampled(d_sae: int) -> Any:
-    """Latents of which tables are computed again, ascending."""
+    """Latents whose tables are computed again, ascending."""
     return np.unique(uniform_below(hash_random(np.arange(SAMPLED_FEATURES), 5, 0), d_sae))

@@ -1,7 +1,8 @@
-"""All tables of one SAE, written in one pass over its activations, latent by latent.
+"""Writes all tables of one SAE in one pass over its activations, latent by latent.
 
-What derives from the activations and the text is made here, the same whether they come from an encoding or
-from the act table of an older file. What does not (directions, logits, the run's metrics) is given.
+Tables that derive from the activations and the text are computed here, in the same way for activations of an
+encoding and for those of the act table of an older file. Directions, logits and the run's metrics are
+``StaticData``.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ if TYPE_CHECKING:
 ItemT = TypeVar("ItemT")
 
 GROUP_SIZE = 4_000_000
-"""Activations of which the tables are made at once; bounds memory, at some 200 bytes an activation."""
+"""Activations per group that is processed at once; bounds memory at about 200 bytes per activation."""
 
 GROUP_LATENTS = 1024
-"""Latents of which the tables are made at once; bounds the examples in memory."""
+"""Latents per group that is processed at once; bounds the examples in memory."""
 
 NEED_TEXT = (
     "context", "token", "document", "feature_token", "token_feature", "feature_label", "position",
@@ -57,7 +58,7 @@ STATIC_COLUMNS = (
     "dec_norm", "enc_norm", "enc_dec_cos", "b_enc", "dec_max_cos", "dec_nn", "logit_top", "logit_max",
     "logit_kurtosis",
 )  # fmt: skip
-"""Columns of the feature table that activations do not tell."""
+"""Columns of the feature table that do not derive from activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +73,14 @@ class TableOptions:
 
 @dataclass(frozen=True)
 class StaticData:
-    """What does not derive from activations: columns of the feature table, and rows of whole tables."""
+    """Data that does not derive from activations: columns of the feature table, and rows of whole tables."""
 
     columns: dict[str, Any]
     tables: list[tuple[schema.Table, dict[str, Any]]]
 
 
 class TableTimer:
-    """Seconds spent on each table: by the clock, and of processors, which other programs do not change."""
+    """Wall-clock and CPU seconds spent on each table; other programs do not change the CPU seconds."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -93,7 +94,7 @@ class TableTimer:
         self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + time.process_time() - cpu_start
 
     def each(self, name: str, items: Iterable[ItemT]) -> Iterator[ItemT]:
-        """The items; the time that it takes to get them counts under ``name``."""
+        """The items; the time to get them is added to ``name``."""
         iterator = iter(items)
         while True:
             with self.on(name):
@@ -105,7 +106,7 @@ class TableTimer:
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """One SAE's activations on their way into tables."""
+    """The input of write_sae_file: the activations of one SAE, its text, its static data and options."""
 
     corpus: Corpus
     d_sae: int
@@ -118,7 +119,7 @@ class Build:
 
 
 def write_sae_file(path: Path, build: Build, meta: dict[str, Any]) -> None:
-    """Write all tables of one SAE but those in ``meta["missing"]`` and ``meta["left_out"]``."""
+    """Write all tables of one SAE except those in ``meta["missing"]`` and ``meta["left_out"]``."""
     absent = meta["missing"] | meta["left_out"]
     tables = [table for name, table in schema.SAE_TABLES.items() if name not in absent]
     names = {table.name for table in tables}
@@ -177,7 +178,7 @@ def write_sae_file(path: Path, build: Build, meta: dict[str, Any]) -> None:
 def static_data(
     sae: SAE, corpus: Corpus, W_U_DV: Tensor | None, metrics: Path | None, timer: TableTimer | None = None
 ) -> StaticData:
-    """What the SAE's weights, the model's unembedding [d_in, V] and the run's metrics.jsonl say."""
+    """Data from the SAE's weights, the model's unembedding [d_in, V] and the run's metrics.jsonl."""
     timer = timer or TableTimer()
     W_dec_MD, W_enc_MD = sae.W_dec.detach(), sae.W_enc.detach().T
     none = [None] * sae.d_sae
@@ -204,7 +205,7 @@ def static_data(
 
 
 def metric_rows(path: Path) -> dict[str, Any]:
-    """Rows of train_metric from a run's metrics.jsonl: every number of every line but the step."""
+    """Rows of train_metric from a run's metrics.jsonl: every number of every line except the step."""
     rows: list[tuple[int, str, float]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -225,7 +226,7 @@ def metric_rows(path: Path) -> dict[str, Any]:
 
 
 def missing_tables(corpus: Corpus, no_logits: str | None) -> dict[str, str]:
-    """Table -> why it cannot be there; ``no_logits`` is such a reason, None when there are logits."""
+    """Table -> why it cannot be computed; ``no_logits`` is the reason for logits, or None."""
     missing = {} if no_logits is None else {"logit": no_logits}
     if not corpus.has_text:
         missing |= dict.fromkeys(NEED_TEXT, "the cache was imported without tokens and contexts")
@@ -235,7 +236,7 @@ def missing_tables(corpus: Corpus, no_logits: str | None) -> dict[str, str]:
 
 
 def left_out_tables(*, metrics: bool, context_index: bool) -> dict[str, str]:
-    """Optional table -> why it is not there."""
+    """Optional table -> why it is left out."""
     left_out = {} if metrics else {"train_metric": "the run has no metrics.jsonl"}
     if not context_index:
         left_out["act_by_ctx"] = "it was indexed without --with-context-index"

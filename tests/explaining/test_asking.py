@@ -116,7 +116,10 @@ def test_what_cannot_be_stored_is_not_taken_over(tmp_path):
 
 def test_what_does_not_pass_is_not_tried_again(tmp_path, monkeypatch):
     monkeypatch.setenv("KEY_OF_A_TEST", KEY)
-    for status, match in ((401, "refuses the key in KEY_OF_A_TEST"), (404, "knows no model 'some-model'")):
+    for status, match in (
+        (401, "refuses the key in KEY_OF_A_TEST"),
+        (404, "does not know the model 'some-model'"),
+    ):
         with serving(lambda h, body, status=status: h.send(status, b"")) as served:
             with pytest.raises(UserError, match=match) as error:
                 client(served, tmp_path).ask([YES_OR_NO] * 3)

@@ -283,7 +283,7 @@ def test_what_only_the_sae_the_cache_or_the_model_can_tell(
 def test_references_of_other_data_are_refused(small_store, references, with_cache):
     with pytest.raises(UserError, match=r"those of no SAE of the store .* it has small"):
         check_store(small_store, run=references / "other")
-    with pytest.raises(UserError, match="is not the one that the store was made of"):
+    with pytest.raises(UserError, match="is not the one that the store was made from"):
         check_store(small_store, run=references / "run", cache="other")
     with pytest.raises(UserError, match="say which with --run"):
         check_store(small_store, cache="cache")

@@ -126,7 +126,7 @@ def test_a_manifest_names_no_file_outside_its_store(tmp_path, path):
     content = json.loads((store / "manifest.json").read_text())
     content["saes"][0]["file"]["path"] = path
     (store / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="is no file of a generation"):
+    with pytest.raises(UserError, match="is not a file of a generation"):
         open_store(store)
 
 

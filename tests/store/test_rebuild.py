@@ -132,5 +132,5 @@ def test_a_damaged_file_is_not_built_upon(tmp_path):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(UserError, match="is damaged, so nothing can be made of it"):
+    with pytest.raises(UserError, match="is damaged, so its tables cannot be computed again"):
         rebuild_store(store, quiet=True)
