@@ -19,7 +19,8 @@ READER_MEMORY = "2GiB"
 WRITER_MEMORY = "1GiB"
 
 # Late materialization makes "WHERE feature = ? ORDER BY value DESC LIMIT n" several times slower, and with
-# a range of rowids it ends in an internal error (DuckDB 2.0.0); tests/store/test_database.py shows it.
+# a range of rowids it ends in an internal error (DuckDB 2.0.0);
+# test_late_materialization_is_disabled in tests/store/test_database.py shows it.
 DISABLED_OPTIMIZERS = "late_materialization"
 
 

@@ -1,4 +1,4 @@
-"""A server on loopback that speaks chat completions, well or badly."""
+"""A local chat-completions server for tests, whose answers a test chooses, malformed ones included."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Answer = Callable[["Handler", dict[str, Any]], None]
 
 @dataclass
 class Served:
-    """Where the server is; what it was asked; how it answers."""
+    """The address of the server, the requests it received, and the function that answers them."""
 
     url: str
     answer: Answer
@@ -55,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, json.dumps({"choices": [choice], "usage": {"total_tokens": 50}}).encode())
 
     def dribble(self, *, header: bool) -> None:
-        """One byte after the other, without an end."""
+        """Send an endless answer, byte by byte."""
         self.close_connection = True
         start = b"HTTP/1.1 200 OK\r\nX: " if header else b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"
         self.wfile.write(start)

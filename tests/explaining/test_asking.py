@@ -1,4 +1,4 @@
-"""Language models are asked; an answer that does not come, or says nothing, is a state and never a score."""
+"""Explanations by language models: requests, retries, parsing of answers, scores and failures."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def in_turn(*answers):
     return lambda handler, body: (left.pop(0) if len(left) > 1 else left[0])(handler)
 
 
-def test_an_answer_is_read(tmp_path, monkeypatch):
+def test_answer_has_text_tokens_and_probability(tmp_path, monkeypatch):
     monkeypatch.setenv("KEY_OF_A_TEST", KEY)
     with serving(lambda handler, body: handler.say("Yes", yes=0.75)) as served:
         [reply] = client(served, tmp_path).ask([YES_OR_NO])
@@ -52,7 +52,7 @@ def test_an_answer_is_read(tmp_path, monkeypatch):
     assert served.bodies[0]["temperature"] == 0
 
 
-def test_a_server_of_ones_own_needs_no_key_and_no_logprobs(tmp_path, monkeypatch):
+def test_local_server_needs_no_key_and_no_logprobs(tmp_path, monkeypatch):
     monkeypatch.delenv("KEY_OF_A_TEST", raising=False)
 
     def answer(handler, body):
@@ -88,7 +88,7 @@ def test_a_server_of_ones_own_needs_no_key_and_no_logprobs(tmp_path, monkeypatch
     ],
     ids="500 503 429 cut bytes list empty null deep closed huge slow-body slow-header".split(),
 )
-def test_what_may_pass_is_tried_again_and_then_a_failure(tmp_path, bad):
+def test_temporary_failure_is_retried_then_reported(tmp_path, bad):
     good = [lambda h: h.say("Yes", yes=0.9)]
     with serving(in_turn(bad, *good)) as served:
         [reply] = client(served, tmp_path, timeout=0.3).ask([YES_OR_NO])
@@ -102,7 +102,7 @@ def test_what_may_pass_is_tried_again_and_then_a_failure(tmp_path, bad):
     assert not (tmp_path / "other").exists()
 
 
-def test_what_cannot_be_stored_is_not_taken_over(tmp_path):
+def test_lone_surrogates_and_huge_token_counts_are_replaced(tmp_path):
     half, much = b'{"message": {"content": "a\\ud800b"}}', b"1" + b"0" * 30
     with serving(
         lambda h, body: h.send(200, b'{"choices": [%s], "usage": {"total_tokens": %s}}' % (half, much))
@@ -114,7 +114,7 @@ def test_what_cannot_be_stored_is_not_taken_over(tmp_path):
     assert len(served.bodies) == 1
 
 
-def test_what_does_not_pass_is_not_tried_again(tmp_path, monkeypatch):
+def test_permanent_failure_is_not_retried(tmp_path, monkeypatch):
     monkeypatch.setenv("KEY_OF_A_TEST", KEY)
     for status, match in (
         (401, "refuses the key in KEY_OF_A_TEST"),
@@ -136,7 +136,7 @@ def test_what_does_not_pass_is_not_tried_again(tmp_path, monkeypatch):
         client(served, tmp_path, base_url="https://api.openai.com/v1")
 
 
-def test_an_answer_is_paid_for_once(tmp_path):
+def test_same_question_is_sent_once(tmp_path):
     with serving(lambda h, body: h.say("Yes", yes=0.6)) as served:
         first = client(served, tmp_path).ask([YES_OR_NO])
         again = client(served, tmp_path).ask([YES_OR_NO])
@@ -148,7 +148,7 @@ def test_an_answer_is_paid_for_once(tmp_path):
         assert len(served.bodies) == 2
 
 
-def test_the_time_to_wait_is_a_number_or_a_date():
+def test_retry_after_accepts_number_or_date():
     assert _retry_after({"retry-after": "3"}) == 3
     assert _retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
     assert _retry_after({"retry-after": "soon"}) is None
@@ -162,7 +162,7 @@ def test_the_time_to_wait_is_a_number_or_a_date():
         max_size=40,
     )
 )
-def test_scores_are_of_what_was_answered(rows):
+def test_scores_use_answered_items_only(rows):
     items = [
         {
             "truth": truth, "verdict": verdict, "doc": doc,
@@ -192,11 +192,11 @@ def test_scores_are_of_what_was_answered(rows):
     ("answer", "verdict"),
     [("Yes", True), (" yes.", True), ("**No**", False), ("Nope", None), ("", None), ("I say yes", None)],
 )
-def test_verdicts(answer, verdict):
+def test_read_verdict_needs_leading_yes_or_no(answer, verdict):
     assert prompting.read_verdict(answer) is verdict
 
 
-def test_explanations_are_found_in_answers():
+def test_read_explanation_finds_text_in_answer():
     assert prompting.read_explanation("\n 'the word the' \nand more") == "the word the"
     assert prompting.read_explanation("Explanation: commas") == "commas"
     assert prompting.read_explanation("The feature responds to commas.") == "commas."
@@ -205,7 +205,7 @@ def test_explanations_are_found_in_answers():
 
 
 def oracle(handler, body):
-    """Explains everything as bold; says yes to what has that token, likelier where it is marked."""
+    """Explains every feature as bold type; says yes to texts that contain the word bold."""
     user = body["messages"][1]["content"]
     if "Text:" not in user:
         return handler.say("Words in bold type")
@@ -218,7 +218,7 @@ def explain(store, served, **settings):
     return sb.explain(store, provider="openai", model="some-model", base_url=served.url, **given_ | settings)
 
 
-def test_from_a_server_to_the_store(own_store, monkeypatch, capsys):
+def test_explain_with_server_stores_explanations_and_scores(own_store, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     sb.explain(own_store, quiet=True, features=(3,)).close()
     with serving(oracle) as served:
@@ -254,7 +254,7 @@ def test_from_a_server_to_the_store(own_store, monkeypatch, capsys):
         assert not path.is_file() or KEY.encode() not in path.read_bytes()
 
 
-def test_the_command_says_what_came_of_what_was_asked(own_store, monkeypatch, capsys):
+def test_command_prints_results_of_requested_provider(own_store, monkeypatch, capsys):
     from saebench.cli import main
 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -273,7 +273,7 @@ def test_the_command_says_what_came_of_what_was_asked(own_store, monkeypatch, ca
     assert "fires on" not in out
 
 
-def test_failures_are_no_scores(own_store):
+def test_failed_answers_give_no_score(own_store):
     def sometimes(handler, body):
         user = body["messages"][1]["content"]
         if "Text:" in user and "exactly" not in body["messages"][0]["content"]:
@@ -296,7 +296,7 @@ def test_failures_are_no_scores(own_store):
     assert check_store(own_store) == []
 
 
-def test_a_budget_ends_it_and_the_next_run_goes_on(own_store, capsys):
+def test_budget_stops_and_next_run_resumes(own_store, capsys):
     with serving(oracle) as served:
         with pytest.raises(UserError, match="--budget 50; raise it"):
             explain(own_store, served, budget=50)
@@ -312,7 +312,7 @@ def test_a_budget_ends_it_and_the_next_run_goes_on(own_store, capsys):
     assert check_store(own_store) == []
 
 
-def test_an_interrupted_run_asks_nothing_twice(own_store):
+def test_interrupted_run_repeats_no_question(own_store):
     import threading
 
     release = threading.Event()
@@ -336,7 +336,7 @@ def test_an_interrupted_run_asks_nothing_twice(own_store):
         assert len(served.bodies) - n <= 17
 
 
-def test_addresses_hold_no_secrets(own_store):
+def test_base_url_with_password_or_query_is_refused(own_store):
     with pytest.raises(UserError, match="no password and no query"):
         sb.explain(own_store, provider="openai", model="m", base_url="http://user:password@127.0.0.1/v1")
     with pytest.raises(UserError, match="is no address"):

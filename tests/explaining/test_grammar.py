@@ -1,4 +1,4 @@
-"""The grammar of rules: what is computed over a corpus is what its definition says of every context."""
+"""The grammar of rules: TokenIndex over a corpus agrees with apply_rule on each context."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def contexts(wide_store):
 
 
 @given(rules)
-def test_the_corpus_agrees_with_every_context(index, contexts, rule):
+def test_token_index_equals_apply_rule_on_every_context(index, contexts, rule):
     some = contexts[:60]
     there = [apply_rule(rule, context["tokens"], VOCAB) for context in some]
     held = {
@@ -68,7 +68,7 @@ def test_the_corpus_agrees_with_every_context(index, contexts, rule):
 
 
 @given(rules)
-def test_a_rule_survives_json_and_has_words(rule):
+def test_rule_round_trips_json_and_has_description(rule):
     check_rule(json.loads(json.dumps(rule)))
     assert describe(rule, VOCAB).startswith("fires ")
 
@@ -84,22 +84,22 @@ def test_a_rule_survives_json_and_has_words(rule):
         {"version": 1, "any": [{"all": [{"position": [1]}]}]},
     ],
 )  # fmt: skip
-def test_what_is_no_rule_is_refused(rule):
+def test_invalid_rule_is_refused(rule):
     with pytest.raises(UserError, match="is not a rule"):
         check_rule(rule)
 
 
-def test_a_later_version_is_refused_by_its_number():
+def test_later_rule_version_is_refused():
     with pytest.raises(UserError, match="version 2 and this saebench knows 1"):
         check_rule({"version": 2, "any": []})
 
 
-def test_the_example_in_its_help_is_true():
+def test_docstring_examples_of_grammar_run():
     assert doctest.testmod(grammar).attempted > 0
     assert doctest.testmod(grammar).failed == 0
 
 
-def test_words_of_a_rule():
+def test_describe_gives_words_of_rule():
     rule = {"version": 1, "any": [
         {"all": [{"at": -1, "is": "punctuation"}, {"at": 0, "in": [1]}]},
         {"all": [{"at": -1, "word": "of"}, {"position": [0, 4]}]},

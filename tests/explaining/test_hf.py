@@ -1,4 +1,4 @@
-"""A local model says the probability of yes that its own logits say, and is asked nothing it cannot read."""
+"""The provider hf: P(yes) equals the softmax of the model's logits; prompts that are too long are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def folder(tmp_path_factory, tiny_text):
     return folder
 
 
-def test_the_probability_is_that_of_the_two_answers_alone(folder):
+def test_probability_equals_softmax_of_two_answers(folder):
     asked = HuggingFace(str(folder), "cpu")
     questions = [Question("Say.", f"Is it {'so ' * n}?", True, 4) for n in (1, 30, 3, 9, 2, 5, 7, 4, 6, 8)]
     replies = asked.ask(questions)
@@ -48,14 +48,14 @@ def test_the_probability_is_that_of_the_two_answers_alone(folder):
         assert reply.text == ("Yes" if reply.probability >= 0.5 else "No")
 
 
-def test_a_prompt_that_is_too_long_fails(folder):
+def test_too_long_prompt_fails_with_reason(folder):
     asked = HuggingFace(str(folder), "cpu")
     long, short = asked.ask([Question("", "so " * 5000, False, 4), Question("", "so", False, 4)])
     assert (long.status, short.status) == ("failed", "ok")
     assert "lower --examples or --window" in long.reason
 
 
-def test_from_a_folder_to_the_store(own_store, folder):
+def test_explain_with_local_model_stores_explanations(own_store, folder):
     settings = {"provider": "hf", "model": str(folder), "features": (3, 22), "examples": 3, "device": "cpu"}
     with sb.explain(own_store, **settings, window=8, quiet=True) as store:
         [explained] = store.explanations(3).to_dict("records")
@@ -67,13 +67,13 @@ def test_from_a_folder_to_the_store(own_store, folder):
     assert check_store(own_store) == []
 
 
-def test_only_local_folders_are_read(own_store, tmp_path):
+def test_model_that_is_not_a_local_folder_is_refused(own_store, tmp_path):
     with pytest.raises(UserError, match="is not a local folder"):
         sb.explain(own_store, provider="hf", model="some/model", quiet=True)
 
 
 @pytest.mark.parametrize("damage", ["cut", "gap"])
-def test_damaged_weights_are_refused(own_store, folder, tmp_path, damage):
+def test_damaged_model_weights_are_refused(own_store, folder, tmp_path, damage):
     from safetensors.torch import load_file, save_file
 
     broken = shutil.copytree(folder, tmp_path / "broken")

@@ -1,4 +1,4 @@
-"""What is shown to a model and what it is then asked about have no document and no context in common."""
+"""Windows that are shown to a model and windows that it is asked about share no document and no context."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def world(wide_store):
 
 @settings(max_examples=60, deadline=None)
 @given(feature=st.integers(0, 21), n=st.integers(1, 12), window=st.integers(4, 40), seed=st.integers(0, 9))
-def test_shown_and_asked_never_overlap(world, feature, n, window, seed):
+def test_shown_and_scored_windows_share_no_context_or_document(world, feature, n, window, seed):
     index, firings, contexts, places = world
     sampler = Sampler(index, n=n, window=window, seed=seed)
     drawn = sampler.draw(feature, *firings[feature])
@@ -51,7 +51,7 @@ def test_shown_and_asked_never_overlap(world, feature, n, window, seed):
     assert other.draw(feature, *firings[feature]) == drawn
 
 
-def test_there_are_examples_of_every_kind(world):
+def test_sampler_draws_all_kinds_of_examples(world):
     index, firings, _, _ = world
     drawn = Sampler(index, n=8, window=8, seed=0).draw(3, *firings[3])
     assert (len(drawn.shown), len(drawn.positive), len(drawn.negative)) == (8, 16, 8)
@@ -64,7 +64,7 @@ def test_there_are_examples_of_every_kind(world):
     ]
 
 
-def test_marks_stand_around_what_fires(world):
+def test_marked_text_brackets_firings(world):
     index, firings, _, _ = world
     for w in Sampler(index, n=6, window=12, seed=1).draw(5, *firings[5]).shown:
         text = marked(w, w.fires, VOCAB)

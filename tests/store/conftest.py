@@ -15,5 +15,5 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def textless_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same without tokens and contexts, as an imported array gives it."""
+    """The same store without tokens and contexts, as for an imported array."""
     return build_small_store(tmp_path_factory.mktemp("textless") / "store", text=False)

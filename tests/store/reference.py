@@ -1,4 +1,4 @@
-"""Every table of a store computed the slow, obvious way from dense codes: what the fast way must equal."""
+"""Reference implementation of every table of a store, computed by brute force from dense codes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from saebench.store.text import token_text
 
 
 def feature_rows(codes_NM, cache) -> list[dict]:
-    """One dict a latent with the columns that depend on activations alone."""
+    """One dict per latent, with the columns that depend on activations only."""
     rows = []
     for feature, column in enumerate(codes_NM.T):
         at = np.flatnonzero(column)
@@ -96,7 +96,7 @@ def histogram(column) -> tuple[float, float, list[int]] | None:
 
 
 def together(codes_NM) -> dict[tuple[int, int], tuple[int, float, float]]:
-    """(latent, other) -> tokens on which both fire, that over those on which either does, correlation."""
+    """(latent, other) -> number of tokens on which both fire, Jaccard index, correlation."""
     found = {}
     for a in range(codes_NM.shape[1]):
         for b in range(codes_NM.shape[1]):
@@ -110,7 +110,7 @@ def together(codes_NM) -> dict[tuple[int, int], tuple[int, float, float]]:
 
 
 def top_rows(column, cache, n: int) -> list[int]:
-    """Rows of the largest activation of each of the ``n`` contexts in which a latent fires hardest."""
+    """Rows of the largest activations of the ``n`` contexts in which a latent has the largest activations."""
     ctx = np.arange(len(column)) if cache.ctx is None else cache.ctx.numpy()
     best: dict[int, int] = {}
     for row in np.flatnonzero(column):

@@ -1,4 +1,4 @@
-"""The small world's store with all that may be added to it, in hostile words: explanations with verdicts,
+"""The small store with everything that can be added to it, in hostile text: explanations with verdicts,
 effects, labels, bookmarks, comments, lists and saved views."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What people say of features is kept: by any number of writers, whatever is indexed, or said not to be."""
+"""Annotations: concurrent writers, indexing again, import and export, invalid input and damaged files."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ actions = st.one_of(
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(actions, max_size=25))
-def test_what_was_said_is_what_is_read(tmp_path_factory, steps):
-    """Against plain dictionaries; another object on the same file reads the same."""
+def test_annotations_read_back_equal_plain_dictionaries(tmp_path_factory, steps):
+    """Random actions are compared with plain dictionaries, read through another object on the same file."""
     path = tmp_path_factory.mktemp("notes")
     notes = Annotations(path, "a" * 64, d_sae=D_SAE)
     labels, bookmarks, comments, lists, views = {}, set(), [], {"x": [], "y": []}, {}
@@ -112,7 +112,7 @@ def exports(label):
 
 @settings(max_examples=25, deadline=None)
 @given(exports(st.sampled_from("ab")), exports(st.sampled_from("ab")))
-def test_the_newer_label_stays_in_whichever_order_they_come(tmp_path_factory, first, second):
+def test_import_keeps_newer_label_in_any_order(tmp_path_factory, first, second):
     there = Annotations(tmp_path_factory.mktemp("there"), "s")
     back = Annotations(tmp_path_factory.mktemp("back"), "s")
     for notes, order in ((there, (first, second)), (back, (second, first))):
@@ -136,8 +136,8 @@ def write(path, number, barrier, n):
         notes.set_label(i, f"{number}")
 
 
-def test_two_processes_write_at_once_and_nothing_is_lost(tmp_path):
-    """The file is not there when they begin, so both would make it."""
+def test_concurrent_writers_lose_no_annotation(tmp_path):
+    """The file does not exist at the start, so the writers also compete to create it."""
     n, context = 25, multiprocessing.get_context("fork")
     barrier = context.Barrier(3)
     writers = [context.Process(target=write, args=(tmp_path, k, barrier, n)) for k in range(3)]
@@ -153,7 +153,7 @@ def test_two_processes_write_at_once_and_nothing_is_lost(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [FILE]
 
 
-def test_a_killed_writer_leaves_what_was_there(tmp_path):
+def test_sigkill_in_transaction_leaves_annotations_unchanged(tmp_path):
     notes = Annotations(tmp_path, "a")
     notes.set_label(1, "kept")
     child = os.fork()
@@ -167,7 +167,7 @@ def test_a_killed_writer_leaves_what_was_there(tmp_path):
     assert notes.label(1) == "changed"
 
 
-def test_annotations_survive_whatever_is_indexed(tmp_path):
+def test_annotations_follow_weights_when_store_is_indexed_again(tmp_path):
     store = build_small_store(tmp_path / "store")
     with open_store(store) as opened:
         opened.annotations.set_label(3, "said of the first weights")
@@ -190,7 +190,7 @@ def test_annotations_survive_whatever_is_indexed(tmp_path):
     assert check_store(store) == []
 
 
-def test_reading_makes_no_file_and_removing_neither(tmp_path):
+def test_reading_and_removing_create_no_file(tmp_path):
     notes = Annotations(tmp_path, "a")
     assert notes.label(0) is None
     for table in (notes.labels(), notes.bookmarks(), notes.comments(), notes.lists(), notes.views()):
@@ -202,7 +202,7 @@ def test_reading_makes_no_file_and_removing_neither(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_times_are_utc_and_authors_are_kept(notes):
+def test_annotations_have_utc_time_and_author(notes):
     before = datetime.datetime.now(datetime.UTC)
     notes.set_label(0, "one")
     notes.bookmark(1, author="Bob")
@@ -239,7 +239,7 @@ def test_times_are_utc_and_authors_are_kept(notes):
         (lambda n: n.import_json("nowhere.json"), r"nowhere\.json does not exist"),
     ],
 )
-def test_wrong_input_ends_in_a_sentence_and_nothing_is_written(notes, call, sentence):
+def test_invalid_input_raises_user_error_and_writes_nothing(notes, call, sentence):
     with pytest.raises(UserError, match=sentence):
         call(notes)
     assert not any(everything(notes).values())
@@ -263,7 +263,7 @@ GOOD = {"sae": "a", "feature": 1, "label": "good", "author": "", "time": "2026-0
         ({"labels": [GOOD], "format_version": None}, "has format None"),
     ],
 )
-def test_an_import_is_taken_over_whole_or_not_at_all(notes, tmp_path, change, sentence):
+def test_invalid_import_changes_nothing(notes, tmp_path, change, sentence):
     file = tmp_path / "export.json"
     file.write_text(json.dumps({"format": "saebench annotations", "format_version": 1} | change))
     with pytest.raises(UserError, match=sentence):
@@ -271,7 +271,7 @@ def test_an_import_is_taken_over_whole_or_not_at_all(notes, tmp_path, change, se
     assert not any(everything(notes).values())
 
 
-def test_export_to_a_file_and_back(notes, tmp_path):
+def test_exported_file_imports_to_equal_content(notes, tmp_path):
     notes.set_label(1, "emoji \N{GRINNING FACE} and </script>")
     notes.comment(2, "two\nlines")
     content = notes.export_json(tmp_path / "out.json")
@@ -296,7 +296,7 @@ def broken(data, how):
 
 
 @pytest.mark.parametrize("how", ["empty", "text", "header", "half", "pages"])
-def test_a_damaged_file_is_said_to_be_and_left_alone(notes, how):
+def test_damaged_file_raises_user_error_and_is_unchanged(notes, how):
     for i in range(20):
         notes.set_label(i, "x" * 150)
         notes.comment(i, "y" * 300)
@@ -314,7 +314,7 @@ def test_a_damaged_file_is_said_to_be_and_left_alone(notes, how):
     assert sha256_file(notes.path) == before
 
 
-def test_a_newer_file_and_a_strangers_file_are_refused(notes):
+def test_newer_format_and_foreign_file_are_refused(notes):
     notes.set_label(1, "x")
     with sqlite3.connect(notes.path) as connection:
         connection.execute("PRAGMA user_version = 2")
@@ -329,7 +329,7 @@ def test_a_newer_file_and_a_strangers_file_are_refused(notes):
         notes.set_label(1, "y")
 
 
-def test_a_file_locked_for_long_ends_in_a_sentence(notes, monkeypatch):
+def test_locked_file_raises_user_error_for_writers_only(notes, monkeypatch):
     notes.set_label(1, "x")
     monkeypatch.setattr("saebench.store.annotation_file.BUSY_SECONDS", 0.05)
     with notes._file.writing():
@@ -342,7 +342,7 @@ def test_a_file_locked_for_long_ends_in_a_sentence(notes, monkeypatch):
 
 @given(st.lists(FEATURE, unique=True, min_size=1), st.lists(FEATURE, unique=True), SAID)
 @settings(max_examples=15, deadline=None)
-def test_a_renamed_list_keeps_its_entries_and_takes_in_those_of_its_new_name(made, old, there, name):
+def test_rename_list_merges_with_list_of_new_name(made, old, there, name):
     for one in made.lists()["name"]:
         made.remove_list(one)
     made.add_to_list("first", old)
@@ -362,8 +362,8 @@ def made(tmp_path_factory):
     return Annotations(tmp_path_factory.mktemp("renamed"), "a" * 64, d_sae=D_SAE)
 
 
-def test_a_list_takes_what_tables_hold(notes):
-    """A column, an array, a set; and the number of a feature out of a row of floats."""
+def test_add_to_list_accepts_columns_arrays_and_sets(notes):
+    """Also a feature number from a row of floats."""
     import numpy as np
     import pandas as pd
 

@@ -36,7 +36,7 @@ from tests.store.small_store import (
     batch=st.integers(1, 200), group=st.integers(1, 400), text=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=8, deadline=None)
-def test_a_store_equals_brute_force(seed, contexts, d_sae, k, batch, group, text, tmp_path_factory):
+def test_store_equals_brute_force(seed, contexts, d_sae, k, batch, group, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("store")
     cache = SmallCache(seed, n_contexts=contexts, text=text)
     sae = small_sae(seed, d_sae=d_sae, k=min(k, d_sae))
@@ -51,7 +51,7 @@ def test_a_store_equals_brute_force(seed, contexts, d_sae, k, batch, group, text
 
 
 def compare(store, sae, cache):
-    """Every answer of ``store`` against the dense codes that it was read into."""
+    """Compare every answer of ``store`` with the dense codes."""
     codes_NM = np.zeros((cache.n_rows, sae.d_sae), dtype=np.float32)
     for feature in range(sae.d_sae):
         fired = store.activations(feature)
@@ -110,7 +110,7 @@ def compare(store, sae, cache):
             np.testing.assert_allclose(side["value"], logits[side["token"]], rtol=1e-4)
 
 
-def test_a_second_sae_joins_and_the_text_is_kept_once(tmp_path):
+def test_second_sae_shares_text_file(tmp_path):
     store = build_small_store(tmp_path / "store")
     build_small_store(store, name="other", seed=1)
     with open_store(store) as first, open_store(store, "other") as second:
@@ -120,7 +120,7 @@ def test_a_second_sae_joins_and_the_text_is_kept_once(tmp_path):
     assert len(list(store.rglob("text-*.duckdb"))) == 1
 
 
-def test_indexing_again_replaces_only_that_sae(tmp_path):
+def test_indexing_again_replaces_only_same_name(tmp_path):
     store = build_small_store(tmp_path / "store")
     build_small_store(store, name="other", seed=1)
     with open_store(store, "other") as before:
@@ -137,7 +137,7 @@ def test_indexing_again_replaces_only_that_sae(tmp_path):
         assert new.newer_generation() is None
 
 
-def test_what_is_missing_is_said(textless_store):
+def test_missing_tables_have_reasons(textless_store):
     with open_store(textless_store) as store:
         missing = store.info()["missing"]
         assert set(missing) == {*tables.NEED_TEXT, "logit"}
@@ -149,7 +149,7 @@ def test_what_is_missing_is_said(textless_store):
                 ask(0)
 
 
-def test_text_without_logits_says_why(tmp_path):
+def test_missing_logits_have_a_reason(tmp_path):
     build_store(tmp_path / "s", small_sae(), SmallCache(), small_options(), no_logits="it was left out")
     with open_store(tmp_path / "s") as store:
         assert store.info()["missing"] == {"logit": "it was left out"}
@@ -159,7 +159,7 @@ def test_text_without_logits_says_why(tmp_path):
     assert check_store(tmp_path / "s") == []
 
 
-def test_values_that_are_not_finite_are_refused_and_the_store_stays(tmp_path):
+def test_nonfinite_activations_are_refused_and_store_unchanged(tmp_path):
     store = build_small_store(tmp_path / "store")
     before = (store / "manifest.json").read_bytes()
     cache = SmallCache()
@@ -171,12 +171,12 @@ def test_values_that_are_not_finite_are_refused_and_the_store_stays(tmp_path):
     assert check_store(store) == []
 
 
-def test_a_cache_of_another_width_is_refused():
+def test_cache_of_other_d_in_is_refused():
     with pytest.raises(UserError, match=r"d_in 7 .* d_in 12"):
         check_fit(small_sae(d_in=7), SmallCache(), HOOK)
 
 
-def test_rows_out_of_order_and_unknown_tokens_are_refused(tmp_path):
+def test_unordered_rows_and_unknown_tokens_are_refused(tmp_path):
     cache = SmallCache()
     cache.pos[5] = cache.pos[4]
     with pytest.raises(UserError, match="order of their contexts"):
@@ -187,14 +187,14 @@ def test_rows_out_of_order_and_unknown_tokens_are_refused(tmp_path):
         Corpus(cache)
 
 
-def test_a_directory_of_other_things_is_refused(tmp_path):
+def test_nonempty_directory_that_is_not_a_store_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"not a feature store .*thesis"):
         build_small_store(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_second_writer_is_refused(tmp_path):
+def test_concurrent_writer_is_refused(tmp_path):
     with (
         directory_lock(tmp_path, what="the feature store"),
         pytest.raises(UserError, match="another process"),
@@ -202,20 +202,20 @@ def test_a_second_writer_is_refused(tmp_path):
         build_small_store(tmp_path)
 
 
-def test_too_little_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_insufficient_disk_is_refused_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(build_module, "forecast", lambda *args: 1 << 60)
     with pytest.raises(UserError, match=r"indexing .* needs"):
         build_small_store(tmp_path / "store")
     assert [path.name for path in (tmp_path / "store").iterdir()] == [".lock"]
 
 
-def test_the_forecast_covers_what_is_written(small_store):
+def test_forecast_is_at_least_bytes_written(small_store):
     written = sum(path.stat().st_size for path in small_store.rglob("*.duckdb"))
     empty_files = 8 << 20  # DuckDB's blocks of 256 KiB, one or two for every column
     assert written < forecast(small_sae(), Corpus(SmallCache()), small_options()) + empty_files
 
 
-def test_index_of_a_real_run_and_an_imported_cache(tmp_path, monkeypatch):
+def test_index_real_run_and_imported_cache(tmp_path, monkeypatch):
     from saebench.activations.importing import import_activations
 
     x = SmallCache().activations().numpy()
@@ -241,7 +241,7 @@ def test_index_of_a_real_run_and_an_imported_cache(tmp_path, monkeypatch):
         index(config)
 
 
-def test_several_runs_are_indexed_in_one_pass(tmp_path):
+def test_index_several_runs_in_one_pass(tmp_path):
     from saebench.activations.importing import import_activations
 
     np.save(tmp_path / "x.npy", SmallCache().activations().numpy())

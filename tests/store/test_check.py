@@ -1,4 +1,4 @@
-"""Corruptions are planted in an intact store; the check finds each of them."""
+"""check_store finds each corruption that is planted in an intact store."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from saebench.store import check_store, open_store, publish, recompute, store_in
 from tests.store.small_store import HOOK, SmallCache, build_small_store, small_sae, small_unembedding
 
 
-def test_an_intact_store_has_no_findings(small_store, textless_store):
+def test_check_of_intact_store_finds_nothing(small_store, textless_store):
     assert check_store(small_store) == []
     assert check_store(textless_store) == []
 
 
-def test_several_saes_are_checked(tmp_path):
+def test_check_covers_several_saes(tmp_path):
     store = build_small_store(tmp_path / "store")
     build_small_store(store, name="other", seed=1)
     assert check_store(store) == []
@@ -29,7 +29,7 @@ def test_several_saes_are_checked(tmp_path):
 
 
 def plant(store, kind: str, statement: str, number: int = 0) -> None:
-    """Change a table behind the store's back and make the manifest agree, as a wrong builder would."""
+    """Change a table and update the checksum in the manifest, as a faulty build would."""
     file = sorted(store.rglob(f"{kind}*.duckdb"))[number]
     old = publish.describe(file).sha256
     with duckdb.connect(str(file)) as connection:
@@ -192,7 +192,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_planted_corruption_is_found(small_store, tmp_path, name):
+def test_check_finds_planted_corruption(small_store, tmp_path, name):
     store = shutil.copytree(small_store, tmp_path / "store")
     plant(store, *PLANTED[name])
     findings = check_store(store)
@@ -202,7 +202,7 @@ def test_planted_corruption_is_found(small_store, tmp_path, name):
 
 @pytest.mark.parametrize("kind", ["sae-", "text-"])
 @pytest.mark.parametrize("share", [0.0, 0.31, 0.7, 0.999])
-def test_a_flipped_byte_is_found(small_store, tmp_path, kind, share):
+def test_check_finds_flipped_byte(small_store, tmp_path, kind, share):
     store = shutil.copytree(small_store, tmp_path / "store")
     file = next(store.rglob(f"{kind}*.duckdb"))
     data = bytearray(file.read_bytes())
@@ -211,7 +211,7 @@ def test_a_flipped_byte_is_found(small_store, tmp_path, kind, share):
     assert [f.where for f in check_store(store)] == [str(file.relative_to(store))]
 
 
-def test_missing_and_cut_files_and_logs_are_found(small_store, tmp_path):
+def test_check_finds_missing_and_truncated_files_and_wal(small_store, tmp_path):
     for number, damage in enumerate((
         lambda file: file.unlink(),
         lambda file: file.write_bytes(file.read_bytes()[:-1]),
@@ -222,12 +222,12 @@ def test_missing_and_cut_files_and_logs_are_found(small_store, tmp_path):
         assert len(check_store(store)) == 1
 
 
-def test_no_store_is_an_error(tmp_path):
+def test_check_without_store_raises_user_error(tmp_path):
     with pytest.raises(UserError, match="not a feature store"):
         check_store(tmp_path)
 
 
-def test_store_info(small_store):
+def test_store_info_has_generation_bytes_and_saes(small_store):
     info = store_info(small_store)
     assert info["generation"] == 1
     assert info["bytes"] == sum(file.stat().st_size for file in small_store.rglob("*.duckdb"))
@@ -237,7 +237,7 @@ def test_store_info(small_store):
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
-    """A run, and a store of a cache whose model is not asked for; what a check may be given."""
+    """A folder with the run that was indexed and a run of another SAE."""
     folder = tmp_path_factory.mktemp("references")
     small_sae().save(folder / "run", hook_name=HOOK)
     small_sae(3).save(folder / "other", hook_name=HOOK)
@@ -246,14 +246,14 @@ def references(tmp_path_factory):
 
 @pytest.fixture
 def with_cache(monkeypatch):
-    """Whatever is opened as a cache is the small one, and its model's unembedding is the small one."""
+    """open_cache returns the small cache, and find_unembedding the small unembedding."""
     import saebench.activations.cache as module
 
     monkeypatch.setattr(module, "open_cache", lambda path: SmallCache(5 if "other" in str(path) else 0))
     monkeypatch.setattr(recompute, "find_unembedding", lambda *_: (small_unembedding(), ""))
 
 
-def test_an_intact_store_agrees_with_its_sae_its_cache_and_its_model(small_store, references, with_cache):
+def test_check_of_intact_store_against_references_finds_nothing(small_store, references, with_cache):
     assert check_store(small_store, run=references / "run") == []
     assert check_store(small_store, run=references / "run", cache="cache", model="cache") == []
 
@@ -271,7 +271,7 @@ WITNESSED = {
 
 
 @pytest.mark.parametrize("name", WITNESSED)
-def test_what_only_the_sae_the_cache_or_the_model_can_tell(
+def test_check_against_references_finds_consistent_corruption(
     small_store, references, with_cache, tmp_path, name
 ):
     store = shutil.copytree(small_store, tmp_path / "store")
@@ -280,7 +280,7 @@ def test_what_only_the_sae_the_cache_or_the_model_can_tell(
     assert len(found) > len(check_store(store))
 
 
-def test_references_of_other_data_are_refused(small_store, references, with_cache):
+def test_check_against_other_references_is_refused(small_store, references, with_cache):
     with pytest.raises(UserError, match=r"those of no SAE of the store .* it has small"):
         check_store(small_store, run=references / "other")
     with pytest.raises(UserError, match="is not the one that the store was made from"):
@@ -291,7 +291,7 @@ def test_references_of_other_data_are_refused(small_store, references, with_cach
         check_store(small_store, run=references / "run", model="cache")
 
 
-def test_people_s_notes_that_cannot_be_read_are_named(tmp_path):
+def test_check_names_unreadable_annotations(tmp_path):
     store = build_small_store(tmp_path / "store")
     with open_store(store) as opened:
         opened.annotations.set_label(1, "mine")

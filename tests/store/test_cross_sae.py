@@ -1,4 +1,4 @@
-"""Several SAEs of one store, side by side."""
+"""Comparison of several SAEs of one store."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def places(store, feature):
     return set(zip(acts["ctx"], acts["pos"], strict=True))
 
 
-def test_the_summary_of_each_is_its_own(store):
+def test_compare_has_summary_of_each_sae(store):
     table = store.compare()
     assert table["name"].tolist() == ["small", "second", "third"]
     for row in table.itertuples():
@@ -48,7 +48,7 @@ def test_the_summary_of_each_is_its_own(store):
 
 
 @pytest.mark.parametrize("other", ["small", "second"])
-def test_firing_together_is_counted_as_sets_do(store, other):
+def test_cross_sae_coactivation_equals_sets(store, other):
     with store.beside(other) as opened:
         theirs = {i: places(opened, i) for i in range(D_SAE)}
     for feature in range(0, D_SAE, 3):
@@ -65,7 +65,7 @@ def test_firing_together_is_counted_as_sets_do(store, other):
             assert (found["feature"][0], found["jaccard"][0]) == (feature, 1)
 
 
-def test_what_cannot_be_compared_is_said(store):
+def test_incomparable_saes_raise_user_error(store):
     with pytest.raises(UserError, match="'second' and 'third' were indexed over other text"):
         store.same_firings(0, "third")
     with pytest.raises(UserError, match="did you mean small"):
@@ -76,7 +76,7 @@ def test_what_cannot_be_compared_is_said(store):
         store.beside("thirt")
 
 
-def test_caches_without_text_are_compared_by_their_rows(textless_store, tmp_path):
+def test_cross_sae_without_text_compares_rows(textless_store, tmp_path):
     path = build_small_store(tmp_path / "store", text=False)
     build_store(path, small_sae(1), SmallCache(text=False), small_options(name="same"), no_logits="none")
     build_store(path, small_sae(1), SmallCache(3, text=False), small_options(name="else"), no_logits="none")

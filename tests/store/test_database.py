@@ -1,4 +1,4 @@
-"""What DuckDB may do for a reader, and the traps that the settings avoid."""
+"""DuckDB connections of readers are locked, and damaged or newer files raise a UserError."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def reader(small_store):
         "LOAD httpfs",
     ],
 )
-def test_a_reader_reaches_nothing_else_and_changes_nothing(reader, query, tmp_path, monkeypatch):
+def test_reader_connection_cannot_write_or_open_files(reader, query, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(duckdb.Error):
         reader.execute(query)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_late_materialization_is_off_because_it_is_a_trap(tmp_path):
-    """Plain DuckDB joins the table with itself for a top n, and fails on one of these queries.
+def test_late_materialization_is_disabled(tmp_path):
+    """With its defaults, DuckDB joins the table with itself for a top n, and fails on one of these queries.
 
-    If the two assertions about plain DuckDB stop holding, the setting may go.
+    When an assertion about the defaults fails, the setting can be removed.
     """
     file = tmp_path / "trap.duckdb"
     n = 300_000
@@ -66,7 +66,7 @@ def test_late_materialization_is_off_because_it_is_a_trap(tmp_path):
         assert len(reader.execute(some.format("sae")).fetchall()) == 3
 
 
-def test_a_full_disk_ends_in_a_sentence_and_not_in_a_store(tmp_path, monkeypatch):
+def test_full_disk_raises_user_error_and_leaves_no_store(tmp_path, monkeypatch):
     store = build_small_store(tmp_path / "store")
     before = (store / "manifest.json").read_bytes()
 
@@ -93,7 +93,7 @@ except UserError as error:
 
 
 @pytest.mark.parametrize("limit", [2_000, 300_000, 1_000_000])
-def test_a_real_limit_of_the_disk(tmp_path, limit):
+def test_real_file_size_limit_raises_user_error(tmp_path, limit):
     store = build_small_store(tmp_path / "store")
     before = (store / "manifest.json").read_bytes()
     command = [sys.executable, "-c", LIMITED, str(store), str(limit)]
@@ -104,7 +104,7 @@ def test_a_real_limit_of_the_disk(tmp_path, limit):
     assert not (store / publish.BUILDING).exists()
 
 
-def test_a_newer_format_is_refused_with_a_sentence(tmp_path):
+def test_newer_format_raises_user_error(tmp_path):
     store = build_small_store(tmp_path / "store")
     content = json.loads((store / "manifest.json").read_text())
     (store / "manifest.json").write_text(json.dumps(content | {"format_version": 3}))
@@ -114,14 +114,14 @@ def test_a_newer_format_is_refused_with_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format_version": 1}', "null", '"x"', "\\xff"])
-def test_a_damaged_manifest_is_refused_with_a_sentence(tmp_path, content):
+def test_damaged_manifest_raises_user_error(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=r"manifest\.json is (not|damaged)"):
         open_store(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["generation", "saes", "texts"])
-def test_a_manifest_without_a_part_is_refused(tmp_path, key):
+def test_manifest_without_a_key_raises_user_error(tmp_path, key):
     store = build_small_store(tmp_path / "store")
     content = json.loads((store / "manifest.json").read_text())
     del content[key]
@@ -134,7 +134,7 @@ def test_a_manifest_without_a_part_is_refused(tmp_path, key):
 
 
 @pytest.mark.parametrize("kept", [0, 100, 5000, 0.5, 0.99])
-def test_a_file_cut_short_is_refused_with_a_sentence(tmp_path, kept):
+def test_truncated_file_raises_user_error(tmp_path, kept):
     store = build_small_store(tmp_path / "store")
     file = next(store.rglob("sae-*.duckdb"))
     data = file.read_bytes()
@@ -143,8 +143,8 @@ def test_a_file_cut_short_is_refused_with_a_sentence(tmp_path, kept):
         open_store(store)
 
 
-def test_damaged_blocks_end_in_a_sentence(tmp_path):
-    """Bytes overwritten all over the file: each question is answered or refused with a sentence."""
+def test_damaged_blocks_raise_user_error(tmp_path):
+    """With bytes overwritten in the whole file, each query is answered or raises a UserError."""
     store = build_small_store(tmp_path / "store")
     file = next(store.rglob("sae-*.duckdb"))
     data = bytearray(file.read_bytes())
@@ -162,7 +162,7 @@ def ask_everything(store):
             opened.activations(feature)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_missing_file_is_named_in_error(tmp_path):
     store = build_small_store(tmp_path / "store")
     file = next(store.rglob("text-*.duckdb"))
     file.unlink()
@@ -178,7 +178,7 @@ sys.stdin.read()
 """
 
 
-def test_a_file_that_is_open_for_writing_elsewhere_is_named(tmp_path):
+def test_file_open_for_writing_is_named_in_error(tmp_path):
     store = build_small_store(tmp_path / "store")
     file = next(store.rglob("sae-*.duckdb"))
     command = [sys.executable, "-c", HOLDER, str(file)]

@@ -35,12 +35,12 @@ def store(tmp_path_factory):
         yield opened
 
 
-def test_there_are_examples():
+def test_docstrings_have_examples():
     assert len(EXAMPLES) >= 30
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda test: test.name)
-def test_the_examples_run(example, store, tmp_path, monkeypatch):
+def test_docstring_example_runs(example, store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     example.globs.update(sb=sb, store=store)
     said = []

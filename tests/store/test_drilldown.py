@@ -1,4 +1,4 @@
-"""Search and drill-down say what the table of all activations says."""
+"""Search and drill-down agree with the table of all activations."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def contexts(store):
 
 
 def refusal(question):
-    """The sentence with which a question is refused; None when it is answered."""
+    """The error of a query that is refused; None when it is answered."""
     try:
         question()
     except UserError as error:
@@ -67,7 +67,9 @@ bounds = st.tuples(st.floats(-1, 25, width=32), st.floats(-1, 25, width=32)).map
 @settings(max_examples=30, deadline=None)
 @given(feature=features, between=bounds, token=st.sampled_from([None, *TEXTS, 7]),
        limit=st.integers(0, 30) | st.none(), order=st.sampled_from(sorted(ACTIVATION_ORDERS)))  # fmt: skip
-def test_activations_filtered(store, truth, contexts, feature, between, token, limit, order):
+def test_filtered_activations_equal_brute_force(
+    store, truth, contexts, feature, between, token, limit, order
+):
     def wanted_token(ctx, pos):
         at = contexts[ctx]["tokens"][pos]
         return token is None or (at == token if isinstance(token, int) else TEXTS[at] == token)
@@ -85,7 +87,7 @@ def test_activations_filtered(store, truth, contexts, feature, between, token, l
 @settings(max_examples=30, deadline=None)
 @given(feature=features, between=bounds, n=st.integers(0, 30), seed=st.integers(0, 9),
        window=st.integers(1, 40))  # fmt: skip
-def test_examples_are_drawn_from_the_interval(store, truth, contexts, feature, between, n, seed, window):
+def test_drawn_examples_are_in_the_interval(store, truth, contexts, feature, between, n, seed, window):
     drawn = store.examples_between(feature, *between, n=n, seed=seed, window=window)
     inside = {at: v for at, v in truth[feature].items() if between[0] <= v <= between[1]}
     assert len(drawn) == min(n, len(inside))
@@ -108,13 +110,13 @@ def test_examples_are_drawn_from_the_interval(store, truth, contexts, feature, b
         assert row.acts == expected
 
 
-def test_seeds_draw_different_examples(store):
+def test_different_seeds_draw_different_examples(store):
     draws = {tuple(store.examples_between(0, 0, 99, n=5, seed=seed)["value"]) for seed in range(8)}
     assert len(draws) > 1
 
 
 @pytest.mark.parametrize("group", ["top", "random"])
-def test_windows_are_those_of_stored_examples(store, group):
+def test_drawn_windows_equal_windows_of_stored_examples(store, group):
     for feature in range(D_SAE):
         drawn = store.examples_between(feature, -99, 99, n=10**6)
         by_place = {(row.ctx, row.pos): row for row in drawn.itertuples()}
@@ -126,7 +128,7 @@ def test_windows_are_those_of_stored_examples(store, group):
 
 @pytest.fixture(scope="module")
 def indexed_store(tmp_path_factory):
-    """The same store, with the table that lists what fires at each token."""
+    """The same store, with the activations sorted by context."""
     path = tmp_path_factory.mktemp("indexed") / "store"
     build_store(path, small_sae(), SmallCache(), small_options(context_index=True), no_logits="none")
     with open_store(path) as opened:
@@ -134,7 +136,7 @@ def indexed_store(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["store", "indexed_store"])
-def test_what_fires_over_a_context(request, truth, kind):
+def test_features_of_context_equal_brute_force(request, truth, kind):
     store = request.getfixturevalue(kind)
     assert store.has("act_by_ctx") == (kind == "indexed_store")
     for ctx in range(N_CONTEXTS):
@@ -156,7 +158,7 @@ def test_what_fires_over_a_context(request, truth, kind):
 
 
 @pytest.mark.parametrize("order_by", sorted(TOKEN_FEATURE_ORDERS))
-def test_features_on_a_token(store, truth, contexts, order_by):
+def test_features_of_token_equal_brute_force(store, truth, contexts, order_by):
     for token, text in enumerate(TEXTS):
         found = store.features_on(token, order_by=order_by, limit=None)
         assert set(found["token"]) <= {token}
@@ -176,7 +178,7 @@ def test_features_on_a_token(store, truth, contexts, order_by):
         assert store.features_on(token, order_by=order_by, limit=2).equals(found.head(2))
 
 
-def test_text_means_the_exact_token_and_else_those_that_contain_it(store):
+def test_text_matches_exact_token_else_tokens_that_contain_it(store):
     assert set(store.features_on(" of")["token"]) == {2}
     assert set(store.features_on("SENATE")["token"]) == {26}
     angled = {i for i, text in enumerate(TEXTS) if "<" in text}
@@ -188,7 +190,7 @@ def test_text_means_the_exact_token_and_else_those_that_contain_it(store):
 
 @settings(max_examples=40, deadline=None)
 @given(text=st.text(max_size=6))
-def test_any_text_may_be_searched_for(store, text):
+def test_any_text_is_answered_or_refused(store, text):
     found = store.find_tokens(text)
     assert all(text.lower() in each.lower() for each in found["text"]) or not text.isascii()
     unknown = text not in TEXTS and (text == "" or found.empty)
@@ -197,7 +199,7 @@ def test_any_text_may_be_searched_for(store, text):
 
 @settings(max_examples=40, deadline=None)
 @given(pattern=st.text(alphabet="ab(|)[]*+?{}\\^$.1<é", max_size=12))
-def test_any_pattern_is_answered_or_refused_with_a_sentence(store, pattern):
+def test_any_pattern_is_answered_or_refused(store, pattern):
     refused = refusal(lambda: store.features(regex=pattern))
     assert refused is None or "is not a regular expression" in refused
     assert refusal(lambda: store.find_tokens(regex=pattern)) == refused
@@ -205,7 +207,7 @@ def test_any_pattern_is_answered_or_refused_with_a_sentence(store, pattern):
         assert len(store.features(regex=pattern)) == store.count_features(regex=pattern)
 
 
-def test_patterns_filter_features_and_tokens(store):
+def test_regex_filters_features_and_tokens(store):
     tops = store.features(["feature", "top_token"]).dropna()
     wanted = tops[tops["top_token"].str.contains(r"^ \w+$")]["feature"].tolist()
     assert wanted
@@ -220,13 +222,13 @@ def test_patterns_filter_features_and_tokens(store):
 
 @settings(max_examples=40, deadline=None)
 @given(among=st.lists(st.integers(-3, D_SAE + 3)))
-def test_a_list_of_features_is_a_filter(store, among):
+def test_among_filters_by_feature_list(store, among):
     wanted = sorted(set(among) & set(range(D_SAE)))
     assert store.features(["feature"], among=among)["feature"].tolist() == wanted
     assert store.count_features(among=among) == len(wanted)
 
 
-def test_what_explodes_is_stopped_and_the_next_question_answered(store):
+def test_slow_query_times_out_and_next_query_works(store):
     assert check_pattern("(a*)*b" * 20)  # RE2 takes it in linear time
     stopped = pytest.raises(UserError, match=r"took longer than 0\.1 s")
     with duckdb.connect() as connection, stopped, time_limit(connection, 0.1):
@@ -251,7 +253,7 @@ def test_what_explodes_is_stopped_and_the_next_question_answered(store):
     assert threading.active_count() <= before
 
 
-def test_a_scan_that_takes_too_long_says_why(store, monkeypatch):
+def test_scan_timeout_raises_user_error(store, monkeypatch):
     def stopped(*args, **kwargs):
         raise TimeLimitError("the question took longer than 5 s and was stopped")
 
@@ -260,7 +262,7 @@ def test_a_scan_that_takes_too_long_says_why(store, monkeypatch):
         store.firing_at(0, 1)
 
 
-def test_without_contexts_there_are_still_activations(textless_store):
+def test_activations_without_contexts(textless_store):
     with open_store(textless_store) as store:
         drawn = store.examples_between(0, 0, 99, n=3)
         assert len(drawn) == 3
@@ -313,14 +315,14 @@ def test_without_contexts_there_are_still_activations(textless_store):
         (lambda s: s.context_features(0, [99]), "feature 99"),
     ],
 )
-def test_wrong_questions_end_in_a_sentence(store, call, sentence):
+def test_invalid_arguments_raise_user_error(store, call, sentence):
     with pytest.raises(UserError, match=sentence):
         call(store)
 
 
 @pytest.mark.parametrize("kind", ["value", "log10"])
 @pytest.mark.parametrize("feature", [0, 3, 23])
-def test_a_bar_s_examples_are_all_that_it_counts(store, truth, feature, kind):
+def test_examples_of_histogram_bar_equal_its_count(store, truth, feature, kind):
     bars = store.histogram(feature, kind)
     drawn = {bar: store.examples_in_bin(feature, bar, kind, n=10_000) for bar in range(40)}
     if feature == 23:

@@ -1,4 +1,4 @@
-"""Extras: derived after indexing, published like a generation, kept while they still hold."""
+"""Extras: publishing, checks, and when indexing again keeps or drops them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def extended(tmp_path_factory):
     return store
 
 
-def test_its_columns_go_with_the_feature_table(extended):
+def test_extra_columns_join_feature_table(extended):
     with open_store(extended) as store:
         assert "explained" in store.tables
         assert store.features().columns.tolist() == [*FEATURE.names, "explanation", "explanation_score"]
@@ -66,7 +66,7 @@ def test_its_columns_go_with_the_feature_table(extended):
 @pytest.mark.parametrize(
     "order_by", ["feature", "max_act", "explanation", "explanation_score", "loss_effect"]
 )
-def test_a_page_is_what_pandas_makes_of_the_whole(extended, order_by, limit):
+def test_sorted_page_with_extra_columns_equals_pandas(extended, order_by, limit):
     with open_store(extended) as store:
         whole = store.features([*FEATURE.names, "explanation", "explanation_score", "loss_effect"])
         page = store.features(
@@ -81,12 +81,12 @@ def test_a_page_is_what_pandas_makes_of_the_whole(extended, order_by, limit):
     assert list(page["loss_effect"]) == [None] * len(page)
 
 
-def test_unknown_columns_are_still_refused(extended):
+def test_unknown_column_is_refused_with_extra(extended):
     with open_store(extended) as store, pytest.raises(UserError, match="did you mean explanation"):
         store.features(order_by="explanatio")
 
 
-def test_it_is_checked(extended, tmp_path):
+def test_corrupt_extra_is_found_by_check(extended, tmp_path):
     assert check_store(extended) == []
     store = build_small_store(tmp_path / "store")
     rows = {"feature": [7, 99], "explanation": ["x", None], "explanation_score": [0.5, np.nan]}
@@ -107,7 +107,7 @@ def test_it_is_checked(extended, tmp_path):
     assert read_manifest(store).saes[0].extras == {}
 
 
-def test_all_other_files_stay(tmp_path):
+def test_publishing_extra_changes_no_other_file(tmp_path):
     store = build_small_store(tmp_path / "store")
     build_small_store(store, name="other", seed=1)
     before = read_manifest(store)
@@ -130,7 +130,7 @@ def test_all_other_files_stay(tmp_path):
     assert len(list(store.rglob("effects-*"))) == 2  # the current one, and that of the generation before
 
 
-def test_indexing_again_keeps_it_while_the_activations_are_the_same(tmp_path):
+def test_indexing_again_keeps_extra_only_for_same_activations(tmp_path):
     store = build_small_store(tmp_path / "store")
     add(store)
     build_small_store(store)
@@ -147,7 +147,7 @@ def test_indexing_again_keeps_it_while_the_activations_are_the_same(tmp_path):
     assert not (store / BUILDING).exists()
 
 
-def test_another_cache_is_another_origin(tmp_path):
+def test_indexing_another_cache_drops_extra(tmp_path):
     from tests.store.small_store import build_store
 
     store = build_small_store(tmp_path / "store", text=False)
@@ -159,7 +159,7 @@ def test_another_cache_is_another_origin(tmp_path):
 @pytest.mark.parametrize(
     "step", ["write_json_atomic", "rename", "sync_directory", "second_manifest", "collect"]
 )
-def test_killed_at_any_step_it_is_the_old_or_the_new(tmp_path, monkeypatch, step):
+def test_publishing_extra_interrupted_at_any_step_leaves_valid_store(tmp_path, monkeypatch, step):
     store = build_small_store(tmp_path / "store")
     add_effects(store)
     child = os.fork()
@@ -178,7 +178,7 @@ def test_killed_at_any_step_it_is_the_old_or_the_new(tmp_path, monkeypatch, step
     assert check_store(store) == []
 
 
-def test_a_failing_build_leaves_the_store_as_it_was(tmp_path):
+def test_failing_extra_build_leaves_store_unchanged(tmp_path):
     store = build_small_store(tmp_path / "store")
     before = read_manifest(store)
     with pytest.raises(ZeroDivisionError):
@@ -187,7 +187,7 @@ def test_a_failing_build_leaves_the_store_as_it_was(tmp_path):
     assert not (store / BUILDING).exists()
 
 
-def test_what_it_was_made_from_is_written_in_it(extended):
+def test_extra_records_its_origin(extended):
     [file] = read_manifest(extended).saes[0].extras.values()
     meta = meta_of(extended / file.path)
     assert meta["made_by"] == "a test"
@@ -195,7 +195,7 @@ def test_what_it_was_made_from_is_written_in_it(extended):
         assert meta["sae_hash"] == store.info()["sae_hash"]
 
 
-def test_manifests_without_extras_are_read(tmp_path):
+def test_manifest_without_extras_opens(tmp_path):
     store = build_small_store(tmp_path / "store")
     for path in [store / "manifest.json", generations(store)[0] / "manifest.json"]:
         content = json.loads(path.read_text())
@@ -206,7 +206,7 @@ def test_manifests_without_extras_are_read(tmp_path):
     assert check_store(store) == []
 
 
-def test_an_extra_of_a_later_version_is_left_alone(tmp_path, monkeypatch):
+def test_unknown_extra_of_later_version_is_kept(tmp_path, monkeypatch):
     from saebench.store import schema
 
     store = build_small_store(tmp_path / "store")
@@ -220,7 +220,7 @@ def test_an_extra_of_a_later_version_is_left_alone(tmp_path, monkeypatch):
     assert set(publish.read_manifest(store).saes[0].extras) == {"later", "explanations"}
 
 
-def test_words_are_looked_for_in_explanations_and_labels_too(extended):
+def test_text_search_covers_explanations_and_labels(extended):
     with open_store(extended) as store:
         tokens = store.features()["top_token"]
         labels = {5: "Explains nothing", 6: "<b>"}

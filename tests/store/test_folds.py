@@ -8,7 +8,7 @@ from saebench.store.folds import TEST, TRAIN, fold_of
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=50))
-def test_a_fold_depends_on_the_document_alone(docs):
+def test_fold_depends_on_document_only(docs):
     folds = fold_of(np.array(docs, dtype=np.uint32))
     assert folds.dtype == np.uint8
     assert set(folds.tolist()) <= {TRAIN, TEST}
@@ -16,12 +16,12 @@ def test_a_fold_depends_on_the_document_alone(docs):
 
 
 @given(st.integers(1, 5000))
-def test_both_folds_have_half_of_the_documents(n):
+def test_folds_have_half_of_the_documents_each(n):
     assert abs(int(fold_of(np.arange(n)).sum()) - n / 2) <= 0.5
 
 
-def test_which_of_two_neighbors_is_for_testing_looks_random():
-    """Taking every second document would put, say, all even years on one side."""
+def test_fold_within_pairs_of_documents_is_random():
+    """With every second document in one fold, for example, all even years would be in it."""
     first = fold_of(np.arange(0, 20_000, 2)).astype(float)
     assert abs(first.mean() - 0.5) < 0.03
     assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.05

@@ -1,4 +1,4 @@
-"""A store survives its writers: killed at any instant, it is the old generation or the new one."""
+"""Generations of a store: a writer that is killed at any time leaves the old generation or the new one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def folders(store):
     return [folder.name for folder in generations(store)]
 
 
-def test_old_generations_go_when_nothing_uses_them(tmp_path):
+def test_publish_removes_unused_old_generations(tmp_path):
     store = build_small_store(tmp_path / "store")
     text = next(store.rglob("text-*.duckdb"))
     for seed in range(1, 5):
@@ -48,7 +48,7 @@ def test_old_generations_go_when_nothing_uses_them(tmp_path):
     assert check_store(store) == []
 
 
-def test_a_generation_that_is_read_is_kept(tmp_path):
+def test_generation_with_open_reader_is_kept(tmp_path):
     store = build_small_store(tmp_path / "store")
     reader = open_store(store)
     before = reader.features()
@@ -62,7 +62,7 @@ def test_a_generation_that_is_read_is_kept(tmp_path):
     assert len(list((store / "gen-000001").glob("sae-*"))) == 0
 
 
-def test_a_store_made_anew_is_another_generation_too(tmp_path):
+def test_reader_of_deleted_store_detects_recreated_store(tmp_path):
     reader = open_store(build_small_store(tmp_path / "store"))
     shutil.rmtree(tmp_path / "store")
     with pytest.raises(UserError, match="not a feature store"):
@@ -72,7 +72,7 @@ def test_a_store_made_anew_is_another_generation_too(tmp_path):
     assert len(reader.features()) == 24
 
 
-def test_indexing_again_mends_damaged_files(tmp_path):
+def test_indexing_again_repairs_damaged_files(tmp_path):
     store = build_small_store(tmp_path / "store")
     for file in store.rglob("*.duckdb"):
         data = bytearray(file.read_bytes())
@@ -83,7 +83,7 @@ def test_indexing_again_mends_damaged_files(tmp_path):
     assert check_store(store) == []
 
 
-def test_the_generation_before_can_be_read_whole(tmp_path):
+def test_previous_generation_stays_intact(tmp_path):
     store = build_small_store(tmp_path / "store")
     build_small_store(store, seed=1)
     old = publish.parse_manifest(store / "gen-000001" / "manifest.json")
@@ -91,7 +91,7 @@ def test_the_generation_before_can_be_read_whole(tmp_path):
         assert publish.sha256_file(store / file.path) == file.sha256
 
 
-def test_a_folder_that_was_never_published_is_removed(tmp_path):
+def test_unpublished_folder_is_removed_by_next_build(tmp_path):
     store = build_small_store(tmp_path / "store")
     (store / "gen-000002").mkdir()
     (store / "gen-000002" / "sae-x.duckdb").write_bytes(b"left by a build killed before it was published")
@@ -104,7 +104,7 @@ def test_a_folder_that_was_never_published_is_removed(tmp_path):
     assert check_store(store) == []
 
 
-def test_a_store_that_lost_its_manifest_is_not_cleared_away(tmp_path):
+def test_store_without_manifest_is_refused_and_unchanged(tmp_path):
     store = build_small_store(tmp_path / "store")
     build_small_store(store, seed=1)
     before = {path: path.read_bytes() for path in store.rglob("gen-*/*")}
@@ -121,7 +121,7 @@ def test_a_store_that_lost_its_manifest_is_not_cleared_away(tmp_path):
 @pytest.mark.parametrize(
     "path", ["../other/gen-000001/sae-x.duckdb", "/etc/passwd", "gen-000001/../x.duckdb"]
 )
-def test_a_manifest_names_no_file_outside_its_store(tmp_path, path):
+def test_manifest_with_path_outside_store_is_refused(tmp_path, path):
     store = build_small_store(tmp_path / "store")
     content = json.loads((store / "manifest.json").read_text())
     content["saes"][0]["file"]["path"] = path
@@ -130,8 +130,8 @@ def test_a_manifest_names_no_file_outside_its_store(tmp_path, path):
         open_store(store)
 
 
-def test_publishing_stops_anywhere(tmp_path, monkeypatch):
-    """The steps of publish one by one: whatever the last one done, the store opens and a new build works."""
+def test_publish_interrupted_at_any_step_leaves_valid_store(tmp_path, monkeypatch):
+    """After an interrupt at each step of publish, the store opens and a new build works."""
     for step in ("write_json_atomic", "rename", "sync_directory", "second_manifest", "collect"):
         store = build_small_store(tmp_path / step)
         with monkeypatch.context() as patch:
@@ -160,7 +160,7 @@ def stop_at(patch, step: str) -> None:
         patch.setattr(publish, step, stop)
 
 
-def test_killed_at_random_instants(tmp_path):
+def test_sigkill_at_random_times_leaves_valid_store(tmp_path):
     store = build_small_store(tmp_path / "store")
     started = time.perf_counter()
     build_small_store(store, seed=1)
@@ -195,7 +195,7 @@ def test_killed_at_random_instants(tmp_path):
     assert {str(file.relative_to(store)) for file in store.rglob("*.duckdb")} == known
 
 
-def test_a_reader_that_loses_the_race_tries_again(tmp_path, monkeypatch):
+def test_reader_with_stale_manifest_retries(tmp_path, monkeypatch):
     store = build_small_store(tmp_path / "store")
     stale = read_manifest(store)
     for seed in (1, 2, 3):
@@ -206,7 +206,7 @@ def test_a_reader_that_loses_the_race_tries_again(tmp_path, monkeypatch):
         assert opened.generation == 4
 
 
-def test_holding_needs_no_lock_support(tmp_path, monkeypatch):
+def test_file_system_without_locks_still_opens_store(tmp_path, monkeypatch):
     store = build_small_store(tmp_path / "store")
 
     def refuse(*args):
@@ -220,7 +220,7 @@ def test_holding_needs_no_lock_support(tmp_path, monkeypatch):
     assert check_store(store) == []
 
 
-def test_the_manifest_lists_each_file_with_its_checksum(small_store):
+def test_manifest_round_trips_and_has_format_version(small_store):
     content = json.loads((small_store / "manifest.json").read_text())
     assert content["format_version"] == schema.FORMAT_VERSION
     assert content["saes"][0]["file"]["path"].startswith("gen-000001/sae-")

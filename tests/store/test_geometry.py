@@ -28,7 +28,7 @@ def test_neighbors_equal_brute_force(d_sae, d_in, n, block_bytes, seed):
     assert all(rows["feature"] != rows["other"])
 
 
-def test_zero_rows_have_cosine_zero():
+def test_zero_rows_have_zero_cosine():
     W_dec = torch.tensor([[1.0, 0.0], [0.0, 0.0], [2.0, 0.0]])
     other, cosine = nearest_rows(W_dec, 2)
     assert (other[0, 0], cosine[0, 0]) == (2, 1)

@@ -13,7 +13,7 @@ counts = st.integers(1, 10**9).flatmap(lambda total: st.tuples(st.integers(0, to
 
 
 @given(counts)
-def test_the_ends_of_wilson_are_where_the_score_test_just_holds(counted: tuple[int, int]) -> None:
+def test_wilson_bounds_solve_the_score_test(counted: tuple[int, int]) -> None:
     n, total = counted
     low, high = wilson(n, total)
     assert 0 <= low <= n / total <= high <= 1
@@ -23,13 +23,13 @@ def test_the_ends_of_wilson_are_where_the_score_test_just_holds(counted: tuple[i
 
 
 @pytest.mark.parametrize(("n", "total"), [(1, 0), (-1, 5), (6, 5)])
-def test_what_is_no_share_is_refused(n: int, total: int) -> None:
+def test_wilson_of_invalid_counts_is_refused(n: int, total: int) -> None:
     with pytest.raises(UserError, match="no share"):
         wilson(n, total)
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=30))
-def test_the_standard_error_is_that_of_the_sample(values: list[float]) -> None:
+def test_standard_error_equals_sample_formula(values: list[float]) -> None:
     import numpy as np
 
     found = standard_error(float(np.std(values)), len(values))

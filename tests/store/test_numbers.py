@@ -1,4 +1,4 @@
-"""Features as people name them."""
+"""Feature specifications such as 3,17,40-49."""
 
 import pytest
 from hypothesis import given
@@ -9,13 +9,13 @@ from saebench.store.feature_spec import feature_numbers
 
 
 @given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)).map(sorted), max_size=8))
-def test_ranges_and_numbers_are_the_features_that_they_span(spans):
+def test_feature_spec_with_ranges_gives_all_features(spans):
     words = [f"{a}-{b}" if a != b else str(a) for a, b in spans]
     expected = dict.fromkeys(feature for a, b in spans for feature in range(a, b + 1))
     assert feature_numbers(words, 100) == feature_numbers([",".join(words)] * bool(words), 100) == [*expected]
 
 
 @pytest.mark.parametrize("word", ["", "x", "3-", "-3", "5-4", "100", "7-100", "3 4", "1.5", "٣"])
-def test_words_that_name_no_feature_are_refused(word):
+def test_invalid_feature_spec_is_refused(word):
     with pytest.raises(UserError):
         feature_numbers([word], 100)

@@ -18,7 +18,7 @@ def store(small_store):
         yield opened
 
 
-def test_info(store):
+def test_info_has_metadata(store):
     info = store.info()
     assert info["name"] == store.sae == "small"
     assert info["n_dead"] == store.count_features(flags={"dead": True}) >= 2
@@ -28,14 +28,14 @@ def test_info(store):
     json.dumps(info)
 
 
-def test_columns_in_the_order_asked_for(store):
+def test_features_returns_columns_in_requested_order(store):
     assert store.features().columns.tolist() == FEATURE.names
     assert store.features(["density", "feature"]).columns.tolist() == ["density", "feature"]
 
 
 @pytest.mark.parametrize("order_by", ["density", "max_act", "top_token", "entropy_tok", "dead", "feature"])
 @pytest.mark.parametrize("descending", [False, True])
-def test_filter_sort_and_pages_agree_with_pandas(store, order_by, descending):
+def test_filter_sort_and_pages_equal_pandas(store, order_by, descending):
     ranges = {"density": (0.01, None), "max_act": (None, 12.0)}
     every = store.features()
     wanted = every[(every["density"] >= 0.01) & (every["max_act"] <= 12) & ~every["dead"]]
@@ -62,7 +62,7 @@ def test_filter_sort_and_pages_agree_with_pandas(store, order_by, descending):
     assert store.neighbors_in_order(outside, **settings) == (None, None)
 
 
-def test_text_is_searched_literally_and_in_any_case(store):
+def test_text_search_is_literal_and_case_insensitive(store):
     tokens = store.features(["feature", "top_token"]).dropna()
     for text in tokens["top_token"].unique():
         hits = store.features(["top_token"], text=text.upper())["top_token"]
@@ -97,12 +97,12 @@ def test_text_is_searched_literally_and_in_any_case(store):
         (lambda s: open_store(s.path / "nowhere"), "not a feature store"),
     ],
 )
-def test_wrong_questions_end_in_a_sentence(store, call, sentence):
+def test_invalid_arguments_raise_user_error(store, call, sentence):
     with pytest.raises(UserError, match=sentence):
         call(store)
 
 
-def test_hostile_tokens_come_back_as_they_were(store):
+def test_hostile_tokens_round_trip(store):
     found = set()
     for ctx in range(N_CONTEXTS):
         context = store.context(ctx)
@@ -116,19 +116,19 @@ def test_hostile_tokens_come_back_as_they_were(store):
     assert store.context(0)["pieces"][1:3] == ["\N{GRINNING FACE}", ""]
 
 
-def test_documents_of_a_context_follow_its_rows(store):
+def test_context_documents_match_rows(store):
     cache = SmallCache()
     for doc, ctx, pos in zip(cache.doc.tolist(), cache.ctx.tolist(), cache.pos.tolist(), strict=True):
         assert store.context(ctx)["docs"][pos] == doc
 
 
-def test_differences_of_positions_do_not_wrap_around(store):
+def test_position_differences_can_be_negative(store):
     frame = store.activations(0)
     assert (frame["pos"] - 1000 < 0).all()
     assert frame["value"].dtype == np.float32
 
 
-def test_many_threads_ask_at_once(store):
+def test_concurrent_queries_give_equal_answers(store):
     expected = {i: store.examples(i)["value"].tolist() for i in range(D_SAE)}
     wrong: list[int] = []
 
@@ -145,7 +145,7 @@ def test_many_threads_ask_at_once(store):
     assert wrong == []
 
 
-def test_what_else_is_known_of_a_feature(store):
+def test_feature_details_are_consistent(store):
     for feature in (0, 3, 22):
         row, n_act = store.feature(feature), store.feature(feature)["n_act"]
         quantiles = store.quantiles(feature).set_index("q")["value"]
@@ -165,7 +165,7 @@ def test_what_else_is_known_of_a_feature(store):
         assert mine["p_fire_given_token"] == pytest.approx(row["top_token_p_fire"])
 
 
-def test_examples_have_folds_weights_and_groups(store):
+def test_examples_have_fold_weight_and_group(store):
     examples = store.examples(1)
     assert list(examples["group"].unique()) == [
         group for group in schema.GROUPS if group in set(examples["group"])
@@ -178,18 +178,18 @@ def test_examples_have_folds_weights_and_groups(store):
     assert not any(any(acts) for acts in silent["acts"])
 
 
-def test_unknown_kinds_are_refused(store):
+def test_unknown_kind_is_refused(store):
     for ask in (store.neighbors, store.tokens, store.histogram):
         with pytest.raises(UserError, match="'nearly' is not a"):
             ask(3, "nearly")
 
 
-def test_one_column_may_be_named_without_a_list(store):
+def test_single_column_name_is_accepted(store):
     assert store.features("n_act").equals(store.features(["n_act"]))
 
 
-def test_no_number_of_rows_is_too_large(store):
-    """More than the database can count is all there is."""
+def test_huge_limit_returns_all_rows(store):
+    """A limit beyond the integers of the database returns all rows."""
     most = 2**64
     assert len(store.features(limit=most)) == D_SAE
     assert store.features(offset=most).empty

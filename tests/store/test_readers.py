@@ -1,4 +1,4 @@
-"""Many readers, while new generations are published under them: no error, no lock left, flat memory."""
+"""Many readers during publishing of new generations: no error, no lock left, constant memory."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ print(json.dumps({"asked": sum(counts), "errors": errors, "seen": sorted(seen), 
 
 
 @pytest.mark.parametrize("seconds", [10, pytest.param(60, marks=pytest.mark.slow)])
-def test_readers_see_whole_generations_while_others_are_published(tmp_path: Path, seconds: int) -> None:
+def test_readers_see_whole_generations_during_publishing(tmp_path: Path, seconds: int) -> None:
     path = build_small_store(tmp_path / "store")
     processes = 2
     readers = [

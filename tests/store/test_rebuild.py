@@ -1,4 +1,4 @@
-"""Tables made again from the activations are those that were there; an older store becomes a new one."""
+"""rebuild_store gives identical tables, and converts a store of format 1."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.store.test_resume import rows_of
 
 
 @pytest.mark.parametrize("group", [50, 4000])
-def test_a_rebuilt_store_is_the_same(tmp_path, monkeypatch, group):
+def test_rebuild_gives_identical_rows(tmp_path, monkeypatch, group):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1, "loss": 0.5, "l0": 4}\n{"step": 2, "loss": 0.25}\n{"st')
     store = tmp_path / "store"
@@ -39,7 +39,7 @@ def test_a_rebuilt_store_is_the_same(tmp_path, monkeypatch, group):
         assert opened.train_metrics().values.tolist() == [[1, "l0", 4], [1, "loss", 0.5], [2, "loss", 0.25]]
 
 
-def test_without_text(tmp_path):
+def test_rebuild_without_text_gives_equal_answers(tmp_path):
     store = build_small_store(tmp_path / "store", text=False)
     with open_store(store) as opened:
         before, examples = opened.features(), opened.examples(3)
@@ -76,7 +76,7 @@ OLDER_TEXT = (
 
 
 def make_older(store):
-    """What the format before had, of a store of this format."""
+    """Convert a store to format 1, in place."""
     manifest = json.loads((store / "manifest.json").read_text())
     files = [(sae["file"], OLDER) for sae in manifest["saes"]]
     files += [(file, OLDER_TEXT) for file in manifest["texts"].values()]
@@ -92,7 +92,7 @@ def make_older(store):
         path.write_text(json.dumps(manifest | {"format_version": 1}))
 
 
-def test_an_older_store_is_refused_and_made_new(tmp_path):
+def test_rebuild_converts_format_1(tmp_path):
     store = build_small_store(tmp_path / "store")
     with open_store(store) as opened:
         before, tokens, examples = opened.features(), opened.tokens(3, "next"), opened.examples(3)
@@ -112,7 +112,7 @@ def test_an_older_store_is_refused_and_made_new(tmp_path):
     assert check_store(store) == []
 
 
-def test_a_text_that_does_not_tell_its_rows_is_refused(tmp_path):
+def test_rebuild_of_ambiguous_old_text_is_refused(tmp_path):
     store = build_small_store(tmp_path / "store")
     file = next(store.rglob("text-*.duckdb"))
     with duckdb.connect(str(file)) as connection:
@@ -126,7 +126,7 @@ def test_a_text_that_does_not_tell_its_rows_is_refused(tmp_path):
     assert not (store / publish.BUILDING).exists()
 
 
-def test_a_damaged_file_is_not_built_upon(tmp_path):
+def test_rebuild_of_damaged_file_is_refused(tmp_path):
     store = build_small_store(tmp_path / "store")
     file = next(store.rglob("sae-*.duckdb"))
     data = bytearray(file.read_bytes())

@@ -1,4 +1,4 @@
-"""Killed at any instant and started again, an index ends with the tables of one that was never disturbed."""
+"""Indexing that is killed at any time and resumed gives the tables of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def killed(store, where, at, *, before=False):
 
 
 def rows_of(store):
-    """All rows of all tables of all files but what names the file's path."""
+    """(SAE, table) -> all rows, of all files of the store."""
     found = {}
     manifest = publish.read_manifest(store)
     for sae in manifest.saes:
@@ -112,7 +112,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How many batches are encoded in this process."""
+    """A list with one entry per batch that this process encodes."""
     calls = []
     real = encode._codes
     monkeypatch.setattr(encode, "_codes", lambda *args: calls.append(args) or real(*args))
@@ -132,7 +132,7 @@ PLANS = [
 
 
 @pytest.mark.parametrize(("where", "at", "before"), PLANS)
-def test_killed_once_it_goes_on(tmp_path, undisturbed, counted, where, at, before):
+def test_resume_after_sigkill_gives_identical_rows(tmp_path, undisturbed, counted, where, at, before):
     store = tmp_path / "store"
     assert killed(store, where, at, before=before)
     with_journal = (store / ENCODED / JOURNAL).exists()
@@ -146,7 +146,7 @@ def test_killed_once_it_goes_on(tmp_path, undisturbed, counted, where, at, befor
     assert not (store / publish.BUILDING).exists()
 
 
-def test_killed_again_and_again(tmp_path, undisturbed, counted):
+def test_resume_after_repeated_sigkill_gives_identical_rows(tmp_path, undisturbed, counted):
     store = tmp_path / "store"
     for where, at in (("codes", 3), ("note", 1), ("torn", 1), ("note", 2), ("rename", 1)):
         assert killed(store, where, at)
@@ -156,14 +156,14 @@ def test_killed_again_and_again(tmp_path, undisturbed, counted):
 
 @pytest.fixture(scope="module")
 def half_encoded(tmp_path_factory):
-    """A store directory as a kill between two steps leaves it."""
+    """A store directory after a kill between two steps."""
     store = tmp_path_factory.mktemp("half") / "store"
     assert killed(store, "note", 3)
     return store
 
 
 @pytest.mark.parametrize("change", ["cache", "sae", "batch size"])
-def test_codes_of_other_work_are_not_taken_up(tmp_path, half_encoded, counted, change):
+def test_codes_of_other_settings_are_not_reused(tmp_path, half_encoded, counted, change):
     store = shutil.copytree(half_encoded, tmp_path / "store")
     cache = SmallCache(5 if change == "cache" else 0)
     sae = small_sae(7 if change == "sae" else 0)
@@ -176,7 +176,7 @@ def test_codes_of_other_work_are_not_taken_up(tmp_path, half_encoded, counted, c
 
 
 @pytest.mark.parametrize("damage", ["a byte", "a file", "a line", "the beginning"])
-def test_damaged_codes_are_made_again(tmp_path, half_encoded, undisturbed, counted, damage):
+def test_damaged_codes_are_encoded_again(tmp_path, half_encoded, undisturbed, counted, damage):
     store = shutil.copytree(half_encoded, tmp_path / "store")
     encoded = store / ENCODED
     file, journal = encoded / "1" / "run-00001.parquet", encoded / JOURNAL
@@ -195,7 +195,7 @@ def test_damaged_codes_are_made_again(tmp_path, half_encoded, undisturbed, count
     assert rows_of(store) == undisturbed
 
 
-def test_codes_that_are_not_finite_leave_nothing(tmp_path):
+def test_nonfinite_codes_leave_no_files(tmp_path):
     cache = SmallCache()
     cache.activations()[50, 3] = float("nan")
     with pytest.raises(build.UserError, match="row 50"):
@@ -203,7 +203,7 @@ def test_codes_that_are_not_finite_leave_nothing(tmp_path):
     assert not (tmp_path / "store" / ENCODED).exists()
 
 
-def test_the_journal_says_what_is_done(half_encoded):
+def test_journal_lists_files_of_each_step(half_encoded):
     lines = (half_encoded / ENCODED / JOURNAL).read_text().splitlines()
     first, *steps = [json.loads(line) for line in lines]
     assert set(first) == {"work"}

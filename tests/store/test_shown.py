@@ -17,7 +17,7 @@ def examples(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(st.lists(examples(), max_size=12), st.integers(0, 4))
-def test_each_window_is_kept_once_in_its_own_order(rows: list[dict[str, Any]], window: int) -> None:
+def test_distinct_windows_keeps_first_of_each_in_order(rows: list[dict[str, Any]], window: int) -> None:
     def text(row: dict[str, Any]) -> tuple[int, ...]:
         first, end = bounds(row, window)
         assert first <= row["pos"] - row["start"] < end <= len(row["tokens"])

@@ -1,4 +1,4 @@
-"""A person's SQL is answered, or refused with a sentence; the store and the machine stay as they are."""
+"""A user's SQL is answered or raises a UserError; it cannot change the store or reach other files."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ def store(pair):
         ("SELECT 'ATTACH x; COPY y' AS \"INSERT\"", "ATTACH x; COPY y"),
     ],
 )
-def test_questions_are_answered(store, query, answer):
+def test_sql_query_returns_expected_rows(store, query, answer):
     value = store.sql(query).iloc[0, 0]
     assert value == (store.info()["n_activations"] if answer == "n_activations" else answer or value)
 
 
-def test_tables_may_be_described(store):
+def test_sql_describe_is_allowed(store):
     assert "feature" in store.sql("DESCRIBE feature")["column_name"].tolist()
     assert "density" in store.sql("SUMMARIZE feature")["column_name"].tolist()
     listed = store.sql("SHOW ALL TABLES")
     assert {"sae", "sae2", "txt"} == set(listed["database"])
 
 
-def test_values_are_parameters(store):
+def test_sql_values_are_bound_as_parameters(store):
     hostile = "'; DROP TABLE feature; --"
     assert store.sql("SELECT ? AS x", [hostile])["x"].tolist() == [hostile]
     assert store.sql("SELECT feature FROM feature WHERE feature = ?", [3])["feature"].tolist() == [3]
 
 
 @pytest.mark.parametrize("limit", [0, 1, 7, D_SAE - 1, D_SAE, 1000])
-def test_rows_are_bounded(store, limit):
+def test_sql_rows_are_limited(store, limit):
     found = store.sql("SELECT feature FROM feature ORDER BY feature", limit=limit)
     assert found["feature"].tolist() == list(range(min(limit, D_SAE)))
     assert found.attrs["more"] == (limit < D_SAE)
@@ -143,7 +143,7 @@ def _unharmed(pair):
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
-    """A database with one table that is no part of the store."""
+    """A database with one table, outside the store."""
     import duckdb
 
     path = tmp_path_factory.mktemp("other") / "other.duckdb"
@@ -153,7 +153,7 @@ def other(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("query", "sentence"), REFUSED, ids=[query[:40] for query, _ in REFUSED])
-def test_all_else_is_refused_with_a_sentence(store, other, query, sentence, tmp_path, monkeypatch):
+def test_forbidden_sql_raises_user_error(store, other, query, sentence, tmp_path, monkeypatch):
     import pandas as pd
 
     monkeypatch.chdir(tmp_path)
@@ -166,8 +166,8 @@ def test_all_else_is_refused_with_a_sentence(store, other, query, sentence, tmp_
     assert store.sql("SELECT count(*) FROM sae.feature").iloc[0, 0] == D_SAE
 
 
-def test_the_connection_itself_is_locked(store):
-    """Should the check of the parsed query ever miss something, DuckDB refuses it as well."""
+def test_connection_refuses_what_parser_check_misses(store):
+    """DuckDB also refuses what the check of the parsed query might miss."""
     import duckdb
 
     connection = store._cross_sae.console._connection
@@ -180,7 +180,7 @@ def test_the_connection_itself_is_locked(store):
             connection.cursor().execute(query)
 
 
-def test_a_question_without_end_is_stopped(pair):
+def test_endless_sql_query_times_out(pair):
     with open_store(pair) as store:
         store.time_limit = 0.2
         with pytest.raises(UserError, match=r"took longer than 0\.2 s and was stopped"):
@@ -189,11 +189,11 @@ def test_a_question_without_end_is_stopped(pair):
         assert store.sql("SELECT 1 AS one")["one"].tolist() == [1]
 
 
-def test_memory_is_bounded(store):
+def test_sql_memory_is_limited(store):
     query = "SELECT current_setting('memory_limit'), current_setting('temp_directory')"
     assert store._cross_sae.console._connection.execute(query).fetchall() == [("1.0 GiB", "")]
 
 
-def test_negative_limits_are_refused(store):
+def test_negative_sql_limit_is_refused(store):
     with pytest.raises(UserError, match="limit is -1"):
         store.sql("SELECT 1", limit=-1)

@@ -1,4 +1,4 @@
-"""Tables made from sorted runs equal those counted one by one from dense codes."""
+"""Tables computed from the sorted spill equal brute force over dense codes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_tables_equal_brute_force(world, batch, run_size, group_size, n, size):
 
 
 def check_together(together, codes_NM):
-    """Each latent's neighbors are the best of all pairs, and have their numbers."""
+    """Each latent's neighbors are the best of all pairs, with the right scores and counts."""
     pairs, rows = reference.together(codes_NM), together.rows(4)
     for latent in range(codes_NM.shape[1]):
         mine = {other: found for (a, other), found in pairs.items() if a == latent}
@@ -238,7 +238,7 @@ def check_silent(shown, feature, column, cache, n, size):
                 assert int(cache.tokens[row]) in cache.tokens.numpy()[column != 0]
 
 
-def test_random_examples_are_uniform_and_do_not_depend_on_grouping(tmp_path):
+def test_random_examples_are_uniform_and_independent_of_groups(tmp_path):
     codes_NM = np.ones((200, 3), dtype=np.float32)
     runs = write_runs(tmp_path / "runs", codes_NM, 50)
     whole = runs.read(0, 3)
@@ -252,7 +252,7 @@ def test_random_examples_are_uniform_and_do_not_depend_on_grouping(tmp_path):
     np.testing.assert_array_equal(alone.row_S[random(alone, 10, 0)], chosen[1])
 
 
-def test_repeated_picks_of_one_latent_are_added_up(tmp_path):
+def test_repeated_entries_of_a_latent_are_summed(tmp_path):
     runs = SortedSpill(tmp_path / "runs", 4)
     runs.add(np.array([2, 1, 2, 3, 3]), np.array([0, 0, 0, 1, 1]), np.array([1.0, 2.0, 0.5, 1.0, -1.0]))
     runs.flush()
@@ -262,14 +262,14 @@ def test_repeated_picks_of_one_latent_are_added_up(tmp_path):
     assert runs.counts_M.tolist() == [0, 1, 1, 0]
 
 
-def test_top_of_many_equal_activations_goes_by_row(tmp_path):
+def test_top_examples_break_ties_by_row(tmp_path):
     cache = SmallCache(text=False)
     runs = write_runs(tmp_path / "runs", np.ones((cache.n_rows, 2), dtype=np.float32), 7)
     acts = runs.read(0, 2)
     np.testing.assert_array_equal(acts.row_S[top(acts, Corpus(cache), 3)], [0, 1, 2, 0, 1, 2])
 
 
-def test_weighted_examples_of_the_deciles_estimate_the_mean(tmp_path):
+def test_weighted_decile_examples_estimate_the_mean(tmp_path):
     values = np.random.default_rng(0).lognormal(size=500).astype(np.float32)
     acts = write_runs(tmp_path / "runs", values[:, None], 100).read(0, 1)
     estimates = []
@@ -281,8 +281,8 @@ def test_weighted_examples_of_the_deciles_estimate_the_mean(tmp_path):
     assert np.std(estimates) < 0.7 * values.std() / np.sqrt(20)  # better than twenty drawn from the whole
 
 
-def test_negatives_of_a_latent_that_is_mostly_silent(tmp_path):
-    """One that fires on few occurrences of its tokens has all the near misses that are asked for."""
+def test_rare_latent_has_all_negatives(tmp_path):
+    """A latent that fires on few occurrences of its tokens has the requested number of near misses."""
     cache = SmallCache(n_contexts=200)
     codes_NM = np.zeros((cache.n_rows, 1), dtype=np.float32)
     codes_NM[np.flatnonzero(cache.tokens.numpy() == 5)[:3]] = 1
@@ -292,7 +292,7 @@ def test_negatives_of_a_latent_that_is_mostly_silent(tmp_path):
     assert (shown["grp"] == schema.GROUP_NEGATIVE).sum() == 6
 
 
-def test_only_some_tokens_of_a_large_store_are_paired(tmp_path, monkeypatch):
+def test_large_store_samples_tokens_for_coactivation(tmp_path, monkeypatch):
     codes_NM = (np.random.default_rng(0).random((4000, 6)) < 0.5).astype(np.float32)
     runs = write_runs(tmp_path / "runs", codes_NM, 1000)
     monkeypatch.setattr(coactivation, "MOST_PAIRS", 1000 * 9)

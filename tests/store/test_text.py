@@ -21,13 +21,13 @@ def split_bytes(draw: st.DrawFn) -> list[bytes]:
 @example([b"\xf0\x9f", b"\x98", b"\x80", b"x"])
 @example([b"\xe2\x80", b"", b"\x8d\xff"])
 @example([])
-def test_pieces_join_to_the_decoded_window(tokens):
+def test_pieces_join_to_decoded_text(tokens):
     assert "".join(pieces(tokens)) == b"".join(tokens).decode("utf-8", "replace")
     assert len(pieces(tokens)) == len(tokens)
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])), st.data())
-def test_a_split_character_is_shown_on_its_first_token(text, data):
+def test_split_character_is_on_its_first_token(text, data):
     encoded = text.encode()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(encoded)), max_size=8)))
     bounds = [0, *cuts, len(encoded)]
@@ -40,12 +40,12 @@ def test_a_split_character_is_shown_on_its_first_token(text, data):
 
 
 @given(st.binary())
-def test_token_text_is_always_text_that_can_be_stored(token):
+def test_token_text_is_valid_unicode(token):
     text = token_text(token)
     assert json.loads(json.dumps(text)) == text
     text.encode()
 
 
-def test_token_text_of_part_of_a_character():
+def test_token_text_of_partial_character():
     assert token_text(b"\xf0\x9f") == "\\xf0\\x9f"
     assert token_text(b" the") == " the"

@@ -1,4 +1,4 @@
-"""Where the logits of a store come from, and why there are none."""
+"""The unembedding for the logits of a store, and the reasons when there is none."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def answer(monkeypatch, model):
     return asked
 
 
-def test_the_model_of_the_cache(monkeypatch, cache):
+def test_unembedding_of_cache_model(monkeypatch, cache):
     asked = answer(monkeypatch, Model())
     W_U, why = find_unembedding("cache", cache, HOOK, VOCAB)
     assert torch.equal(W_U, small_unembedding())
@@ -53,7 +53,7 @@ def test_the_model_of_the_cache(monkeypatch, cache):
     assert asked == [("small", "r1")]
 
 
-def test_an_embedding_padded_beyond_the_vocabulary_is_cut(monkeypatch, cache):
+def test_padded_unembedding_is_cut_to_vocabulary(monkeypatch, cache):
     answer(monkeypatch, Model(W_U=torch.randn(D_IN, len(VOCAB) + 5)))
     W_U, _ = find_unembedding("cache", cache, HOOK, VOCAB)
     assert W_U.shape == (D_IN, len(VOCAB))
@@ -63,7 +63,7 @@ def test_an_embedding_padded_beyond_the_vocabulary_is_cut(monkeypatch, cache):
     "trouble",
     [UserError("it is not there"), OSError("gone"), ImportError("no transformers"), Model(hash="cd" * 32)],
 )
-def test_a_model_of_the_cache_that_fails_leaves_logits_out_with_one_line(monkeypatch, cache, capsys, trouble):
+def test_failing_cache_model_omits_logits_with_one_line(monkeypatch, cache, capsys, trouble):
     answer(monkeypatch, trouble)
     W_U, why = find_unembedding("cache", cache, HOOK, VOCAB)
     assert W_U is None
@@ -79,13 +79,13 @@ def test_a_model_of_the_cache_that_fails_leaves_logits_out_with_one_line(monkeyp
         (Model(W_U=torch.randn(D_IN + 1, len(VOCAB))), r"shape \(13, 32\)"),
     ],
 )
-def test_a_wrong_model_that_was_asked_for_is_an_error(monkeypatch, cache, trouble, sentence):
+def test_wrong_named_model_raises_user_error(monkeypatch, cache, trouble, sentence):
     answer(monkeypatch, trouble)
     with pytest.raises(UserError, match=sentence):
         find_unembedding("x", cache, HOOK, VOCAB)
 
 
-def test_reasons_without_a_model(monkeypatch, cache):
+def test_missing_model_gives_reason(monkeypatch, cache):
     asked = answer(monkeypatch, AssertionError("no model may be loaded"))
     assert "--model none" in find_unembedding("none", cache, HOOK, VOCAB)[1]
     assert "no tokens" in find_unembedding("cache", SmallCache(text=False), HOOK, None)[1]
@@ -94,7 +94,7 @@ def test_reasons_without_a_model(monkeypatch, cache):
     assert asked == []
 
 
-def test_only_the_residual_stream_has_direct_logits(monkeypatch, cache):
+def test_logits_need_residual_stream_hook(monkeypatch, cache):
     answer(monkeypatch, Model())
     W_U, why = find_unembedding("cache", cache, "blocks.0.mlp.hook_post", VOCAB)
     assert W_U is None

@@ -1,4 +1,4 @@
-"""Exports say what the store says, appear whole or not at all, and cannot be turned against their reader."""
+"""Exports equal the store, are written completely or not at all, and escape hostile text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def rows_of(store, table, file):
 
 
 @pytest.mark.parametrize("features", [(), SOME])
-def test_parquet_files_are_the_tables(store, tmp_path, monkeypatch, features):
+def test_parquet_export_equals_tables(store, tmp_path, monkeypatch, features):
     monkeypatch.setattr(parquet, "ROW_GROUP", 50)
     made = export_store(store=store.path, out=tmp_path / "out", features=features)
     names = set()
@@ -66,7 +66,7 @@ def test_parquet_files_are_the_tables(store, tmp_path, monkeypatch, features):
 
 
 def read_as_delphi_does(path, module):
-    """What delphi.latents.loader.TensorBuffer makes of the files: latent -> (locations, activations)."""
+    """The files as delphi.latents.loader.TensorBuffer reads them: latent -> (locations, activations)."""
     found, tokens = {}, []
     for file in sorted((path / module).glob("*.safetensors"), key=lambda f: int(f.stem.split("_")[0])):
         split = load_file(file)
@@ -83,7 +83,7 @@ def read_as_delphi_does(path, module):
 
 
 @pytest.mark.parametrize("features", [(), SOME])
-def test_delphi_reads_the_activations_of_the_store(store, tmp_path, features):
+def test_delphi_export_has_all_activations(store, tmp_path, features):
     export_store(store=store.path, out=tmp_path / "out", format="delphi", features=features)
     found, tokens = read_as_delphi_does(tmp_path / "out", HOOK)
     wanted = {i: store.activations(i) for i in features or range(D_SAE)}
@@ -101,7 +101,7 @@ def test_delphi_reads_the_activations_of_the_store(store, tmp_path, features):
     assert config["ctx_len"] == config["cache_ctx_len"] == tokens.shape[1]
 
 
-def test_delphis_files_cover_all_latents_once(store, tmp_path, monkeypatch):
+def test_delphi_files_cover_each_latent_once(store, tmp_path, monkeypatch):
     monkeypatch.setattr(delphi, "SPLITS", 7)
     export_store(store=store.path, out=tmp_path / "out", format="delphi")
     edges = sorted(tuple(map(int, file.stem.split("_"))) for file in tmp_path.rglob("*.safetensors"))
@@ -110,7 +110,7 @@ def test_delphis_files_cover_all_latents_once(store, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("hook", ["blocks.2.hook_resid_post", "../../etc/passwd", "a/b", "..", ""])
-def test_a_hook_cannot_lead_out_of_the_folder(hook):
+def test_hook_name_cannot_escape_export_folder(hook):
     name = delphi.module_name(hook)
     assert re.fullmatch(r"\w[\w.-]*", name)
 
@@ -130,7 +130,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("features", [(), SOME])
-def test_neuronpedias_json_says_what_the_store_says(store, tmp_path, features):
+def test_neuronpedia_json_equals_store(store, tmp_path, features):
     export_store(store=store.path, out=tmp_path / "out", format="neuronpedia", features=features)
     batch = json.loads((tmp_path / "out" / "batch-0.json").read_text("utf-8"))
     assert set(batch) == {"model_id", "layer", "sae_set", "features"}
@@ -174,7 +174,7 @@ VOID = {"meta", "rect", "line"}
 
 
 class Reader(html.parser.HTMLParser):
-    """What a page is made of: elements with their attributes, and its text."""
+    """Parses a page into elements with their attributes, and its text."""
 
     def __init__(self):
         super().__init__()
@@ -216,7 +216,7 @@ ALLOWED = {
 }  # fmt: skip
 
 
-def test_a_page_asks_for_nothing_and_runs_nothing(page):
+def test_html_page_has_no_requests_and_no_scripts(page):
     reader = read(page)
     assert {tag for tag, _ in reader.elements} <= ALLOWED
     for tag, attributes in reader.elements:
@@ -229,7 +229,7 @@ def test_a_page_asks_for_nothing_and_runs_nothing(page):
     assert policy.startswith("default-src 'none'")
 
 
-def test_hostile_text_is_text(page):
+def test_html_page_escapes_hostile_text(page):
     reader = read(page)
     text = "".join(reader.text)
     assert "<img src=x onerror=alert(1)>" in text
@@ -242,7 +242,7 @@ def test_hostile_text_is_text(page):
     assert not re.search("[\u202e\u2066-\u2069\x00-\x08]", page)
 
 
-def test_a_page_shows_what_the_store_says(store, page):
+def test_html_page_equals_store(store, page):
     text = "".join(read(page).text)
     for i in range(D_SAE):
         assert f"Feature {i}" in text
@@ -256,7 +256,7 @@ def test_a_page_shows_what_the_store_says(store, page):
     assert sum(t == "rect" for t, _ in read(page).elements) == bars
 
 
-def test_an_explanation_is_shown_where_the_store_has_one(store, tmp_path, monkeypatch):
+def test_html_page_shows_explanation_if_stored(store, tmp_path, monkeypatch):
     from saebench.store.query import FeatureStore
 
     plain = FeatureStore.feature
@@ -267,7 +267,7 @@ def test_an_explanation_is_shown_where_the_store_has_one(store, tmp_path, monkey
     )
 
 
-def test_one_feature_and_a_list_in_its_order(store, tmp_path):
+def test_html_page_of_one_feature_and_of_ordered_list(store, tmp_path):
     export_store(store=store.path, out=tmp_path / "one", format="html", features=[3])
     one = (tmp_path / "one" / "features.html").read_text("utf-8")
     assert one.count("<article") == 1
@@ -277,7 +277,7 @@ def test_one_feature_and_a_list_in_its_order(store, tmp_path):
     assert re.findall(r'<article id="f(\d+)"', mine) == [str(i) for i in SOME]
 
 
-def test_a_page_without_text(textless_store, tmp_path):
+def test_html_page_of_store_without_text(textless_store, tmp_path):
     export_store(store=textless_store, out=tmp_path / "out", format="html", features=["0-2"])
     text = "".join(read((tmp_path / "out" / "features.html").read_text("utf-8")).text)
     assert "The cache was imported without tokens and contexts." in text
@@ -287,7 +287,7 @@ def test_a_page_without_text(textless_store, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["parquet", "html", "delphi", "neuronpedia"])
-def test_the_same_store_gives_the_same_files(store, tmp_path, format):
+def test_export_twice_gives_identical_bytes(store, tmp_path, format):
     for name in "ab":
         export_store(store=store.path, out=tmp_path / name, format=format, features=[1, 2])
     (tmp_path / "empty").mkdir()
@@ -300,7 +300,7 @@ def test_the_same_store_gives_the_same_files(store, tmp_path, format):
 
 
 @pytest.mark.parametrize("format", ["parquet", "html", "delphi", "neuronpedia"])
-def test_a_full_disk_leaves_nothing(store, tmp_path, monkeypatch, format):
+def test_export_to_full_disk_leaves_no_files(store, tmp_path, monkeypatch, format):
     import errno
 
     def full(*args, **kwargs):
@@ -330,13 +330,13 @@ def test_a_full_disk_leaves_nothing(store, tmp_path, monkeypatch, format):
         ({"store": "nowhere"}, "not a feature store"),
     ],
 )
-def test_wrong_input_ends_in_a_sentence_and_nothing_is_written(store, tmp_path, settings, sentence):
+def test_invalid_input_raises_user_error_and_writes_nothing(store, tmp_path, settings, sentence):
     with pytest.raises(UserError, match=sentence):
         export_store(**{"store": store.path, "out": tmp_path / "out", **settings})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_there_stays(store, tmp_path):
+def test_export_into_nonempty_directory_is_refused(store, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"is not empty \(it holds notes.txt\); choose another --out"):
         export_store(store=store.path, out=tmp_path)
@@ -347,19 +347,19 @@ def test_what_is_there_stays(store, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["delphi", "neuronpedia"])
-def test_formats_that_need_text_say_so(textless_store, tmp_path, format):
+def test_export_that_needs_text_is_refused_without_it(textless_store, tmp_path, format):
     with pytest.raises(UserError, match=r"has no table 'context'.*imported without tokens"):
         export_store(store=textless_store, out=tmp_path / "out", format=format)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_page_has_a_size(store, tmp_path, monkeypatch):
+def test_html_page_over_size_limit_is_refused(store, tmp_path, monkeypatch):
     monkeypatch.setattr("saebench.store.exports.html.MOST_FEATURES", 5)
     with pytest.raises(UserError, match="24 features are more than the 5 of one page; name some with"):
         export_store(store=store.path, out=tmp_path / "out", format="html")
 
 
-def test_the_command(store, tmp_path, capsys):
+def test_export_command_writes_files(store, tmp_path, capsys):
     from saebench.cli import main
 
     words = ["store", "export", str(store.path), "--format", "html", "--features", "3,5-6", "9"]
@@ -371,5 +371,5 @@ def test_the_command(store, tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_hostile_tokens_are_among_those_tested():
+def test_vocabulary_has_hostile_tokens():
     assert {b"</script>", b"<img src=x onerror=alert(1)>", b"&lt;"} <= set(VOCAB)
