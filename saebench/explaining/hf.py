@@ -126,9 +126,12 @@ class HuggingFace:
         ids_BT = torch.tensor([ids], device=self._lm.device)
         with torch.inference_mode():
             made_BT = self._lm.generate(
-                input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=max_tokens,
-                do_sample=False, pad_token_id=self._tokenizer.eos_token_id,
-            )  # fmt: skip
+                input_ids=ids_BT,
+                attention_mask=torch.ones_like(ids_BT),
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                pad_token_id=self._tokenizer.eos_token_id,
+            )
         made = made_BT[0, len(ids) :]
         return Reply(
             "ok", self._tokenizer.decode(made, skip_special_tokens=True), tokens=len(ids) + len(made)

@@ -71,10 +71,20 @@ class LlmExplainer:
         fold_R = self.index.fold_N[row_R]
         n_train, n_test = int((fold_R == TRAIN).sum()), int((fold_R == TEST).sum())
         record: Record = {
-            "feature": feature, "provider": self.provider.name, "model": self.provider.model,
-            "prompt": self._prompt, "text": None, "rule": None, "status": "ok", "reason": None,
-            "n_train": n_train, "n_test": n_test, "tokens": 0, "scores": [], "items": [],
-        }  # fmt: skip
+            "feature": feature,
+            "provider": self.provider.name,
+            "model": self.provider.model,
+            "prompt": self._prompt,
+            "text": None,
+            "rule": None,
+            "status": "ok",
+            "reason": None,
+            "n_train": n_train,
+            "n_test": n_test,
+            "tokens": 0,
+            "scores": [],
+            "items": [],
+        }
         if min(n_train, n_test) < LEAST_FIRINGS:
             reason = (
                 f"it fires on {n_train} tokens of the documents from which examples are shown and on "
@@ -122,11 +132,14 @@ class LlmExplainer:
 
     def _elsewhere(self, feature: int, window: Window) -> tuple[int, ...]:
         """As many positions as the window has firings, drawn from visible tokens that do not fire."""
-        silent = np.array([
-            window.start + i
-            for i, token in enumerate(window.tokens)
-            if window.start + i not in window.fires and self.index.vocab[token].strip()
-        ], dtype=np.int64)  # fmt: skip
+        silent = np.array(
+            [
+                window.start + i
+                for i, token in enumerate(window.tokens)
+                if window.start + i not in window.fires and self.index.vocab[token].strip()
+            ],
+            dtype=np.int64,
+        )
         order = np.argsort(hash_random(silent + window.ctx * 65_536, feature, self.seed), kind="stable")
         return tuple(sorted(silent[order[: len(window.fires)]].tolist()))
 
@@ -142,9 +155,13 @@ class LlmExplainer:
 
 def _facts(window: Window, marks: Sequence[int], truth: bool) -> dict[str, Any]:
     return {
-        "doc": window.doc, "ctx": window.ctx, "start": window.start, "n_shown": len(window.tokens),
-        "marked": list(marks), "truth": truth,
-    }  # fmt: skip
+        "doc": window.doc,
+        "ctx": window.ctx,
+        "start": window.start,
+        "n_shown": len(window.tokens),
+        "marked": list(marks),
+        "truth": truth,
+    }
 
 
 def _item(scorer: str, rank: int, facts: dict[str, Any], reply: Reply) -> dict[str, Any]:

@@ -60,9 +60,17 @@ class OpenAICompatible:
     name = "openai"
 
     def __init__(
-        self, model: str, *, base_url: str, key_env: str, timeout: float, retries: int, concurrency: int,
-        answers: Path, first_wait: float = 0.5,
-    ) -> None:  # fmt: skip
+        self,
+        model: str,
+        *,
+        base_url: str,
+        key_env: str,
+        timeout: float,
+        retries: int,
+        concurrency: int,
+        answers: Path,
+        first_wait: float = 0.5,
+    ) -> None:
         import httpx
 
         self.model, self.version = model, ""
@@ -117,11 +125,14 @@ class OpenAICompatible:
 
     async def _ask(self, client: httpx.AsyncClient, question: Question) -> Reply:
         body: dict[str, Any] = {
-            "model": self.model, "temperature": 0, "max_tokens": question.max_tokens,
+            "model": self.model,
+            "temperature": 0,
+            "max_tokens": question.max_tokens,
             "messages": [
-                {"role": "system", "content": question.system}, {"role": "user", "content": question.user},
+                {"role": "system", "content": question.system},
+                {"role": "user", "content": question.user},
             ],
-        }  # fmt: skip
+        }
         kept = self._answers / f"{sha256_json([self._url, body, question.yes_or_no])}.json"
         if (answer := _kept(kept)) is not None:
             return Reply("ok", answer["text"], answer["probability"], tokens=answer["tokens"], kept=True)

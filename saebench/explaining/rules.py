@@ -75,10 +75,20 @@ class RuleExplainer:
         fold_R = self.index.fold_N[row_R]
         train_R, test_R = row_R[fold_R == TRAIN], row_R[fold_R == TEST]
         record: dict[str, Any] = {
-            "feature": feature, "provider": NAME, "model": "", "prompt": PROMPT, "text": None, "rule": None,
-            "status": "ok", "reason": None, "n_train": len(train_R), "n_test": len(test_R), "tokens": 0,
-            "scores": [], "items": [],
-        }  # fmt: skip
+            "feature": feature,
+            "provider": NAME,
+            "model": "",
+            "prompt": PROMPT,
+            "text": None,
+            "rule": None,
+            "status": "ok",
+            "reason": None,
+            "n_train": len(train_R),
+            "n_test": len(test_R),
+            "tokens": 0,
+            "scores": [],
+            "items": [],
+        }
         if min(len(train_R), len(test_R)) < LEAST_FIRINGS:
             reason = (
                 f"it fires on {len(train_R)} tokens of the documents from which rules are made and on "

@@ -73,9 +73,12 @@ def explain(config: ExplainConfig) -> FeatureStore:
                 print(explainer.forecast(len(left)), file=sys.stderr)
             try:
                 with progress(
-                    "explain", total=len(features), unit="features", initial=len(features) - len(left),
+                    "explain",
+                    total=len(features),
+                    unit="features",
+                    initial=len(features) - len(left),
                     quiet=config.quiet,
-                ) as bar:  # fmt: skip
+                ) as bar:
                     for record in explainer.explain(left):
                         finished.add(record)
                         bar.update(1)
@@ -133,9 +136,13 @@ def make_explainer(store: FeatureStore, config: ExplainConfig) -> Explainer:
     from saebench.explaining.llm import LlmExplainer
 
     return LlmExplainer(
-        store, make_provider(config), n=config.examples, window=config.window, seed=config.seed,
+        store,
+        make_provider(config),
+        n=config.examples,
+        window=config.window,
+        seed=config.seed,
         budget=config.budget,
-    )  # fmt: skip
+    )
 
 
 def make_provider(config: ExplainConfig) -> Provider:
@@ -147,9 +154,14 @@ def make_provider(config: ExplainConfig) -> Provider:
     from saebench.explaining.openai import OpenAICompatible
 
     return OpenAICompatible(
-        config.model, base_url=config.base_url, key_env=config.key_env, timeout=config.timeout,
-        retries=config.retries, concurrency=config.concurrency, answers=config.store / WORK / "answers",
-    )  # fmt: skip
+        config.model,
+        base_url=config.base_url,
+        key_env=config.key_env,
+        timeout=config.timeout,
+        retries=config.retries,
+        concurrency=config.concurrency,
+        answers=config.store / WORK / "answers",
+    )
 
 
 def _kept(n: int) -> str:

@@ -91,11 +91,15 @@ class Sampler:
             if silent and fires.any():
                 continue
             used.add(ctx)
-            found.append(Window(
-                doc=int(self.index.doc_N[row]), ctx=ctx, start=int(self.index.pos_N[low]),
-                tokens=tuple(self.index.token_N[0][rows].tolist()),
-                fires=tuple(self.index.pos_N[rows[fires]].tolist()),
-            ))  # fmt: skip
+            found.append(
+                Window(
+                    doc=int(self.index.doc_N[row]),
+                    ctx=ctx,
+                    start=int(self.index.pos_N[low]),
+                    tokens=tuple(self.index.token_N[0][rows].tolist()),
+                    fires=tuple(self.index.pos_N[rows[fires]].tolist()),
+                )
+            )
         return found
 
     def _near(self, train_R: Rows, feature: int) -> Rows:

@@ -28,10 +28,12 @@ def score_items(scorer: str, items: Sequence[Mapping[str, Any]], seed: int) -> d
     truth_Q = np.array([item["truth"] for item in answered], dtype=bool)
     said_Q = np.array([item["verdict"] for item in answered], dtype=bool)
     counts = {
-        "tp": int((truth_Q & said_Q).sum()), "fp": int((~truth_Q & said_Q).sum()),
-        "fn": int((truth_Q & ~said_Q).sum()), "tn": int((~truth_Q & ~said_Q).sum()),
+        "tp": int((truth_Q & said_Q).sum()),
+        "fp": int((~truth_Q & said_Q).sum()),
+        "fn": int((truth_Q & ~said_Q).sum()),
+        "tn": int((~truth_Q & ~said_Q).sum()),
         "n_failed": len(items) - len(answered),
-    }  # fmt: skip
+    }
     none = dict.fromkeys(("value", "ci_lo", "ci_hi", "precision", "recall", "auc"))
     row = {"scorer": scorer, **none, **counts, "rule": None}
     n_true, n_false = int(truth_Q.sum()), int((~truth_Q).sum())
@@ -41,10 +43,13 @@ def score_items(scorer: str, items: Sequence[Mapping[str, Any]], seed: int) -> d
     low, high = _interval(truth_Q, said_Q, np.array([item["doc"] for item in answered]), seed)
     chances = [item["probability"] for item in answered]
     return row | {
-        "value": (tp / n_true + tn / n_false) / 2, "ci_lo": low, "ci_hi": high,
-        "precision": tp / (tp + fp) if tp + fp else None, "recall": tp / n_true,
+        "value": (tp / n_true + tn / n_false) / 2,
+        "ci_lo": low,
+        "ci_hi": high,
+        "precision": tp / (tp + fp) if tp + fp else None,
+        "recall": tp / n_true,
         "auc": None if None in chances else auc(truth_Q, np.array(chances)),
-    }  # fmt: skip
+    }
 
 
 def auc(truth_Q: NDArray[np.bool_], chance_Q: NDArray[np.float64]) -> float:

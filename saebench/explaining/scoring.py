@@ -62,10 +62,16 @@ class RuleScorer:
         tp, n_said, n_fires = len(true_R), len(said_R), len(firing_R)
         n_rows = len(self.index.rows[TEST])
         return RuleScore(
-            value=2 * tp / (n_said + n_fires), ci_lo=float(low), ci_hi=float(high),
-            precision=tp / n_said if n_said else None, recall=tp / n_fires,
-            tp=tp, fp=n_said - tp, fn=n_fires - tp, tn=n_rows - n_said - n_fires + tp,
-        )  # fmt: skip
+            value=2 * tp / (n_said + n_fires),
+            ci_lo=float(low),
+            ci_hi=float(high),
+            precision=tp / n_said if n_said else None,
+            recall=tp / n_fires,
+            tp=tp,
+            fp=n_said - tp,
+            fn=n_fires - tp,
+            tn=n_rows - n_said - n_fires + tp,
+        )
 
     def _by_group(self, row_R: Rows) -> NDArray[np.float64]:
         return np.bincount(self._group_N[row_R], minlength=self.n_groups).astype(np.float64)

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 
 def publish_records(
-    store: Path, sae: str, made_from: Mapping[str, Any], records: Sequence[Mapping[str, Any]],
+    store: Path,
+    sae: str,
+    made_from: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],
-) -> publish.Manifest:  # fmt: skip
+) -> publish.Manifest:
     """Publish ``records`` in a new generation; they replace those of the same feature, provider and model.
 
     ``settings``, how they were made, goes into the meta table of the extra.

@@ -41,13 +41,21 @@ KEYS = {
     "views": ("sae", "name"),
 }
 ORDERS = {
-    "labels": "sae, feature", "bookmarks": "sae, feature", "comments": "time, id", "list_entries": "rowid",
+    "labels": "sae, feature",
+    "bookmarks": "sae, feature",
+    "comments": "time, id",
+    "list_entries": "rowid",
     "views": "sae, name",
-}  # fmt: skip
+}
 LIMITS = {
-    "label": LONGEST_LABEL, "comment": LONGEST_COMMENT, "name": LONGEST_NAME, "query": LONGEST_VIEW,
-    "author": LONGEST_NAME, "id": LONGEST_NAME, "time": LONGEST_NAME,
-}  # fmt: skip
+    "label": LONGEST_LABEL,
+    "comment": LONGEST_COMMENT,
+    "name": LONGEST_NAME,
+    "query": LONGEST_VIEW,
+    "author": LONGEST_NAME,
+    "id": LONGEST_NAME,
+    "time": LONGEST_NAME,
+}
 MAY_BE_EMPTY = {"author", "query"}
 
 

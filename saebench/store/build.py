@@ -109,14 +109,26 @@ def index(config: IndexConfig) -> FeatureStore:
     jobs = []
     for run, sae, name, hook in zip(runs, saes, names, hooks, strict=True):
         options = Options(
-            name=name, hook=hook, examples=config.examples, window=config.window, seed=config.seed,
-            batch_size=config.batch_size, context_index=config.with_context_index, quiet=config.quiet,
-        )  # fmt: skip
+            name=name,
+            hook=hook,
+            examples=config.examples,
+            window=config.window,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            context_index=config.with_context_index,
+            quiet=config.quiet,
+        )
         W_U_DV, no_logits = unembeddings[hook]
-        jobs.append(IndexJob(
-            sae=sae, options=options, W_U_DV=W_U_DV, no_logits=no_logits,
-            evaluation=run.evaluation(), metrics=run.metrics_file if run.metrics_file.is_file() else None,
-        ))  # fmt: skip
+        jobs.append(
+            IndexJob(
+                sae=sae,
+                options=options,
+                W_U_DV=W_U_DV,
+                no_logits=no_logits,
+                evaluation=run.evaluation(),
+                metrics=run.metrics_file if run.metrics_file.is_file() else None,
+            )
+        )
     build_all(config.out, jobs, cache)
     return open_store(config.out, names[0])
 
@@ -165,9 +177,12 @@ def build_all(out: Path, jobs: Sequence[IndexJob], cache: ActivationCache) -> pu
                     write_text_file(path, corpus, name=text_name(cache))
                     text = publish.describe(path)
                 all_runs = encode(
-                    encoded, encoders, cache,
-                    batch_size=jobs[0].options.batch_size, quiet=jobs[0].options.quiet,
-                )  # fmt: skip
+                    encoded,
+                    encoders,
+                    cache,
+                    batch_size=jobs[0].options.batch_size,
+                    quiet=jobs[0].options.quiet,
+                )
                 stored = [
                     write_sae(building, job, encoder.identity, cache, corpus, runs)
                     for job, encoder, runs in zip(jobs, encoders, all_runs, strict=True)
@@ -181,35 +196,56 @@ def build_all(out: Path, jobs: Sequence[IndexJob], cache: ActivationCache) -> pu
 
 
 def write_sae(
-    building: Path, job: IndexJob, identity: str, cache: ActivationCache, corpus: Corpus, runs: SortedSpill,
+    building: Path,
+    job: IndexJob,
+    identity: str,
+    cache: ActivationCache,
+    corpus: Corpus,
+    runs: SortedSpill,
     timer: TableTimer | None = None,
-) -> publish.StoredSae:  # fmt: skip
+) -> publish.StoredSae:
     """Write the file of one SAE in the build directory."""
     sae, options, timer = job.sae, job.options, timer or TableTimer()
     meta = {
-        "format_version": schema.FORMAT_VERSION, "name": options.name, "sae": sae.spec.name,
-        "d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k, "hook_name": options.hook,
-        "model": (cache.model or {}).get("name"), "text": text_name(cache),
-        "n_tokens": corpus.n_rows, "n_contexts": corpus.n_contexts, "ctx_len": corpus.ctx_len,
+        "format_version": schema.FORMAT_VERSION,
+        "name": options.name,
+        "sae": sae.spec.name,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "k": sae.k,
+        "hook_name": options.hook,
+        "model": (cache.model or {}).get("name"),
+        "text": text_name(cache),
+        "n_tokens": corpus.n_rows,
+        "n_contexts": corpus.n_contexts,
+        "ctx_len": corpus.ctx_len,
         "n_documents": corpus.n_documents if corpus.has_text else 0,
-        "n_activations": runs.n_activations, "eval": job.evaluation,
+        "n_activations": runs.n_activations,
+        "eval": job.evaluation,
         "missing": missing_tables(corpus, None if job.W_U_DV is not None else job.no_logits),
         "left_out": left_out_tables(metrics=bool(job.metrics), context_index=options.context_index),
-        "sae_hash": identity, "cache_hash": cache.hash, "examples": options.examples,
-        "window": options.window, "seed": options.seed,
-    }  # fmt: skip
+        "sae_hash": identity,
+        "cache_hash": cache.hash,
+        "examples": options.examples,
+        "window": options.window,
+        "seed": options.seed,
+    }
     taken = {path.name for path in building.glob("sae-*.duckdb")}
     name = f"sae-{identity[:12]}.duckdb"
     if name in taken:  # the same weights under two names
         name = f"sae-{identity[:12]}-{len(taken)}.duckdb"
     build = Build(
-        corpus=corpus, d_sae=sae.d_sae, n_activations=runs.n_activations,
-        groups=runs.groups(tables.GROUP_SIZE, tables.GROUP_LATENTS), options=options, timer=timer,
+        corpus=corpus,
+        d_sae=sae.d_sae,
+        n_activations=runs.n_activations,
+        groups=runs.groups(tables.GROUP_SIZE, tables.GROUP_LATENTS),
+        options=options,
+        timer=timer,
         static=static_data(sae, corpus, job.W_U_DV, job.metrics, timer),
         context_index=(lambda connection: index_by_context(connection, corpus, runs))
         if options.context_index
         else None,
-    )  # fmt: skip
+    )
     write_sae_file(building / name, build, meta)
     key = corpus.hash if corpus.has_text else None
     return publish.StoredSae(name=options.name, file=publish.describe(building / name), text=key)

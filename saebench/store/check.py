@@ -163,9 +163,10 @@ def _check_tables(
 
     try:
         connection = open_reader(
-            store / sae.file.path, store / text.path if text else None,
+            store / sae.file.path,
+            store / text.path if text else None,
             {name: store / file.path for name, file in extras.items()},
-        )  # fmt: skip
+        )
     except UserError as error:
         yield Finding(sae.file.path, str(error))
         return
@@ -203,9 +204,14 @@ def _check_tables(
 
 
 def _check_references(
-    store: Path, manifest: publish.Manifest, damaged: set[str], sae: SAE, cache: ActivationCache | None,
-    model: str, run: Path | None,
-) -> Iterator[Finding]:  # fmt: skip
+    store: Path,
+    manifest: publish.Manifest,
+    damaged: set[str],
+    sae: SAE,
+    cache: ActivationCache | None,
+    model: str,
+    run: Path | None,
+) -> Iterator[Finding]:
     seen = False
     for stored in manifest.saes:
         text = manifest.texts.get(stored.text) if stored.text else None
@@ -245,9 +251,12 @@ def _check_schema(
 
 
 def _check_columns(
-    connection: duckdb.DuckDBPyConnection, where: str, alias: str, tables: dict[str, Table],
+    connection: duckdb.DuckDBPyConnection,
+    where: str,
+    alias: str,
+    tables: dict[str, Table],
     missing: Collection[str] = (),
-) -> Iterator[Finding]:  # fmt: skip
+) -> Iterator[Finding]:
     for name, table in tables.items():
         query = (
             "SELECT column_name, data_type FROM duckdb_columns() "
@@ -274,9 +283,15 @@ def _check_folds(connection: duckdb.DuckDBPyConnection, where: str) -> Iterator[
 
 
 def _check_rules(
-    connection: duckdb.DuckDBPyConnection, where: str, rules: Iterable[Rule], present: set[str],
-    parameters: dict[str, Any], every: int, few: int, bar: Progress,
-) -> Iterator[Finding]:  # fmt: skip
+    connection: duckdb.DuckDBPyConnection,
+    where: str,
+    rules: Iterable[Rule],
+    present: set[str],
+    parameters: dict[str, Any],
+    every: int,
+    few: int,
+    bar: Progress,
+) -> Iterator[Finding]:
     for rule in rules:
         bar.update(1)
         if not rule.tables <= present:

@@ -96,9 +96,13 @@ class CoactivationCounter:
         kind, latent_Y, rank = np.nonzero(others >= 0)
         some = kind, latent_Y, rank
         return {
-            "feature": latent_Y, "kind": np.array(kinds)[kind], "rank": rank, "other": others[some],
-            "score": scores[some], "n_both": n_boths[some],
-        }  # fmt: skip
+            "feature": latent_Y,
+            "kind": np.array(kinds)[kind],
+            "rank": rank,
+            "other": others[some],
+            "score": scores[some],
+            "n_both": n_boths[some],
+        }
 
 
 def _first(score: NDArray[Any], other: NDArray[Any], latent: int, n: int) -> NDArray[np.intp]:

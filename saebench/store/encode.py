@@ -93,13 +93,17 @@ def _codes(
 
 def _work(encoders: Sequence[Encoder], cache: ActivationCache, batch_size: int) -> str:
     """A hash of all that the codes depend on, the cuts between files included."""
-    return sha256_json({
-        "format": 1, "cache": cache.hash, "n_rows": cache.n_rows, "batch_size": batch_size,
-        "run_size": sorted_spill.RUN_SIZE, "torch": torch.__version__,
-        "saes": [
-            [encoder.identity, encoder.hook, encoder.sae.W_dec.device.type] for encoder in encoders
-        ],
-    })  # fmt: skip
+    return sha256_json(
+        {
+            "format": 1,
+            "cache": cache.hash,
+            "n_rows": cache.n_rows,
+            "batch_size": batch_size,
+            "run_size": sorted_spill.RUN_SIZE,
+            "torch": torch.__version__,
+            "saes": [[encoder.identity, encoder.hook, encoder.sae.W_dec.device.type] for encoder in encoders],
+        }
+    )
 
 
 def _resume(

@@ -38,10 +38,14 @@ def examples(acts: Activations, corpus: Corpus, *, n: int, window: int, seed: in
     weight_E = (acts.counts_M / np.maximum(drawn_M, 1))[acts.latent_S[random_E]]
     firings = np.concatenate([top_E, at_E, random_E])
     parts = [
-        (acts.latent_S[firings], acts.row_S[firings], acts.value_S[firings],
-         np.concatenate([np.full(len(top_E), GROUP_TOP), decile_E, np.full(len(random_E), GROUP_RANDOM)]),
-         np.concatenate([np.full(len(top_E), np.nan), size_E, weight_E])),
-    ]  # fmt: skip
+        (
+            acts.latent_S[firings],
+            acts.row_S[firings],
+            acts.value_S[firings],
+            np.concatenate([np.full(len(top_E), GROUP_TOP), decile_E, np.full(len(random_E), GROUP_RANDOM)]),
+            np.concatenate([np.full(len(top_E), np.nan), size_E, weight_E]),
+        ),
+    ]
     found = [(GROUP_NEGATIVE, silent(acts, corpus, n=n, window=window, seed=seed))]
     if corpus.has_text:
         found.append((GROUP_NEAR_MISS, near_misses(acts, corpus, n=n, window=window, seed=seed)))
@@ -57,9 +61,12 @@ def examples(acts: Activations, corpus: Corpus, *, n: int, window: int, seed: in
 
     weight_E = weight_E[order]
     rows = {
-        "feature": latent_E + acts.first, "grp": grp_E, "rank": _rank(latent_E * 256 + grp_E),
-        "value": value_E[order], "weight": pyarrow.array(weight_E, mask=np.isnan(weight_E)),
-    }  # fmt: skip
+        "feature": latent_E + acts.first,
+        "grp": grp_E,
+        "rank": _rank(latent_E * 256 + grp_E),
+        "value": value_E[order],
+        "weight": pyarrow.array(weight_E, mask=np.isnan(weight_E)),
+    }
     if corpus.has_text:
         rows |= Windows(acts, corpus, latent_E, row_E, window).columns()
         return rows | {"fold": fold_of(rows["doc"])}
@@ -67,8 +74,14 @@ def examples(acts: Activations, corpus: Corpus, *, n: int, window: int, seed: in
     none = pyarrow.nulls(len(row_E), pyarrow.uint32())
     zero = np.zeros(len(row_E), dtype=np.int64)
     return rows | {
-        "ctx": row_E, "pos": zero, "doc": none, "fold": none, "start": zero, "tokens": empty, "acts": empty,
-    }  # fmt: skip
+        "ctx": row_E,
+        "pos": zero,
+        "doc": none,
+        "fold": none,
+        "start": zero,
+        "tokens": empty,
+        "acts": empty,
+    }
 
 
 def top(acts: Activations, corpus: Corpus, n: int) -> NDArray[np.int64]:

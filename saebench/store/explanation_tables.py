@@ -76,8 +76,11 @@ def _arrow(table: Table, columns: Mapping[str, list[Any]]) -> Any:
     import pyarrow
 
     kinds = {
-        "UINTEGER": pyarrow.uint32(), "UINTEGER[]": pyarrow.list_(pyarrow.uint32()),
-        "BIGINT": pyarrow.int64(), "DOUBLE": pyarrow.float64(), "VARCHAR": pyarrow.string(),
+        "UINTEGER": pyarrow.uint32(),
+        "UINTEGER[]": pyarrow.list_(pyarrow.uint32()),
+        "BIGINT": pyarrow.int64(),
+        "DOUBLE": pyarrow.float64(),
+        "VARCHAR": pyarrow.string(),
         "BOOLEAN": pyarrow.bool_(),
-    }  # fmt: skip
+    }
     return pyarrow.table({c.name: pyarrow.array(columns[c.name], type=kinds[c.type]) for c in table.columns})

@@ -121,10 +121,11 @@ def feature_source(used: Iterable[str], extras: Collection[str], table: str = "s
         return table
     joined = dict.fromkeys(name for column in columns if (name := extra_of(column)) in extras)
     values = [
-        f"{extra_of(column)}.{column}" if extra_of(column) in extras
+        f"{extra_of(column)}.{column}"
+        if extra_of(column) in extras
         else f"NULL::{feature_column(column).type} AS {column}"
         for column in columns
-    ]  # fmt: skip
+    ]
     joins = "".join(
         f" LEFT JOIN {name}.{FEATURE_EXTRAS[name].name} AS {name} USING (feature)" for name in joined if name
     )

@@ -80,9 +80,10 @@ class Manifest:
         texts = self.texts | ({sae.text: text} if sae.text and text else {})
         used = {one.text for one in saes}
         return Manifest(
-            generation=self.generation + 1, saes=saes,
+            generation=self.generation + 1,
+            saes=saes,
             texts={key: file for key, file in texts.items() if key in used},
-        )  # fmt: skip
+        )
 
 
 def read_manifest(store: Path) -> Manifest:
@@ -117,11 +118,13 @@ def parse_manifest(path: Path) -> Manifest:
     try:
         saes = tuple(
             StoredSae(
-                name=sae["name"], text=sae["text"], file=StoredFile(**sae["file"]),
+                name=sae["name"],
+                text=sae["text"],
+                file=StoredFile(**sae["file"]),
                 extras={name: StoredFile(**file) for name, file in sae.get("extras", {}).items()},
             )
             for sae in content["saes"]
-        )  # fmt: skip
+        )
         texts = {key: StoredFile(**file) for key, file in content["texts"].items()}
         manifest = Manifest(generation=int(content["generation"]), saes=saes, texts=texts)
         for file in manifest.files():

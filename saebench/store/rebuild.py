@@ -108,8 +108,9 @@ class StoredText(Corpus):
         for contexts in chunks(self.n_contexts, max(1, MOST_TEXT // self.ctx_len)):
             found = connection.execute(
                 f"SELECT n_tokens, tokens, docs, {kept} AS kept FROM txt.context WHERE ctx BETWEEN ? AND ? "
-                "ORDER BY ctx", [contexts.start, contexts.stop - 1],
-            ).fetchnumpy()  # fmt: skip
+                "ORDER BY ctx",
+                [contexts.start, contexts.stop - 1],
+            ).fetchnumpy()
             length_C = found["n_tokens"].astype(np.int64)
             ctx_X = np.repeat(np.arange(contexts.start, contexts.stop), length_C)
             pos_X = np.arange(len(ctx_X)) - np.repeat(np.cumsum(length_C) - length_C, length_C)
@@ -166,10 +167,11 @@ def _rebuild(
         present = tables_of(connection, "sae")
         has_index, has_metrics = "act_by_ctx" in present, "train_metric" in present
         meta |= {
-            "format_version": schema.FORMAT_VERSION, "ctx_len": corpus.ctx_len,
+            "format_version": schema.FORMAT_VERSION,
+            "ctx_len": corpus.ctx_len,
             "missing": missing_tables(corpus, meta["missing"].get("logit")),
             "left_out": left_out_tables(metrics=has_metrics, context_index=has_index),
-        }  # fmt: skip
+        }
 
         def copy_index(new: duckdb.DuckDBPyConnection) -> None:
             new.execute(f"ATTACH {quoted(store / old.file.path)} AS old (READ_ONLY)")
@@ -177,14 +179,16 @@ def _rebuild(
             new.execute("DETACH old")
 
         build = Build(
-            corpus=corpus, d_sae=meta["d_sae"], n_activations=meta["n_activations"],
+            corpus=corpus,
+            d_sae=meta["d_sae"],
+            n_activations=meta["n_activations"],
             groups=_groups(connection, corpus, meta["d_sae"]),
             static=_static_data(connection, present, meta["d_sae"]),
             options=TableOptions(
                 examples=meta["examples"], window=meta["window"], seed=meta["seed"], quiet=quiet
             ),
             context_index=copy_index if has_index else None,
-        )  # fmt: skip
+        )
         path = building / Path(old.file.path).name
         write_sae_file(path, build, meta)
     shutil.rmtree(building / "text", ignore_errors=True)
@@ -220,10 +224,12 @@ def _static_data(connection: duckdb.DuckDBPyConnection, present: set[str], d_sae
     if {"kind"} <= {name for (name,) in connection.execute(query, ["neighbor"]).fetchall()}:
         copied.append((schema.NEIGHBOR, "SELECT * FROM sae.neighbor WHERE kind < 2"))
     else:
-        copied.append((
-            schema.NEIGHBOR,
-            "SELECT feature, 0 AS kind, rank, other, cosine AS score, NULL AS n_both FROM sae.neighbor",
-        ))  # fmt: skip
+        copied.append(
+            (
+                schema.NEIGHBOR,
+                "SELECT feature, 0 AS kind, rank, other, cosine AS score, NULL AS n_both FROM sae.neighbor",
+            )
+        )
     for table in (schema.LOGIT, schema.TRAIN_METRIC):
         if table.name in present:
             copied.append((table, f"SELECT * FROM sae.{table.name}"))

@@ -56,9 +56,13 @@ def load_references(
 
 
 def problems(
-    connection: duckdb.DuckDBPyConnection, meta: dict[str, Any], text: str | None, sae: SAE,
-    cache: ActivationCache | None, model: str,
-) -> Iterator[str]:  # fmt: skip
+    connection: duckdb.DuckDBPyConnection,
+    meta: dict[str, Any],
+    text: str | None,
+    sae: SAE,
+    cache: ActivationCache | None,
+    model: str,
+) -> Iterator[str]:
     """The problems found in the tables of one SAE of a store, one sentence each.
 
     Raises:
@@ -104,8 +108,9 @@ def _directions(connection: duckdb.DuckDBPyConnection, sae: SAE) -> Iterator[str
     for kind, W_MD in (("decoder", W_dec_MD), ("encoder", W_enc_MD)):
         rows = connection.execute(
             "SELECT score, other FROM sae.neighbor WHERE kind = ? AND list_contains(?, feature) ORDER BY "
-            "feature, rank", [NEIGHBOR_KINDS[kind], feature_F.tolist()],
-        ).fetchnumpy()  # fmt: skip
+            "feature, rank",
+            [NEIGHBOR_KINDS[kind], feature_F.tolist()],
+        ).fetchnumpy()
         if not len(rows["score"]):
             continue
         _, cosine_FJ = nearest_rows(W_MD, of=torch.from_numpy(feature_F))
@@ -127,11 +132,13 @@ def _codes(
         expected[at, latent] = expected.get((at, latent), 0.0) + value
     import pyarrow
 
-    places = pyarrow.table({
-        "place": np.arange(len(row_R)),
-        "ctx": (corpus.ctx[row_R] if corpus.has_text else row_R).astype(np.int64),
-        "pos": (corpus.pos[row_R] if corpus.has_text else np.zeros_like(row_R)).astype(np.int64),
-    })  # fmt: skip
+    places = pyarrow.table(
+        {
+            "place": np.arange(len(row_R)),
+            "ctx": (corpus.ctx[row_R] if corpus.has_text else row_R).astype(np.int64),
+            "pos": (corpus.pos[row_R] if corpus.has_text else np.zeros_like(row_R)).astype(np.int64),
+        }
+    )
     query = "SELECT place, feature, value FROM sae.act JOIN places USING (ctx, pos)"
     connection.register("places", places)
     rows = connection.execute(query).fetchnumpy()
@@ -139,9 +146,10 @@ def _codes(
     keys = zip(rows["place"].tolist(), rows["feature"].tolist(), strict=True)
     stored = dict(zip(keys, rows["value"].tolist(), strict=True))
     wrong = [
-        key for key, value in stored.items()
+        key
+        for key, value in stored.items()
         if key in expected and abs(expected[key] - value) > 1e-3 * (1 + abs(value))
-    ]  # fmt: skip
+    ]
     if wrong:
         feature = wrong[0][1]
         yield f"activations are not the SAE's codes of the cache ({len(wrong):,} times, first {feature})"
@@ -165,8 +173,9 @@ def _logits(connection: duckdb.DuckDBPyConnection, sae: SAE, W_U_DV: Tensor) -> 
         yield "logits are not those of the SAE and the model"
     kurtosis = connection.execute(
         "SELECT logit_kurtosis FROM sae.feature WHERE list_contains(?, feature) AND logit_kurtosis IS NOT "
-        "NULL ORDER BY feature", [feature_F.tolist()],
-    ).fetchnumpy()["logit_kurtosis"]  # fmt: skip
+        "NULL ORDER BY feature",
+        [feature_F.tolist()],
+    ).fetchnumpy()["logit_kurtosis"]
     if len(kurtosis) and not np.allclose(kurtosis, columns["logit_kurtosis"], rtol=1e-2, atol=1e-2):
         yield "logit_kurtosis is not that of the SAE and the model"
 

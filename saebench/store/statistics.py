@@ -93,9 +93,12 @@ def histograms(acts: Activations) -> Columns:
 
 
 def _histogram(
-    latent_S: NDArray[np.int64], value_S: NDArray[np.float32], alive_L: NDArray[np.int64],
-    low_L: NDArray[np.float32], high_L: NDArray[np.float32],
-) -> Columns:  # fmt: skip
+    latent_S: NDArray[np.int64],
+    value_S: NDArray[np.float32],
+    alive_L: NDArray[np.int64],
+    low_L: NDArray[np.float32],
+    high_L: NDArray[np.float32],
+) -> Columns:
     """feature, lo, hi [L] and counts [L, HIST_BINS]."""
     place_M = np.zeros(alive_L[-1] + 1, dtype=np.int64)
     place_M[alive_L] = np.arange(len(alive_L))
@@ -140,10 +143,11 @@ def _moments(acts: Activations, alive_L: NDArray[np.int64]) -> Columns:
     varies_L = variance_L > 1e-12 * mean_L**2
     safe_L = np.where(varies_L, variance_L, 1)
     return {
-        "mean_act": mean_L, "std_act": np.sqrt(variance_L),
+        "mean_act": mean_L,
+        "std_act": np.sqrt(variance_L),
         "skew": np.where(varies_L, third_L / safe_L**1.5, 0),
         "kurtosis": np.where(varies_L, fourth_L / safe_L**2 - 3, 0),
-    }  # fmt: skip
+    }
 
 
 def _places(acts: Activations, corpus: Corpus, alive_L: NDArray[np.int64]) -> Columns:

@@ -52,12 +52,25 @@ GROUP_LATENTS = 1024
 """Latents per group that is processed at once; bounds the examples in memory."""
 
 NEED_TEXT = (
-    "context", "token", "document", "feature_token", "token_feature", "feature_label", "position",
-)  # fmt: skip
+    "context",
+    "token",
+    "document",
+    "feature_token",
+    "token_feature",
+    "feature_label",
+    "position",
+)
 STATIC_COLUMNS = (
-    "dec_norm", "enc_norm", "enc_dec_cos", "b_enc", "dec_max_cos", "dec_nn", "logit_top", "logit_max",
+    "dec_norm",
+    "enc_norm",
+    "enc_dec_cos",
+    "b_enc",
+    "dec_max_cos",
+    "dec_nn",
+    "logit_top",
+    "logit_max",
     "logit_kurtosis",
-)  # fmt: skip
+)
 """Columns of the feature table that do not derive from activations."""
 
 
@@ -154,8 +167,11 @@ def write_sae_file(path: Path, build: Build, meta: dict[str, Any]) -> None:
             with timer.on("quantile"):
                 insert(connection, schema.QUANTILE, quantile_rows(acts))
             with timer.on("example"):
-                insert(connection, schema.EXAMPLE, examples(
-                    acts, corpus, n=options.examples, window=options.window, seed=options.seed))  # fmt: skip
+                insert(
+                    connection,
+                    schema.EXAMPLE,
+                    examples(acts, corpus, n=options.examples, window=options.window, seed=options.seed),
+                )
             with timer.on("neighbor"):
                 together.add(acts)
             bar.update(len(acts.row_S))
@@ -220,9 +236,10 @@ def metric_rows(path: Path) -> dict[str, Any]:
     rows.sort()
     step, name, value = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [])
     return {
-        "step": np.array(step, dtype=np.int64), "name": np.array(name, dtype=object),
+        "step": np.array(step, dtype=np.int64),
+        "name": np.array(name, dtype=object),
         "value": np.array(value, dtype=np.float64),
-    }  # fmt: skip
+    }
 
 
 def missing_tables(corpus: Corpus, no_logits: str | None) -> dict[str, str]:
@@ -248,11 +265,16 @@ def index_by_context(connection: duckdb.DuckDBPyConnection, corpus: Corpus, runs
     for latent_S, row_S, value_S in runs.by_row():
         starts_R = np.flatnonzero(np.concatenate([[True], row_S[1:] != row_S[:-1]]))
         n_R, row_R = np.diff(starts_R, append=len(row_S)), row_S[starts_R]
-        insert(connection, schema.ACT_BY_CTX, {
-            "ctx": corpus.ctx[row_R] if corpus.has_text else row_R,
-            "pos": corpus.pos[row_R] if corpus.has_text else np.zeros_like(row_R),
-            "features": list_column(latent_S, n_R), "acts": list_column(value_S, n_R),
-        })  # fmt: skip
+        insert(
+            connection,
+            schema.ACT_BY_CTX,
+            {
+                "ctx": corpus.ctx[row_R] if corpus.has_text else row_R,
+                "pos": corpus.pos[row_R] if corpus.has_text else np.zeros_like(row_R),
+                "features": list_column(latent_S, n_R),
+                "acts": list_column(value_S, n_R),
+            },
+        )
 
 
 def _act_rows(acts: Activations, corpus: Corpus) -> dict[str, Any]:

@@ -22,21 +22,40 @@ def write_text_file(path: Path, corpus: Corpus, *, name: str | None) -> None:
     """Write the tables token, context and document of ``corpus``; ``name`` is what the text is called."""
     with new_database(path, TEXT_TABLES.values()) as connection:
         vocab = corpus.vocab
-        insert(connection, TOKEN, {
-            "token": np.arange(len(vocab)), "bytes": vocab, "text": [token_text(token) for token in vocab],
-            "n": corpus.token_counts,
-        })  # fmt: skip
+        insert(
+            connection,
+            TOKEN,
+            {
+                "token": np.arange(len(vocab)),
+                "bytes": vocab,
+                "text": [token_text(token) for token in vocab],
+                "n": corpus.token_counts,
+            },
+        )
         labels = (corpus.labels or [])[: corpus.n_documents]
         labels += [""] * (corpus.n_documents - len(labels))
-        insert(connection, DOCUMENT, {
-            "doc": np.arange(corpus.n_documents), "label": [label or None for label in labels],
-        })  # fmt: skip
+        insert(
+            connection,
+            DOCUMENT,
+            {
+                "doc": np.arange(corpus.n_documents),
+                "label": [label or None for label in labels],
+            },
+        )
         for contexts in chunks(corpus.n_contexts, CHUNK // corpus.ctx_len):
             insert(connection, CONTEXT, _contexts(corpus, contexts))
-        insert_meta(connection, TEXT_META, {
-            "format_version": FORMAT_VERSION, "text": name, "text_hash": corpus.hash,
-            "n_tokens": corpus.n_rows, "n_contexts": corpus.n_contexts, "n_documents": corpus.n_documents,
-        })  # fmt: skip
+        insert_meta(
+            connection,
+            TEXT_META,
+            {
+                "format_version": FORMAT_VERSION,
+                "text": name,
+                "text_hash": corpus.hash,
+                "n_tokens": corpus.n_rows,
+                "n_contexts": corpus.n_contexts,
+                "n_documents": corpus.n_documents,
+            },
+        )
 
 
 def _contexts(corpus: Corpus, contexts: slice) -> dict[str, Any]:

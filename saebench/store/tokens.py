@@ -47,10 +47,13 @@ def label_rows(acts: Activations, corpus: Corpus) -> Columns:
     latent_P, label_P, n_P, rank_P = latent_P[kept_P], label_P[kept_P], n_P[kept_P], rank_P[kept_P]
     share_P = n_P / acts.counts_M[latent_P]
     return {
-        "feature": latent_P + acts.first, "rank": rank_P, "n": n_P, "p_label_given_fire": share_P,
+        "feature": latent_P + acts.first,
+        "rank": rank_P,
+        "n": n_P,
+        "p_label_given_fire": share_P,
         "label": [corpus.label_names[label] for label in label_P],
         "lift": share_P / (corpus.label_counts[label_P] / corpus.n_rows),
-    }  # fmt: skip
+    }
 
 
 class TokenFeatures:
@@ -94,9 +97,13 @@ def _shares(
     share_P = n_P / acts.counts_M[latent_P]
     total_P = corpus.role_counts[role][token_P]
     return {
-        "feature": latent_P + acts.first, "token": token_P, "n": n_P, "p_token_given_fire": share_P,
-        "p_fire_given_token": n_P / total_P, "lift": share_P / (total_P / corpus.n_rows),
-    }  # fmt: skip
+        "feature": latent_P + acts.first,
+        "token": token_P,
+        "n": n_P,
+        "p_token_given_fire": share_P,
+        "p_fire_given_token": n_P / total_P,
+        "lift": share_P / (total_P / corpus.n_rows),
+    }
 
 
 def _top(acts: Activations, latent_P: Ints, row_P: Columns, vocab: list[bytes]) -> Columns:

@@ -78,6 +78,10 @@ class Windows:
         acts_X = np.zeros(len(example_X), dtype=np.float32)
         acts_X[(ends_E - length_E)[example_Y] + pos_Y - self.start_E[example_Y]] = self.acts.value_S[at_Y]
         return {
-            "ctx": self.ctx_E, "pos": self.pos_E, "doc": corpus.doc[self.row_E], "start": self.start_E,
-            "tokens": list_column(tokens_X, length_E), "acts": list_column(acts_X, length_E),
-        }  # fmt: skip
+            "ctx": self.ctx_E,
+            "pos": self.pos_E,
+            "doc": corpus.doc[self.row_E],
+            "start": self.start_E,
+            "tokens": list_column(tokens_X, length_E),
+            "acts": list_column(acts_X, length_E),
+        }

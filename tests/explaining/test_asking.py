@@ -165,12 +165,14 @@ def test_retry_after_accepts_number_or_date():
 def test_scores_use_answered_items_only(rows):
     items = [
         {
-            "truth": truth, "verdict": verdict, "doc": doc,
+            "truth": truth,
+            "verdict": verdict,
+            "doc": doc,
             "probability": None if verdict is None else chance,
             "status": "failed" if verdict is None else "ok",
         }
         for truth, verdict, chance, doc in rows
-    ]  # fmt: skip
+    ]
     score = score_items("detection", items, 0)
     answered = [(t, v, c) for t, v, c, _ in rows if v is not None]
     true, false = [a for a in answered if a[0]], [a for a in answered if not a[0]]

@@ -76,14 +76,18 @@ def test_rule_round_trips_json_and_has_description(rule):
 @pytest.mark.parametrize(
     "rule",
     [
-        {}, None, [], {"version": 1}, {"version": 1, "any": [{"all": []}]},
+        {},
+        None,
+        [],
+        {"version": 1},
+        {"version": 1, "any": [{"all": []}]},
         {"version": 1, "any": [{"all": [{"at": 1, "in": [3]}]}]},
         {"version": 1, "any": [{"all": [{"at": 0, "in": ["3"]}]}]},
         {"version": 1, "any": [{"all": [{"at": 0, "is": "a regex of mine"}]}]},
         {"version": 1, "any": [{"all": [{"at": 0, "matches": "(a+)+$"}]}]},
         {"version": 1, "any": [{"all": [{"position": [1]}]}]},
     ],
-)  # fmt: skip
+)
 def test_invalid_rule_is_refused(rule):
     with pytest.raises(UserError, match="is not a rule"):
         check_rule(rule)
@@ -100,9 +104,12 @@ def test_docstring_examples_of_grammar_run():
 
 
 def test_describe_gives_words_of_rule():
-    rule = {"version": 1, "any": [
-        {"all": [{"at": -1, "is": "punctuation"}, {"at": 0, "in": [1]}]},
-        {"all": [{"at": -1, "word": "of"}, {"position": [0, 4]}]},
-    ]}  # fmt: skip
+    rule = {
+        "version": 1,
+        "any": [
+            {"all": [{"at": -1, "is": "punctuation"}, {"at": 0, "in": [1]}]},
+            {"all": [{"at": -1, "word": "of"}, {"position": [0, 4]}]},
+        ],
+    }
     expected = "fires on ' the' after punctuation; or on what comes after the word 'of' up to position 4"
     assert describe(rule, VOCAB) == expected

@@ -25,9 +25,14 @@ def folder(tmp_path_factory, tiny_text):
     save_tiny_tokenizer(folder, tiny_text)
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=TINY_VOCABULARY, n_positions=4096, n_embd=16, n_layer=1, n_head=2, bos_token_id=0,
+        vocab_size=TINY_VOCABULARY,
+        n_positions=4096,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=0,
         eos_token_id=0,
-    )  # fmt: skip
+    )
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 

@@ -45,9 +45,15 @@ def feature_rows(codes_NM, cache) -> list[dict]:
 
 
 OF_TEXT = (
-    "n_ctx_act", "n_doc_act", "mean_pos", "first_pos_share", "top_token", "top_token_share",
-    "top_token_p_fire", "entropy_tok",
-)  # fmt: skip
+    "n_ctx_act",
+    "n_doc_act",
+    "mean_pos",
+    "first_pos_share",
+    "top_token",
+    "top_token_share",
+    "top_token_p_fire",
+    "entropy_tok",
+)
 
 
 def moments(values) -> dict:
@@ -79,10 +85,15 @@ def token_rows(column, cache, role: int = 0) -> list[dict]:
     rows = []
     for token in set(fired.tolist()) - {-1}:
         n, total = int((fired == token).sum()), int((tokens == token).sum())
-        rows.append({
-            "token": token, "n": n, "p_token_given_fire": n / len(fired), "p_fire_given_token": n / total,
-            "lift": (n / len(fired)) / (total / len(tokens)),
-        })  # fmt: skip
+        rows.append(
+            {
+                "token": token,
+                "n": n,
+                "p_token_given_fire": n / len(fired),
+                "p_fire_given_token": n / total,
+                "lift": (n / len(fired)) / (total / len(tokens)),
+            }
+        )
     return sorted(rows, key=lambda row: (-row["n"], row["token"]))
 
 
@@ -129,10 +140,13 @@ def window(feature: int, row: int, codes_NM, cache, size: int) -> dict:
     for other in np.flatnonzero(cache.ctx.numpy() == ctx):
         values[int(cache.pos[other])] = float(codes_NM[other, feature])
     return {
-        "ctx": ctx, "pos": pos, "doc": int(cache.doc[row]), "start": start,
+        "ctx": ctx,
+        "pos": pos,
+        "doc": int(cache.doc[row]),
+        "start": start,
         "tokens": [int(cache.context_tokens[ctx, p]) for p in where],
         "acts": [values.get(p, 0.0) for p in where],
-    }  # fmt: skip
+    }
 
 
 def neighbors(W_dec_MD, n: int) -> list[tuple[list[int], list[float]]]:

@@ -103,11 +103,14 @@ def exports(label):
     one = {"sae": st.sampled_from("st"), "feature": st.integers(0, 2), "author": st.just(""), "time": TIMES}
     return st.builds(
         lambda labels, marks: {
-            "format": "saebench annotations", "format_version": 1, "labels": labels, "bookmarks": marks,
+            "format": "saebench annotations",
+            "format_version": 1,
+            "labels": labels,
+            "bookmarks": marks,
         },
         st.lists(st.fixed_dictionaries({**one, "label": label}), max_size=6),
         st.lists(st.fixed_dictionaries(one), max_size=3),
-    )  # fmt: skip
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -369,9 +372,11 @@ def test_add_to_list_accepts_columns_arrays_and_sets(notes):
 
     table = pd.DataFrame({"feature": [3, 1], "density": [0.5, 0.25]})
     for name, features in (
-        ("column", table["feature"]), ("array", np.array([3, 1])), ("set", {3, 1}),
+        ("column", table["feature"]),
+        ("array", np.array([3, 1])),
+        ("set", {3, 1}),
         ("cells", [row["feature"] for _, row in table.iterrows()]),
-    ):  # fmt: skip
+    ):
         notes.add_to_list(name, features)
         assert sorted(notes.list_features(name)) == [1, 3]
     for bad in (pd.Series([3, D_SAE]), np.array([0.5]), "3", None):

@@ -32,9 +32,14 @@ from tests.store.small_store import (
 
 
 @given(
-    seed=st.integers(0, 99), contexts=st.integers(1, 8), d_sae=st.integers(1, 20), k=st.integers(1, 5),
-    batch=st.integers(1, 200), group=st.integers(1, 400), text=st.booleans(),
-)  # fmt: skip
+    seed=st.integers(0, 99),
+    contexts=st.integers(1, 8),
+    d_sae=st.integers(1, 20),
+    k=st.integers(1, 5),
+    batch=st.integers(1, 200),
+    group=st.integers(1, 400),
+    text=st.booleans(),
+)
 @settings(max_examples=8, deadline=None)
 def test_store_equals_brute_force(seed, contexts, d_sae, k, batch, group, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("store")
@@ -251,9 +256,14 @@ def test_index_several_runs_in_one_pass(tmp_path):
         small_sae(seed).save(run, hook_name=HOOK)
     (runs[1] / "metrics.jsonl").write_text('{"step": 3, "loss": 0.5}\n')
     config = IndexConfig(
-        run=runs[0], also=tuple(runs[1:]), cache=tmp_path / "cache", out=tmp_path / "store", quiet=True,
-        device="cpu", with_context_index=True,
-    )  # fmt: skip
+        run=runs[0],
+        also=tuple(runs[1:]),
+        cache=tmp_path / "cache",
+        out=tmp_path / "store",
+        quiet=True,
+        device="cpu",
+        with_context_index=True,
+    )
     with index(config) as first:
         assert (first.sae, first.saes, first.generation) == ("a", ["a", "b", "same"], 1)
         here = first.context_features(5)

@@ -23,9 +23,11 @@ SCORES = {3: 0.5, 4: 0.25, 9: 1.0}
 
 def fill(connection):
     texts = [f"explains {feature}" for feature in SCORES]
-    insert(connection, EXPLAINED, {
-        "feature": list(SCORES), "explanation": texts, "explanation_score": list(SCORES.values())
-    })  # fmt: skip
+    insert(
+        connection,
+        EXPLAINED,
+        {"feature": list(SCORES), "explanation": texts, "explanation_score": list(SCORES.values())},
+    )
     return {"made_by": "a test"}
 
 
@@ -70,9 +72,13 @@ def test_sorted_page_with_extra_columns_equals_pandas(extended, order_by, limit)
     with open_store(extended) as store:
         whole = store.features([*FEATURE.names, "explanation", "explanation_score", "loss_effect"])
         page = store.features(
-            ["explanation", "feature", "loss_effect"], ranges={"feature": (2, 20)}, order_by=order_by,
-            descending=True, limit=limit, offset=1,
-        )  # fmt: skip
+            ["explanation", "feature", "loss_effect"],
+            ranges={"feature": (2, 20)},
+            order_by=order_by,
+            descending=True,
+            limit=limit,
+            offset=1,
+        )
     expected = whole[whole["feature"].between(2, 20)]
     expected = expected.sort_values([order_by, "feature"], ascending=[False, order_by != "feature"])
     expected = expected[["explanation", "feature", "loss_effect"]].iloc[1:][:limit].reset_index(drop=True)

@@ -67,10 +67,12 @@ def test_readers_see_whole_generations_during_publishing(tmp_path: Path, seconds
     readers = [
         subprocess.Popen(
             [sys.executable, "-c", READER, str(path), str(seconds), str(seed), str(READERS // processes)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for seed in range(processes)
-    ]  # fmt: skip
+    ]
     time.sleep(seconds / 3)
     with open_store(path) as store:
         made_from = store.info()

@@ -64,10 +64,13 @@ test_resume.index_two(store)
 
 def jobs():
     return [
-        IndexJob(sae=small_sae(seed), options=small_options(name=f"sae{seed}", context_index=True),
-            W_U_DV=small_unembedding())
+        IndexJob(
+            sae=small_sae(seed),
+            options=small_options(name=f"sae{seed}", context_index=True),
+            W_U_DV=small_unembedding(),
+        )
         for seed in (0, 1)
-    ]  # fmt: skip
+    ]
 
 
 def index_two(store):

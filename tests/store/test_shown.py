@@ -12,8 +12,12 @@ from saebench.store.example_windows import bounds, distinct
 def examples(draw: st.DrawFn) -> dict[str, Any]:
     tokens = draw(st.lists(st.integers(0, 2), min_size=1, max_size=6))
     start = draw(st.integers(0, 9))
-    return {"tokens": tokens, "pieces": [str(t) for t in tokens], "start": start,
-            "pos": start + draw(st.integers(0, len(tokens) - 1))}  # fmt: skip
+    return {
+        "tokens": tokens,
+        "pieces": [str(t) for t in tokens],
+        "start": start,
+        "pos": start + draw(st.integers(0, len(tokens) - 1)),
+    }
 
 
 @given(st.lists(examples(), max_size=12), st.integers(0, 4))

@@ -69,9 +69,14 @@ def export_store(config: StoreExportConfig) -> StoreExport:
             n_bytes = sum(path.stat().st_size for path in found)
         n_features = store.info()["d_sae"] if features is None else len(features)
         return StoreExport(
-            path=config.out, format=config.format, sae=store.sae, n_features=n_features, files=files,
-            bytes=n_bytes, notes=notes,
-        )  # fmt: skip
+            path=config.out,
+            format=config.format,
+            sae=store.sae,
+            n_features=n_features,
+            files=files,
+            bytes=n_bytes,
+            notes=notes,
+        )
 
 
 def chosen_features(store: FeatureStore, config: StoreExportConfig) -> list[int] | None:

@@ -59,16 +59,28 @@ def write(store: FeatureStore, features: list[int] | None, directory: Path) -> t
         save_file(
             {
                 "locations": locations.astype(np.uint16 if fits else np.uint32),
-                "activations": activations.astype(np.float16), "tokens": tokens,
+                "activations": activations.astype(np.float16),
+                "tokens": tokens,
             },
             folder / f"{first}_{end - 1}.safetensors",
-        )  # fmt: skip
+        )
     ctx_len = tokens.shape[1]
-    write_json_atomic(folder / "config.json", {
-        "model_name": info["model"], "dataset_repo": info["text"], "dataset_split": "", "dataset_name": "",
-        "dataset_row": "", "dataset_column": "", "batch_size": 32, "ctx_len": ctx_len,
-        "cache_ctx_len": ctx_len, "n_tokens": int(tokens.size), "n_splits": n_splits,
-    })  # fmt: skip
+    write_json_atomic(
+        folder / "config.json",
+        {
+            "model_name": info["model"],
+            "dataset_repo": info["text"],
+            "dataset_split": "",
+            "dataset_name": "",
+            "dataset_row": "",
+            "dataset_column": "",
+            "batch_size": 32,
+            "ctx_len": ctx_len,
+            "cache_ctx_len": ctx_len,
+            "n_tokens": int(tokens.size),
+            "n_splits": n_splits,
+        },
+    )
     notes = ["delphi takes its tokenizer from model_name in config.json; change it to where yours is."]
     if lengths.min() != lengths.max():
         notes.append(f"Contexts shorter than {ctx_len} tokens end in token 0, which delphi takes for text.")

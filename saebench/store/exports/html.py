@@ -96,11 +96,14 @@ def _header(info: dict[str, Any]) -> str:
 def _index(rows: dict[int, dict[str, Any]], labels: dict[int, str]) -> str:
     lines = [
         (
-            f'<a href="#f{feature}">{feature}</a>', token(row["top_token"]), share(row["density"]),
-            number(row["max_act"]), escape(labels.get(feature, "")),
+            f'<a href="#f{feature}">{feature}</a>',
+            token(row["top_token"]),
+            share(row["density"]),
+            number(row["max_act"]),
+            escape(labels.get(feature, "")),
         )
         for feature, row in rows.items()
-    ]  # fmt: skip
+    ]
     return table(("feature", "top token", "density", "largest", "label"), lines, left=(0, 1, 4))
 
 
@@ -243,10 +246,14 @@ def _tokens(store: FeatureStore, row: dict[str, Any]) -> str:
     if row["dead"]:
         return ""
     lines = [
-        (token(t.text), f"{t.n:,}", bar(share(t.p_token_given_fire), t.p_token_given_fire),
-         bar(share(t.p_fire_given_token), t.p_fire_given_token))
+        (
+            token(t.text),
+            f"{t.n:,}",
+            bar(share(t.p_token_given_fire), t.p_token_given_fire),
+            bar(share(t.p_fire_given_token), t.p_fire_given_token),
+        )
         for t in store.tokens(row["feature"]).head(SHOWN_TOKENS).itertuples()
-    ]  # fmt: skip
+    ]
     return (
         f"<h3>{title}</h3>{table(('token', 'times', 'of its firings', 'of the token'), lines, left=(0,))}\n"
     )

@@ -32,12 +32,18 @@ def write(store: FeatureStore, features: list[int] | None, directory: Path) -> t
     ctx_len = store.arrow("SELECT max(n_tokens) AS longest FROM txt.context")["longest"][0].as_py()
     wanted = range(info["d_sae"]) if features is None else features
     for number, start in enumerate(range(0, len(wanted), PER_BATCH)):
-        write_json_atomic(directory / f"batch-{number}.json", {
-            "model_id": info["model"] or "", "layer": layer_of(info["hook_name"]), "sae_set": store.sae,
-            "features": [
-                feature_json(store, feature, info, ctx_len) for feature in wanted[start : start + PER_BATCH]
-            ],
-        })  # fmt: skip
+        write_json_atomic(
+            directory / f"batch-{number}.json",
+            {
+                "model_id": info["model"] or "",
+                "layer": layer_of(info["hook_name"]),
+                "sae_set": store.sae,
+                "features": [
+                    feature_json(store, feature, info, ctx_len)
+                    for feature in wanted[start : start + PER_BATCH]
+                ],
+            },
+        )
     return (
         "What the store does not keep is empty: neuron alignment, correlated neurons, the cosine of "
         "activations, the histogram of logits.",
@@ -56,25 +62,38 @@ def feature_json(store: FeatureStore, feature: int, info: dict[str, Any], ctx_le
     up, down = (logits[logits["sign"] == sign] for sign in (1, -1))
     bins = store.histogram(feature)
     near = store.neighbors(feature, "correlation").head(SHOWN_NEIGHBORS)
-    empty = dict.fromkeys((
-        "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1",
-        "correlated_neurons_indices", "correlated_neurons_l1", "correlated_neurons_pearson",
-        "correlated_features_l1", "logits_hist_data_bar_heights", "logits_hist_data_bar_values",
-        "decoder_weights_dist",
-    ), ())  # fmt: skip
+    empty = dict.fromkeys(
+        (
+            "neuron_alignment_indices",
+            "neuron_alignment_values",
+            "neuron_alignment_l1",
+            "correlated_neurons_indices",
+            "correlated_neurons_l1",
+            "correlated_neurons_pearson",
+            "correlated_features_l1",
+            "logits_hist_data_bar_heights",
+            "logits_hist_data_bar_values",
+            "decoder_weights_dist",
+        ),
+        (),
+    )
     return {
         **empty,
         "feature_index": feature,
         "correlated_features_indices": near["other"].tolist(),
         "correlated_features_pearson": near["score"].tolist(),
-        "pos_str": up["text"].tolist(), "pos_values": up["value"].tolist(),
-        "neg_str": down["text"].tolist(), "neg_values": down["value"].tolist(),
+        "pos_str": up["text"].tolist(),
+        "pos_values": up["value"].tolist(),
+        "neg_str": down["text"].tolist(),
+        "neg_values": down["value"].tolist(),
         "frac_nonzero": row["density"],
         "freq_hist_data_bar_values": ((bins["lo"] + bins["hi"]) / 2).tolist(),
         "freq_hist_data_bar_heights": bins["count"].tolist(),
-        "n_prompts_total": info["n_contexts"], "n_tokens_in_prompt": ctx_len, "dataset": info["text"] or "",
+        "n_prompts_total": info["n_contexts"],
+        "n_tokens_in_prompt": ctx_len,
+        "dataset": info["text"] or "",
         "activations": _activations(store, feature, row),
-    }  # fmt: skip
+    }
 
 
 def _activations(store: FeatureStore, feature: int, row: dict[str, Any]) -> list[dict[str, Any]]:
