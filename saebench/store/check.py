@@ -15,9 +15,10 @@ from saebench.core.progress import Progress, progress
 from saebench.store import publish
 from saebench.store.annotation_file import FILE
 from saebench.store.database import first_line, open_reader, read_meta, tables_of
+from saebench.store.extra_integrity import EXTRA_RULES
 from saebench.store.extras import extras_of, origin
 from saebench.store.folds import fold_of
-from saebench.store.integrity import EXTRA_RULES, SAE_RULES, TEXT_RULES, Rule
+from saebench.store.integrity import SAE_RULES, TEXT_RULES, Rule
 from saebench.store.recompute import is_of, load_references, problems
 from saebench.store.schema import (
     EXTRA_TABLES,
