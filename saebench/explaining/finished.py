@@ -16,7 +16,7 @@ SECONDS_BETWEEN_SYNCS = 2.0
 
 
 class FinishedFeatures:
-    """The records (tables.py) of finished features; ``done`` is feature -> record, earlier runs' included."""
+    """The records of finished features, of earlier runs too: ``done`` is feature -> record (tables.py)."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

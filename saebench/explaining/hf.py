@@ -19,7 +19,7 @@ class HuggingFace:
     """Answers with transformers; for yes-or-no questions with P(yes | yes or no).
 
     Raises:
-        UserError: no such folder, or no language model with weights as safetensors in it.
+        UserError: there is no such folder, or it has no language model with safetensors weights.
     """
 
     name = "hf"
@@ -46,10 +46,10 @@ class HuggingFace:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"model {model} cannot be asked ({reason}); give another --model") from None
         lm, report = loaded
-        if missing := sorted(report["missing_keys"]):  # they would be filled at random
+        if missing := sorted(report["missing_keys"]):  # transformers fills them with random values
             raise UserError(
                 f"the weights of model {model} lack {len(missing)} tensors that its config.json asks for "
-                f"({missing[0]}); get both from one place"
+                f"({missing[0]}); download config.json and the weights again, from the same model"
             )
         self._lm = lm.to(pick_device(device)).eval()
         self._chat = bool(getattr(self._tokenizer, "chat_template", None))

@@ -27,17 +27,20 @@ def version() -> str:
 
 
 def explain(windows: Sequence[Window], vocab: Sequence[bytes]) -> Question:
+    """The question for an explanation of the windows, whose firings are marked."""
     shown = "\n".join(f"{i}. {one_line(marked(w, w.fires, vocab))}" for i, w in enumerate(windows, 1))
     return _question(EXPLAIN, yes_or_no=False, examples=shown)
 
 
 def detection(explanation: str, window: Window, vocab: Sequence[bytes]) -> Question:
+    """The question whether an explanation fits a window, without marks."""
     return _question(
         DETECTION, yes_or_no=True, explanation=explanation, text=one_line(marked(window, (), vocab))
     )
 
 
 def fuzzing(explanation: str, window: Window, marks: Sequence[int], vocab: Sequence[bytes]) -> Question:
+    """The question whether an explanation fits the marked tokens of a window."""
     text = one_line(marked(window, marks, vocab))
     return _question(FUZZING, yes_or_no=True, explanation=explanation, text=text)
 
@@ -52,6 +55,7 @@ def marked(window: Window, marks: Sequence[int], vocab: Sequence[bytes]) -> str:
 
 
 def one_line(text: str) -> str:
+    """The text with each run of white space replaced by one space."""
     return " ".join(text.split())
 
 

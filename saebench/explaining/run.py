@@ -47,8 +47,8 @@ class Explainer(Protocol):
 def explain(config: ExplainConfig) -> FeatureStore:
     """Explain features and publish the explanations in a new generation of the store, which is returned.
 
-    Whatever the store has of other providers, models and features stays. A process that is killed or
-    interrupted publishes nothing; run again, it goes on after the last feature it finished.
+    Explanations of other providers, models and features are kept. A process that is killed or interrupted
+    publishes nothing; the same call resumes after the last finished feature.
 
     >>> with sb.explain(store.path, provider="rules", limit=2, quiet=True) as explained:
     ...     found = explained.features(["feature", "explanation", "explanation_score"])

@@ -59,7 +59,9 @@ class ExplainConfig(Settings):
         if self.provider != "rules" and not self.model:
             raise UserError(f"--provider {self.provider} asks a language model; name it with --model")
         if not self.base_url.startswith(("http://", "https://")):
-            raise UserError(f"--base-url {self.base_url} is no address; it begins with http:// or https://")
+            raise UserError(
+                f"--base-url {self.base_url} is not an address; it must begin with http:// or https://"
+            )
         if {"@", "?"} & set(self.base_url):
             raise UserError(
                 "--base-url may hold no password and no query, because it is stored; see --key-env"

@@ -28,7 +28,7 @@ def publish_records(
 ) -> publish.Manifest:
     """Publish ``records`` in a new generation; they replace those of the same feature, provider and model.
 
-    ``settings``, how they were made, goes into the meta table of the extra.
+    ``settings``, with which they were made, are stored in the meta table of the extra.
 
     Raises:
         UserError: see publish_extra.

@@ -1,4 +1,4 @@
-"""Feature stores: what every latent of an SAE does on a text, as tables that a page or a notebook reads."""
+"""Feature stores: activations and statistics of each latent of an SAE on a text, for pages and notebooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checking a store: its files are those that were published, and its tables agree with each other."""
+"""Checks of a store: its files are unchanged since they were published, and its tables agree."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _check_file(store: Path, file: publish.StoredFile) -> Iterator[Finding]:
     elif sha256_file(path) != file.sha256:
         yield Finding(file.path, "the file's bytes are not those that were published (checksum)")
     if path.with_name(path.name + ".wal").exists():
-        yield Finding(file.path, "a write-ahead log lies beside the file, so something wrote to it")
+        yield Finding(file.path, "there is a write-ahead log next to the file, so a program wrote to it")
 
 
 def _check_tables(

@@ -1,9 +1,9 @@
-"""Latents that fire together: on how many tokens, and how their activations correlate.
+"""Coactivation of latents: the number of tokens on which two fire, and the correlation of their activations.
 
-All pairs of latents that fire on a token are counted, which is quadratic in the number of latents a token
-has. So in a large store only some tokens are looked at, drawn at random; in a small one all of them.
+All pairs of latents that fire on a token are counted, which is quadratic in the number of latents per token.
+In a large store only a random sample of the tokens is counted; in a small one all of them.
 
-Shapes: N rows of the cache, T of them looked at, M latents, J neighbors.
+Shapes: N rows of the cache, T of them counted, M latents, J neighbors.
 """
 
 from __future__ import annotations

@@ -213,7 +213,7 @@ class StoreConnection:
 
 
 def limit_of(name: str, value: int | None) -> int:
-    """A limit or an offset as DuckDB takes it; None is no limit.
+    """A limit or an offset as DuckDB takes it; None means no limit.
 
     Raises:
         UserError: it is negative.

@@ -1,4 +1,4 @@
-"""The rows of a cache as numpy arrays: which token, context, position and document each one is.
+"""The rows of a cache as numpy arrays: the token, context, position and document of each.
 
 Shapes: N rows (tokens that the cache keeps), C contexts, T positions, V tokens of the vocabulary.
 """
@@ -95,7 +95,7 @@ class Corpus:
         return min(POSITION_BUCKETS, self.ctx_len)
 
     def bucket(self, row_S: Ints) -> NDArray[np.int64]:
-        """[S]: the part of the context in which each row lies."""
+        """[S]: the part of the context that each row is in."""
         return self.pos[row_S].astype(np.int64) * self.n_buckets // self.ctx_len
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""What of an example is shown: the window around its token, and each window once."""
+"""The part of an example that is shown around its token, and removal of repeated windows."""
 
 from __future__ import annotations
 

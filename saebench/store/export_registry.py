@@ -1,4 +1,4 @@
-"""In which forms a feature store can be exported; a package adds one with the entry-point group below."""
+"""The registry of export formats; a package adds one with the entry-point group below."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Extras: what is derived from an indexed SAE later on, each in a file of its own beside the SAE's.
+"""Extras: tables that are derived from an indexed SAE later, each in its own file next to the SAE's file.
 
 Explanations, or the effect of each latent on the model's loss, take longer than indexing and may be made
 again at any time. They are published like an SAE: as a new generation, which points at the same SAE and
@@ -45,7 +45,7 @@ def publish_extra(
         made_from: FeatureStore.info() of what the extra was derived from.
 
     Raises:
-        UserError: the SAE is not in the store any more or was indexed anew from other activations meanwhile,
+        UserError: the SAE is not in the store any more or was indexed again from other activations meanwhile,
             the disk is full, or another process writes the store.
     """
     assert extra in EXTRA_TABLES, extra

@@ -1,4 +1,4 @@
-"""Which features, in which order: a filter as data, turned into SQL with parameters."""
+"""Filters and orders of features as data, and their translation to SQL with parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from saebench.store.schema import FEATURE, FEATURE_EXTRAS, extra_of, feature_col
 Range = tuple[float | None, float | None]
 
 EXPLAINED = "explained"
-"""A flag that is no column: whether there is an explanation."""
+"""A flag that is not a column: whether there is an explanation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class FeatureFilter:
 
     @property
     def columns(self) -> list[str]:
-        """The columns that it looks at."""
+        """The columns that it reads."""
         flags = ["explanation" if name == EXPLAINED else name for name in self.flags]
         return [*self.ranges, *flags, *(self.search if self.searches else ())]
 

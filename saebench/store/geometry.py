@@ -1,4 +1,4 @@
-"""Directions of the latents: norms, encoder against decoder, nearest others.
+"""Directions of the latents: norms, cosines of encoder and decoder, nearest neighbors.
 
 Shapes: M = d_sae latents, D = d_in, B latents of a block, J neighbors.
 """

@@ -135,7 +135,7 @@ SAE_RULES = (
     rule("act example", "an example is not among the activations, or has another value there",
          "SELECT e.feature FROM sae.example e LEFT JOIN sae.act a USING (feature, ctx, pos) WHERE "
          f"coalesce(a.value, 0) IS DISTINCT FROM e.value OR (e.value = 0) <> ({_SILENT})"),
-    rule("act example", "the top examples are not the largest activations of the contexts that fire hardest",
+    rule("act example", "the top examples are not the maxima of the contexts with the largest activations",
          "SELECT feature FROM (SELECT feature, max(high, $examples) AS best FROM (SELECT feature, ctx, "
          "max(value) AS high FROM sae.act WHERE {some} GROUP BY feature, ctx) GROUP BY feature) LEFT "
          "JOIN (SELECT feature, list(value ORDER BY rank) AS shown FROM sae.example WHERE grp = "
@@ -183,7 +183,7 @@ SAE_RULES = (
          "wrong FROM (SELECT rowid AS id, feature, ctx, start, acts, len(list_filter(acts, lambda a: a <> "
          "0)) AS n FROM sae.example) e JOIN sae.act a USING (feature, ctx) WHERE a.pos BETWEEN start AND "
          "start + len(acts)::INTEGER - 1) GROUP BY id HAVING count(*) <> any_value(n) OR bool_or(wrong)"),
-    rule("act context", "an activation lies outside the contexts",
+    rule("act context", "an activation is outside the contexts",
          "SELECT feature FROM sae.act LEFT JOIN txt.context USING (ctx) WHERE pos >= coalesce(n_tokens, "
          "0)"),
     rule("act feature context", "n_ctx_act is not the number of contexts in which the feature fires",

@@ -1,4 +1,4 @@
-"""How sure a statistic of a feature is, from the counts that it was made of.
+"""Confidence intervals and standard errors of the statistics of a feature.
 
 Both take tokens as independent draws. Tokens of one document are not quite, so the truth is a little wider.
 """
@@ -23,7 +23,7 @@ def wilson(n: int, total: int, z: float = Z_95) -> tuple[float, float]:
         UserError: ``total`` is not positive, or ``n`` is not between 0 and it.
     """
     if not 0 <= n <= total or total <= 0:
-        raise UserError(f"{n} of {total} is no share; n must be from 0 to total, and total at least 1")
+        raise UserError(f"{n} of {total} is not a fraction; n must be between 0 and total, total at least 1")
     p, z2 = n / total, z * z / total
     middle = (p + z2 / 2) / (1 + z2)
     half = z / (1 + z2) * math.sqrt(p * (1 - p) / total + z2 / (4 * total))

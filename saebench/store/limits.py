@@ -1,4 +1,4 @@
-"""What bounds a question whose cost a person's words decide: a time limit, and patterns that are patterns."""
+"""Limits for queries whose cost depends on user input: a time limit, and checks of regular expressions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Windows in which a latent stays silent: around a token that it fires on elsewhere, and anywhere.
+"""Windows without firings of a latent: around a token that it fires on elsewhere, and at random.
 
 Shapes: L latents of a group that fire, A tries for each, E = L * A tries in all.
 """

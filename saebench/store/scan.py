@@ -1,4 +1,4 @@
-"""Whole columns of a store at once, as arrays: for what goes over all of its text or activations.
+"""Reading whole columns of a store as arrays, for computations over all of its text or activations.
 
 Shapes: C contexts, X tokens of all contexts, S activations of a range of features.
 """

@@ -1,4 +1,4 @@
-"""Sorted runs: the codes of a cache on disk, written in the order of tokens, read in the order of latents.
+"""SortedSpill: codes on disk in sorted runs, written in the order of tokens, read in the order of latents.
 
 Encoding goes token by token, a store latent by latent. Codes are gathered until a few million are there,
 sorted by latent and written as one Parquet file, with a row group for each block of latents. Reading takes

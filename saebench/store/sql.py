@@ -1,4 +1,4 @@
-"""A person's own SQL: one question, read-only, bounded in rows and seconds, on a connection of its own.
+"""A user's own SQL: one read-only query, limited in rows and seconds, on its own connection.
 
 Three walls, each enough for most attacks: the files are attached read-only to an instance that may touch
 no other file and change no setting; DuckDB's own parser says what kind of statement it is; and in what it
@@ -34,7 +34,7 @@ REFUSED_FUNCTIONS = {
     "repeat", "lpad", "rpad", "bar", "format", "printf", "range", "generate_series", "list_resize",
     "array_resize", "sleep_ms", "write_log", "getenv", "current_setting",
 }  # fmt: skip
-"""Functions that make one value of any size, which neither limit stops, or look outside the database.
+"""Functions that make one value of any size, which neither limit stops, or read outside the database.
 
 ``range`` and ``generate_series`` are fine after FROM, where they make rows. This guards against accidents:
 who may run SQL here may still use up memory on purpose.

@@ -1,4 +1,4 @@
-"""Tokens as text, byte for byte: a token of a byte-level tokenizer need not be a whole character."""
+"""Tokens as text, byte for byte: a token of a byte-level tokenizer may be a part of a character."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def token_text(token: bytes) -> str:
-    r"""A token by itself; bytes that are no whole character appear as ``\xf0``."""
+    r"""A token by itself; bytes that are not a whole character appear as ``\xf0``."""
     return token.decode("utf-8", "backslashreplace")
 
 

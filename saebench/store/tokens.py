@@ -1,4 +1,4 @@
-"""On which tokens each latent fires, between which, and in documents with which labels; and the inverse.
+"""Tables of tokens per latent (at, before and after its firings), labels per latent, and latents per token.
 
 Shapes: S activations of a group of M latents (runs.Activations), P pairs of a latent and a token, V tokens.
 """
@@ -79,7 +79,7 @@ class TokenFeatures:
 
 
 def _pairs(acts: Activations, other_S: Ints, n_other: int) -> tuple[Ints, Ints, Ints]:
-    """``(latent, other, times)`` of the pairs that meet, by latent and falling times; -1 is no other."""
+    """``(latent, other, times)`` of the pairs that occur, by latent and descending times; -1: no other."""
     key_S = acts.latent_S * n_other + other_S
     if (other_S < 0).any():
         key_S = key_S[other_S >= 0]

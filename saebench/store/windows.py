@@ -1,4 +1,4 @@
-"""The window of text around a place, and what a latent does in it.
+"""The window of text around a token, with the activations of a latent in it.
 
 Shapes: S activations of a group of latents, E places (a latent and a row each), X tokens of all windows.
 """
@@ -17,7 +17,7 @@ from saebench.store.sorted_spill import Activations
 from saebench.store.statistics import list_column
 
 BEFORE = 2 / 3
-"""Share of a window that lies before its token: a causal model has read only that."""
+"""Fraction of a window that is before its token; a causal model has read only this part."""
 
 
 @dataclass(frozen=True)

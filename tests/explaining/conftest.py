@@ -10,7 +10,7 @@ from tests.store.small_store import SmallCache, build_small_store, build_store, 
 
 @pytest.fixture(scope="session")
 def wide_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small world with 400 contexts, so that every live latent fires often; read it, do not change it."""
+    """A store over 400 contexts, in which every live latent fires often; tests must not change it."""
     path = tmp_path_factory.mktemp("wide") / "store"
     build_store(path, small_sae(), SmallCache(n_contexts=400), small_options(), no_logits="not needed")
     return path
@@ -18,7 +18,7 @@ def wide_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def two_saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with two SAEs, "small" over 60 contexts and "other" over 10; read it, do not change it."""
+    """A store with two SAEs, "small" over 60 contexts and "other" over 10; tests must not change it."""
     store = tmp_path_factory.mktemp("two") / "store"
     build_store(store, small_sae(), SmallCache(n_contexts=60), small_options(), no_logits="not needed")
     return build_small_store(store, name="other", seed=1)
@@ -26,5 +26,5 @@ def two_saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_store(two_saes: Path, tmp_path: Path) -> Path:
-    """The store with two SAEs, for a test to change."""
+    """A copy of the store with two SAEs, which a test may change."""
     return shutil.copytree(two_saes, tmp_path / "store")

@@ -341,5 +341,5 @@ def test_interrupted_run_repeats_no_question(own_store):
 def test_base_url_with_password_or_query_is_refused(own_store):
     with pytest.raises(UserError, match="no password and no query"):
         sb.explain(own_store, provider="openai", model="m", base_url="http://user:password@127.0.0.1/v1")
-    with pytest.raises(UserError, match="is no address"):
+    with pytest.raises(UserError, match="is not an address"):
         sb.explain(own_store, provider="openai", model="m", base_url="file:///etc/passwd")

@@ -9,7 +9,7 @@ from tests.store.small_store import build_small_store
 
 @pytest.fixture(scope="session")
 def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of the small world's store; read it, do not change it."""
+    """Directory of the small store; tests must not change it."""
     return build_small_store(tmp_path_factory.mktemp("small") / "store")
 
 

@@ -1,4 +1,4 @@
-"""A small world for tests: a cache with hostile tokens, an SAE, and the feature store of the two.
+"""A small activation cache with hostile tokens, an SAE, and their feature store, for tests.
 
 ``build_small_store(path)`` gives the same store every time: 24 latents of which two are dead (22, 23) and
 one fires on most tokens (0), 10 contexts of up to 24 tokens, 4 documents.
@@ -112,7 +112,7 @@ def build_store(out: Path, sae: SAE, cache: Any, options: Options, **others: Any
 def build_small_store(
     path: Path, *, text: bool = True, name: str = "small", seed: int = 0, metrics: Path | None = None
 ) -> Path:
-    """Build the small world's store at ``path``, or add an SAE of random weights ``seed`` to it."""
+    """Build the small store at ``path``, or add an SAE with random weights from ``seed`` to it."""
     build_store(
         Path(path), small_sae(seed), SmallCache(text=text), small_options(name=name),
         W_U_DV=small_unembedding() if text else None,

@@ -258,7 +258,7 @@ def test_check_of_intact_store_against_references_finds_nothing(small_store, ref
     assert check_store(small_store, run=references / "run", cache="cache", model="cache") == []
 
 
-WITNESSED = {
+CONSISTENT_CORRUPTIONS = {
     "directions are of another SAE": "UPDATE feature SET dec_norm = 2 * dec_norm WHERE feature = 3",
     "a bias is wrong": "UPDATE feature SET b_enc = b_enc + 1 WHERE feature = 3",
     "a cosine is wrong": "UPDATE feature SET enc_dec_cos = -enc_dec_cos",
@@ -270,12 +270,12 @@ WITNESSED = {
 }
 
 
-@pytest.mark.parametrize("name", WITNESSED)
+@pytest.mark.parametrize("name", CONSISTENT_CORRUPTIONS)
 def test_check_against_references_finds_consistent_corruption(
     small_store, references, with_cache, tmp_path, name
 ):
     store = shutil.copytree(small_store, tmp_path / "store")
-    plant(store, "sae-", WITNESSED[name])
+    plant(store, "sae-", CONSISTENT_CORRUPTIONS[name])
     found = check_store(store, run=references / "run", cache="cache", model="cache")
     assert len(found) > len(check_store(store))
 

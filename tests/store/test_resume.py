@@ -17,7 +17,7 @@ from tests.store.small_store import SmallCache, small_options, small_sae, small_
 
 RUN_SIZE, BATCH = 150, 13
 
-VICTIM = """
+KILLED_PROCESS = """
 import os, signal
 from saebench.core import files
 from saebench.store import encode
@@ -25,31 +25,31 @@ from saebench.store import publish
 from saebench.store import sorted_spill
 from tests.store import test_resume
 
-def strike():
+def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
-def striking(name, real):
+def killed_at(name, real):
     def call(*args, **kwargs):
         plan[name] = plan.get(name, 0) + 1
         here = plan["where"] == name and plan[name] == plan["at"]
         if here and plan["before"]:
-            strike()
+            kill()
         result = real(*args, **kwargs)
         if here:
-            strike()
+            kill()
         return result
     return call
 
 def torn(path, *args):
     with open(path, "wb") as file:
         file.write(b"half a run")
-    strike()
+    kill()
 
-encode._codes = striking("codes", encode._codes)
-encode.Journal.append = striking("note", encode.Journal.append)
-publish.write_json_atomic = striking("manifest", publish.write_json_atomic)
-publish.os.rename = striking("rename", os.rename)
-publish.collect = striking("collect", publish.collect)
+encode._codes = killed_at("codes", encode._codes)
+encode.Journal.append = killed_at("note", encode.Journal.append)
+publish.write_json_atomic = killed_at("manifest", publish.write_json_atomic)
+publish.os.rename = killed_at("rename", os.rename)
+publish.collect = killed_at("collect", publish.collect)
 if plan["where"] == "torn":
     real, plan["torn"] = sorted_spill._write, 0
     def write(path, *args):
@@ -85,10 +85,10 @@ def killed(store, where, at, *, before=False):
         ["saebench.store.build", "saebench.saes.topk", "duckdb", "pyarrow.parquet"]
     )
     plan = {"where": where, "at": at, "before": before}
-    process = context.Process(target=exec, args=(VICTIM, {"store": store, "plan": plan}))
+    process = context.Process(target=exec, args=(KILLED_PROCESS, {"store": store, "plan": plan}))
     process.start()
     process.join(60)
-    assert process.exitcode is not None, "the victim hangs"
+    assert process.exitcode is not None, "the process hangs"
     return process.exitcode == -signal.SIGKILL
 
 

@@ -1,4 +1,4 @@
-"""The latent cache of delphi (EleutherAI): what its explainers and scorers read instead of running a model.
+"""Export of the latent cache of delphi (EleutherAI), which its explainers and scorers read.
 
     OUT/<hook>/<first>_<last>.safetensors    locations [n, 3], activations [n] fp16, tokens [contexts, ctx]
     OUT/<hook>/config.json

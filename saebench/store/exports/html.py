@@ -1,4 +1,4 @@
-"""One page that shows features as the explorer does, and needs neither it nor a network: ``features.html``.
+"""Export of ``features.html``: one page that shows features as the explorer does, without server or network.
 
 Everything is in the one file; it has no script, and its policy forbids the browser any request. Texts are
 escaped, numbers are formatted here, nothing else enters the page.

@@ -1,4 +1,4 @@
-"""Pieces of the exported page: escaped tokens, tables, cells with bars."""
+"""HTML elements of the exported page: escaped tokens, tables, cells with bars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Neuronpedia's JSON of features, with the keys that SAEDashboard writes and Neuronpedia's importer reads.
+"""Export of Neuronpedia's JSON, with the keys that SAEDashboard writes and Neuronpedia's importer reads.
 
     OUT/batch-0.json, batch-1.json, ...    128 features each
 

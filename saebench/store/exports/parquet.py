@@ -1,4 +1,4 @@
-"""Every table of an SAE and of its text as a Parquet file, in the order of the store, zstd."""
+"""Export of each table of an SAE and of its text as a Parquet file, in the order of the store, with zstd."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write(store: FeatureStore, features: list[int] | None, directory: Path) -> t
             with pyarrow.parquet.ParquetWriter(path, reader.schema, compression="zstd") as writer:
                 for batch in reader:
                     writer.write_batch(batch, row_group_size=ROW_GROUP)
-    return (f"Without {', '.join(left_out)}, which go by context.",) if left_out else ()
+    return (f"Without {', '.join(left_out)}, which are ordered by context.",) if left_out else ()
 
 
 def _tables(store: FeatureStore) -> list[tuple[str, str, set[str]]]:

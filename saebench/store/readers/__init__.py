@@ -1,1 +1,1 @@
-"""What a FeatureStore is composed of: small readers, each of which owns some tables and their queries."""
+"""The readers that a FeatureStore is composed of; each owns some tables and their queries."""

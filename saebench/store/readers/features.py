@@ -55,8 +55,8 @@ class FeatureReader:
             text: part of the top token's text; case does not matter.
             regex: a regular expression (RE2) found in the top token's text; ``(?i)`` ignores case.
             among: only these features, such as those of a list.
-            search: where ``text`` and ``regex`` look: any of top_token, explanation, logit_top.
-            labels: feature -> the label that people gave it, where they look too.
+            search: columns that ``text`` and ``regex`` search: any of top_token, explanation, logit_top.
+            labels: feature -> its label by a user; ``text`` and ``regex`` search these too.
             order_by: a column; ties are ordered by feature, NULL comes last.
 
         Raises:

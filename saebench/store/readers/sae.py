@@ -1,4 +1,4 @@
-"""SaeReader: what holds for the SAE as a whole: what was indexed, and how it was trained."""
+"""SaeReader: data of the SAE as a whole, such as what was indexed and the metrics of its training."""
 
 from __future__ import annotations
 

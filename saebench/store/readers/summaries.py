@@ -1,4 +1,4 @@
-"""SummaryReader: what a store has computed of each feature, such as its histogram and its top tokens."""
+"""SummaryReader: statistics of each feature, such as its histogram and its top tokens."""
 
 from __future__ import annotations
 
