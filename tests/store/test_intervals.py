@@ -24,7 +24,7 @@ def test_wilson_bounds_solve_the_score_test(counted: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(("n", "total"), [(1, 0), (-1, 5), (6, 5)])
 def test_wilson_of_invalid_counts_is_refused(n: int, total: int) -> None:
-    with pytest.raises(UserError, match="no share"):
+    with pytest.raises(UserError, match="is not a fraction"):
         wilson(n, total)
 
 
