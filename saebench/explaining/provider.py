@@ -1,7 +1,7 @@
 """Questions to a language model, its replies, and the interface of a provider that answers them.
 
-An answer that did not come is a state, never a verdict: what is ``failed`` (no answer in time, an error),
-``refused`` (the model or its server declines) or ``unparsed`` (an answer that says nothing) counts nowhere.
+A missing answer has a status and is not counted as a verdict: ``failed`` (no answer in time, or an error),
+``refused`` (the model or its server declines) or ``unparsed`` (the answer has no verdict or explanation).
 """
 
 from __future__ import annotations

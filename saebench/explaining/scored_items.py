@@ -20,9 +20,9 @@ MOST_FAILED = 0.05
 def score_items(scorer: str, items: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
     """A row of expl_score (except its key) from rows of expl_item.
 
-    ``value`` is balanced accuracy: the mean of the share of the true that were called true and of the false
-    that were called false. It and all that follows from it are None when too many questions failed, or when
-    either kind is missing.
+    ``value`` is balanced accuracy: the mean of the true positive rate and the true negative rate. It, its
+    interval, precision, recall and AUC are None when too many questions failed, or when there are no true or
+    no false items.
     """
     answered = [item for item in items if item["status"] == "ok"]
     truth_Q = np.array([item["truth"] for item in answered], dtype=bool)

@@ -198,7 +198,7 @@ def _rows_of_the_cache(
 ) -> NDArray[np.bool_]:
     """Which tokens of the contexts were encoded: caches leave out the first or last one, or neither.
 
-    The counts of tokens in the store say which of these it was.
+    The counts of tokens in the store determine which of these it was.
     """
     n_tokens = store.info()["n_tokens"]
     for first, last in ((1, 0), (0, 0), (1, 1), (0, 1)):

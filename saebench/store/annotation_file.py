@@ -32,7 +32,7 @@ TABLES = {
     "list_entries": ("sae", "name", "feature", "author", "time"),
     "views": ("sae", "name", "query", "author", "time"),
 }
-"""Table -> its columns. Names in SQL come from here and nowhere else."""
+"""Table -> its columns. All names in SQL are from here."""
 KEYS = {
     "labels": ("sae", "feature"),
     "bookmarks": ("sae", "feature"),

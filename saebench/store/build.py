@@ -277,6 +277,6 @@ def forecast(sae: SAE, corpus: Corpus, options: Options) -> int:
 
 
 def text_name(cache: ActivationCache) -> str | None:
-    """What the cache calls its text, if it has one."""
+    """The name of the cache's text; None when it has no text."""
     text = cache.manifest.get("made_from", {}).get("text")
     return text.get("name") if isinstance(text, dict) else text

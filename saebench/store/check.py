@@ -41,7 +41,7 @@ RECOUNTED = 20_000_000
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with a store: where, and what."""
+    """A problem in a store: the file that has it, and a sentence."""
 
     where: str
     problem: str
@@ -92,7 +92,7 @@ def check_store(
 
 
 def store_info(path: str | Path) -> dict[str, Any]:
-    """What a store holds: path, generation, bytes, and for each SAE what FeatureStore.info says.
+    """Summary of a store: path, generation, bytes, and FeatureStore.info() of each SAE.
 
     Raises:
         UserError: there is no store, or a file of it cannot be read.
@@ -125,7 +125,7 @@ def _steps(manifest: publish.Manifest) -> int:
 
 
 def _check_annotations(store: Path) -> Iterator[Finding]:
-    """What people said is theirs: it is looked at, and never mended or removed."""
+    """Annotations are only read; they are never repaired or removed."""
     path = store / FILE
     if not path.is_file():
         return

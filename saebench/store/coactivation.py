@@ -26,7 +26,7 @@ BLOCK = 512
 
 
 class CoactivationCounter:
-    """Gathers the activations on the tokens looked at, group by group, then says who fires with whom."""
+    """Collects the activations on the counted tokens, group by group, and computes the neighbors."""
 
     def __init__(self, n_rows: int, d_sae: int, n_activations: int, seed: int) -> None:
         n_pairs = n_activations * (n_activations / n_rows)  # at least; more when tokens differ in number
@@ -106,7 +106,7 @@ class CoactivationCounter:
 
 
 def _first(score: NDArray[Any], other: NDArray[Any], latent: int, n: int) -> NDArray[np.intp]:
-    """Places of the ``n`` largest scores but the latent's own, largest first, equal ones by ``other``."""
+    """Indices of the ``n`` largest scores except the latent's own, in descending order; ties by ``other``."""
     at = np.flatnonzero(other != latent)
     if len(at) > 4 * n:
         threshold = np.partition(score[at], len(at) - n)[len(at) - n]

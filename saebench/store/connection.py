@@ -152,7 +152,7 @@ class StoreConnection:
 
     @contextlib.contextmanager
     def _cursor(self, timed: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A cursor for one query; what DuckDB says of damaged blocks becomes one sentence."""
+        """A cursor for one query; DuckDB's errors about damaged blocks become a UserError."""
         import duckdb
 
         with contextlib.ExitStack() as stack:
@@ -183,7 +183,7 @@ class StoreConnection:
         """Do nothing if the store has a table.
 
         Raises:
-            UserError: it does not; the sentence says why.
+            UserError: it does not; the error names the reason.
         """
         if table not in self.tables:
             raise UserError(

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 CHUNK = 1 << 22
 MOST_ROWS = 1 << 32
 MOST_OCCURRENCES = 1 << 24
-"""Rows of which it is known where a token occurs; of a longer text, as many spread evenly over it."""
+"""Rows in the index of token occurrences; of a longer text, at most this many, evenly spaced."""
 
 
 class Corpus:
-    """Where each row of a cache comes from. Arrays are views of the mapped cache.
+    """The token, context, position and document of each row of a cache, as views of the mapped cache.
 
     An imported cache has no text: ``has_text`` is False, every row is its own context at position 0, and
     only ``n_rows`` and ``place`` may be used.

@@ -38,7 +38,7 @@ JOURNAL = "journal.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """An SAE, the hook whose activations it reads, and what identifies its weights."""
+    """An SAE, the hook whose activations it reads, and the hash of its weights."""
 
     name: str
     sae: SAE

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class StoreExporter(Protocol):
-    """What the registered module or object has. ``features`` are feature numbers; None is all."""
+    """Interface of a registered module or object. ``features`` are feature numbers; None means all."""
 
     def check(self, store: FeatureStore, features: list[int] | None) -> None:
         """Raise a UserError if the store has not all that this form needs."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import duckdb
 
 ORIGIN = ("sae_hash", "cache_hash", "hook_name")
-"""Keys of the SAE file's meta that say which activations it holds."""
+"""Keys of the SAE file's meta that identify its activations."""
 
 
 def publish_extra(
@@ -42,7 +42,7 @@ def publish_extra(
         extra: a name in schema.EXTRA_TABLES.
         build: fills the tables of that extra, which are there and empty; what it returns goes into the
             meta table. It runs under the store's lock, so long work comes before.
-        made_from: FeatureStore.info() of what the extra was derived from.
+        made_from: FeatureStore.info() of the store that the extra was derived from.
 
     Raises:
         UserError: the SAE is not in the store any more or was indexed again from other activations meanwhile,

@@ -1,4 +1,4 @@
-"""Features as people name them: 3,17,40-49."""
+"""Feature specifications such as 3,17,40-49."""
 
 from __future__ import annotations
 

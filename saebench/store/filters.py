@@ -27,7 +27,7 @@ class FeatureFilter:
         regex: a regular expression (RE2) found in a text of the feature.
         among: only these features, such as those of a list.
         search: the columns whose texts are searched.
-        labels: feature -> what people call it; searched as well.
+        labels: feature -> its label by a user; searched as well.
     """
 
     ranges: Mapping[str, Range] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class FeatureFilter:
 
     @property
     def searches(self) -> bool:
-        """Whether a person's words decide how long it takes."""
+        """Whether the filter searches text, so that user input decides how long it takes."""
         return bool(self.text) or self.regex is not None
 
     @property

@@ -35,7 +35,7 @@ def nearest_rows(
     nearest first.
 
     With ``of``, only those of the latents numbered there. Computed in blocks of rows, so memory stays at
-    ``BLOCK_BYTES`` whatever M is.
+    ``BLOCK_BYTES`` for any M.
     """
     unit_MD = _unit(W_MD.float())
     n_latents = len(unit_MD)

@@ -14,7 +14,7 @@ Z_95 = 1.959963984540054
 
 
 def wilson(n: int, total: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson's interval for a share of which ``n`` of ``total`` were seen: ``(low, high)``.
+    """Wilson's interval ``(low, high)`` for a fraction, from ``n`` successes in ``total`` trials.
 
     >>> [round(end, 4) for end in wilson(0, 1000)]
     [0.0, 0.0038]

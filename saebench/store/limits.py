@@ -23,7 +23,7 @@ class TimeLimitError(UserError):
 
 @contextlib.contextmanager
 def time_limit(cursor: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[None]:
-    """Interrupt what ``cursor`` runs in the body after ``seconds``.
+    """Interrupt the query that ``cursor`` runs in the body after ``seconds``.
 
     Raises:
         TimeLimitError: it was interrupted.

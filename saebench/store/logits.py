@@ -27,7 +27,7 @@ def logit_rows(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """``(rows of logit, columns of feature)``: the ``n`` most promoted and suppressed tokens of each latent.
 
-    Computed in blocks of latents, so memory stays at ``BLOCK_BYTES`` whatever M is.
+    Computed in blocks of latents, so memory stays at ``BLOCK_BYTES`` for any M.
     """
     W_U_DV = W_U_DV.to(W_dec_MD.device, torch.float32)
     n_latents, n_tokens = len(W_dec_MD), W_U_DV.shape[1]

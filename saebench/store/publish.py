@@ -4,7 +4,7 @@
     store/gen-000002/manifest.json          the same, kept with the generation
     store/gen-000002/sae-<hash>.duckdb      never changed once published
     store/gen-000001/text-<hash>.duckdb     still in use: a manifest may point into older generations
-    store/.building/                        a build under way, or what a killed one left
+    store/.building/                        a build in progress, or the files that a killed one left
     store/.encoded/                         codes that are not in a generation yet, see encode.py
 
 A process that is killed at any time leaves the manifest of the old generation or of the new one. Readers hold

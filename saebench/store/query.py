@@ -29,7 +29,7 @@ T = TypeVar("T")
 def open_store(path: str | Path, sae: str | None = None) -> FeatureStore:
     """Open one SAE of a feature store for reading; by default the first.
 
-    A reader sees one generation for as long as it is open, whatever is indexed meanwhile.
+    A reader sees one generation as long as it is open, also when others are published.
 
     >>> with sb.open_store(store.path) as opened:
     ...     opened.saes == store.saes
@@ -81,7 +81,7 @@ class FeatureStore:
         self._cross_sae = CrossSaeReader(connection)
 
     def close(self) -> None:
-        """Close the files; a generation that nobody has open is deleted when later ones are published."""
+        """Close the files. A generation without readers is deleted when later ones are published."""
         self._cross_sae.close()
         self._connection.close()
 
@@ -123,7 +123,7 @@ class FeatureStore:
 
     @property
     def annotations(self) -> Annotations:
-        """What people wrote about this SAE's features: labels, bookmarks, comments, lists, saved views."""
+        """The users' annotations of this SAE: labels, bookmarks, comments, lists, saved views."""
         meta = self._connection.meta
         return Annotations(self.path, meta["sae_hash"], d_sae=meta["d_sae"])
 

@@ -17,7 +17,7 @@ from saebench.core.errors import UserError
 FORMAT_VERSION = 2
 
 DENSE_ABOVE = 0.1
-"""A latent that fires on more than this share of the tokens is dense; one that never fires is dead."""
+"""A latent that fires on more than this fraction of the tokens is dense; one that never fires is dead."""
 
 HIST_BINS = 40
 POSITION_BUCKETS = 16
@@ -362,7 +362,7 @@ EXTRA_TABLES: dict[str, dict[str, Table]] = {
     "explanations": {table.name: table for table in (EXPLAINED, EXPLANATION, EXPL_SCORE, EXPL_ITEM)},
     "effects": {table.name: table for table in (EFFECT,)},
 }
-"""Name of an extra -> its tables. Each also has a meta table, which says what it was derived from."""
+"""Name of an extra -> its tables. Each also has a meta table, which names its origin."""
 
 FEATURE_EXTRAS = {"explanations": EXPLAINED, "effects": EFFECT}
 """Extra -> its table with at most one row per feature; its columns are joined to the feature table."""

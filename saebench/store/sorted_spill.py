@@ -56,7 +56,7 @@ class Activations:
 
     @functools.cached_property
     def order_S(self) -> NDArray[np.intp]:
-        """Indices by latent, rising activation and row; one key of 64 bits sorts much faster than lexsort."""
+        """Indices by latent, ascending activation and row; one 64-bit key sorts much faster than lexsort."""
         key_S = self.latent_S.astype(np.uint64) << np.uint64(32) | ordered_bits(self.value_S)
         return np.argsort(key_S, kind="stable")
 
@@ -76,7 +76,7 @@ class SortedSpill:
     """SortedSpill in a directory; ``counts_M`` is the number of activations of each latent.
 
     Args:
-        names: files of the directory that are to be taken over, in their order.
+        names: existing files of the directory to use, in order.
     """
 
     def __init__(self, directory: Path, d_sae: int, names: Sequence[str] = ()) -> None:
@@ -103,7 +103,7 @@ class SortedSpill:
         self.n_waiting += len(value_S)
 
     def flush(self) -> Path | None:
-        """Write what is waiting as one more run and give its path; it is on the disk when this returns."""
+        """Write the waiting entries as one more run, sync it to disk, and return its path."""
         if not self.n_waiting:
             return None
         latent_S, row_S, value_S = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
@@ -182,7 +182,7 @@ def _stable_order(latent_S: NDArray[np.uint32], n_latents: int) -> NDArray[np.in
 def _merge_repeats(
     latent_S: NDArray[np.uint32], row_S: NDArray[np.uint32], value_S: NDArray[np.float32]
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.float32]]:
-    """Add up what one latent has several times in one row, as SparseCodes.to_dense does."""
+    """Sum repeated entries of a latent in a row, as SparseCodes.to_dense does."""
     repeated = (latent_S[1:] == latent_S[:-1]) & (row_S[1:] == row_S[:-1])
     if not repeated.any():
         return latent_S, row_S, value_S

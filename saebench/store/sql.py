@@ -1,8 +1,8 @@
 """A user's own SQL: one read-only query, limited in rows and seconds, on its own connection.
 
-Three walls, each enough for most attacks: the files are attached read-only to an instance that may touch
-no other file and change no setting; DuckDB's own parser says what kind of statement it is; and in what it
-parsed, only known table functions and no statement that writes may occur.
+There are three defenses, each of which stops most attacks. The files are attached read-only to an instance
+that cannot open other files or change settings. DuckDB's own parser determines the kind of statement. The
+parsed query may contain known table functions only, and no statement that writes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TABLE_FUNCTIONS = {
     "range", "generate_series", "unnest", "repeat", "json_each", "json_tree", "duckdb_columns",
     "duckdb_tables", "duckdb_functions", "pragma_table_info", "pragma_storage_info",
 }  # fmt: skip
-"""Table functions that read what is in the database, or nothing; all others are refused."""
+"""Table functions that read only the database, or nothing; all others are refused."""
 REFUSED_FUNCTIONS = {
     "repeat", "lpad", "rpad", "bar", "format", "printf", "range", "generate_series", "list_resize",
     "array_resize", "sleep_ms", "write_log", "getenv", "current_setting",
@@ -42,7 +42,7 @@ who may run SQL here may still use up memory on purpose.
 
 
 class SqlConsole:
-    """What `FeatureStore.sql` asks. ``sae`` is the open SAE, ``sae1``, ``sae2``, ... are all of the store.
+    """The query of `FeatureStore.sql`. ``sae`` is the open SAE, ``sae1``, ``sae2``, ... are all of the store.
 
     Names without a prefix are looked up in the open SAE, then in its text, ``txt``, and in its extras.
 

@@ -21,7 +21,7 @@ MOMENTS = ("mean_act", "std_act", "skew", "kurtosis")
 
 
 def activation_statistics(acts: Activations, corpus: Corpus) -> Columns:
-    """The columns of the feature table that come from activations, one entry a latent of the group."""
+    """The columns of the feature table that derive from activations, one entry per latent of the group."""
     n_M = acts.counts_M
     alive_L = np.flatnonzero(n_M)
     columns: Columns = {"n_act": n_M, "density": n_M / corpus.n_rows, "dead": n_M == 0}

@@ -16,7 +16,7 @@ def pieces(tokens: Sequence[bytes]) -> list[str]:
     """The text of each token of a window, such that their concatenation is the decoded window.
 
     ``"".join(pieces(tokens)) == b"".join(tokens).decode("utf-8", "replace")`` for any bytes. A character
-    spread over several tokens is shown on the first of them; the others get what is left, perhaps ''.
+    spread over several tokens is on the first of them; the others get the remaining text, possibly ''.
     """
     try:
         return [token.decode() for token in tokens]

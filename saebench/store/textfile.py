@@ -19,7 +19,7 @@ from saebench.store.text import token_text
 
 
 def write_text_file(path: Path, corpus: Corpus, *, name: str | None) -> None:
-    """Write the tables token, context and document of ``corpus``; ``name`` is what the text is called."""
+    """Write the tables token, context and document of ``corpus``; ``name`` is the name of the text."""
     with new_database(path, TEXT_TABLES.values()) as connection:
         vocab = corpus.vocab
         insert(

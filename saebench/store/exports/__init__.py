@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreExport:
-    """What was written."""
+    """The result of an export."""
 
     path: Path
     """The directory that was written."""
@@ -41,7 +41,7 @@ class StoreExport:
     """Relative to ``path``."""
     bytes: int
     notes: tuple[str, ...] = ()
-    """What is not as one might think, a sentence each."""
+    """Notes about the exported files, one sentence each."""
 
 
 @accepts_settings(StoreExportConfig)

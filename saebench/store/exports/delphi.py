@@ -88,7 +88,7 @@ def write(store: FeatureStore, features: list[int] | None, directory: Path) -> t
 
 
 def module_name(hook: str) -> str:
-    """The name of the folder: the hook, without what a path may not hold."""
+    """The name of the folder: the hook, without characters that a path must not have."""
     return re.sub(r"[^\w.-]", "_", hook).lstrip(".") or "hook"
 
 

@@ -2,8 +2,8 @@
 
     OUT/batch-0.json, batch-1.json, ...    128 features each
 
-What a store does not keep (the neurons that a feature aligns with, the histogram of its logits) is an empty
-list. ``frac_nonzero`` is exact, where SAEDashboard reads it back from the title of a chart.
+Keys that a store has no data for (the neurons that a feature aligns with, the histogram of its logits) are
+empty lists. ``frac_nonzero`` is exact; SAEDashboard reads it from the title of a chart.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def feature_json(store: FeatureStore, feature: int, info: dict[str, Any], ctx_le
 
 
 def _activations(store: FeatureStore, feature: int, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Examples of firings under the interval that each group comes from; the top ones under -1, its sign."""
+    """Examples with firings, by the interval of their group; top examples have the interval -1."""
     intervals = {"top": (-1.0, row["max_act"], -1.0), **_deciles(store, feature)}
     examples = store.examples(feature)
     return [
@@ -114,7 +114,7 @@ def _activations(store: FeatureStore, feature: int, row: dict[str, Any]) -> list
 
 
 def _deciles(store: FeatureStore, feature: int) -> dict[str, tuple[float, float, float]]:
-    """Group -> its smallest and largest activation, and the share of the firings in it."""
+    """Group -> its smallest and largest activation, and its fraction of the firings."""
     acts = sorted(store.activations(feature)["value"].tolist())
     n, found = len(acts), {}
     for before, decile in enumerate(DECILES):

@@ -43,7 +43,7 @@ def write(store: FeatureStore, features: list[int] | None, directory: Path) -> t
 
 
 def _tables(store: FeatureStore) -> list[tuple[str, str, set[str]]]:
-    """(file, table, columns) of what is attached."""
+    """(file, table, columns) of the attached tables."""
     found = store.arrow(
         "SELECT database_name, table_name, list(column_name) FROM duckdb_columns() WHERE NOT internal "
         "AND database_name NOT IN ('memory', 'system', 'temp') GROUP BY ALL ORDER BY ALL"

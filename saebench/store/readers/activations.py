@@ -97,7 +97,7 @@ class ActivationReader:
         return here.sort_values(["value", "feature"], ascending=[False, True], ignore_index=True)
 
     def context_features(self, ctx: int, features: Sequence[int] | None = None) -> pd.DataFrame:
-        """What fires in a context. Columns pos, feature, value; sorted by pos and feature.
+        """All activations in a context. Columns pos, feature, value; sorted by pos and feature.
 
         >>> set(store.context_features(0, [0, 3])["feature"]) <= {0, 3}
         True

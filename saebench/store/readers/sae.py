@@ -18,7 +18,7 @@ class SaeReader:
         self._connection = connection
 
     def info(self) -> dict[str, Any]:
-        """What was indexed and how much of it.
+        """Metadata: what was indexed, with its numbers of tokens, activations and latents.
 
         Keys: name, sae (architecture), d_in, d_sae, k, hook_name, model, text, n_tokens, n_contexts,
         n_documents, n_activations, n_dead, n_dense, eval (the run's eval.json or None), missing (table ->
