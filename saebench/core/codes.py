@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from saebench.core.deprecation import warn_renamed
 from saebench_kernels import Entries, LatentGroups
 
 
@@ -82,6 +83,12 @@ class SparseCodes:
     def entries(self) -> Entries:
         """The entries without their values, as the ops of ``saebench_kernels`` take them."""
         return Entries(self.indices, self.d_sae, self.n_rows, self.k, self.offsets, self._sorted)
+
+    @property
+    def groups(self) -> LatentGroups:
+        """Deprecated name of ``entries.groups``."""
+        warn_renamed("SparseCodes.groups", "SparseCodes.entries.groups")
+        return self.entries.groups
 
     @property
     def row_offsets(self) -> Tensor:

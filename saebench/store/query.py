@@ -137,6 +137,7 @@ class FeatureStore:
     features = _method_of("_features", FeatureReader.features)
     count_features = _method_of("_features", FeatureReader.count_features)
     neighbors_in_order = _method_of("_features", FeatureReader.neighbors_in_order)
+    neighbours_in_order = renamed("neighbours_in_order", neighbors_in_order)
     feature = _method_of("_features", FeatureReader.feature)
 
     # One feature

@@ -30,6 +30,7 @@ CHANGED_ON_PURPOSE: dict[str, str] = {
     "answers/signatures.json figures.decoder_scatter.colour": "now color; the old keyword is still taken",
     "answers/signatures.json SAE.phase.*": "now graph_key; architectures have it for the trainer alone",
     "answers/signatures.json SAE.look_for_dead.*": "now refresh_dead; it is there for the trainer alone",
+    "answers/signatures.json SAE.project_gradients.*": "now part of the kernels' op adam_step; trainer alone",
 }
 """Pattern of ``FILE KEY`` -> why what is written or answered there is no longer that of version 0.1."""
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from saebench.core.errors import UserError
-from saebench.saes.base import SPEC_FILE
+from saebench.saes.files import SPEC_FILE
 from saebench.training import train
 
 
