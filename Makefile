@@ -31,7 +31,7 @@ demo-all: $(INSTALLED)
 	$(VENV)/bin/saebench demo --all --out $(OUT)
 
 test: $(INSTALLED)
-	$(ONE_THREAD) $(VENV)/bin/python -m pytest -q
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest -q -n auto --dist worksteal
 
 test-slow: $(INSTALLED)
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest -q -m slow
