@@ -1,5 +1,9 @@
+import contextlib
+
 import pytest
 import torch
+
+from saebench.training.cuda_graph import GraphedStep
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +57,48 @@ def settings(request, small_cache, tmp_path):
         "device": request.param,
         "quiet": True,
     }
+
+
+@pytest.fixture
+def around_steps(monkeypatch):
+    """``around_steps(call)``: every training step is ``call(take, rows, state, progress)``, where
+    ``take(rows)`` takes the step.
+
+    A step that a GPU replays as a CUDA graph is reached too; what `SAE.loss` or `SAE.after_step` call in
+    Python is not, because they run only when the graph is captured.
+    """
+
+    def patch(call, monkeypatch=monkeypatch):
+        def stepping(self, rows, progress, lr, step=GraphedStep.__call__):
+            return call(lambda rows: step(self, rows, progress, lr), rows, self._step.__self__, progress)
+
+        monkeypatch.setattr(GraphedStep, "__call__", stepping)
+
+    return patch
+
+
+@pytest.fixture
+def stop_after(around_steps, monkeypatch):
+    """``with stop_after(n, error):`` a step after n others is computed, and ``error`` is raised before it
+    counts."""
+
+    @contextlib.contextmanager
+    def stopping(n, error):
+        taken = []
+
+        def call(take, rows, state, progress):
+            output = take(rows)
+            taken.append(1)
+            if len(taken) > n:
+                raise error
+            return output
+
+        with monkeypatch.context() as patch:
+            around_steps(call, patch)
+            with pytest.raises(type(error)):
+                yield
+
+    return stopping
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,8 @@ def test_it_knows_where_it_comes_from_and_can_be_matched(settings, tmp_path):
         load(early)
     assert Run(last).provenance.cache == Run(run.path).provenance.cache
     assert match(last, run, quiet=True).stability == 1.0
-    assert match(last, run, "activation", quiet=True).mean_similarity > 0.9
+    itself = match(run, run, "activation", quiet=True)  # below 1 where a latent never fires
+    assert match(last, run, "activation", quiet=True).mean_similarity == pytest.approx(itself.mean_similarity)
     (run.path / "checkpoints" / "cut.safetensors").write_bytes(last.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"cut.safetensors is damaged .*; name another checkpoint"):
         load(run.path / "checkpoints" / "cut.safetensors")

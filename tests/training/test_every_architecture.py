@@ -29,25 +29,15 @@ def all_settings(settings, cache_with_gradients):
 
 @every_architecture
 def test_two_runs_with_one_seed_and_one_that_was_interrupted_end_with_the_same_bytes(
-    name, all_settings, tmp_path, files_of, monkeypatch
+    name, all_settings, tmp_path, files_of, stop_after
 ):
     first = train(**all_settings, sae=name)
     second = train(**all_settings | {"out": tmp_path / "second"}, sae=name)
     assert files_of(first.path) == files_of(second.path)
 
-    sae_class, again = architecture(name), all_settings | {"out": tmp_path / "again"}
-    after_step, taken = sae_class.after_step, []
-
-    def stopping(self, batch, terms):
-        taken.append(1)
-        if len(taken) > 37:
-            raise KeyboardInterrupt
-        after_step(self, batch, terms)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sae_class, "after_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train(**again, sae=name)
+    again = all_settings | {"out": tmp_path / "again"}
+    with stop_after(37, KeyboardInterrupt()):
+        train(**again, sae=name)
     train(**again, sae=name, resume=True)
     assert files_of(tmp_path / "again") == files_of(first.path)
 

@@ -1,6 +1,5 @@
 """Sweeps: every SAE ends with the bytes of a training of its own, and errors stop one SAE only."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +9,6 @@ import torch
 
 from saebench.activations.loader import Loader
 from saebench.core.errors import UserError
-from saebench.saes.topk import TopKSAE
 from saebench.training import sweep, train
 from saebench.training.grid import parse_grid, plan, settle, words_of
 
@@ -75,29 +73,27 @@ def test_diverging_sae_does_not_stop_the_others(settings, tmp_path, files_of, ca
     assert not (tmp_path / "runs" / "lr1e+30" / "sae.json").exists()
 
 
-def test_sae_that_diverges_at_the_last_step_is_not_finished(settings, tmp_path, monkeypatch):
-    loss = TopKSAE.loss
+def test_sae_that_diverges_at_the_last_step_is_not_finished(settings, tmp_path, around_steps):
+    def bad_at_the_end(take, rows, state, progress):
+        bad = state.spec.k == 4 and progress >= 59 / 60
+        return take(rows._replace(activations=rows.activations * (float("nan") if bad else 1.0)))
 
-    def bad_at_the_end(self, batch):
-        terms = loss(self, batch)
-        bad = self.k == 4 and batch.progress >= 59 / 60
-        return dataclasses.replace(terms, total=terms.total * (float("nan") if bad else 1.0))
-
-    monkeypatch.setattr(TopKSAE, "loss", bad_at_the_end)
+    around_steps(bad_at_the_end)
     with pytest.raises(UserError, match=r"diverged.* step 60 of .*k4.*\(1 others finished\)"):
         sweep({"k": [3, 4]}, **settings | {"out": tmp_path / "runs"})
     assert [run.name for run in (tmp_path / "runs").iterdir() if (run / "sae.json").exists()] == ["k3"]
 
 
 def test_resumed_from_checkpoints_of_different_steps_it_ends_with_the_same_bytes(
-    settings, tmp_path, files_of, monkeypatch
+    settings, tmp_path, files_of, stop_after
 ):
     """One SAE is at step 40, one at 30, one finished, one not begun: as a killed process leaves them."""
     sweep(GRID, **settings | {"out": tmp_path / "whole"})
     expected = {run.name: files_of(run) for run in (tmp_path / "whole").iterdir()}
     runs = tmp_path / "runs"
     for name, stop in (("k3-lr0.001", 40), ("k3-lr0.003", 30)):
-        _stop_at(stop, settings | {"out": runs / name, **_own(tmp_path / "whole" / name)}, monkeypatch)
+        with stop_after(stop, RuntimeError("stopped")):
+            train(**settings | {"out": runs / name, **_own(tmp_path / "whole" / name)})
     shutil.copytree(tmp_path / "whole" / "k4-lr0.001", runs / "k4-lr0.001")
     sweep(GRID, **settings | {"out": runs, "resume": True})
     assert {run.name: files_of(run) for run in runs.iterdir()} == expected
@@ -109,22 +105,6 @@ def test_resumed_from_checkpoints_of_different_steps_it_ends_with_the_same_bytes
 def _own(run: Path):
     facts = json.loads((run / "run.json").read_text())
     return {"k": facts["sae"]["k"], "lr": facts["train"]["lr"]}
-
-
-def _stop_at(step, settings, monkeypatch):
-    after_step = TopKSAE.after_step
-    taken = []
-
-    def counting(self, batch, terms):
-        taken.append(1)
-        if len(taken) > step:
-            raise RuntimeError("stopped")
-        after_step(self, batch, terms)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TopKSAE, "after_step", counting)
-        with pytest.raises(RuntimeError, match="stopped"):
-            train(**settings)
 
 
 @pytest.mark.parametrize(

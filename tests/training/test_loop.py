@@ -188,16 +188,14 @@ def test_what_overflows_at_once_is_not_blamed_on_the_learning_rate(
 
 
 @pytest.mark.parametrize("first_bad", [55, 59])
-def test_a_run_that_diverges_at_its_end_is_not_finished(settings, monkeypatch, first_bad):
+def test_a_run_that_diverges_at_its_end_is_not_finished(settings, around_steps, first_bad):
     """Noticed at the last step alone; the weights are finite, since no bad step is applied."""
-    loss = TopKSAE.loss
 
-    def bad_at_the_end(self, batch):
-        terms = loss(self, batch)
-        bad = batch.progress >= first_bad / 60
-        return dataclasses.replace(terms, total=terms.total * (float("nan") if bad else 1.0))
+    def bad_at_the_end(take, rows, state, progress):
+        bad = progress >= first_bad / 60
+        return take(rows._replace(activations=rows.activations * (float("nan") if bad else 1.0)))
 
-    monkeypatch.setattr(TopKSAE, "loss", bad_at_the_end)
+    around_steps(bad_at_the_end)
     patient = settings | {"log_every": 1000, "checkpoint_every": 1000}
     for resume in (False, True):
         with pytest.raises(UserError, match=rf"diverged.* at step {first_bad + 1} of"):
@@ -208,15 +206,14 @@ def test_a_run_that_diverges_at_its_end_is_not_finished(settings, monkeypatch, f
         load(settings["out"])
 
 
-def test_weights_that_overflow_in_the_last_step_are_not_saved(settings, monkeypatch):
-    after_step = TopKSAE.after_step
+def test_weights_that_overflow_in_the_last_step_are_not_saved(settings, around_steps):
+    def overflow(take, rows, state, progress):
+        output = take(rows)
+        if progress >= 59 / 60:
+            state.current.sae.b_dec.data.fill_(float("inf"))
+        return output
 
-    def overflow(self, batch, terms):
-        after_step(self, batch, terms)
-        if batch.progress >= 59 / 60:
-            self.b_dec.data.fill_(float("inf"))
-
-    monkeypatch.setattr(TopKSAE, "after_step", overflow)
+    around_steps(overflow)
     with pytest.raises(UserError, match=r"diverged.* not finite after step 60 of .*lower --lr"):
         train(**settings)
     assert not (settings["out"] / "sae.json").exists()
@@ -288,5 +285,8 @@ def test_each_session_records_its_device_and_kernels(settings):
     train(**settings)
     (line,) = (settings["out"] / "sessions.jsonl").read_text().splitlines()
     session = json.loads(line)
-    assert (session["device"], session["kernels"], session["torch"]) == ("cpu", "eager", torch.__version__)
+    device, kernels = ("cpu", "eager")
+    if settings["device"] == "cuda":
+        device, kernels = torch.cuda.get_device_name(), "fused"
+    assert (session["device"], session["kernels"], session["torch"]) == (device, kernels, torch.__version__)
     assert session["first_step"] == 0 and session["last_step"] > 0

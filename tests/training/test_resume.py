@@ -14,16 +14,17 @@ VICTIM = """
 import os
 from saebench.core import files
 from saebench.training import loop
-from saebench.training import state
+from saebench.training.cuda_graph import GraphedStep
 
 def strike():
     os.kill(os.getpid(), plan["signal"])
 
-def counting_steps(*args, step=state.optimizer_step, **kwargs):
+def counting_steps(*args, step=GraphedStep.__call__):
+    output = step(*args)
     plan["steps"] = plan.get("steps", 0) + 1
     if plan["where"] == "step" and plan["steps"] == plan["at"]:
-        strike()
-    return step(*args, **kwargs)
+        strike()  # the step is computed and not yet counted
+    return output
 
 def counting_renames(source, target, rename=os.replace):
     name = os.path.basename(target)
@@ -35,7 +36,7 @@ def counting_renames(source, target, rename=os.replace):
         strike()
 
 loop.torch.set_num_threads(1)
-state.optimizer_step = counting_steps
+GraphedStep.__call__ = counting_steps
 files.os.replace = counting_renames
 loop.train(**settings)
 """
