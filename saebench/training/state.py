@@ -126,6 +126,8 @@ class TrainingState:
     def finish(self, unseen_ND: Tensor, provenance: dict[str, Any]) -> None:
         """Calibrate on held-out rows of the cache, undo the scaling of the input, and save the SAE."""
         current, config = self.current, self.config
+        # As inference computes: thresholds found from rounded products would be those of other codes.
+        current.sae.compute_dtype = torch.float32
         with torch.no_grad():
             l0 = current.sae.calibrate(unseen_ND.float() * current.scale)
         if l0 is not None and abs(l0 / self.spec.k - 1) > MISSED_L0:
@@ -134,7 +136,8 @@ class TrainingState:
                 "thresholds cannot reach it; lower --k",
                 file=sys.stderr,
             )
-        current.sae.fold_scale(current.scale)
+        # On the CPU, where checkpoints are folded too: a GPU divides by a scalar with other rounding.
+        current.sae.to("cpu").fold_scale(current.scale)
         tokens = self.n_steps * config.batch_size
         current.sae.save(config.out, **provenance, tokens=tokens, seed=config.seed)
 

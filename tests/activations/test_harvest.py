@@ -192,8 +192,9 @@ def test_second_writer_raises_user_error(settings):
 
 KILLER = """
 import json, os, resource, signal, sys
-import torch, transformer_lens
+import datasets, torch, transformer_lens, transformers.models.gpt2.modeling_gpt2  # once, not per child
 import saebench as sb
+from saebench.activations import harvest
 from saebench.core import files
 from saebench.core.errors import UserError
 torch.set_num_threads(1)
@@ -266,8 +267,8 @@ def test_resume_after_kill_or_full_disk_gives_identical_bytes(tiny_model_folder,
         "text": "sotu",
         "hook": [HOOK],
         "tokens": 70_000,
-        "ctx": 32,
-        "batch_size": 128,
+        "ctx": 64,
+        "batch_size": 256,
         "out": str(tmp_path),
         "shard_rows": 32_768,
         "quiet": True,

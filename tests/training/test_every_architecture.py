@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from saebench.saes.registry import ARCHITECTURES, architecture
+from saebench.saes.registry import ARCHITECTURES
 from saebench.training import sweep, train
 
 FIXED = ("topk", "gradient", "matching-pursuit")

@@ -3,12 +3,15 @@ GPU."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from saebench_kernels.fused.scan import Scanned, Tiles, scan
 
 ON_GPU = torch.cuda.is_available()
+SLOW_INTERPRETED = [] if ON_GPU else [pytest.mark.slow]
+"""Marks of a problem that Triton's interpreter needs more than 5 seconds for."""
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 TILES = None if ON_GPU else Tiles(16, 256, 16, 4, 2, 2)
 """On a GPU, those of `tiles_of`."""

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from saebench_kernels.fused.by_latent import select_by_latent
-from tests.kernels.fused.problems import DEVICE, HALVES, ON_GPU, TILES, problem
+from tests.kernels.fused.problems import DEVICE, HALVES, ON_GPU, SLOW_INTERPRETED, TILES, problem
 
 SHAPES = [
     (1, 1, 1),
     (5, 24, 40),
     (33, 7, 19),
-    (3, 16, 130),
+    pytest.param((3, 16, 130), marks=SLOW_INTERPRETED),
     *([(8192, 768, 4096), (4099, 63, 1001)] * ON_GPU),
 ]
 """N, D, M."""

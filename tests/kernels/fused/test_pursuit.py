@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from saebench_kernels.fused.pursuit import energy_gradients, pursue
-from tests.kernels.fused.problems import DEVICE, ON_GPU
+from tests.kernels.fused.problems import DEVICE, ON_GPU, SLOW_INTERPRETED
 
 ROUNDING = 8 * torch.finfo(torch.float32).eps
 SHAPES = [
@@ -100,7 +100,9 @@ def test_with_more_picks_the_first_stay_the_same_and_all_repeats():
 
 
 @pytest.mark.parametrize("absolute", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (50, 24, 40, 6), (300, 9, 5, 3)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (50, 24, 40, 6), pytest.param((300, 9, 5, 3), marks=SLOW_INTERPRETED)]
+)
 def test_gradients_are_those_of_the_recursion(shape, absolute):
     n, d, m, k = shape
     x_ND, atoms_MD = _problem(n, d, m)
