@@ -79,6 +79,7 @@ def test_help_shows_every_setting_with_its_docstring(
     docs = field_docs(config_class)
     for name in [field.name for field in dataclasses.fields(config_class)]:
         assert f"--{name.replace('_', '-')} " in flat
+        assert name != "hook" or "--site --hook " in flat
         assert docs[name].split()[0] in flat
     assert "--no-quiet" not in flat
     assert "('" not in flat
@@ -130,7 +131,7 @@ def test_text_that_is_not_a_whole_number_is_refused(text: str, capsys: pytest.Ca
 def test_flags_set_fields_of_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(commands, "harvest", lambda config: seen.append(config) or commands.Result({}, ""))
-    words = "harvest --out c --hook a --hook b --tokens 2e6 --dtype fp32 --keep-first --text t.txt"
+    words = "harvest --out c --site a --hook b --tokens 2e6 --dtype fp32 --keep-first --text t.txt"
     assert main(words.split()) == 0
     assert seen == [
         HarvestConfig(
@@ -209,9 +210,10 @@ def test_settings_file_works_for_harvest(tmp_path: Path, monkeypatch: pytest.Mon
     seen = []
     monkeypatch.setattr(commands, "harvest", lambda c: seen.append(c) or commands.Result({}, ""))
     file = tmp_path / "harvest.toml"
-    file.write_text('hook = ["a", "b"]\nout = "c"\n')
-    assert main(["harvest", f"--config={file}"]) == 0
-    assert seen == [HarvestConfig(out=Path("c"), hook=("a", "b"))]
+    for name in ("hook", "site"):
+        file.write_text(f'{name} = ["a", "b"]\nout = "c"\n')
+        assert main(["harvest", f"--config={file}"]) == 0
+    assert seen == 2 * [HarvestConfig(out=Path("c"), hook=("a", "b"))]
 
 
 @pytest.mark.parametrize(
@@ -224,6 +226,8 @@ def test_settings_file_works_for_harvest(tmp_path: Path, monkeypatch: pytest.Mon
         ('sae = "topp"', ["'topp'", "topk"]),
         ("k = 9000", ["9000", "4096"]),
         ("sweep = [1]", ["sweep is [1]", "k=16,32,64"]),
+        ('site = "a"\nhook = "a"', ["both site and hook"]),
+        ('sites = "a"', ["'sites'", "'site'"]),
     ],
 )
 def test_invalid_settings_file_is_refused_with_setting_and_value(

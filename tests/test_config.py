@@ -82,7 +82,7 @@ def test_every_field_has_docstring(config_class: type) -> None:
         (HarvestConfig, {"hok": "a"}, "'hok' in the file is not a setting of HarvestConfig; did you mean"),
         (HarvestConfig, {"zzz": 1}, "'zzz' in the file is not a setting of HarvestConfig; there is out,"),
         (HarvestConfig, {"hook": []}, "no hook was named"),
-        (HarvestConfig, {"hook": ["a", "a"]}, "--hook names the same hook twice: a, a"),
+        (HarvestConfig, {"hook": ["a", "a"]}, "--site names the same hook twice: a, a"),
         (HarvestConfig, {"dtype": "int8"}, "'dtype' in the file is 'int8': input should be 'bf16', 'fp"),
         (HarvestConfig, {"shard_rows": 1000}, "shard_rows is 1000; it must be a multiple of 32,768"),
         (ImportConfig, {"shard_rows": 0}, "shard_rows is 0; it must be a multiple of 32,768"),
@@ -151,6 +151,20 @@ def test_function_with_settings_takes_a_config_or_the_same_keywords() -> None:
         measure(expected, tokens=7)
     with pytest.raises(UserError, match="the call of measure"):
         measure(run="r", token=7)
+
+
+def test_hook_can_be_called_site_but_not_both() -> None:
+    @accepts_settings(HarvestConfig)
+    def read(config: HarvestConfig) -> tuple[str, ...]:
+        return config.hook
+
+    assert read(out="c", site="a") == read(out="c", hook="a") == ("a",)
+    assert to_flat(from_flat(HarvestConfig, {"out": "c", "site": ["a", "b"]}))["hook"] == ["a", "b"]
+    assert {"site", "hook"} < set(inspect.signature(read).parameters)
+    with pytest.raises(UserError, match="the call of read has both site and hook"):
+        read(out="c", site="a", hook="a")
+    with pytest.raises(UserError, match="did you mean 'site'"):
+        read(out="c", sites="a")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

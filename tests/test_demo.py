@@ -29,7 +29,7 @@ def words(tiny_model_folder: Path, tiny_text: Path) -> list[str]:
         str(tiny_model_folder),
         "--text",
         str(tiny_text),
-        "--hook",
+        "--site",
         HOOK,
         *settings.split(),
     ]

@@ -67,7 +67,7 @@ def import_activations(config: ImportConfig) -> ActivationCache:
     """
     if not is_plain_name(config.hook):
         raise UserError(
-            f"--hook {config.hook!r} is not a valid hook name; use letters, digits, '.', '_' and '-'"
+            f"--site {config.hook!r} is not a valid hook name; use letters, digits, '.', '_' and '-'"
         )
     source = _open(config.source)
     sources = {HOOK_PREFIX + config.hook: source}

@@ -65,9 +65,9 @@ class HarvestConfig(Settings):
                 "nothing; raise --ctx or pass --keep-first"
             )
         if not self.hook:
-            raise UserError("no hook was named; pass --hook, for example --hook blocks.2.hook_resid_post")
+            raise UserError("no hook was named; pass --site, for example --site blocks.2.hook_resid_post")
         if len(set(self.hook)) != len(self.hook):
-            raise UserError(f"--hook names the same hook twice: {', '.join(self.hook)}")
+            raise UserError(f"--site names the same hook twice: {', '.join(self.hook)}")
         _check_shard_rows(self.shard_rows)
         if self.tokens > MAX_SHARDS * self.shard_rows:
             enough = 32_768 * math.ceil(self.tokens / MAX_SHARDS / 32_768)

@@ -20,6 +20,7 @@ from torch import Tensor
 from saebench.analysis.attach import open_for, read_sae
 from saebench.core.errors import UserError
 from saebench.core.progress import progress
+from saebench.core.settings import takes_shown_names
 from saebench.evaluation.measure import require_width
 from saebench.evaluation.samples import first_rows
 from saebench.saes.base import SAE
@@ -39,6 +40,7 @@ MOST_REVERSE = 0.5
 BLOCK_BYTES = 2**27
 
 
+@takes_shown_names
 @torch.no_grad()
 def absorbed(
     sae: SAE | str | PathLike[str],
@@ -80,7 +82,7 @@ def absorbed(
     Args:
         sae: a run directory, or an SAE in memory.
         cache: the cache whose rows are used; by default the one that the SAE was trained on.
-        hook: the hook of the cache that the SAE reads; by default the one it was trained at.
+        site: the hook of the cache that the SAE reads; by default the one it was trained at.
         rows: the largest number of held-out rows to use.
         share: the fraction of the rows of s that must be absorbed.
         cosine: candidates for g are the 16 latents with the nearest decoder rows and at least this cosine.

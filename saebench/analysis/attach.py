@@ -18,6 +18,7 @@ from torch import Tensor
 
 from saebench.core.device import pick_device
 from saebench.core.errors import UserError
+from saebench.core.settings import takes_shown_names
 from saebench.evaluation.measure import require_width
 from saebench.runs.provenance import Provenance, require_same_model
 from saebench.runs.run import Run
@@ -94,22 +95,23 @@ class AttachedSAE:
         return b"".join(self.vocab[id] for id in ids).decode("utf-8", "replace")
 
 
+@takes_shown_names
 def attach(
     sae: SAE | str | PathLike[str],
     model: Model | str = "cache",
     hook: str | None = None,
     bos: bool | None = None,
 ) -> AttachedSAE:
-    """Load ``sae`` (a run directory, or an SAE in memory) and ``model``, and check that they and ``hook``
+    """Load ``sae`` (a run directory, or an SAE in memory) and ``model``, and check that they and ``site``
     fit.
 
-    ``model`` 'cache' is the model that the SAE was trained on, as recorded in the run; ``hook`` None is the
+    ``model`` 'cache' is the model that the SAE was trained on, as recorded in the run; ``site`` None is the
     hook recorded there. With ``bos`` None prompts begin with BOS if the contexts of the training did; when
     the run does not record that, if the tokenizer adds BOS by default.
 
     Raises:
         UserError: no such SAE, model or hook, a model other than the one that the SAE was trained on, a hook
-            of another width, or an SAE in memory without ``model`` and ``hook``.
+            of another width, or an SAE in memory without ``model`` and ``site``.
     """
     from saebench.sources.models import Model, load_model, peek_model
 
@@ -119,7 +121,7 @@ def attach(
     origin = Provenance() if run is None else run.provenance
     recorded = origin.model
     if hook is None and (hook := origin.hook_name) is None:
-        raise UserError("the hook that this SAE was trained at is not recorded; give it with hook=...")
+        raise UserError("the hook that this SAE was trained at is not recorded; give it with site=...")
     if isinstance(model, str):
         name, revision = model, None
         if model == "cache":

@@ -16,6 +16,7 @@ from torch import Tensor
 from saebench.analysis.attach import AttachedSAE, TokenizedPrompt, attach, check_positions
 from saebench.analysis.edits import LatentEdit, logits_of
 from saebench.core.errors import UserError
+from saebench.core.settings import takes_shown_names
 from saebench.store.text import token_text
 from saebench_kernels import gathered_dots
 
@@ -44,6 +45,7 @@ class Attribution:
     """The text of the target token."""
 
 
+@takes_shown_names
 def logit_attribution(
     text: str,
     sae: SAE | str | PathLike[str],
@@ -81,9 +83,9 @@ def logit_attribution(
 
     Args:
         text: one prompt, tokenized as a harvest does.
-        sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
+        sae: a run directory, or an SAE in memory, which needs ``model`` and ``site``.
         model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
-        hook: where the SAE reads; by default where it was trained.
+        site: where the SAE reads; by default where it was trained.
         target: a token as a string, with its leading space if it has one, or its id; by default the token
             that the model predicts.
         against: another token; by default the mean over the vocabulary.

@@ -21,6 +21,7 @@ from saebench.analysis.attach import AttachedSAE, attach, check_features, open_f
 from saebench.analysis.contexts import CacheContext, draw_contexts
 from saebench.core.errors import UserError
 from saebench.core.progress import progress
+from saebench.core.settings import takes_shown_names
 from saebench.saes.base import SAE
 from saebench.sources.gradients import contexts_at_once, summed_cross_entropy
 from saebench_kernels import gathered_dots
@@ -63,6 +64,7 @@ class LossEffects:
         )
 
 
+@takes_shown_names
 def loss_effects(
     sae: SAE | str | PathLike[str],
     cache: ActivationCache | str | PathLike[str] | None = None,
@@ -94,10 +96,10 @@ def loss_effects(
     True
 
     Args:
-        sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
+        sae: a run directory, or an SAE in memory, which needs ``model`` and ``site``.
         cache: the cache whose contexts are sampled; by default the one that the SAE was trained on.
         model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
-        hook: where the SAE reads; by default where it was trained.
+        site: where the SAE reads; by default where it was trained.
         features: one or many latents; by default all.
         contexts: the largest number of contexts per latent; 0 computes only the estimate.
         sample: the largest number of contexts to draw; in a small sample a rare latent may never fire.

@@ -27,7 +27,7 @@ from saebench.analysis.attach import (
 from saebench.analysis.edits import MODES, LatentEdit, logits_of
 from saebench.core.bounds import AtLeast, Seed
 from saebench.core.errors import UserError
-from saebench.core.settings import Settings
+from saebench.core.settings import Settings, takes_shown_names
 from saebench.evaluation.faithfulness import cross_entropies, kl_divergences
 from saebench.store.text import token_text
 
@@ -54,6 +54,7 @@ class Steering:
     among the 10 most likely next ones with or without steering, the largest difference first."""
 
 
+@takes_shown_names
 @torch.no_grad()
 def ablate(
     text: str,
@@ -78,9 +79,9 @@ def ablate(
     Args:
         text: one prompt, tokenized as a harvest does.
         features: one or several latents, set to 0 together.
-        sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
+        sae: a run directory, or an SAE in memory, which needs ``model`` and ``site``.
         model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
-        hook: where the SAE reads; by default where it was trained.
+        site: where the SAE reads; by default where it was trained.
         positions: the edited positions: one, several, or a slice; by default all except position 0.
         bos: whether the text begins with the BOS token; by default as in the SAE's cache.
 
@@ -99,6 +100,7 @@ def ablate(
     return _effects(prompt, clean_BTV, edited_BTV, edit)
 
 
+@takes_shown_names
 @torch.no_grad()
 def steer(
     text: str,
@@ -127,9 +129,9 @@ def steer(
     Args:
         text: one prompt, tokenized as a harvest does.
         features: one or several latents, all changed in the same way.
-        sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
+        sae: a run directory, or an SAE in memory, which needs ``model`` and ``site``.
         model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
-        hook: where the SAE reads; by default where it was trained.
+        site: where the SAE reads; by default where it was trained.
         strength: a number in units of the latent's value, or several, each applied alone.
         mode: with v the latent's value, 'add' makes it v + strength, 'clamp' strength, 'scale' v * strength.
         positions: the edited positions: one, several, or a slice; by default all except position 0. The

@@ -18,6 +18,7 @@ from saebench.analysis.attach import open_for, read_sae
 from saebench.analysis.correlations import BLOCK_BYTES, Correlations
 from saebench.core.errors import UserError
 from saebench.core.progress import progress
+from saebench.core.settings import takes_shown_names
 from saebench.evaluation.measure import require_width
 from saebench.evaluation.samples import first_rows
 from saebench.evaluation.synthetic.recovery import absolute_cosines
@@ -65,6 +66,7 @@ class Matching:
         )
 
 
+@takes_shown_names
 @torch.no_grad()
 def match(
     a: SAE | str | PathLike[str],
@@ -102,7 +104,7 @@ def match(
         b: another SAE; by 'decoder' with the same d_in.
         by: 'decoder' or 'activation'.
         cache: the cache to compare activations on; by default the one that a, or else b, was trained on.
-        hook: the hook of the cache that both read; by default for each the hook it was trained at.
+        site: the hook of the cache that both read; by default for each the hook it was trained at.
         rows: the largest number of held-out rows to use.
         threshold: the smallest similarity that counts for ``stability``.
         memory_gib: the largest amount of memory to use, in GiB.
@@ -237,7 +239,7 @@ def _correlations(
     for sae, origin in sides:
         if hook is None and origin.hook_name is None and len(opened.hooks) > 1:
             raise UserError(
-                "an SAE in memory does not record its hook, and the cache has several; give hook=..., "
+                "an SAE in memory does not record its hook, and the cache has several; give site=..., "
                 f"one of {', '.join(opened.hooks)}"
             )
         place = opened.resolve_hook(hook or origin.hook_name)

@@ -12,6 +12,7 @@ import torch
 
 from saebench.analysis.attach import AttachedSAE, attach
 from saebench.core.errors import UserError
+from saebench.core.settings import takes_shown_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 MEASURES = ("max", "mean")
 
 
+@takes_shown_names
 def features_of(
     text: str,
     sae: SAE | str | PathLike[str],
@@ -42,9 +44,9 @@ def features_of(
 
     Args:
         text: one prompt, tokenized as a harvest does.
-        sae: a run directory, or an SAE in memory, which needs ``model`` and ``hook``.
+        sae: a run directory, or an SAE in memory, which needs ``model`` and ``site``.
         model: a name or a loaded model; 'cache' is the one that the SAE was trained on.
-        hook: where the SAE reads; by default where it was trained.
+        site: where the SAE reads; by default where it was trained.
         top: the number of latents per token, those with the largest values; by default all.
         bos: whether the text begins with the BOS token; by default as in the SAE's cache.
 
@@ -57,6 +59,7 @@ def features_of(
     return _features(text, attach(sae, model, hook, bos), top)
 
 
+@takes_shown_names
 def compare_prompts(
     a: str,
     b: str,

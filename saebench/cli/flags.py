@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from cyclopts import Group, Parameter
 
 from saebench.core.errors import UserError
-from saebench.core.settings import field_docs, whole_number
+from saebench.core.settings import field_docs, named_as_fields, nearest_setting, shown_name, whole_number
 
 CONFIG_FLAG = "--config"
 
@@ -43,6 +42,7 @@ def parameters(
         elif default is dataclasses.MISSING:
             default = inspect.Parameter.empty
         how = Parameter(
+            name=_flag_names(field.name),
             help=docs.get(field.name, ""),
             group=group,
             converter=_converter(types[field.name]),
@@ -63,6 +63,11 @@ def parameters(
             )
         )
     return sorted(made, key=lambda parameter: parameter.kind)
+
+
+def _flag_names(name: str) -> tuple[str, ...]:
+    """The flags of a setting, the one that people are shown first."""
+    return tuple(dict.fromkeys(f"--{one.replace('_', '-')}" for one in (shown_name(name), name)))
 
 
 def _written(default: object) -> str:
@@ -137,10 +142,11 @@ def check_settings(settings: Mapping[str, Any], types: Mapping[str, Any], path: 
     import pydantic
 
     checked = {}
-    for name, value in settings.items():
+    for name, value in named_as_fields(settings, types, source=str(path)).items():
         if name not in types:
-            near = difflib.get_close_matches(name, types, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(types))}"
+            near = nearest_setting(name, types)
+            offered = ", ".join(sorted(map(shown_name, types)))
+            hint = f"did you mean {near!r}?" if near else f"choose one of {offered}"
             raise UserError(f"{name!r} in {path} is not a setting of this command; {hint}")
         if get_origin(types[name]) is tuple and isinstance(value, str):
             value = (value,)

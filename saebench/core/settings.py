@@ -9,13 +9,21 @@ import functools
 import inspect
 import os
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, TypeVar
 
 from saebench.core.bounds import check_bounds
 from saebench.core.errors import UserError
+
+ResultT = TypeVar("ResultT")
+ValueT = TypeVar("ValueT")
+
+
+SHOWN_NAMES = {"hook": "site"}
+"""Setting -> the name that people are shown for it. Commands and calls take both names; saved files have the
+setting's."""
 
 
 class Settings:
@@ -54,13 +62,65 @@ def show_settings(function: Callable[..., Any], like: Callable[..., Any], *confi
         for parameter in inspect.signature(config_class).parameters.values()
     ]
     made += [p for p in own.parameters.values() if p.kind is p.VAR_KEYWORD]
-    function.__signature__ = own.replace(parameters=made)  # type: ignore[attr-defined]
+    function.__signature__ = _with_shown_names(own.replace(parameters=made))  # type: ignore[attr-defined]
     lines = [
-        textwrap.fill(f"{name}: {text}", 100, initial_indent="    ", subsequent_indent="        ")
+        textwrap.fill(f"{shown_name(name)}: {text}", 100, initial_indent="    ", subsequent_indent="        ")
         for config_class in config_classes
         for name, text in field_docs(config_class).items()
     ]
     function.__doc__ = "\n".join([inspect.cleandoc(like.__doc__ or ""), "", "Settings:", *lines])
+
+
+def shown_name(name: str) -> str:
+    """The name that people are shown for the setting ``name``."""
+    return SHOWN_NAMES.get(name, name)
+
+
+def nearest_setting(name: str, known: Iterable[str]) -> str | None:
+    """The shown name of the setting that ``name`` is probably meant for."""
+    names = {either: shown_name(one) for one in known for either in (one, shown_name(one))}
+    return next((names[near] for near in difflib.get_close_matches(name, names, n=1)), None)
+
+
+def named_as_fields(values: Mapping[str, ValueT], known: Container[str], *, source: str) -> dict[str, ValueT]:
+    """``values`` with the shown names of the settings ``known`` replaced by the names of their fields.
+
+    Raises:
+        UserError: one setting is given under both names.
+    """
+    renamed = dict(values)
+    for name, shown in SHOWN_NAMES.items():
+        if name in known and shown not in known and shown in renamed:
+            if name in renamed:
+                raise UserError(f"{source} has both {shown} and {name}, which are one setting; give {shown}")
+            renamed[name] = renamed.pop(shown)
+    return renamed
+
+
+def takes_shown_names(function: Callable[..., ResultT]) -> Callable[..., ResultT]:
+    """Let a function with a parameter ``hook`` also be called with the keyword ``site``."""
+    own = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> ResultT:
+        source = f"the call of {function.__name__}"
+        return function(*arguments, **named_as_fields(keywords, own.parameters, source=source))
+
+    call.__signature__ = _with_shown_names(own)  # type: ignore[attr-defined]
+    return call
+
+
+def _with_shown_names(signature: inspect.Signature) -> inspect.Signature:
+    """``signature`` with the shown names of its parameters as further keywords."""
+    made = list(signature.parameters.values())
+    for parameter in signature.parameters.values():
+        shown = SHOWN_NAMES.get(parameter.name)
+        if shown is not None and shown not in signature.parameters:
+            place = made.index(parameter)
+            while place < len(made) and made[place].kind is parameter.POSITIONAL_OR_KEYWORD:
+                place += 1
+            made.insert(place, parameter.replace(name=shown, kind=parameter.KEYWORD_ONLY))
+    return signature.replace(parameters=made)
 
 
 ConfigT = TypeVar("ConfigT")
@@ -77,10 +137,11 @@ def from_flat(
     import pydantic
 
     known = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    values = named_as_fields(values, known, source=source)
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}"
+            near = nearest_setting(name, known)
+            hint = f"did you mean {near!r}?" if near else f"there is {', '.join(map(shown_name, known))}"
             raise UserError(f"{name!r} in {source} is not a setting of {config_class.__name__}; {hint}")
     lists = {f.name for f in dataclasses.fields(config_class) if isinstance(f.default, tuple)}  # type: ignore[arg-type]
     values = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in values.items()}
@@ -108,9 +169,6 @@ def to_flat(config: Any) -> dict[str, Any]:
         return list(value) if isinstance(value, tuple) else value
 
     return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-
-
-ResultT = TypeVar("ResultT")
 
 
 def accepts_settings(config_class: type[Any]) -> Callable[[Callable[[Any], ResultT]], Callable[..., ResultT]]:

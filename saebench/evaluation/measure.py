@@ -79,7 +79,7 @@ def _on_cache(config: EvalConfig, mode: InferenceMode, run: Run, device: torch.d
     hook = config.hook or run.provenance.hook_name
     if hook is None and len(cache.hooks) > 1:
         raise UserError(
-            f"{config.run} does not record its hook; pass --hook, one of {', '.join(cache.hooks)}"
+            f"{config.run} does not record its hook; pass --site, one of {', '.join(cache.hooks)}"
         )
     hook = cache.resolve_hook(hook)
     require_width(cache.d_in(hook), sae, hook, cache.path)
@@ -118,7 +118,7 @@ def _on_text(config: EvalConfig, mode: InferenceMode, run: Run, device: torch.de
     origin = run.provenance
     hook = config.hook or origin.hook_name
     if hook is None:
-        raise UserError(f"{config.run} does not record the hook that its SAE was trained on; pass --hook")
+        raise UserError(f"{config.run} does not record the hook that its SAE was trained on; pass --site")
     # With a text, the run's cache may have been deleted: it is used only for the mean activation.
     cache = _open_cache(config, run) if config.cache is not None or run.find_cache() is not None else None
     recorded = origin.model if cache is None else cache.model

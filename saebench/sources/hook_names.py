@@ -57,4 +57,4 @@ def is_rare(hook: str) -> bool:
 def unknown_hook(hook: str, known: list[str], model: str) -> str:
     """The error sentence for a ``hook`` that ``model`` does not have."""
     near = difflib.get_close_matches(hook, known, n=3, cutoff=0.5) or [known[0], known[-1]]
-    return f"--hook {hook} is not a hook of {model}; did you mean {' or '.join(near)}?"
+    return f"--site {hook} is not a hook of {model}; did you mean {' or '.join(near)}?"

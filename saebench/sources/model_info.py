@@ -69,7 +69,7 @@ class ModelInfo:
         layer = layer_of(hook)
         if layer is not None and layer >= self.n_layers:
             raise UserError(
-                f"--hook {hook} is beyond the {self.n_layers} layers of {self.name}; "
+                f"--site {hook} is beyond the {self.n_layers} layers of {self.name}; "
                 f"give a hook in blocks.0 to blocks.{self.n_layers - 1}"
             )
         if hook not in usual and not is_rare(hook):

@@ -234,7 +234,7 @@ class Model:
         for hook in hooks:
             if hook not in gradients:
                 raise UserError(
-                    f"the predictions of {self.name} do not depend on --hook {hook}, so it has no gradient; "
+                    f"the predictions of {self.name} do not depend on --site {hook}, so it has no gradient; "
                     "choose another hook"
                 )
         return (
@@ -245,10 +245,10 @@ class Model:
     def _per_token(self, hook: str, value: Tensor | None, tokens_BT: Tensor) -> Tensor:
         """The value at ``hook`` as [B, T, D]; raises a UserError when it is not one vector per token."""
         if value is None:
-            raise UserError(f"--hook {hook} was not reached in a forward pass of {self.name}; choose another")
+            raise UserError(f"--site {hook} was not reached in a forward pass of {self.name}; choose another")
         if value.shape[:2] != tokens_BT.shape or value.ndim < 3 or not value.is_floating_point():
             raise UserError(
-                f"--hook {hook} has shape {list(value.shape)} for {list(tokens_BT.shape)} tokens; "
+                f"--site {hook} has shape {list(value.shape)} for {list(tokens_BT.shape)} tokens; "
                 "choose a hook with one vector per token"
             )
         return rearrange(value, "b t ... -> b t (...)")
@@ -293,7 +293,7 @@ class Model:
             except ValueError as error:
                 if found := _SWITCHED_OFF.search(str(error)):
                     raise UserError(
-                        f"--hook {found[1]} is computed only when TransformerLens sets {found[2]}, which "
+                        f"--site {found[1]} is computed only when TransformerLens sets {found[2]}, which "
                         "saebench does not; choose another"
                     ) from None
                 raise

@@ -137,12 +137,12 @@ def choose_hook(cache: ActivationCache, hook: str | None, run: Run) -> str:
     """The hook to encode: ``hook``, or the one that the SAE was trained on, or the only hook of the cache."""
     wanted = hook or (run.provenance.hook_name if run.is_finished or run.checkpoint is not None else None)
     if wanted is None and len(cache.hooks) > 1:
-        raise UserError(f"the cache {cache.path} has several hooks, {', '.join(cache.hooks)}; pass --hook")
+        raise UserError(f"the cache {cache.path} has several hooks, {', '.join(cache.hooks)}; pass --site")
     if wanted is not None and wanted not in cache.hooks:
         whose = "was asked for" if hook else f"is what {run} was trained on"
         raise UserError(
             f"hook {wanted!r} {whose} but the cache {cache.path} has {', '.join(cache.hooks)}; "
-            "pass --hook with one of these, or another cache"
+            "pass --site with one of these, or another cache"
         )
     return wanted or cache.hooks[0]
 

@@ -48,10 +48,12 @@ def test_sae_in_memory_without_model_or_hook_raises_user_error(
     run: Path, tiny_model: Model, hook: str
 ) -> None:
     sae = load(run)
-    with pytest.raises(UserError, match=r"the hook that .*hook=\.\.\."):
+    with pytest.raises(UserError, match=r"the hook that .*site=\.\.\."):
         attach(sae, tiny_model)
     with pytest.raises(UserError, match=r"the model that .*model=\.\.\."):
-        attach(sae, hook=hook)
+        attach(sae, site=hook)
+    with pytest.raises(UserError, match="the call of attach has both site and hook"):
+        attach(sae, hook=hook, site=hook)
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_hooks_without_a_gradient_per_token_raise_user_error(model, tokens_BT, m
     assert list(backward.gradients_of(x.sum(), {"y": y, "x": x})) == ["x"]
     assert backward.gradients_of(torch.ones(()), {"x": x}) == {}
     monkeypatch.setattr("saebench.sources.models.gradients_of", lambda *_: {})
-    with pytest.raises(UserError, match=rf"do not depend on --hook {HOOKS[0]}"):
+    with pytest.raises(UserError, match=rf"do not depend on --site {HOOKS[0]}"):
         model.gradients(tokens_BT, LENGTHS, HOOKS)
 
 

@@ -242,7 +242,7 @@ def test_index_real_run_and_imported_cache(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not the manifest of a feature store"):
         index(replace(config, out=tmp_path / "cache"))
     small_sae().save(run, hook_name="blocks.9.hook_resid_post")
-    with pytest.raises(UserError, match=r"blocks\.9.*pass --hook"):
+    with pytest.raises(UserError, match=r"blocks\.9.*pass --site"):
         index(config)
 
 
