@@ -1,17 +1,26 @@
-"""ActivationCache: a model's activations, one row per token, memory-mapped from disk.
+"""ActivationCache: a model's activations, one row per token or other unit, memory-mapped from disk.
 
 A cache is a directory with manifest.json and one folder of fixed-size shards per column (shards.py).
 
-    hook/<hook_name>   [n, d_in]  activations, bf16, fp16 or fp32
-    gradient/<hook>    [n, d_in]  with --gradients: gradient of the model's loss, bf16 or fp32
+    hook/<site>        [n, d_in]  activations, bf16, fp16 or fp32; several axes are flattened
+    gradient/<site>    [n, d_in]  with --gradients: gradient of the model's loss, bf16 or fp32
     held_out           [n]        bool: True for rows that SAEs are never trained on
+
+A cache of a text also has
+
     token doc ctx pos  [n]        int32: token id, document, context, 0-based position within the context
     context_tokens     [n_ctx, ctx_len]  int32: the tokens that the model read
     context_len        [n_ctx]    int32: the number of them that are not padding
 
-An imported cache (made of an array without tokens) has only the first three. A context never mixes held-out
-documents with others. By default position 0 has no row, though the contexts contain it. In a cache with
-gradients the last position of each context has no row either, because it predicts nothing.
+and one of other units (sb.ModuleSource, arrays with positions)
+
+    unit pos           [n]        int32: number of the unit, 0-based position within it
+    unit_len           [n_units]  int32: positions of each unit
+    row_column/<name> unit_column/<name>  columns of the user's, per row or per unit
+
+An array of vectors has neither. A context never mixes held-out documents with others. By default position 0
+has no row, though the contexts contain it. In a cache with gradients the last position of each context has no
+row either, because it predicts nothing.
 """
 
 from __future__ import annotations
@@ -28,14 +37,18 @@ from saebench.activations.manifest import (
     GRADIENT_PREFIX,
     HOOK_PREFIX,
     LABELS_FILE,
+    ROW_PREFIX,
+    UNIT_PREFIX,
     VOCAB_FILE,
-    ColumnType,
+    column_folder,
     read_cache_manifest,
 )
 from saebench.activations.mapping import map_files
 from saebench.activations.shards import TORCH_DTYPES, check_shard, row_bytes, shard_path
 from saebench.core.errors import UserError
 from saebench.core.files import read_json, sha256_file, sha256_json
+from saebench.sources.base import ColumnType, Site
+from saebench.sources.modality import Modality
 
 
 class ActivationCache:
@@ -71,13 +84,27 @@ class ActivationCache:
 
     @property
     def model(self) -> dict[str, Any] | None:
-        """Name, revision and hash of the model that was harvested; None for an imported cache."""
+        """Name, revision and hash of the language model that was harvested.
+
+        None if the cache was made of an array, of a module, or with several models (`model_of`).
+        """
         model: dict[str, Any] | None = self._manifest.raw["made_from"].get("model")
         return model
 
     @property
+    def modality(self) -> Modality:
+        """What rows and units are."""
+        return self._manifest.modality
+
+    @property
     def hooks(self) -> list[str]:
-        return list(self._manifest.hooks)
+        """The names of the sites."""
+        return list(self._manifest.sites)
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """The sites by name: native shape, stored type, and what gave the activations."""
+        return dict(self._manifest.sites)
 
     @property
     def n_rows(self) -> int:
@@ -85,7 +112,7 @@ class ActivationCache:
 
     @property
     def n_contexts(self) -> int:
-        """Number of contexts; 0 for an imported cache."""
+        """Number of contexts, or of other units; 0 for an array of vectors."""
         return self._manifest.n_contexts
 
     @property
@@ -103,13 +130,17 @@ class ActivationCache:
         """Width of a row of ``hook``, the first hook by default."""
         return self._type(hook).row_shape[0]
 
-    def activations(self, hook: str | None = None) -> Tensor:
+    def activations(self, hook: str | None = None, *, native: bool = False) -> Tensor:
         """All rows of ``hook`` (the first hook by default), [n, d_in], mapped from disk.
+
+        With ``native`` a row has the axes of the site, such as [n, head, d_head].
 
         Raises:
             UserError: the cache has no such hook; the sentence gives the nearest name.
         """
-        return self._column(HOOK_PREFIX + self.resolve_hook(hook))
+        hook = self.resolve_hook(hook)
+        rows_ND = self._column(HOOK_PREFIX + hook)
+        return rows_ND.view(-1, *self._manifest.sites[hook].shape) if native else rows_ND
 
     def has_gradients(self, hook: str | None = None) -> bool:
         """True when the cache has gradients at ``hook`` (the first hook by default)."""
@@ -168,6 +199,28 @@ class ActivationCache:
         return self._optional("pos")
 
     @property
+    def unit(self) -> Tensor | None:
+        """[n] int32: number of the unit of each row; of a text, its context. None for an array of vectors."""
+        return self._optional(self.modality.unit_column)
+
+    @property
+    def unit_len(self) -> Tensor | None:
+        """[n_contexts] int32: positions of each unit; of a text, the tokens of each context."""
+        return self._optional(self.modality.length_column)
+
+    def row_columns(self) -> dict[str, Tensor]:
+        """The user's columns with one value per row, [n] each, by name."""
+        return self._with_prefix(ROW_PREFIX)
+
+    def unit_columns(self) -> dict[str, Tensor]:
+        """The user's columns with one value per unit, [n_contexts] each, by name."""
+        return self._with_prefix(UNIT_PREFIX)
+
+    def _with_prefix(self, prefix: str) -> dict[str, Tensor]:
+        names = [name for name in self._manifest.columns if name.startswith(prefix)]
+        return {name.removeprefix(prefix): self._column(name) for name in names}
+
+    @property
     def context_tokens(self) -> Tensor | None:
         """[n_ctx, ctx_len] int32: the tokens that the model read; 0 beyond ``context_len``."""
         return self._optional("context_tokens")
@@ -206,7 +259,7 @@ class ActivationCache:
         self._check_files()
         for name, column in self._manifest.columns.items():
             for i, shard in enumerate(column.shards):
-                _check_sha256(shard_path(self.path / name, i), shard.sha256)
+                _check_sha256(shard_path(self.path / column_folder(name), i), shard.sha256)
         for name in self._manifest.files:
             self._verified(name)
 
@@ -215,7 +268,7 @@ class ActivationCache:
         for name, column in self._manifest.columns.items():
             for i, shard in enumerate(column.shards):
                 shape = (shard.rows, *column.type.row_shape)
-                check_shard(shard_path(self.path / name, i), column.type.dtype, shape)
+                check_shard(shard_path(self.path / column_folder(name), i), column.type.dtype, shape)
         for name, (n_bytes, _) in self._manifest.files.items():
             path = self.path / name
             if not path.exists():
@@ -241,7 +294,7 @@ class ActivationCache:
     def _column(self, name: str) -> Tensor:
         if name not in self._tensors:
             column = self._manifest.columns[name]
-            files = [shard_path(self.path / name, i) for i in range(len(column.shards))]
+            files = [shard_path(self.path / column_folder(name), i) for i in range(len(column.shards))]
             sizes = [
                 shard.rows * row_bytes(column.type.dtype, column.type.row_shape) for shard in column.shards
             ]

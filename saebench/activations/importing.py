@@ -14,7 +14,6 @@ from saebench.activations.cache import ActivationCache, open_cache
 from saebench.activations.manifest import (
     GRADIENT_PREFIX,
     HOOK_PREFIX,
-    ColumnType,
     gradient_dtype,
     is_plain_name,
 )
@@ -25,6 +24,8 @@ from saebench.core.errors import UserError
 from saebench.core.files import directory_lock, require_disk, sha256_file
 from saebench.core.progress import progress
 from saebench.core.settings import accepts_settings
+from saebench.sources.base import ColumnType, Site
+from saebench.sources.modality import UNIT
 
 HELD_OUT_SHARE = 20
 _CHUNK_BYTES = 16 << 20
@@ -93,7 +94,8 @@ def import_activations(config: ImportConfig) -> ActivationCache:
         with CacheWriter(
             config.out,
             kind="import",
-            hooks=(config.hook,),
+            sites={config.hook: Site(config.hook, (("d", source.d_in),), dtype, "array")},
+            modality=UNIT.name,
             columns=columns,
             shard_rows=config.shard_rows,
             identity=identity,

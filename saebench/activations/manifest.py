@@ -4,35 +4,43 @@ manifest.json is written last, so a directory that has one is complete. It holds
 the names that the user gave, so that equal harvests make equal bytes:
 
     format           "saebench activation cache"
-    format_version   1
+    format_version   1 or 2; a writer uses 1 for what format 1 can say
     kind             "harvest" or "import"
+    modality         format 2: "text", "unit", ...; see saebench/sources/modality.py
+    sites            format 2: name -> axes [[name, size], ...], dtype, path
     n_rows           rows of every column with one row per token
-    n_contexts       rows of context_tokens and context_len; 0 for an import
+    n_contexts       rows of the unit columns (of a text: context_tokens, context_len); 0 without units
     shard_rows       rows of every shard except the last one of a column
-    hooks            hook names, in the order in which they were given
+    hooks            names of the sites, in the order in which they were given
     columns          name -> dtype, row_shape, shards [{rows, sha256}]
     files            other files, name -> bytes, sha256
-    made_from        settings, model and text that it was made from; see harvest.py and importing.py
+    made_from        settings, model and text that it was made from; see the sources
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from saebench.activations.shards import TORCH_DTYPES
 from saebench.core.errors import UserError
 from saebench.core.files import read_json
+from saebench.sources.base import ColumnType, Site, SitePath
+from saebench.sources.modality import TEXT, UNIT, Modality, modality
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "saebench activation cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 HOOK_PREFIX = "hook/"
 GRADIENT_PREFIX = "gradient/"
-TOKEN_COLUMNS = ("token", "doc", "ctx", "pos")
-CONTEXT_COLUMNS = ("context_tokens", "context_len")
+ROW_PREFIX = "row_column/"
+"""Before the name of a column of the user's with one value per row."""
+UNIT_PREFIX = "unit_column/"
+"""Before the name of a column of the user's with one value per unit."""
 VOCAB_FILE = "vocab.safetensors"
 LABELS_FILE = "doc_labels.json"
 
@@ -50,14 +58,6 @@ def gradient_dtype(dtype: str) -> str:
 class Shard:
     rows: int
     sha256: str
-
-
-@dataclass(frozen=True)
-class ColumnType:
-    """Type of a column: ``dtype`` is one of shards.TORCH_DTYPES, ``row_shape`` the shape of one row."""
-
-    dtype: str
-    row_shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ class CacheManifest:
     n_rows: int
     n_contexts: int
     shard_rows: int
-    hooks: tuple[str, ...]
+    modality: Modality
+    sites: dict[str, Site]
     columns: dict[str, CacheColumn]
     files: dict[str, tuple[int, str]]
 
@@ -116,13 +117,13 @@ def read_cache_manifest(cache: Path) -> CacheManifest:
         raise UserError(
             f"{cache} has format {version} but this saebench reads up to {FORMAT_VERSION}; update saebench"
         )
-    if version != FORMAT_VERSION:
+    if version not in range(1, FORMAT_VERSION + 1):
         raise UserError(f"{path} is damaged (format_version is {version!r}); make the cache again")
     try:
         manifest = _parse(raw)
         problem = _contradiction(manifest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problem = f"{type(error).__name__} {error}"
+        problem = str(error) if type(error) is ValueError else f"{type(error).__name__} {error}"
     if problem:
         raise UserError(f"{path} is damaged ({problem}); restore it or make the cache again")
     return manifest
@@ -140,10 +141,66 @@ def _parse(raw: dict[str, Any]) -> CacheManifest:
         n_rows=_count(raw["n_rows"]),
         n_contexts=_count(raw["n_contexts"]),
         shard_rows=_count(raw["shard_rows"]),
-        hooks=tuple(raw["hooks"]),
+        modality=modality(str(raw["modality"]) if "modality" in raw else _modality_of_format_1(raw)),
+        sites=_sites(raw, columns),
         columns=columns,
         files={name: (_count(value["bytes"]), str(value["sha256"])) for name, value in raw["files"].items()},
     )
+
+
+def _modality_of_format_1(raw: dict[str, Any]) -> str:
+    return TEXT.name if raw["kind"] == "harvest" else UNIT.name
+
+
+def _sites(raw: dict[str, Any], columns: Mapping[str, CacheColumn]) -> dict[str, Site]:
+    """The sites of a manifest; format 1 says their widths only."""
+    for hook in raw["hooks"]:
+        if HOOK_PREFIX + hook not in columns:
+            raise ValueError(f"it has no column {HOOK_PREFIX + hook}")
+    if raw["format_version"] == 1:
+        types = {hook: columns[HOOK_PREFIX + hook].type for hook in raw["hooks"]}
+        return {hook: Site(hook, (("d", kind.row_shape[0]),), kind.dtype) for hook, kind in types.items()}
+    sites = {}
+    for name in raw["hooks"]:
+        described = raw["sites"][name]
+        axes = tuple((str(axis), _count(size)) for axis, size in described["axes"])
+        path = described["path"]
+        if path is not None and path not in get_args(SitePath):
+            raise ValueError(f"{path!r} is not a path of a site")
+        sites[name] = Site(name, axes, described["dtype"], path)
+    return sites
+
+
+def head_of_manifest(
+    kind: str, modality: str, sites: Mapping[str, Site], columns: Iterable[str], made_from: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The first keys of a manifest, in the oldest format that can say them.
+
+    Format 1 has texts that one model read, and arrays of vectors. It has neither native shapes of several
+    axes nor names with a colon.
+    """
+    usual = {"harvest": TEXT, "import": UNIT}[kind]
+    others = {name for name in columns if not name.startswith((HOOK_PREFIX, GRADIENT_PREFIX))} - {"held_out"}
+    known = {*TEXT.row_columns, *TEXT.unit_columns} if kind == "harvest" else set()
+    simple = all(len(site.axes) == 1 and is_plain_name(name) for name, site in sites.items())
+    head = {"format": FORMAT, "format_version": 1, "kind": kind, "hooks": list(sites)}
+    if simple and modality == usual.name and others == known and "models" not in made_from:
+        return head
+    described = {
+        name: {"axes": [list(axis) for axis in site.axes], "dtype": site.dtype, "path": site.path}
+        for name, site in sites.items()
+    }
+    return {**head, "format_version": 2, "modality": modality, "sites": described}
+
+
+def is_unit_column(name: str, of: Modality) -> bool:
+    """Whether a column has one entry per unit; all others have one per row."""
+    return name in of.unit_columns or name.startswith(UNIT_PREFIX)
+
+
+def column_folder(name: str) -> str:
+    """The folder of a column: its name, with '%3A' for the colon, which not every file system takes."""
+    return name.replace(":", "%3A")
 
 
 def _count(value: object) -> int:
@@ -156,24 +213,31 @@ def _contradiction(manifest: CacheManifest) -> str | None:
     """What is inconsistent in the manifest, or None."""
     if manifest.kind not in ("harvest", "import"):
         return f"kind is {manifest.kind!r}"
-    needed = [HOOK_PREFIX + hook for hook in manifest.hooks] + ["held_out"]
-    if manifest.kind == "harvest":
-        needed += [*TOKEN_COLUMNS, *CONTEXT_COLUMNS]
-        missing_files = {VOCAB_FILE} - set(manifest.files)
+    if not manifest.sites or manifest.n_rows < 1:
+        return "it has no rows"
+    needed = ["held_out"]
+    of = manifest.modality
+    if manifest.kind == "harvest" or manifest.n_contexts:
+        needed += [*of.row_columns, *of.unit_columns]
+        missing_files = set(of.files) - set(manifest.files)
         if missing_files:
             return f"it has no entry for the file {missing_files.pop()}"
-    if not manifest.hooks or manifest.n_rows < 1:
-        return "it has no rows"
     for name in needed:
         if name not in manifest.columns:
             return f"it has no column {name}"
+    second = manifest.raw["format_version"] > 1
     for name in [*manifest.columns, *manifest.files]:
-        if not is_plain_name(name.removeprefix(HOOK_PREFIX).removeprefix(GRADIENT_PREFIX)):
+        plain = name.split("/", 1)[1] if name.startswith(_PREFIXES) else name
+        if not (is_site_name(plain) if second and name in manifest.columns else is_plain_name(plain)):
             return f"{name!r} is not a valid name"
+    for name, site in manifest.sites.items():
+        kind = manifest.columns[HOOK_PREFIX + name].type
+        if kind.row_shape != (math.prod(site.shape),) or kind.dtype != site.dtype:
+            return f"the site {name} is not what its column holds"
     for name, column in manifest.columns.items():
         if column.type.dtype not in TORCH_DTYPES:
             return f"column {name} has type {column.type.dtype!r}"
-        rows = manifest.n_contexts if name in CONTEXT_COLUMNS else manifest.n_rows
+        rows = manifest.n_contexts if is_unit_column(name, of) else manifest.n_rows
         if column.n_rows != rows:
             return f"column {name} has {column.n_rows} rows instead of {rows}"
         if any(shard.rows != manifest.shard_rows for shard in column.shards[:-1]):
@@ -182,11 +246,19 @@ def _contradiction(manifest: CacheManifest) -> str | None:
             hook = manifest.columns.get(HOOK_PREFIX + name.removeprefix(GRADIENT_PREFIX))
             if hook is None or hook.type.row_shape != column.type.row_shape:
                 return f"column {name} does not match an activation column"
-    facts = {"settings", "model"} if manifest.kind == "harvest" else {"settings"}
+    facts = {"settings", "model"} if manifest.kind == "harvest" and not second else {"settings"}
     made_from = manifest.raw["made_from"]
     if not all(isinstance(made_from[fact], dict) for fact in facts):
         return "made_from has no settings or no model"
     return None
+
+
+_PREFIXES = (HOOK_PREFIX, GRADIENT_PREFIX, ROW_PREFIX, UNIT_PREFIX)
+
+
+def is_site_name(name: str) -> bool:
+    """True for names of sites: those of hooks and modules, which may have colons (0:S, layers.3:in)."""
+    return name[:1] != ":" and is_plain_name(name.replace(":", "_"))
 
 
 def is_plain_name(name: str) -> bool:

@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from saebench.activations.manifest import (
-    CONTEXT_COLUMNS,
-    FORMAT,
-    FORMAT_VERSION,
     MANIFEST_NAME,
     CacheColumn,
-    ColumnType,
     Shard,
+    column_folder,
+    head_of_manifest,
+    is_unit_column,
     read_cache_manifest,
 )
 from saebench.activations.shards import TORCH_DTYPES, check_shard, shard_path, write_shard
@@ -39,6 +38,8 @@ from saebench.core.files import (
     write_json_atomic,
 )
 from saebench.core.journal import Entry, Journal, read_journal
+from saebench.sources.base import ColumnType, Site
+from saebench.sources.modality import modality as find_modality
 
 JOURNAL_NAME = "journal.json"
 LOCK_NAME = ".lock"
@@ -70,12 +71,12 @@ def inspect_target(path: Path, identity: Mapping[str, Any]) -> State:
 
 
 class CacheWriter:
-    """Appends rows and contexts to the cache in ``path``; a context manager, used under its directory lock.
+    """Appends rows and units to the cache in ``path``; a context manager, used under its directory lock.
 
-    ``rows`` and ``contexts`` are the two groups of columns. One shard is written in the background while the
-    next one is filled, so memory holds two shards of every column. ``identity`` is JSON that says what the
-    cache is made from: unfinished work is resumed only if it is the same, and it becomes ``made_from`` in the
-    manifest.
+    ``rows`` and ``contexts`` are the two groups of columns, per row and per unit. One shard is written in the
+    background while the next one is filled, so memory holds two shards of every column. ``identity`` is JSON
+    that says what the cache is made from: unfinished work is resumed only if it is the same, and it becomes
+    ``made_from`` in the manifest.
     """
 
     def __init__(
@@ -83,20 +84,22 @@ class CacheWriter:
         path: Path,
         *,
         kind: Literal["harvest", "import"],
-        hooks: tuple[str, ...],
+        sites: Mapping[str, Site],
+        modality: str,
         columns: Types,
         shard_rows: int,
         identity: Mapping[str, Any],
     ) -> None:
         self.path = path
-        self._head = {"format": FORMAT, "format_version": FORMAT_VERSION, "kind": kind, "hooks": list(hooks)}
+        of = find_modality(modality)
+        self._head = head_of_manifest(kind, modality, sites, columns, identity)
         self._identity = dict(identity)
         require_writable(path, what="the activation cache")
         done = self._take_over(columns, shard_rows)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
         groups: dict[str, list[str]] = {"rows": [], "contexts": []}
         for name in columns:
-            groups["contexts" if name in CONTEXT_COLUMNS else "rows"].append(name)
+            groups["contexts" if is_unit_column(name, of) else "rows"].append(name)
         self.rows, self.contexts = (
             ColumnGroup(self, group, {name: columns[name] for name in names}, shard_rows, done[group])
             for group, names in groups.items()
@@ -155,7 +158,7 @@ class CacheWriter:
     def _write(self, group: str, index: int, rows: dict[str, Tensor], types: Types) -> None:
         sums = {}
         for name, tensor in rows.items():
-            folder = self.path / name
+            folder = self.path / column_folder(name)
             with sentence_for_os_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             sums[name] = write_shard(shard_path(folder, index), tensor, types[name].dtype)
@@ -178,7 +181,8 @@ class CacheWriter:
             try:
                 for name in sums:
                     shape = (shard_rows, *columns[name].row_shape)
-                    check_shard(shard_path(self.path / name, len(done[group])), columns[name].dtype, shape)
+                    path = shard_path(self.path / column_folder(name), len(done[group]))
+                    check_shard(path, columns[name].dtype, shape)
             except UserError:
                 broken.add(group)
             if group not in broken:

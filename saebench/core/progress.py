@@ -30,7 +30,7 @@ class Snapshot:
     Attributes:
         label: what is being done.
         done: units done, with those of earlier processes.
-        total: units in all.
+        total: units in all; None if it is not known.
         unit: what is counted.
         initial: units done by earlier processes: they count in the share but not in the rate.
         seconds: since this process began the work.
@@ -39,7 +39,7 @@ class Snapshot:
 
     label: str
     done: int
-    total: int
+    total: int | None
     unit: str
     initial: int = 0
     seconds: float = 0.0
@@ -48,20 +48,22 @@ class Snapshot:
     @property
     def share(self) -> float:
         """From 0 to 1."""
-        return min(self.done / max(self.total, 1), 1.0)
+        return 0.0 if self.total is None else min(self.done / max(self.total, 1), 1.0)
 
     @property
     def timing(self) -> str:
         """Rate, time so far and time left in words."""
         rate = (self.done - self.initial) / max(self.seconds, 1e-9)
-        remaining = self.total - self.done
+        remaining = (self.total or 0) - self.done
         left = f", {_clock(remaining / rate)} left" if rate and remaining > 0 else ""
         return f"{rate:,.0f} {self.unit}/s, {_clock(self.seconds)} so far{left}"
 
     def line(self) -> str:
         """For a log."""
-        share = 100 * self.done / max(self.total, 1)
         note = f"  {self.note}" if self.note else ""
+        if self.total is None:
+            return f"{self.label}: {self.done:,} {self.unit}  {self.timing}{note}"
+        share = 100 * self.done / max(self.total, 1)
         return f"{self.label}: {self.done:,}/{self.total:,} {self.unit} ({share:.0f}%)  {self.timing}{note}"
 
 
@@ -93,11 +95,12 @@ def send_events(stream: IO[str]) -> Events:
 
 @contextlib.contextmanager
 def progress(
-    title: str, *, total: int, unit: str, initial: int = 0, quiet: bool = False
+    title: str, *, total: int | None, unit: str, initial: int = 0, quiet: bool = False
 ) -> Iterator[Progress]:
     """Show how far a long piece of work is, on standard error; ``quiet`` work shows nothing to people.
 
-    ``initial`` units were done by an earlier run: they count in the share but not in the rate.
+    ``initial`` units were done by an earlier run: they count in the share but not in the rate. A ``total``
+    of None is not known.
     """
     if _events is not None:
         reports = _EventReports(_events, title, total, unit, initial)
@@ -134,7 +137,7 @@ class _Bar:
 class _Lines:
     """A line at intervals, and one at the end."""
 
-    def __init__(self, title: str, total: int, unit: str, initial: int) -> None:
+    def __init__(self, title: str, total: int | None, unit: str, initial: int) -> None:
         self._title, self._total, self._unit = title, total, unit
         self._initial = self._done = initial
         self._started = self._last = time.monotonic()
@@ -168,7 +171,7 @@ class _Lines:
 class _EventReports(_Lines):
     """The same as events, with one at the beginning."""
 
-    def __init__(self, events: Events, title: str, total: int, unit: str, initial: int) -> None:
+    def __init__(self, events: Events, title: str, total: int | None, unit: str, initial: int) -> None:
         super().__init__(title, total, unit, initial)
         self._events = events
         self._report()

@@ -131,7 +131,8 @@ def test_missing_shard_raises_user_error_with_its_name(cache):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "update saebench"),
+        ({"format_version": 3}, "update saebench"),
+        ({"format_version": 2}, "damaged"),
         ({"format_version": "1"}, "damaged"),
         ({"format": "other"}, "not the manifest"),
         ({"n_rows": 69_999}, "damaged"),

@@ -143,7 +143,7 @@ def test_unreadable_text_raises_before_the_model_is_loaded(settings, tmp_path, m
     def load_model(*_: object, **__: object) -> None:
         pytest.fail("the model was loaded")
 
-    monkeypatch.setattr("saebench.activations.harvest.load_model", load_model)
+    monkeypatch.setattr("saebench.activations.text_source.load_model", load_model)
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "numbers.jsonl").write_text('{"text": 5}\n')
     for name, message in (("empty.txt", "has no document with text"), ("numbers.jsonl", "is int, not text")):

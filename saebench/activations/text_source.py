@@ -1,0 +1,221 @@
+"""TextSource: a language model over a text, as an ActivationSource.
+
+Shapes: B contexts, T = ctx positions, N rows kept, D width of a hook.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saebench.activations.cache import vocab_bytes
+from saebench.activations.forecast import forecast
+from saebench.activations.manifest import (
+    GRADIENT_PREFIX,
+    HOOK_PREFIX,
+    LABELS_FILE,
+    VOCAB_FILE,
+    gradient_dtype,
+)
+from saebench.activations.packing import ContextBatch, batches, pack
+from saebench.activations.settings import HarvestConfig
+from saebench.activations.writing import split_column
+from saebench.core.device import pick_device
+from saebench.core.errors import UserError
+from saebench.sources.base import ColumnType, Site, UnitBatch
+from saebench.sources.modality import TEXT
+from saebench.sources.models import ModelInfo, load_model, peek_model
+from saebench.sources.text import Document, read_documents, text_fingerprint
+from saebench.sources.tokenizer import ModelTokenizer
+
+
+class TextSource:
+    """The activations of ``config.model`` on ``config.text``.
+
+    Raises:
+        UserError: an unknown model, hook or device, or contexts longer than the model reads.
+    """
+
+    modality = TEXT.name
+    kind: Any = "harvest"
+
+    def __init__(self, config: HarvestConfig) -> None:
+        self._config = config
+        self._info = peek_model(config.model, revision=config.revision)
+        for hook in config.hook:
+            self._info.check_hook(hook)
+        self._device = pick_device(config.device)
+        fp16_gradients = config.gradients and config.dtype == "fp16"  # they would underflow going backward
+        self._compute = "fp32" if self._device.type == "cpu" or fp16_gradients else config.dtype
+        self._tokens = ModelTokenizer(self._info)
+        self._bos = _bos(config, self._info, self._tokens)
+        if self._info.n_ctx is not None and config.ctx > self._info.n_ctx:
+            raise UserError(
+                f"--ctx is {config.ctx} but {self._info.name} reads at most {self._info.n_ctx} tokens; "
+                "lower --ctx"
+            )
+        self._labels: list[str] = []
+        self._last_document = -1
+
+    def identity(self) -> dict[str, Any]:
+        config = self._config
+        return {
+            "model": {**self._info.to_json(), "dtype": self._compute, "device": self._device.type},
+            "text": text_fingerprint(config.text, column=config.column, split=config.split),
+            "settings": {
+                "hook": list(config.hook),
+                "tokens": config.tokens,
+                "ctx": config.ctx,
+                "dtype": config.dtype,
+                "batch_size": config.batch_size,
+                "keep_first": config.keep_first,
+                "bos": self._bos is not None,
+                "shard_rows": config.shard_rows,
+                **({"gradients": True} if config.gradients else {}),
+            },
+        }
+
+    def prepare(self) -> None:
+        """The forecast, and the first document, so that an empty text fails before the model loads."""
+        config = self._config
+        expected = forecast(config, self._info, self._device)  # raises if the disk is too small
+        if not config.quiet:
+            print(expected, file=sys.stderr)
+        documents = read_documents(config.text, column=config.column, split=config.split)
+        self._documents = itertools.chain([next(documents)], documents)
+
+    def open(self) -> Mapping[str, Site]:
+        config = self._config
+        self._model = load_model(
+            config.model, revision=config.revision, device=self._device, dtype=self._compute
+        )
+        self._sites = {
+            hook: Site(hook, (("d", self._model.hook_dim(hook)),), str(config.dtype), "bridge")
+            for hook in config.hook
+        }
+        return self._sites
+
+    def columns(self) -> Mapping[str, ColumnType]:
+        config, int32 = self._config, ColumnType("int32")
+        values = {
+            HOOK_PREFIX + hook: ColumnType(site.dtype, (site.d_in,)) for hook, site in self._sites.items()
+        }
+        if config.gradients:
+            values |= {
+                GRADIENT_PREFIX + hook: ColumnType(gradient_dtype(site.dtype), (site.d_in,))
+                for hook, site in self._sites.items()
+            }
+        return {
+            **values,
+            "token": int32,
+            "doc": int32,
+            "ctx": int32,
+            "pos": int32,
+            "held_out": ColumnType("bool"),
+            "context_tokens": ColumnType("int32", (config.ctx,)),
+            "context_len": int32,
+        }
+
+    def batches(self) -> Iterator[UnitBatch]:
+        first_context = 0
+        for batch in self._context_batches():
+            last = max(int(context.docs.max()) for context in batch.contexts)
+            self._last_document = max(self._last_document, last)
+            rows = row_columns(batch, first_context)
+            yield UnitBatch(rows, context_columns(batch), functools.partial(self._run, batch))
+            first_context += len(batch.contexts)
+        if not first_context:
+            raise UserError(
+                f"--text {self._config.text} is too short: it has no token after position 0; give more text"
+            )
+
+    def files(self) -> Mapping[str, bytes]:
+        files = {VOCAB_FILE: vocab_bytes(self._tokens.bytes())}
+        labels = self._labels[: self._last_document + 1]
+        if any(labels):
+            files[LABELS_FILE] = (json.dumps(labels, ensure_ascii=False) + "\n").encode()
+        return files
+
+    def nonfinite(self, column: str, batch: UnitBatch, row: int) -> str:
+        what, hook = split_column(column)
+        way_out = "the model computes such values itself, so choose another hook"
+        if self._config.dtype != "fp32":
+            way_out = "try --dtype fp32"
+        place = TEXT.place(int(batch.rows["ctx"][row]), int(batch.rows["pos"][row]))
+        return f"{what} at {hook} hold NaN or infinity ({place}); {way_out}"
+
+    def _context_batches(self) -> Iterator[ContextBatch]:
+        config, tokens = self._config, self._tokens
+
+        def labeled() -> Iterator[Document]:
+            for document in self._documents:
+                self._labels.append(document.label)
+                yield document
+
+        contexts = pack(labeled(), tokens.encode, ctx=config.ctx, separator=tokens.separator, bos=self._bos)
+        return batches(
+            contexts,
+            ctx=config.ctx,
+            batch_size=config.batch_size,
+            keep_first=config.keep_first,
+            keep_last=not config.gradients,
+            max_rows=config.tokens,
+        )
+
+    def _run(self, batch: ContextBatch) -> dict[str, Tensor]:
+        """Columns [N, D] of activations and gradients, on the model's device."""
+        model, hooks = self._model, self._config.hook
+        tokens_BT = torch.from_numpy(batch.tokens_BT)
+        index_N = torch.from_numpy(np.flatnonzero(batch.keep_BT)).to(model.device)
+        gradients: dict[str, Tensor] = {}
+        if self._config.gradients:
+            length_B = torch.tensor([len(context) for context in batch.contexts])
+            activations, gradients = model.gradients(tokens_BT, length_B, hooks)
+        else:
+            activations = model.run_to(tokens_BT, hooks)
+        found = {HOOK_PREFIX + hook: value for hook, value in activations.items()}
+        found |= {GRADIENT_PREFIX + hook: value for hook, value in gradients.items()}
+        return {name: value.flatten(0, 1)[index_N] for name, value in found.items()}
+
+
+def row_columns(batch: ContextBatch, first_context: int) -> dict[str, Tensor]:
+    """The columns token, doc, ctx, pos and held_out, [N] each."""
+    docs_BT = np.zeros_like(batch.tokens_BT)
+    for row, context in zip(docs_BT, batch.contexts, strict=True):
+        row[: len(context)] = context.docs
+    b, t = np.nonzero(batch.keep_BT)
+    held_out_B = np.array([context.held_out for context in batch.contexts])
+    columns = {
+        "token": batch.tokens_BT[b, t],
+        "doc": docs_BT[b, t],
+        "ctx": (b + first_context).astype(np.int32),
+        "pos": t.astype(np.int32),
+        "held_out": held_out_B[b],
+    }
+    return {name: torch.from_numpy(column) for name, column in columns.items()}
+
+
+def context_columns(batch: ContextBatch) -> dict[str, Tensor]:
+    """The columns context_tokens [B, T] and context_len [B]."""
+    lengths = [len(context) for context in batch.contexts]
+    return {
+        "context_tokens": torch.from_numpy(batch.tokens_BT),
+        "context_len": torch.tensor(lengths, dtype=torch.int32),
+    }
+
+
+def _bos(config: HarvestConfig, info: ModelInfo, tokens: ModelTokenizer) -> int | None:
+    """The BOS token id that begins every context, or None."""
+    if config.bos == "never" or (config.bos == "auto" and not tokens.adds_bos()):
+        return None
+    if tokens.bos is None:
+        raise UserError(f"--bos always: the tokenizer of {info.name} has no BOS token; use --bos never")
+    return tokens.bos

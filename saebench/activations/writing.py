@@ -1,0 +1,134 @@
+"""write_cache: run an ActivationSource once and store its activations; resumes after a kill.
+
+Shapes: N rows, D width of a site.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saebench.activations.cache import ActivationCache, open_cache
+from saebench.activations.manifest import GRADIENT_PREFIX, HOOK_PREFIX
+from saebench.activations.shards import TORCH_DTYPES
+from saebench.activations.writer import CacheWriter, inspect_target
+from saebench.core.errors import UserError
+from saebench.core.files import directory_lock
+from saebench.core.prefetch import prefetch
+from saebench.core.progress import progress
+from saebench.sources.base import ActivationSource, ColumnType, UnitBatch
+
+_BATCHES_AHEAD = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where and how `write_cache` writes. ``total`` is the expected number of rows, if it is known."""
+
+    out: Path
+    shard_rows: int
+    quiet: bool
+    total: int | None = None
+    unit: str = "row"
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr)
+
+
+def write_cache(source: ActivationSource, target: Target) -> tuple[ActivationCache, bool]:
+    """The cache of all that ``source`` gives, in the directory of ``target``; False if it was there already.
+
+    A complete cache of the same identity is opened, an unfinished one is continued, to the same bytes.
+
+    Raises:
+        UserError: the directory holds something else, NaN or infinite activations, a full disk, no rows.
+    """
+    identity = source.identity()
+    if inspect_target(target.out, identity) == "complete":
+        target.say(f"{target.out} is complete already; nothing to do")
+        return open_cache(target.out), False
+    source.prepare()
+    with directory_lock(target.out, what="the activation cache"):
+        state = inspect_target(target.out, identity)
+        if state == "complete":  # another process has finished it in the meantime
+            return open_cache(target.out), False
+        sites = source.open()
+        columns = source.columns()
+        with CacheWriter(
+            target.out,
+            kind=source.kind,
+            sites=sites,
+            modality=source.modality,
+            columns=columns,
+            shard_rows=target.shard_rows,
+            identity=identity,
+        ) as writer:
+            if state == "unfinished":
+                target.say(f"resuming {target.out} at row {writer.rows.keeps:,}")
+            _write_units(source, columns, target, writer)
+            writer.finish(source.files())
+    return open_cache(target.out), True
+
+
+def _write_units(
+    source: ActivationSource, columns: Mapping[str, ColumnType], target: Target, writer: CacheWriter
+) -> None:
+    """Run the source over its units and append their rows.
+
+    Batches whose rows are on disk already are counted without computing their activations. A GPU computes one
+    batch while the previous one is stored.
+    """
+    kept = writer.rows.keeps
+    ahead = prefetch(source.batches(), _BATCHES_AHEAD)
+    total, unit, quiet = target.total, target.unit, target.quiet
+    with (
+        contextlib.closing(ahead) as made,
+        progress(source.kind, total=total, unit=unit, initial=kept, quiet=quiet) as bar,
+    ):
+
+        def store(batch: UnitBatch, activations: Mapping[str, Tensor]) -> None:
+            here = {name: column.cpu() for name, column in activations.items()}
+            for name, rows_ND in here.items():
+                bad_N = ~torch.isfinite(rows_ND).all(dim=1)
+                if bad_N.any():
+                    raise UserError(source.nonfinite(name, batch, int(bad_N.nonzero()[0])))
+            writer.rows.append({**here, **batch.rows})
+            bar.update(batch.n_rows)
+
+        pending: tuple[UnitBatch, Mapping[str, Tensor]] | None = None
+        for batch in made:
+            if batch.units:
+                writer.contexts.append(batch.units)
+            if writer.rows.position + batch.n_rows <= kept:
+                writer.rows.skip(batch.n_rows)
+                continue
+            computed = in_stored_types(batch.activations(), columns)
+            if pending is not None:
+                store(*pending)
+            pending = batch, computed
+        if pending is not None:
+            store(*pending)
+
+
+def in_stored_types(
+    activations: Mapping[str, Tensor], columns: Mapping[str, ColumnType]
+) -> dict[str, Tensor]:
+    """The columns of activations and gradients, each in its stored type."""
+    return {
+        name: activations[name].to(TORCH_DTYPES[kind.dtype])
+        for name, kind in columns.items()
+        if name.startswith((HOOK_PREFIX, GRADIENT_PREFIX))
+    }
+
+
+def split_column(column: str) -> tuple[str, str]:
+    """``("activations" or "gradients", site)`` of such a column."""
+    kind, _, site = column.partition("/")
+    return ("gradients" if kind == "gradient" else "activations"), site
