@@ -54,7 +54,8 @@ class DemoConfig(Settings):
     model: str = "demo"
     """'demo', 'smollm2', a local Hugging Face folder, or a hub name."""
     text: str = "sotu"
-    """'sotu', a local .txt, .jsonl or .parquet file, or the hub name of a data set."""
+    """'sotu'; a local file (.txt, .jsonl, .json, .parquet or .csv, also with .gz or .zst); a folder
+    (one document per file, a data set, or one written by save_to_disk); or the hub name of a data set."""
     hook: str | None = None
     """Hook where activations are read; by default the residual stream in the middle of the model."""
     harvest_tokens: Annotated[int, AtLeast(1)] = 600_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import importlib.util
+import re
 import subprocess
 import sys
 import tomllib
@@ -82,8 +83,7 @@ def test_folders_of_checkout_do_not_shadow_packages() -> None:
 
 
 def requirement_name(requirement: str) -> str:
-    name = requirement.split(";")[0].split("[")[0]
-    return name.rstrip("<>=!~.,0123456789 ").lower()
+    return re.split(r"[<>=!~;\[ ]", requirement)[0].lower()
 
 
 def test_every_import_is_declared_and_every_dependency_is_imported() -> None:

@@ -55,6 +55,8 @@ def _warn_of_shortage(config: HarvestConfig, cache: ActivationCache) -> None:
             f"warning: the text ended after {cache.n_rows:,} of the {config.tokens:,} rows of --tokens",
             file=sys.stderr,
         )
+    for what, count in cache.manifest.get("left_out", {}).items():
+        print(f"warning: {count:,} {what.replace('_', ' ')} were left out", file=sys.stderr)
     held_out = int(cache.held_out.sum())
     if held_out in (0, cache.n_rows):
         some = "none" if held_out == 0 else "all"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from saebench.sources.text import Document, is_held_out
+from saebench.sources.text import Document
 
 Int32 = npt.NDArray[np.int32]
 
@@ -51,26 +51,25 @@ class ContextBatch:
 
 def pack(
     documents: Iterable[Document],
-    encode: Callable[[str], Sequence[int]],
+    encode: Callable[[Document], Sequence[int]],
     *,
     ctx: int,
-    separator: int,
     bos: int | None = None,
 ) -> Iterator[Context]:
     """Contexts of ``ctx`` tokens, in the order in which they are filled.
 
-    Each document is followed by ``separator``, which counts as a part of it. Held-out documents and the
-    others are two separate streams, so no context mixes them; the rest of each stream is a shorter context.
+    ``encode`` gives the tokens of a document, with the separator that belongs to it. Held-out documents and
+    the others are two separate streams, so no context mixes them; the rest of each stream is a shorter
+    context.
     With ``bos`` every context begins with that token, which belongs to the document of the token after it.
     Documents are numbered from 0 in the order of reading.
     """
     width = ctx - (bos is not None)
     streams = {False: _Stream(width, bos), True: _Stream(width, bos)}
     for number, document in enumerate(documents):
-        held_out = is_held_out(document.text)
-        ids = np.array([*encode(document.text), separator], dtype=np.int32)
-        for tokens, docs in streams[held_out].push(ids, number):
-            yield Context(tokens, docs, held_out)
+        ids = np.array(encode(document), dtype=np.int32)
+        for tokens, docs in streams[document.held_out].push(ids, number):
+            yield Context(tokens, docs, document.held_out)
     for held_out, stream in streams.items():
         for tokens, docs in stream.rest():
             yield Context(tokens, docs, held_out)

@@ -27,7 +27,8 @@ class HarvestConfig(Settings):
     model: str = "demo"
     """'demo', 'smollm2', a local Hugging Face folder, or a hub name."""
     text: str = "sotu"
-    """'sotu', a local .txt, .jsonl or .parquet file, or the hub name of a data set."""
+    """'sotu'; a local file (.txt, .jsonl, .json, .parquet or .csv, also with .gz or .zst); a folder
+    (one document per file, a data set, or one written by save_to_disk); or the hub name of a data set."""
     hook: tuple[str, ...] = (DEMO_HOOK,)
     """Hook where activations are read, by its TransformerLens name; repeat for several in one pass."""
     tokens: Annotated[int, AtLeast(1)] = 2_000_000
@@ -47,9 +48,12 @@ class HarvestConfig(Settings):
     revision: str | None = None
     """Revision of a model from the hub."""
     column: str = "text"
-    """Column of the text that holds the documents."""
+    """Column of the text that holds the documents: texts, lists of token ids, or chats (lists of messages
+    with role and content)."""
     split: str = "train"
-    """Split of a data set from the hub."""
+    """Split of a data set."""
+    text_config: str | None = None
+    """Configuration of a data set that has several."""
     shard_rows: int = 65_536
     """Rows in a shard file; a multiple of 32,768."""
     device: str = "auto"

@@ -34,7 +34,7 @@ from saebench.sources.base import ColumnType, Site, UnitBatch
 from saebench.sources.modality import TEXT
 from saebench.sources.models import ModelInfo, load_model, peek_model
 from saebench.sources.text import Document, read_documents, text_fingerprint
-from saebench.sources.tokenizer import ModelTokenizer
+from saebench.sources.tokenizer import ModelTokenizer, open_tokenizer
 
 
 class TextSource:
@@ -55,7 +55,7 @@ class TextSource:
         self._device = pick_device(config.device)
         fp16_gradients = config.gradients and config.dtype == "fp16"  # they would underflow going backward
         self._compute = "fp32" if self._device.type == "cpu" or fp16_gradients else config.dtype
-        self._tokens = ModelTokenizer(self._info)
+        self._tokens = open_tokenizer(self._info)
         self._bos = _bos(config, self._info, self._tokens)
         if self._info.n_ctx is not None and config.ctx > self._info.n_ctx:
             raise UserError(
@@ -63,13 +63,17 @@ class TextSource:
                 "lower --ctx"
             )
         self._labels: list[str] = []
+        self._null_rows: list[int] = []
+        """For each row without a value, the number of the document after it."""
         self._last_document = -1
 
     def identity(self) -> dict[str, Any]:
         config = self._config
         return {
             "model": {**self._info.to_json(), "dtype": self._compute, "device": self._device.type},
-            "text": text_fingerprint(config.text, column=config.column, split=config.split),
+            "text": text_fingerprint(
+                config.text, column=config.column, split=config.split, config=config.text_config
+            ),
             "settings": {
                 "hook": list(config.hook),
                 "tokens": config.tokens,
@@ -84,13 +88,21 @@ class TextSource:
         }
 
     def prepare(self) -> None:
-        """The forecast, and the first document, so that an empty text fails before the model loads."""
+        """The forecast, and the first document, so that most errors come before the model is loaded."""
         config = self._config
         expected = forecast(config, self._info, self._device)  # raises if the disk is too small
         if not config.quiet:
             print(expected, file=sys.stderr)
-        documents = read_documents(config.text, column=config.column, split=config.split)
-        self._documents = itertools.chain([next(documents)], documents)
+        documents = read_documents(
+            config.text,
+            column=config.column,
+            split=config.split,
+            config=config.text_config,
+            on_null=lambda: self._null_rows.append(len(self._labels)),
+        )
+        first = next(documents)
+        self._tokens.encode_document(first)
+        self._documents = itertools.chain([first], documents)
 
     def open(self) -> Mapping[str, Site]:
         config = self._config
@@ -125,12 +137,18 @@ class TextSource:
         }
 
     def batches(self) -> Iterator[UnitBatch]:
-        first_context = 0
+        first_context = n_null = 0
         for batch in self._context_batches():
             last = max(int(context.docs.max()) for context in batch.contexts)
             self._last_document = max(self._last_document, last)
-            rows = row_columns(batch, first_context)
-            yield UnitBatch(rows, context_columns(batch), functools.partial(self._run, batch))
+            left_out = {"null_rows": sum(place <= self._last_document for place in self._null_rows) - n_null}
+            n_null += left_out["null_rows"]
+            yield UnitBatch(
+                row_columns(batch, first_context),
+                context_columns(batch),
+                functools.partial(self._run, batch),
+                left_out,
+            )
             first_context += len(batch.contexts)
         if not first_context:
             raise UserError(
@@ -153,14 +171,14 @@ class TextSource:
         return f"{what} at {hook} hold NaN or infinity ({place}); {way_out}"
 
     def _context_batches(self) -> Iterator[ContextBatch]:
-        config, tokens = self._config, self._tokens
+        config = self._config
 
         def labeled() -> Iterator[Document]:
             for document in self._documents:
                 self._labels.append(document.label)
                 yield document
 
-        contexts = pack(labeled(), tokens.encode, ctx=config.ctx, separator=tokens.separator, bos=self._bos)
+        contexts = pack(labeled(), self._tokens.encode_document, ctx=config.ctx, bos=self._bos)
         return batches(
             contexts,
             ctx=config.ctx,

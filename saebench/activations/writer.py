@@ -122,8 +122,11 @@ class CacheWriter:
             shutil.rmtree(self.path / name.split("/")[0], ignore_errors=True)
         (self.path / JOURNAL_NAME).unlink(missing_ok=True)
 
-    def finish(self, files: Mapping[str, bytes]) -> None:
-        """Write the remaining rows, the other ``files``, and the manifest, which makes the cache complete."""
+    def finish(self, files: Mapping[str, bytes], *, left_out: Mapping[str, int] | None = None) -> None:
+        """Write the remaining rows, the other ``files``, and the manifest, which makes the cache complete.
+
+        ``left_out`` says how much of what was read is not in the cache, by reason; the manifest keeps it.
+        """
         self.rows.flush()
         self.contexts.flush()
         self._wait()
@@ -141,6 +144,7 @@ class CacheWriter:
                 for name, data in files.items()
             },
             "made_from": self._identity,
+            **({"left_out": dict(left_out)} if left_out else {}),
         }
         write_json_atomic(self.path / MANIFEST_NAME, manifest)
         (self.path / JOURNAL_NAME).unlink()

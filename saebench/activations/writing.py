@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,19 +73,20 @@ def write_cache(source: ActivationSource, target: Target) -> tuple[ActivationCac
         ) as writer:
             if state == "unfinished":
                 target.say(f"resuming {target.out} at row {writer.rows.keeps:,}")
-            _write_units(source, columns, target, writer)
-            writer.finish(source.files())
+            left_out = _write_units(source, columns, target, writer)
+            writer.finish(source.files(), left_out={name: n for name, n in left_out.items() if n})
     return open_cache(target.out), True
 
 
 def _write_units(
     source: ActivationSource, columns: Mapping[str, ColumnType], target: Target, writer: CacheWriter
-) -> None:
-    """Run the source over its units and append their rows.
+) -> Counter[str]:
+    """Run the source over its units and append their rows; returns how much was left out, by reason.
 
     Batches whose rows are on disk already are counted without computing their activations. A GPU computes one
     batch while the previous one is stored.
     """
+    left_out: Counter[str] = Counter()
     kept = writer.rows.keeps
     ahead = prefetch(source.batches(), _BATCHES_AHEAD)
     total, unit, quiet = target.total, target.unit, target.quiet
@@ -104,6 +106,7 @@ def _write_units(
 
         pending: tuple[UnitBatch, Mapping[str, Tensor]] | None = None
         for batch in made:
+            left_out.update(batch.left_out)
             if batch.units:
                 writer.contexts.append(batch.units)
             if writer.rows.position + batch.n_rows <= kept:
@@ -115,6 +118,7 @@ def _write_units(
             pending = batch, computed
         if pending is not None:
             store(*pending)
+    return left_out
 
 
 def in_stored_types(

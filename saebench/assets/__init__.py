@@ -60,7 +60,7 @@ def cache_dir() -> Path:
     return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "saebench"
 
 
-_FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".safetensors")
+_FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".md", ".gz", ".zst", ".safetensors")
 """Suffixes of local files; hub names do not end in them."""
 
 

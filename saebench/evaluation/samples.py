@@ -98,21 +98,17 @@ def text_contexts(
         UserError: no document of the text is held out.
     """
     from saebench.activations.packing import batches, pack
-    from saebench.sources.text import is_held_out, read_documents
+    from saebench.sources.text import read_documents
 
     assert config.text is not None
     made = made or ContextSettings()
     ctx = min(made.ctx or DEFAULT_CTX, model.info.n_ctx or made.ctx or DEFAULT_CTX)
     bos = model.tokens.adds_bos() if made.bos is None else made.bos
-    documents = read_documents(config.text, column=config.column, split=config.split)
-    chosen = (d for d in documents if config.rows == "all" or is_held_out(d.text))
-    packed = pack(
-        chosen,
-        model.tokens.encode,
-        ctx=ctx,
-        separator=model.tokens.separator,
-        bos=model.tokens.bos if bos else None,
+    documents = read_documents(
+        config.text, column=config.column, split=config.split, config=config.text_config
     )
+    chosen = (d for d in documents if config.rows == "all" or d.held_out)
+    packed = pack(chosen, model.tokens.encode_document, ctx=ctx, bos=model.tokens.bos if bos else None)
     kept = {
         "keep_first": bool(made.keep_first),
         "keep_last": keep_last and made.keep_last,

@@ -29,9 +29,11 @@ class EvalConfig(Settings):
     text: str | None = None
     """Run the model on this text instead of on the cache's contexts."""
     column: str = "text"
-    """Column of the text that holds the documents."""
+    """Column of the text that holds the documents: texts, lists of token ids, or chats."""
     split: str = "train"
-    """Split of a data set from the hub."""
+    """Split of a data set."""
+    text_config: str | None = None
+    """Configuration of a data set that has several."""
     tokens: Annotated[int, AtLeast(2)] = 200_000
     """Rows to measure on, at most."""
     rows: Literal["held-out", "all"] = "held-out"

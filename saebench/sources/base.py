@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -62,11 +62,13 @@ class UnitBatch:
         rows: column -> one entry for each row of these units, [N].
         units: column -> one entry for each unit, [U, ...].
         activations: computes columns -> [N, D], on any device; not called for rows that are stored already.
+        left_out: how much of what was read for these units has no row, by reason; shown to people, and kept.
     """
 
     rows: Mapping[str, Tensor]
     units: Mapping[str, Tensor]
     activations: Callable[[], Mapping[str, Tensor]]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def n_rows(self) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from saebench.core.errors import UserError
+from saebench.sources.model_info import has_tokenizer
 
 
 def load_bridge(folder: str, name: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -26,7 +28,11 @@ def load_bridge(folder: str, name: str, device: torch.device, dtype: torch.dtype
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         bridge = TransformerBridge.boot_transformers(
-            folder, device=device, dtype=dtype, model_class=_AllWeights(folder, name)
+            folder,
+            device=device,
+            dtype=dtype,
+            model_class=_AllWeights(folder, name),
+            tokenizer=None if has_tokenizer(Path(folder)) else _placeholder_tokenizer(),
         )
     except UserError:
         raise
@@ -44,6 +50,15 @@ def load_bridge(folder: str, name: str, device: torch.device, dtype: torch.dtype
         raise
     bridge.eval()
     return bridge.requires_grad_(False)
+
+
+def _placeholder_tokenizer() -> Any:
+    """The bridge does not load without a tokenizer; a model without one reads token ids only."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    made: Any = PreTrainedTokenizerFast  # it has no types
+    return made(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, unk_token="?")))
 
 
 class _AllWeights:

@@ -11,7 +11,7 @@ from saebench.core.errors import UserError
 from saebench.core.files import sha256_file
 from saebench.sources.hook_names import is_rare, layer_of, unknown_hook
 
-_DESCRIPTION_FILES = ["*.json", "*.model", "*.txt"]
+_DESCRIPTION_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _WEIGHT_FILES = ["*.safetensors"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _HASHED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
@@ -83,7 +83,7 @@ def peek_model(name: str, *, revision: str | None = None, local_only: bool = Fal
     and tokenizer files are downloaded; with ``local_only`` nothing is.
 
     Raises:
-        UserError: no such model, a folder without config, weights or tokenizer, or a hub that cannot be
+        UserError: no such model, a folder without config or weights, or a hub that cannot be
             reached.
     """
     from transformers import AutoConfig
@@ -101,8 +101,6 @@ def peek_model(name: str, *, revision: str | None = None, local_only: bool = Fal
     else:
         folder = fetch(source, revision, _DESCRIPTION_FILES)
         commit = folder.name
-    if not any((folder / file).exists() for file in _TOKENIZER_FILES):
-        raise UserError(f"model {name} has no tokenizer in {folder}; put its tokenizer.json there")
     try:
         # Without an explicit False the library asks on the terminal whether to run the folder's own code.
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -128,6 +126,11 @@ def peek_model(name: str, *, revision: str | None = None, local_only: bool = Fal
     except Exception as error:  # each config class raises errors of its own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model {name}: config.json does not describe a language model ({reason})") from None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """True for a model folder with the files of a tokenizer."""
+    return any((folder / file).exists() for file in _TOKENIZER_FILES)
 
 
 def fetch_weights(info: ModelInfo) -> Path:

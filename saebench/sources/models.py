@@ -25,7 +25,7 @@ from saebench.sources.hook_names import (
     unknown_hook,
 )
 from saebench.sources.model_info import ModelInfo, fetch_weights, peek_model
-from saebench.sources.tokenizer import ModelTokenizer
+from saebench.sources.tokenizer import ModelTokenizer, open_tokenizer
 
 __all__ = ["Model", "ModelInfo", "load_model", "peek_model"]
 
@@ -328,7 +328,7 @@ def load_model(
             memory.
     """
     info = peek_model(name, revision=revision)
-    tokens = ModelTokenizer(info)
+    tokens = open_tokenizer(info)
     folder = fetch_weights(info)
     bridge = load_bridge(str(folder), name, torch.device(device), _DTYPES[dtype])
     if getattr(bridge.cfg, "attention_dir", "causal") != "causal":

@@ -1,4 +1,4 @@
-"""A model's tokenizer: text to token ids, and the bytes that each id stands for."""
+"""A model's tokenizer: documents to token ids, and the bytes that each id stands for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 from typing import Any
 
 from saebench.core.errors import UserError
-from saebench.sources.model_info import ModelInfo
+from saebench.sources.model_info import ModelInfo, has_tokenizer
+from saebench.sources.text import Document
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -15,8 +16,12 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class ModelTokenizer:
     """The tokenizer of one model.
 
-    ``bos`` is the id of the BOS token, or None. ``separator`` is the id put between documents (end of text).
+    ``bos`` is the id of the BOS token, or None. ``separator`` is the id put between documents (end of text);
+    it is None only if the model has no tokenizer and its config no end-of-text token.
     """
+
+    bos: int | None
+    separator: int | None
 
     def __init__(self, info: ModelInfo) -> None:
         from transformers import AutoTokenizer
@@ -48,8 +53,8 @@ class ModelTokenizer:
                 f"the tokenizer of model {info.name} has token {largest}, but the model's vocabulary ends at "
                 f"{info.vocab_size - 1}; download tokenizer and config of one revision of it"
             )
-        self._vocab_size = info.vocab_size
-        self.bos: int | None = self.tokenizer.bos_token_id
+        self._info = info
+        self.bos = self.tokenizer.bos_token_id
         ends = (self.tokenizer.eos_token_id, self.bos)
         separator = next((end for end in ends if end is not None), None)
         if separator is None:
@@ -57,12 +62,53 @@ class ModelTokenizer:
                 f"the tokenizer of model {info.name} has neither an eos_token nor a bos_token; set "
                 "eos_token in its tokenizer_config.json"
             )
-        self.separator: int = separator
+        self.separator = separator
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, without special tokens around them."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+    def encode_document(self, document: Document) -> list[int]:
+        """Token ids of a document, and the separator after them.
+
+        A chat is rendered with the model's chat template. Token ids are used as they are; the separator
+        follows unless they end with it.
+
+        Raises:
+            UserError: a chat, but the tokenizer has no chat template or the template refuses it; or token ids
+                outside the model's vocabulary.
+        """
+        if document.tokens is None:
+            text = self._render(document) if document.is_chat else document.text
+            ids = self.encode(text)
+        else:
+            ids = list(document.tokens)
+            if max(ids, default=0) >= self._info.vocab_size:
+                raise UserError(
+                    f"a document of --text has the token id {max(ids)}, but the vocabulary of "
+                    f"{self._info.name} ends at {self._info.vocab_size - 1}; give ids of its own tokenizer"
+                )
+            if ids[-1:] == [self.separator]:
+                return ids
+        return ids if self.separator is None else [*ids, self.separator]
+
+    def _render(self, document: Document) -> str:
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"--text holds chats, but the tokenizer of {self._info.name} has no chat template; give "
+                f"texts, or put chat_template.jinja into {self._info.folder}"
+            )
+        try:
+            text: str = self.tokenizer.apply_chat_template(document.messages, tokenize=False)
+        except (TemplateError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the chat template of {self._info.name} refuses a chat of --text ({reason}); leave it out"
+            ) from None
+        return text
 
     def adds_bos(self) -> bool:
         """True when the tokenizer by default begins a text with the BOS token."""
@@ -75,7 +121,7 @@ class ModelTokenizer:
         Covers byte-level BPE (GPT-2), SentencePiece pieces with byte fallback (Llama) and plain
         vocabularies. A special token stands for its own name.
         """
-        table: list[bytes] = [b""] * self._vocab_size
+        table: list[bytes] = [b""] * self._info.vocab_size
         special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         added = set(self.tokenizer.added_tokens_decoder)
         byte_level = self._is_byte_level()
@@ -96,6 +142,47 @@ class ModelTokenizer:
             return False
         description = json.loads(backend.to_str())
         return '"ByteLevel"' in json.dumps([description.get("decoder"), description.get("pre_tokenizer")])
+
+
+class NoTokenizer(ModelTokenizer):
+    """Stands in for the tokenizer of a model without one: documents of token ids can be read, texts cannot.
+
+    ``bos`` and ``separator`` are the config's bos_token_id and eos_token_id.
+    """
+
+    def __init__(self, info: ModelInfo) -> None:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(info.folder, local_files_only=True, trust_remote_code=False)
+        config = config.get_text_config()
+        self._info = info
+        self.bos, self.separator = (
+            next((id for id in (ids if isinstance(ids, list) else [ids]) if id is not None), None)
+            for ids in (getattr(config, name, None) for name in ("bos_token_id", "eos_token_id"))
+        )
+
+    @property
+    def tokenizer(self) -> Any:
+        raise UserError(
+            f"model {self._info.name} has no tokenizer in {self._info.folder}; put its tokenizer.json there, "
+            "or give a text of token ids"
+        )
+
+    def adds_bos(self) -> bool:
+        return False
+
+    def bytes(self) -> list[bytes]:
+        """Placeholders: b'<17>' for the id 17."""
+        return [b"<%d>" % id for id in range(self._info.vocab_size)]
+
+
+def open_tokenizer(info: ModelInfo) -> ModelTokenizer:
+    """The tokenizer of a model; a stand-in for one that its folder lacks.
+
+    Raises:
+        UserError: the tokenizer cannot be read or does not fit the model.
+    """
+    return ModelTokenizer(info) if has_tokenizer(info.folder) else NoTokenizer(info)
 
 
 def _byte_alphabet() -> dict[str, bytes]:

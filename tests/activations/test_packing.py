@@ -14,8 +14,8 @@ from saebench.sources.text import Document, is_held_out
 SEPARATOR, BOS = 1000, 1001
 
 
-def encode(text: str) -> list[int]:
-    return [ord(char) for char in text]
+def encode(document: Document) -> list[int]:
+    return [*map(ord, document.text), SEPARATOR]
 
 
 texts = st.lists(st.text(st.characters(codec="ascii"), max_size=30), max_size=40)
@@ -26,13 +26,13 @@ texts = st.lists(st.text(st.characters(codec="ascii"), max_size=30), max_size=40
 def test_contexts_spell_the_documents(texts, ctx, with_bos):
     documents = [Document(text) for text in texts]
     bos = BOS if with_bos else None
-    contexts = list(pack(documents, encode, ctx=ctx, separator=SEPARATOR, bos=bos))
+    contexts = list(pack(documents, encode, ctx=ctx, bos=bos))
     for held_out in (False, True):
         stream = [context for context in contexts if context.held_out == held_out]
         numbers = [i for i, text in enumerate(texts) if is_held_out(text) == held_out]
         assert all(len(context) == ctx for context in stream[:-1])
         bodies = [context.tokens[with_bos:].tolist() for context in stream]
-        expected = [[*encode(texts[i]), SEPARATOR] for i in numbers]
+        expected = [encode(documents[i]) for i in numbers]
         assert list(itertools.chain(*bodies)) == list(itertools.chain(*expected))
         docs = itertools.chain(*(context.docs[with_bos:].tolist() for context in stream))
         assert list(docs) == [i for i, ids in zip(numbers, expected, strict=True) for _ in ids]
@@ -46,7 +46,7 @@ def test_batches_keep_exactly_max_rows(texts, ctx, batch_size, keep_first, keep_
     kept_positions = {"keep_first": keep_first, "keep_last": keep_last}
 
     def contexts():
-        return pack((Document(text) for text in texts), encode, ctx=ctx, separator=SEPARATOR)
+        return pack((Document(text) for text in texts), encode, ctx=ctx)
 
     def rows(limit):
         made = batches(contexts(), ctx=ctx, batch_size=batch_size, max_rows=limit, **kept_positions)

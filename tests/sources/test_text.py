@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import hashlib
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -118,3 +121,151 @@ def test_invalid_text_raises_user_error(tmp_path):
         read_documents(str(tmp_path / "nowhere.txt"))
     with pytest.raises(UserError, match="hub"):
         list(read_documents("someone/nothing"))
+
+
+def compress(path: Path, kind: str) -> Path:
+    """A compressed copy of a file, in a folder of its own."""
+    import pyarrow as pa
+
+    folder = path.parent / kind
+    folder.mkdir(exist_ok=True)
+    packed = folder / f"{path.name}.{kind}"
+    if kind == "gz":
+        packed.write_bytes(gzip.compress(path.read_bytes()))
+    else:
+        with pa.CompressedOutputStream(pa.OSFile(str(packed), "wb"), "zstd") as file:
+            file.write(path.read_bytes())
+    return packed
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet"])
+def test_compressed_file_gives_the_same_documents(tmp_path, suffix, kind):
+    path = tmp_path / f"texts{suffix}"
+    if suffix == ".txt":
+        path.write_text("\n\n".join(f"{i} é " + "word " * 300 for i in range(20)), "utf-8")
+    elif suffix == ".json":
+        path.write_text(json.dumps([{"text": text, "title": f"t{i}"} for i, text in enumerate(TEXTS)]))
+    else:
+        write(path, TEXTS)
+    packed = compress(path, kind)
+    documents = list(read_documents(str(packed)))
+    assert [d.text for d in documents] == [d.text for d in read_documents(str(path))]
+    assert len(documents) > 2
+    assert text_fingerprint(str(packed)) != text_fingerprint(str(path))
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"is not a whole (gzip|Zstandard) file"):
+        list(read_documents(str(packed)))
+
+
+def test_rows_hold_texts_token_ids_or_chats_and_null_rows_are_counted(tmp_path):
+    chat = [{"role": "user", "content": "Hello é"}, {"role": "assistant", "content": ""}]
+    blank = [{"role": "user", "content": " "}]
+    rows = {
+        "ids": [[5, 0, 7], None, [], [2**31 - 1]],
+        "chat": [None, chat, None, blank],
+        "text": ["a", *3 * [None]],
+    }
+    for suffix in (".jsonl", ".parquet"):
+        path = tmp_path / f"rows{suffix}"
+        table = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        if suffix == ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in table))
+        else:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            pq.write_table(pa.Table.from_pylist(table), path)
+        nulls: list[None] = []
+
+        def read(column: str, path: Path = path, nulls: list[None] = nulls) -> list[Document]:
+            nulls.clear()
+            return list(read_documents(str(path), column=column, on_null=lambda: nulls.append(None)))
+
+        assert [d.tokens for d in read("ids")] == [(5, 0, 7), (2**31 - 1,)]
+        assert len(nulls) == 1
+        (found,) = read("chat")
+        assert found.messages == chat and found.text == json.dumps(chat, ensure_ascii=False)
+        assert len(nulls) == 2
+        assert read("text") == [Document("a")]
+        assert len(nulls) == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1, -1], "numbers outside 0"),
+        ([2**31], "numbers outside 0"),
+        ([0.5], "a list with float"),
+        ([[1, 2]], "a list with list"),
+        ([{"role": "user", "content": 3}], "message 0 has int as its content"),
+        ([{"from": "human", "value": "hi"}], "message 0 has NoneType as its role"),
+    ],
+)
+def test_other_lists_raise_user_error_that_says_what_was_found(tmp_path, value, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": value}) + "\n")
+    with pytest.raises(UserError, match=rf"row 0, column 'text' is .*{message}.*not text"):
+        list(read_documents(str(path)))
+
+
+def test_held_out_token_ids_are_chosen_by_the_hash_of_their_int32_bytes():
+    documents = [Document("", tokens=(i, 7, 2 * i)) for i in range(400)]
+    expected = [
+        int.from_bytes(hashlib.sha256(struct.pack("<3i", *d.tokens)).digest()[:8], "big") % 20 == 0
+        for d in documents
+    ]
+    assert [d.held_out for d in documents] == expected
+    assert 5 < sum(expected) < 40
+
+
+def test_folder_of_files_gives_one_document_per_file(tmp_path):
+    for name, text in {
+        "b.md": "# second\n\nstill it",
+        "a/z.txt": "first",
+        "a/empty.txt": " \n",
+        ".git/x": "no",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    compress(tmp_path / "b.md", "gz")
+    documents = list(read_documents(str(tmp_path)))
+    assert [d.label for d in documents] == ["a/z.txt", "b.md", "gz/b.md.gz"]
+    assert [d.text for d in documents] == ["first", "# second\n\nstill it", "# second\n\nstill it"]
+    before = text_fingerprint(str(tmp_path))
+    assert before["documents"] == "files" and ".git/x" not in before["sha256"]
+    (tmp_path / "a/z.txt").write_text("changed")
+    assert text_fingerprint(str(tmp_path)) != before
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG\xff")
+    with pytest.raises(UserError, match=r"photo\.png is not UTF-8"):
+        list(read_documents(str(tmp_path)))
+
+
+def test_saved_data_sets_are_read_by_split(tmp_path):
+    import datasets
+
+    one = datasets.Dataset.from_dict({"text": TEXTS, "ids": [[1], [2, 3], [4]]})
+    one.with_format("torch").save_to_disk(str(tmp_path / "one"))
+    two = datasets.DatasetDict({"train": one, "test": one.select([1])})
+    two.save_to_disk(str(tmp_path / "two"))
+    assert [d.text for d in read_documents(str(tmp_path / "one"))] == TEXTS
+    assert [d.tokens for d in read_documents(str(tmp_path / "one"), column="ids")] == [(1,), (2, 3), (4,)]
+    assert [d.text for d in read_documents(str(tmp_path / "two"), split="test")] == TEXTS[1:2]
+    with pytest.raises(UserError, match="no split 'dev'; pass --split with one of train, test"):
+        list(read_documents(str(tmp_path / "two"), split="dev"))
+    assert len(text_fingerprint(str(tmp_path / "two"))["sha256"]) > 4
+
+
+def test_configuration_of_a_data_set_is_chosen_by_name(tmp_path):
+    for name in ("en", "de"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "train.jsonl", [name])
+    files = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("en", "de"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    assert [d.text for d in read_documents(str(tmp_path), config="de")] == ["de"]
+    assert text_fingerprint(str(tmp_path), config="de")["config"] == "de"
+    for config in (None, "fr"):
+        with pytest.raises(UserError, match=r"en.*pass --text-config"):
+            list(read_documents(str(tmp_path), config=config))
+    with pytest.raises(UserError, match="leave --text-config out"):
+        read_documents(str(tmp_path / "en" / "train.jsonl"), config="en")
