@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache, open_cache
     from saebench.activations.harvest import harvest
     from saebench.activations.importing import import_activations
+    from saebench.activations.module_source import ModuleSource
     from saebench.analysis import figures
     from saebench.analysis.absorption import absorbed
     from saebench.analysis.attribution import Attribution, logit_attribution
@@ -43,6 +44,7 @@ _HOMES = {
     "FeatureStore": "saebench.store.query",
     "LossEffects": "saebench.analysis.effects",
     "Matching": "saebench.analysis.matching",
+    "ModuleSource": "saebench.activations.module_source",
     "Redundancy": "saebench.analysis.geometry",
     "SAE": "saebench.saes.base",
     "SparseCodes": "saebench.core.codes",
@@ -89,6 +91,7 @@ __all__ = [  # noqa: RUF022
     "FeatureStore",
     "LossEffects",
     "Matching",
+    "ModuleSource",
     "Redundancy",
     "SAE",
     "SparseCodes",

@@ -1,67 +1,40 @@
-"""harvest: run a model over a text once and write its activations at one or more hooks to a cache."""
+"""harvest: run a model over a text, or any other source, once, and write its activations to a cache."""
 
 from __future__ import annotations
 
-import sys
+import functools
+import inspect
+from typing import Any
 
 from saebench.activations.cache import ActivationCache
-from saebench.activations.settings import HarvestConfig
-from saebench.activations.text_source import TextSource
-from saebench.activations.writing import Target, write_cache
-from saebench.core.settings import accepts_settings
+from saebench.activations.module_source import ModuleSource
+from saebench.activations.settings import SourceConfig
+from saebench.activations.text_source import harvest as harvest_text
+from saebench.activations.writing import Target, warn_of_held_out, write_cache
+from saebench.core.errors import UserError
+from saebench.core.settings import from_flat
 
 
-@accepts_settings(HarvestConfig)
-def harvest(config: HarvestConfig) -> ActivationCache:
-    """Run ``config.model`` over ``config.text`` and write an activation cache to ``config.out``.
-
-    Documents are joined by the end-of-text token and packed into contexts of ``ctx`` tokens; held-out
-    documents have contexts of their own. Position 0 of each context is dropped unless ``keep_first``. The
-    harvest ends after ``tokens`` rows (held-out rows included) or at the end of the text. Settings are
-    checked before the model is loaded where that is possible.
-
-    With ``gradients`` the cache also has the gradient of the model's loss at each row (`Model.gradients`).
-    The last position of each context predicts nothing and then has no row.
-
-    >>> made = sb.harvest(out="made", model="demo", text="sotu", tokens=500, quiet=True)
-    >>> made.n_rows, made.d_in()
-    (500, 256)
-
-    After a harvest was killed, the same call resumes it, and the result has the same bytes as without the
-    interruption. If the cache is complete already, it is opened. The model computes in float32 on a CPU and
-    in the stored type on a GPU (in float32 for fp16 with gradients).
-
-    Raises:
-        UserError: an unknown model, text, hook or device, contexts longer than the model reads, NaN or
-            infinite activations or gradients, a full disk or GPU, or an ``out`` that holds something else.
-    """
-    source = TextSource(config)
-    target = Target(
-        out=config.out,
-        shard_rows=config.shard_rows,
-        quiet=config.quiet,
-        total=config.tokens,
-        unit="tok",
-    )
+@functools.wraps(harvest_text)
+def harvest(first: Any = None, /, *, source: ModuleSource | None = None, **settings: Any) -> ActivationCache:
+    if source is None:
+        return harvest_text(first, **settings)
+    if first is not None:
+        settings = {"out": first, **settings}
+    if not isinstance(source, ModuleSource):
+        raise UserError(f"source is a {type(source).__name__}; it must be a saebench.ModuleSource")
+    config = from_flat(SourceConfig, settings, source="the call of harvest with a source")
+    source.configure(config)
+    target = Target(out=config.out, shard_rows=config.shard_rows, quiet=config.quiet, total=config.tokens)
     cache, made = write_cache(source, target)
     if made:
-        _warn_of_shortage(config, cache)
+        warn_of_held_out(cache, "harvest more units")
     return cache
 
 
-def _warn_of_shortage(config: HarvestConfig, cache: ActivationCache) -> None:
-    if cache.n_rows < config.tokens:
-        print(
-            f"warning: the text ended after {cache.n_rows:,} of the {config.tokens:,} rows of --tokens",
-            file=sys.stderr,
-        )
-    for what, count in cache.manifest.get("left_out", {}).items():
-        print(f"warning: {count:,} {what.replace('_', ' ')} were left out", file=sys.stderr)
-    held_out = int(cache.held_out.sum())
-    if held_out in (0, cache.n_rows):
-        some = "none" if held_out == 0 else "all"
-        print(
-            f"warning: {some} of the {cache.n_rows:,} rows are held out (about 1 document in 20 is); "
-            "harvest more documents before training or evaluating on this cache",
-            file=sys.stderr,
-        )
+def _with_source(signature: inspect.Signature) -> inspect.Signature:
+    source = inspect.Parameter("source", inspect.Parameter.KEYWORD_ONLY, default=None)
+    return signature.replace(parameters=[*signature.parameters.values(), source])
+
+
+harvest.__signature__ = _with_source(inspect.signature(harvest_text))  # type: ignore[attr-defined]

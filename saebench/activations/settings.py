@@ -82,6 +82,26 @@ class HarvestConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig(Settings):
+    """Store the activations of a source other than a text."""
+
+    out: Path
+    """Directory of the activation cache."""
+    tokens: Annotated[int, AtLeast(1)] | None = None
+    """Most rows to store per site; by default all."""
+    dtype: StoredDtype = "bf16"
+    """Type in which activations are stored."""
+    shard_rows: int = 65_536
+    """Rows in a shard file; a multiple of 32,768."""
+    quiet: bool = False
+    """No progress display."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_shard_rows(self.shard_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImportConfig(Settings):
     """Make an activation cache from an array in a file."""
 

@@ -1,4 +1,4 @@
-"""TextSource: a language model over a text, as an ActivationSource.
+"""TextSource: a language model over a text, as an ActivationSource; and its harvest.
 
 Shapes: B contexts, T = ctx positions, N rows kept, D width of a hook.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saebench.activations.cache import vocab_bytes
+from saebench.activations.cache import ActivationCache, vocab_bytes
 from saebench.activations.forecast import forecast
 from saebench.activations.manifest import (
     GRADIENT_PREFIX,
@@ -27,14 +27,63 @@ from saebench.activations.manifest import (
 )
 from saebench.activations.packing import ContextBatch, batches, pack
 from saebench.activations.settings import HarvestConfig
-from saebench.activations.writing import split_column
+from saebench.activations.writing import Target, split_column, warn_of_held_out, write_cache
 from saebench.core.device import pick_device
 from saebench.core.errors import UserError
+from saebench.core.settings import accepts_settings
 from saebench.sources.base import ColumnType, Site, UnitBatch
 from saebench.sources.modality import TEXT
 from saebench.sources.models import ModelInfo, load_model, peek_model
 from saebench.sources.text import Document, read_documents, text_fingerprint
 from saebench.sources.tokenizer import ModelTokenizer, open_tokenizer
+
+
+@accepts_settings(HarvestConfig)
+def harvest(config: HarvestConfig) -> ActivationCache:
+    """Run ``config.model`` over ``config.text`` and write an activation cache to ``config.out``.
+
+    Documents are joined by the end-of-text token and packed into contexts of ``ctx`` tokens; held-out
+    documents have contexts of their own. Position 0 of each context is dropped unless ``keep_first``. The
+    harvest ends after ``tokens`` rows (held-out rows included) or at the end of the text. Settings are
+    checked before the model is loaded where that is possible.
+
+    ``source`` is a `ModuleSource`, which takes the place of model and text. It goes with ``out``, ``dtype``,
+    ``tokens`` (the most rows, by default all), ``shard_rows`` and ``quiet``.
+
+    With ``gradients`` the cache also has the gradient of the model's loss at each row (`Model.gradients`).
+    The last position of each context predicts nothing and then has no row.
+
+    >>> made = sb.harvest(out="made", model="demo", text="sotu", tokens=500, quiet=True)
+    >>> made.n_rows, made.d_in()
+    (500, 256)
+
+    After a harvest was killed, the same call resumes it, and the result has the same bytes as without the
+    interruption. If the cache is complete already, it is opened. The model computes in float32 on a CPU and
+    in the stored type on a GPU (in float32 for fp16 with gradients).
+
+    Raises:
+        UserError: an unknown model, text, hook or device, contexts longer than the model reads, NaN or
+            infinite activations or gradients, a full disk or GPU, or an ``out`` that holds something else.
+    """
+    source = TextSource(config)
+    target = Target(
+        out=config.out,
+        shard_rows=config.shard_rows,
+        quiet=config.quiet,
+        total=config.tokens,
+        unit="tok",
+    )
+    cache, made = write_cache(source, target)
+    if made:
+        if cache.n_rows < config.tokens:
+            print(
+                f"warning: the text ended after {cache.n_rows:,} of the {config.tokens:,} rows of --tokens",
+                file=sys.stderr,
+            )
+        for what, count in cache.manifest.get("left_out", {}).items():
+            print(f"warning: {count:,} {what.replace('_', ' ')} were left out", file=sys.stderr)
+        warn_of_held_out(cache, "harvest more documents")
+    return cache
 
 
 class TextSource:

@@ -136,3 +136,16 @@ def split_column(column: str) -> tuple[str, str]:
     """``("activations" or "gradients", site)`` of such a column."""
     kind, _, site = column.partition("/")
     return ("gradients" if kind == "gradient" else "activations"), site
+
+
+def warn_of_held_out(cache: ActivationCache, way_out: str) -> None:
+    """Print a warning if none or all of the rows are held out from training."""
+    held_out = int(cache.held_out.sum())
+    if held_out in (0, cache.n_rows):
+        some = "none" if held_out == 0 else "all"
+        of = "document" if cache.tokens is not None else cache.modality.unit
+        print(
+            f"warning: {some} of the {cache.n_rows:,} rows are held out (about 1 {of} in 20 is); {way_out} "
+            "before training or evaluating on this cache",
+            file=sys.stderr,
+        )
