@@ -32,7 +32,7 @@ def aux_k(
     W_enc_MD: Tensor,
     b_enc_M: Tensor,
     W_dec_MD: Tensor,
-    b_dec_D: Tensor,
+    b_in_D: Tensor,
 ) -> Tensor:
     """How much of the (detached) residual ``error`` the candidate latents leave unexplained, a scalar.
 
@@ -41,13 +41,14 @@ def aux_k(
 
         AuxK = sum |e - e_hat|^2 / sum |e - mean e|^2.
 
-    Its gradient reaches the candidates' encoder and decoder rows and nothing else: x - b_dec is detached. It
-    is 0 without candidates, and when the residual does not vary (a single row, a perfect reconstruction).
+    Pre-activations are those of x - b_in (b_in is the b_dec of an SAE). The gradient reaches the candidates'
+    encoder and decoder rows and nothing else: x - b_in is detached. It is 0 without candidates, and when the
+    residual does not vary (a single row, a perfect reconstruction).
     """
     if candidates is None:
         return x_ND.new_zeros(())
     latents_A, weights_A, k_aux, weighted = candidates
-    centered_ND = (x_ND - b_dec_D).detach()
+    centered_ND = (x_ND - b_in_D).detach()
     b_enc_A = torch.where(weights_A > 0, b_enc_M[latents_A], -torch.inf)
     pre_NA = torch.relu(torch.addmm(b_enc_A, centered_ND, W_enc_MD[latents_A].T))
     if k_aux < len(latents_A):

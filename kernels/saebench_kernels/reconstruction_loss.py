@@ -4,7 +4,8 @@ Fused, it is one forward and one backward pass in low precision: the rows of the
 both weight gradients come from one sorted list, and AuxK is dense over its candidates. Nothing waits for the
 GPU and every shape is known beforehand, so a step can be captured as a CUDA graph.
 
-Shapes: N rows, S entries of all rows end to end, D = d_in, M = d_sae latents, A candidates of AuxK.
+Shapes: N rows, S entries of all rows end to end, D = d_in, E = d_out (D for an SAE), M = d_sae latents, A
+candidates of AuxK.
 """
 
 from __future__ import annotations
@@ -26,23 +27,30 @@ _SMALLEST_SHARE = 1e-5
 
 
 class SaeWeights(NamedTuple):
-    """The float32 weights of an SAE with an encoder and a decoder."""
+    """The float32 weights of an SAE, or of a transcoder, with an encoder and a decoder."""
 
     W_enc_MD: Tensor
     b_enc_M: Tensor
-    W_dec_MD: Tensor
-    b_dec_D: Tensor
+    W_dec_ME: Tensor
+    b_dec_E: Tensor
+    b_in_D: Tensor | None = None
+    """What a transcoder subtracts from its input, a constant; None for an SAE, which subtracts b_dec."""
+
+    @property
+    def input_bias_D(self) -> Tensor:
+        """What is subtracted from the input."""
+        return self.b_dec_E if self.b_in_D is None else self.b_in_D
 
 
 class ReconstructionLoss(NamedTuple):
     """What `reconstruction_loss` returns."""
 
     objective: Tensor
-    """Scalar: mean of (x - x_hat)^2 over rows and columns; differentiable in the weights."""
+    """Scalar: mean of (y - y_hat)^2 over rows and columns; differentiable in the weights."""
     auxiliary: Tensor
     """Scalar: AuxK, 0 without candidates; differentiable in the weights."""
-    error_ND: Tensor
-    """x - x_hat, detached: float32, or fused in the type of the products."""
+    error_NE: Tensor
+    """y - y_hat, detached: float32, or fused in the type of the products."""
 
 
 def is_reconstruction_loss_fused(device: torch.device, dtype: torch.dtype, *, k: int, d_sae: int) -> bool:
@@ -57,21 +65,25 @@ def reconstruction_loss(
     entries: Entries,
     weights: SaeWeights,
     candidates: AuxCandidates | None = None,
+    *,
+    target_NE: Tensor | None = None,
 ) -> ReconstructionLoss:
-    """``x_hat[n] = sum values[s] W_dec[indices[s]] + b_dec`` against x, and AuxK of what it leaves.
+    """``y_hat[n] = sum values[s] W_dec[indices[s]] + b_dec`` against y, and AuxK of what it leaves.
 
-    The values are those of ``relu((x - b_dec) W_enc^T + b_enc)`` at the entries, and the selection of entries
-    is held fixed.
+    The values are those of ``relu((x - b_in) W_enc^T + b_enc)`` at the entries, and the selection of entries
+    is held fixed. For an SAE y is x and b_in is b_dec.
 
     Args:
         x_ND: float32.
-        centered_ND: x - b_dec in the type in which products are computed. In bfloat16 or float16 on a GPU
+        centered_ND: x - b_in in the type in which products are computed. In bfloat16 or float16 on a GPU
             the loss is fused (see dispatch.py): the error and everything that is gathered or multiplied is
             rounded to that type, and sums are float32. Eager, all of it is float32.
+        target_NE: y, float32; by default x.
     """
+    target_NE = x_ND if target_NE is None else target_NE
     if is_fused("reconstruction_loss", x_ND.device, centered_ND.dtype, d_sae=entries.d_sae):
-        return reconstruction_loss_fused(x_ND, centered_ND, values_S, entries, weights, candidates)
-    return reconstruction_loss_eager(x_ND, values_S, entries, weights, candidates)
+        return reconstruction_loss_fused(target_NE, centered_ND, values_S, entries, weights, candidates)
+    return reconstruction_loss_eager(x_ND, values_S, entries, weights, candidates, target_NE=target_NE)
 
 
 def reconstruction_loss_eager(
@@ -80,17 +92,23 @@ def reconstruction_loss_eager(
     entries: Entries,
     weights: SaeWeights,
     candidates: AuxCandidates | None = None,
+    *,
+    target_NE: Tensor | None = None,
 ) -> ReconstructionLoss:
     """`reconstruction_loss` in plain torch, all float32."""
-    values_S = sparse_encode(values_S, entries, x_ND, weights.W_enc_MD, weights.b_enc_M, weights.b_dec_D)
-    x_hat_ND = sparse_decode(values_S, entries, weights.W_dec_MD, weights.b_dec_D)
-    objective = (x_ND - x_hat_ND).square().mean()
-    error_ND = (x_ND - x_hat_ND).detach()
-    return ReconstructionLoss(objective, aux_k(x_ND, error_ND, candidates, *weights), error_ND)
+    W_enc_MD, b_enc_M, W_dec_ME, b_dec_E, _ = weights
+    b_in_D = weights.input_bias_D
+    target_NE = x_ND if target_NE is None else target_NE
+    values_S = sparse_encode(values_S, entries, x_ND, W_enc_MD, b_enc_M, b_in_D)
+    y_hat_NE = sparse_decode(values_S, entries, W_dec_ME, b_dec_E)
+    objective = (target_NE - y_hat_NE).square().mean()
+    error_NE = (target_NE - y_hat_NE).detach()
+    auxiliary = aux_k(x_ND, error_NE, candidates, W_enc_MD, b_enc_M, W_dec_ME, b_in_D)
+    return ReconstructionLoss(objective, auxiliary, error_NE)
 
 
 def reconstruction_loss_fused(
-    x_ND: Tensor,
+    target_NE: Tensor,
     centered_ND: Tensor,
     values_S: Tensor,
     entries: Entries,
@@ -99,7 +117,7 @@ def reconstruction_loss_fused(
 ) -> ReconstructionLoss:
     """`reconstruction_loss` by fused kernels."""
     found: tuple[Tensor, Tensor, Tensor] = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-        x_ND, centered_ND, values_S, entries, candidates, *weights
+        target_NE, centered_ND, values_S, entries, candidates, weights.b_in_D is None, *weights[:4]
     )
     return ReconstructionLoss(*found)
 
@@ -108,70 +126,72 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x_ND: Tensor,
+        target_NE: Tensor,
         centered_ND: Tensor,
         values_S: Tensor,
         entries: Entries,
         candidates: AuxCandidates | None,
+        subtracts_b_dec: bool,
         W_enc_MD: Tensor,
         b_enc_M: Tensor,
-        W_dec_MD: Tensor,
-        b_dec_D: Tensor,
+        W_dec_ME: Tensor,
+        b_dec_E: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from saebench_kernels.fused.center import column_sums
         from saebench_kernels.fused.reconstruct import reconstruct
 
         dtype = centered_ND.dtype
-        W_enc_low_MD, W_dec_low_MD = rounded(W_enc_MD, dtype), rounded(W_dec_MD, dtype)
-        error_ND, squared_N, dots_S = reconstruct(
-            entries.indices, values_S, x_ND, W_dec_low_MD, b_dec_D, k=entries.k, offsets=entries.offsets
+        W_enc_low_MD, W_dec_low_ME = rounded(W_enc_MD, dtype), rounded(W_dec_ME, dtype)
+        error_NE, squared_N, dots_S = reconstruct(
+            entries.indices, values_S, target_NE, W_dec_low_ME, b_dec_E, k=entries.k, offsets=entries.offsets
         )
         energy = squared_N.sum()
-        sum_D = column_sums(error_ND)
+        sum_E = column_sums(error_NE)
         auxiliary, ctx.aux = energy.new_zeros(()), None
         if candidates is not None:
             # Of the rounded error, as the sums over rows are: what varies is a difference of the two.
-            rounded_energy = torch.linalg.vector_norm(error_ND, dtype=torch.float32).square()
-            variance = rounded_energy - sum_D.square().sum() / len(x_ND)
+            rounded_energy = torch.linalg.vector_norm(error_NE, dtype=torch.float32).square()
+            variance = rounded_energy - sum_E.square().sum() / len(target_NE)
             # Infinity makes a quotient 0; replacing it afterwards would leave 0 / 0 in its gradient.
             variance = torch.where(variance > _SMALLEST_SHARE * rounded_energy, variance, torch.inf)
             auxiliary, ctx.aux = _aux_k(
-                candidates, centered_ND, error_ND, variance, W_enc_low_MD, b_enc_M, W_dec_low_MD
+                candidates, centered_ND, error_NE, variance, W_enc_low_MD, b_enc_M, W_dec_low_ME
             )
-        ctx.entries, ctx.candidates = entries, candidates
-        ctx.save_for_backward(values_S, centered_ND, error_ND, sum_D, dots_S, W_enc_low_MD)
-        ctx.mark_non_differentiable(error_ND)
+        ctx.entries, ctx.candidates, ctx.subtracts_b_dec = entries, candidates, subtracts_b_dec
+        ctx.save_for_backward(values_S, centered_ND, error_NE, sum_E, dots_S, W_enc_low_MD)
+        ctx.mark_non_differentiable(error_NE)
         ctx.set_materialize_grads(False)  # no zeros for the gradient of the error
-        return energy / x_ND.numel(), auxiliary, error_ND
+        return energy / target_NE.numel(), auxiliary, error_NE
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         from saebench_kernels.fused.weight_grads import sort_pairs, weight_grads
 
-        values_S, centered_ND, error_ND, sum_D, dots_S, W_enc_low_MD = ctx.saved_tensors
+        values_S, centered_ND, error_NE, sum_E, dots_S, W_enc_low_MD = ctx.saved_tensors
         entries: Entries = ctx.entries
-        of_objective, of_auxiliary = (sum_D.new_zeros(()) if grad is None else grad for grad in grads[:2])
-        scale = of_objective * (-2 / error_ND.numel())  # times the error: d objective / d x_hat
+        of_objective, of_auxiliary = (sum_E.new_zeros(()) if grad is None else grad for grad in grads[:2])
+        scale = of_objective * (-2 / error_NE.numel())  # times the error: d objective / d y_hat
         rows_S = entries.rows() if entries.k is None else None
         pairs = sort_pairs(entries.indices, entries.d_sae, k=entries.k, rows_S=rows_S)
-        d_W_dec_MD, d_W_enc_MD, d_b_enc_M = weight_grads(
-            pairs, values_S, dots_S, error_ND, centered_ND, scale
+        d_W_dec_ME, d_W_enc_MD, d_b_enc_M = weight_grads(
+            pairs, values_S, dots_S, error_NE, centered_ND, scale
         )
-        low_M = d_b_enc_M.to(W_enc_low_MD.dtype)
-        d_b_dec_D = sum_D * scale - (low_M @ W_enc_low_MD).float()
+        d_b_dec_E = sum_E * scale
+        if ctx.subtracts_b_dec:
+            d_b_dec_E -= (d_b_enc_M.to(W_enc_low_MD.dtype) @ W_enc_low_MD).float()
         if ctx.aux is not None:
-            _add_aux_gradients(ctx, of_auxiliary, d_W_enc_MD, d_b_enc_M, d_W_dec_MD)
-        return None, None, None, None, None, d_W_enc_MD, d_b_enc_M, d_W_dec_MD, d_b_dec_D
+            _add_aux_gradients(ctx, of_auxiliary, d_W_enc_MD, d_b_enc_M, d_W_dec_ME)
+        return None, None, None, None, None, None, d_W_enc_MD, d_b_enc_M, d_W_dec_ME, d_b_dec_E
 
 
 def _aux_k(
     candidates: AuxCandidates,
     centered_ND: Tensor,
-    error_ND: Tensor,
+    error_NE: Tensor,
     variance: Tensor,
     W_enc_MD: Tensor,
     b_enc_M: Tensor,
-    W_dec_MD: Tensor,
+    W_dec_ME: Tensor,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """AuxK as `aux_k` defines it, and what its gradient needs."""
     from saebench_kernels.fused.select import keep_topk
@@ -183,24 +203,24 @@ def _aux_k(
         keep_topk(pre_NA, k_aux)
     if weighted:
         pre_NA.mul_(weights_A)
-    left_ND = torch.addmm(error_ND, pre_NA, W_dec_MD[latents_A], alpha=-1)
-    energy = torch.linalg.vector_norm(left_ND, dtype=torch.float32).square()
+    left_NE = torch.addmm(error_NE, pre_NA, W_dec_ME[latents_A], alpha=-1)
+    energy = torch.linalg.vector_norm(left_NE, dtype=torch.float32).square()
     auxiliary = torch.where((weights_A > 0).any(), energy / variance, 0.0)
-    return auxiliary, (centered_ND, pre_NA, left_ND, variance, W_dec_MD)
+    return auxiliary, (centered_ND, pre_NA, left_NE, variance, W_dec_ME)
 
 
 def _add_aux_gradients(
-    ctx: Any, grad: Tensor, d_W_enc_MD: Tensor, d_b_enc_M: Tensor, d_W_dec_MD: Tensor
+    ctx: Any, grad: Tensor, d_W_enc_MD: Tensor, d_b_enc_M: Tensor, d_W_dec_ME: Tensor
 ) -> None:
     from saebench_kernels.fused.center import column_sums
 
     latents_A, weights_A, _, weighted = ctx.candidates
-    centered_ND, pre_NA, left_ND, variance, W_dec_MD = ctx.aux
+    centered_ND, pre_NA, left_NE, variance, W_dec_ME = ctx.aux
     scale = grad * -2 / variance
-    d_pre_NA = torch.ops.aten.threshold_backward(left_ND @ W_dec_MD[latents_A].T, pre_NA, 0)
+    d_pre_NA = torch.ops.aten.threshold_backward(left_NE @ W_dec_ME[latents_A].T, pre_NA, 0)
     if weighted:
         d_pre_NA.mul_(weights_A)
     # Each candidate has one slot with a weight above 0, and the others add zeros: the order does not matter.
-    d_W_dec_MD.index_add_(0, latents_A, (pre_NA.T @ left_ND).float() * scale)
+    d_W_dec_ME.index_add_(0, latents_A, (pre_NA.T @ left_NE).float() * scale)
     d_W_enc_MD.index_add_(0, latents_A, (d_pre_NA.T @ centered_ND).float() * scale)
     d_b_enc_M.index_add_(0, latents_A, column_sums(d_pre_NA) * scale)

@@ -53,4 +53,5 @@ class _SparseEncode(torch.autograd.Function):
         d_W_enc_MD = latent_sums(ctx.entries.groups, d_pre_S, x_ND - b_dec_D)
         d_b_enc_M = latent_sums(ctx.entries.groups, d_pre_S, torch.ones_like(x_ND[:, :1]))[:, 0]
         # Every latent takes b_dec away from its rows: one matrix-vector product.
-        return None, None, None, d_W_enc_MD, d_b_enc_M, -(d_b_enc_M @ W_enc_MD)
+        d_b_dec_D = -(d_b_enc_M @ W_enc_MD) if ctx.needs_input_grad[5] else None
+        return None, None, None, d_W_enc_MD, d_b_enc_M, d_b_dec_D

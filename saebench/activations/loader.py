@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -29,20 +29,29 @@ _BATCHES_HELD_BACK = 4  # glibc keeps freed blocks of twice the largest one, in 
 
 
 class Rows(NamedTuple):
-    """One batch: ``activations`` [N, D], and ``gradients`` [N, D] of the same rows, or None."""
+    """A batch: ``activations`` [N, D], and ``gradients`` and ``targets`` [N, E] of the same rows, or None."""
 
     activations: Tensor
     gradients: Tensor | None
+    targets: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Rows:
+        """``function`` of each column that is there."""
+        gradients, targets = (None if c is None else function(c) for c in (self.gradients, self.targets))
+        return Rows(function(self.activations), gradients, targets)
 
 
 class Loader:
-    """An endless sequence of batches of one hook's rows, epoch after epoch; held-out rows never appear.
+    """An endless sequence of batches of rows, epoch after epoch; held-out rows never appear.
+
+    The rows are those of one hook, or of several side by side.
 
     Batch i holds positions [i * batch_size, (i + 1) * batch_size) of the order that `RowOrder` defines, which
     depends only on ``seed``. The last rows of an epoch share a batch with the first rows of the next epoch.
     The state of a loader is therefore one integer, the number of the next batch, and batches do not depend on
     ``prefetch``, ``memory_bytes``, threads or ``device``. Batches have the cache's dtype and are on
-    ``device``. With ``gradients`` each batch also has the gradients of its rows, in the same order.
+    ``device``. With ``targets`` each batch also has the activations of its rows at these hooks, side by side;
+    with ``gradients``, the gradients of its rows at the targets, or else at ``hook``.
 
     ``memory_bytes`` bounds the anonymous memory of the loader: the tables of the order, ``prefetch`` + 3
     batches, and 4 more batches that the allocator may keep. The activations in the cache stay file-backed.
@@ -55,10 +64,11 @@ class Loader:
     def __init__(
         self,
         cache: ActivationCache,
-        hook: str | None = None,
+        hook: str | Sequence[str] | None = None,
         *,
         batch_size: int,
         seed: int,
+        targets: Sequence[str] = (),
         gradients: bool = False,
         device: torch.device | str = "cpu",
         memory_bytes: int = 1 << 30,
@@ -66,16 +76,21 @@ class Loader:
         block_rows: int | None = None,
         window_blocks: int | None = None,
     ) -> None:
-        self.hook = cache.resolve_hook(hook)
+        named = [hook] if hook is None or isinstance(hook, str) else hook
+        sites = [cache.resolve_hook(name) for name in named]
+        targets = [cache.resolve_hook(name) for name in targets]
+        self.hook = " and ".join([*sites, *targets])
         self.batch_size = batch_size
         self.device = torch.device(device)
         self._prefetch = prefetch
-        activations_ND = cache.activations(self.hook)
-        self._columns = [activations_ND, cache.gradients(self.hook)] if gradients else [activations_ND]
+        self._read = [cache.activations(name) for name in sites]
+        self._gradients = [cache.gradients(name) for name in targets or sites] if gradients else []
+        self._targets = [cache.activations(name) for name in targets]
+        self._columns = [*self._read, *self._gradients, *self._targets]
         self._order = RowOrder(
             cache.held_out.numpy(),
             seed=seed,
-            row_bytes=activations_ND[0].nbytes,
+            row_bytes=sum(column_ND[0].nbytes for column_ND in self._read),
             block_rows=block_rows,
             window_blocks=window_blocks,
         )
@@ -108,7 +123,7 @@ class Loader:
 
     def batch(self, i: int) -> Rows:
         """Batch i, ``batch_size`` rows, on ``device``."""
-        return _rows([column_ND.to(self.device) for column_ND in self._gather(self.rows(i))])
+        return self._gather(self.rows(i)).map(lambda column_ND: column_ND.to(self.device))
 
     def iterate(self, start: int = 0, stop: int | None = None) -> Iterator[Rows]:
         """Batches start, start + 1, ... (up to ``stop``, or endless), prefetched by two threads.
@@ -123,12 +138,11 @@ class Loader:
                     stream = torch.cuda.current_stream(self.device)
                     stream.wait_event(copied)
                     for column_ND in columns:
-                        column_ND.record_stream(stream)
-                yield _rows(columns)
+                        if column_ND is not None:
+                            column_ND.record_stream(stream)
+                yield columns
 
-    def _produce(
-        self, start: int, stop: int | None
-    ) -> Iterator[tuple[list[Tensor], torch.cuda.Event | None]]:
+    def _produce(self, start: int, stop: int | None) -> Iterator[tuple[Rows, torch.cuda.Event | None]]:
         """The columns of each batch on ``device``, with the event after their copy to a GPU, or None."""
         copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         numbers = itertools.count(start) if stop is None else range(start, stop)
@@ -144,22 +158,29 @@ class Loader:
                     yield columns, None
                     continue
                 with torch.cuda.stream(copies):
-                    columns = [column_ND.to(self.device, non_blocking=True) for column_ND in columns]
+                    columns = columns.map(lambda column_ND: column_ND.to(self.device, non_blocking=True))
                 yield columns, copies.record_event()
 
-    def _gather(self, rows_N: Tensor) -> list[Tensor]:
-        """The columns of a batch in host memory, pinned when ``device`` is a GPU."""
+    def _gather(self, rows_N: Tensor) -> Rows:
+        """A batch in host memory, pinned when ``device`` is a GPU."""
         pinned = self.device.type == "cuda"
-        gathered = []
-        for column_ND in self._columns:
-            shape = (self.batch_size, column_ND.shape[1])
-            batch_ND = torch.empty(shape, dtype=column_ND.dtype, pin_memory=pinned)
-            gathered.append(torch.index_select(column_ND, 0, rows_N, out=batch_ND))
-        return gathered
+
+        def gather(columns: Sequence[Tensor]) -> Tensor | None:
+            return side_by_side(columns, rows_N, pinned=pinned) if columns else None
+
+        activations_ND = side_by_side(self._read, rows_N, pinned=pinned)
+        return Rows(activations_ND, gather(self._gradients), gather(self._targets))
 
 
-def _rows(columns: Sequence[Tensor]) -> Rows:
-    return Rows(columns[0], columns[1] if len(columns) == 2 else None)
+def side_by_side(columns: Sequence[Tensor], rows_N: Tensor, *, pinned: bool = False) -> Tensor:
+    """[N, sum of widths] the rows ``rows_N`` of each column, in the type of the first, next to each other."""
+    widths = [column_ND.shape[1] for column_ND in columns]
+    batch_ND = torch.empty(len(rows_N), sum(widths), dtype=columns[0].dtype, pin_memory=pinned)
+    if len(columns) == 1:
+        return torch.index_select(columns[0], 0, rows_N, out=batch_ND)
+    for column_ND, part_ND in zip(columns, torch.split(batch_ND, widths, dim=1), strict=True):
+        part_ND.copy_(torch.index_select(column_ND, 0, rows_N))
+    return batch_ND
 
 
 class _Readahead:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from saebench.cli.doctor import doctor
 from saebench.cli.flags import CONFIG_FLAG, check_settings, parameters, read_settings, value_in, values_in
 from saebench.cli.output import Result
 from saebench.core.errors import UserError
-from saebench.core.settings import from_flat
+from saebench.core.settings import from_flat, setting_names
 from saebench.demo import DemoConfig
 from saebench.evaluation.settings import CompareConfig, EvalConfig
 from saebench.explaining.settings import ExplainConfig
@@ -137,7 +136,7 @@ def _settings_command(
     settings_file = value_in(argv, CONFIG_FLAG)
     given = read_settings(Path(settings_file)) if settings_file else {}
     classes = [config_class, *(_specs(argv, given) if config_class is TrainConfig and argv else ())]
-    owner = {field.name: c for c in reversed(classes) for field in dataclasses.fields(c)}
+    owner = {name: c for c in reversed(classes) for name in setting_names(c)}
     if settings_file:
         types = {name: kind for c in classes for name, kind in get_type_hints(c).items()}
         given = check_settings(given, {name: types[name] for name in owner}, Path(settings_file))
@@ -156,7 +155,7 @@ def _settings_command(
     made: list[inspect.Parameter] = []
     for c in classes:
         group = Group("Settings" if c is config_class else f"Settings of --sae {c.name}", sort_key=len(made))
-        own = [field.name for field in dataclasses.fields(c) if owner[field.name] is c]
+        own = [name for name in setting_names(c) if owner[name] is c]
         made += parameters(c, own, given=given, positional=positional, group=group)
     made.append(_keyword("config", SettingsFile, None))
     made.append(_keyword("as_json", Json, False))

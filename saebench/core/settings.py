@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Container, Iterable, Mapping
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from saebench.core.bounds import check_bounds
 from saebench.core.errors import UserError
@@ -31,6 +31,20 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+
+
+ADDED_LATER: Final = {"added_later": True}
+"""Metadata of a field that an earlier version did not have: its default is not written, so that the files of
+settings that do not use it stay what they were."""
+DERIVED: Final = {**ADDED_LATER, "derived": True}
+"""Metadata of a field that is computed, not set: it is neither a flag nor a keyword."""
+ONE_OR_MORE: Final = {"one_or_more": True}
+"""Metadata of a tuple that was one value or None in an earlier version, and is written so where it can be."""
+
+
+def setting_names(config_class: type[Any]) -> list[str]:
+    """The fields of ``config_class`` that a user can set."""
+    return [field.name for field in dataclasses.fields(config_class) if not field.metadata.get("derived")]
 
 
 def field_docs(config_class: type[Any]) -> dict[str, str]:
@@ -56,10 +70,12 @@ def show_settings(function: Callable[..., Any], like: Callable[..., Any], *confi
     The rest (name, text, what is returned, further keywords) is that of ``like``.
     """
     own = inspect.signature(like)
+    settable = {config_class: setting_names(config_class) for config_class in config_classes}
     made = [
         parameter
         for config_class in config_classes
-        for parameter in inspect.signature(config_class).parameters.values()
+        for name, parameter in inspect.signature(config_class).parameters.items()
+        if name in settable[config_class]
     ]
     made += [p for p in own.parameters.values() if p.kind is p.VAR_KEYWORD]
     function.__signature__ = _with_shown_names(own.replace(parameters=made))  # type: ignore[attr-defined]
@@ -67,6 +83,7 @@ def show_settings(function: Callable[..., Any], like: Callable[..., Any], *confi
         textwrap.fill(f"{shown_name(name)}: {text}", 100, initial_indent="    ", subsequent_indent="        ")
         for config_class in config_classes
         for name, text in field_docs(config_class).items()
+        if name in settable[config_class]
     ]
     function.__doc__ = "\n".join([inspect.cleandoc(like.__doc__ or ""), "", "Settings:", *lines])
 
@@ -143,9 +160,14 @@ def from_flat(
             near = nearest_setting(name, known)
             hint = f"did you mean {near!r}?" if near else f"there is {', '.join(map(shown_name, known))}"
             raise UserError(f"{name!r} in {source} is not a setting of {config_class.__name__}; {hint}")
-    lists = {f.name for f in dataclasses.fields(config_class) if isinstance(f.default, tuple)}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    lists = {name for name, f in fields.items() if isinstance(f.default, tuple)}
     values = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in values.items()}
     values = {name: (v,) if name in lists and isinstance(v, str) else v for name, v in values.items()}
+    values = {
+        name: () if v is None and fields[name].metadata.get("one_or_more") else v
+        for name, v in values.items()
+    }
     try:
         return pydantic.TypeAdapter(config_class).validate_python(values)
     except pydantic.ValidationError as error:
@@ -166,9 +188,19 @@ def to_flat(config: Any) -> dict[str, Any]:
     def plain(value: object) -> object:
         if isinstance(value, Path):
             return str(value)
-        return list(value) if isinstance(value, tuple) else value
+        if dataclasses.is_dataclass(value):
+            return to_flat(value)
+        return [plain(part) for part in value] if isinstance(value, tuple) else value
 
-    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    flat = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.metadata.get("added_later") and value == field.default:
+            continue
+        if field.metadata.get("one_or_more") and len(value) < 2:
+            value = value[0] if value else None
+        flat[field.name] = plain(value)
+    return flat
 
 
 def accepts_settings(config_class: type[Any]) -> Callable[[Callable[[Any], ResultT]], Callable[..., ResultT]]:

@@ -9,6 +9,7 @@ from saebench.core.errors import UserError
 from saebench.core.settings import from_flat
 from saebench.runs.layout import CHECKPOINT_FOLDER, RUN_FILE, read_run
 from saebench.saes.registry import architecture
+from saebench.saes.scales import Scales
 
 if TYPE_CHECKING:
     import torch
@@ -62,11 +63,14 @@ def load_checkpoint_sae(file: Path, *, device: str | torch.device = "cpu") -> SA
     sae_class = architecture(facts["sae"]["name"])
     spec = from_flat(sae_class.Spec, settings, source=str(run / RUN_FILE))
     tensors = read_safetensors(file, way_out="name another checkpoint")
-    check_tensors(tensors, {f"{PREFIX}W_dec": (spec.d_sae, d_in), "scale": ()}, file)
+    d_out = sum(site.width for site in spec.targets) or d_in
+    shapes = {name: tuple(t.shape) for name, t in Scales.ones(spec).tensors().items()}
+    check_tensors(tensors, {f"{PREFIX}W_dec": (spec.d_sae, d_out), **shapes}, file)
     sae: SAE = sae_class(spec, d_in)
     check_tensors(
         tensors, {PREFIX + name: tuple(getattr(sae, name).shape) for name in sae.weight_names}, file
     )
     sae.load_state_dict({name: tensors[PREFIX + name] for name in sae.weight_names}, strict=False)
-    sae.fold_scale(float(tensors["scale"]))
+    scales = Scales.from_tensors(tensors)
+    sae.fold_scales(scales.sites, scales.targets)
     return sae.to(device).eval()

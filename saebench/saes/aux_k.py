@@ -35,7 +35,7 @@ class AuxSpec(SaeSpec):
     """Settings of the architectures that revive dead latents with AuxK."""
 
     k_aux: Annotated[int | None, AtLeast(1)] = None
-    """Dead latents that AuxK picks for each token; d_in / 2 by default."""
+    """Dead latents that AuxK picks for each token; half of the width of what is reconstructed by default."""
     aux_coefficient: Annotated[float, AtLeast(0)] = 1 / 32
     """Weight of the AuxK loss; 0 switches it off."""
     dead_tokens: Annotated[int, AtLeast(1)] = 10_000_000
@@ -81,13 +81,37 @@ class AuxKSAE(SAE):
             chosen.entries,
             self.weights,
             self.aux_candidates(batch, listed=self.is_fused) if self.spec.aux_coefficient > 0 else None,
+            target_NE=self.target_of_latents(batch),
         )
-        return self.add_up(batch, chosen, error_ND, objective, auxiliary, objective)
+        total = objective
+        if self.spec.skip:
+            total = objective + self.skip_gradient(batch, error_ND)
+        return self.add_up(batch, chosen, error_ND, total, auxiliary, objective)
+
+    def target_of_latents(self, batch: Batch) -> Tensor | None:
+        """[N, E] what the latents reconstruct if it is not the input: what the skip connection leaves of it.
+
+        Without gradients; see `skip_gradient`.
+        """
+        if not self.spec.skip:
+            return batch.target_NE
+        with torch.no_grad():
+            return batch.y_NE - self.skipped(batch.x_ND)
+
+    def skip_gradient(self, batch: Batch, error_NE: Tensor) -> Tensor:
+        """A scalar of value 0 with the gradient of mean (y - y_hat)^2 for W_skip.
+
+        The reconstruction loss takes its target as data. Its gradient for y_hat is -2 error / (N E), and the
+        skip connection is a part of y_hat.
+        """
+        product = (error_NE.float() * self.skipped(batch.x_ND)).sum() * (-2 / error_NE.numel())
+        return product - product.detach()
 
     @property
     def weights(self) -> SaeWeights:
         """The weights that the reconstruction and AuxK use."""
-        return SaeWeights(self.W_enc_MD, self.b_enc, self.W_dec, self.b_dec)
+        b_in_D = self.b_in if self.spec.is_transcoder else None
+        return SaeWeights(self.W_enc_MD, self.b_enc, self.W_dec, self.b_dec, b_in_D)
 
     @property
     def is_fused(self) -> bool:
@@ -99,8 +123,9 @@ class AuxKSAE(SAE):
         return self.is_fused
 
     def centered(self, x_ND: Tensor) -> Tensor:
-        """x - b_dec; where the loss is fused, in the type in which products are computed."""
-        return center(x_ND, self.b_dec, dtype=self.compute_dtype) if self.is_fused else x_ND - self.b_dec
+        """x - b_in (b_dec); where the loss is fused, in the type in which products are computed."""
+        bias_D = self.input_bias
+        return center(x_ND, bias_D, dtype=self.compute_dtype) if self.is_fused else x_ND - bias_D
 
     @torch.no_grad()
     def centered_rows(self, batch: Batch) -> Tensor:
@@ -113,14 +138,16 @@ class AuxKSAE(SAE):
 
     def attach_gradients(self, x_ND: Tensor, chosen: SparseCodes) -> SparseCodes:
         """``chosen`` with the gradients of its values for the encoder's weights."""
-        values_S = sparse_encode(chosen.values, chosen.entries, x_ND, self.W_enc_MD, self.b_enc, self.b_dec)
+        values_S = sparse_encode(
+            chosen.values, chosen.entries, x_ND, self.W_enc_MD, self.b_enc, self.input_bias
+        )
         return chosen.with_values(values_S)
 
     def terms(
         self, batch: Batch, codes: SparseCodes, x_hat_ND: Tensor, objective: Tensor, **extra: Tensor
     ) -> LossTerms:
         """``objective`` (what is minimized of the reconstruction ``x_hat``) plus the auxiliary loss."""
-        error_ND = (batch.x_ND - x_hat_ND).detach()
+        error_ND = (batch.y_NE - x_hat_ND).detach()
         auxiliary = batch.x_ND.new_zeros(())
         if self.spec.aux_coefficient > 0:
             auxiliary = self.auxiliary_loss(batch, error_ND)
@@ -150,11 +177,13 @@ class AuxKSAE(SAE):
     @property
     def k_aux(self) -> int:
         """Dead latents that AuxK picks per row."""
-        return self.spec.k_aux or max(1, self.d_in // 2)
+        return self.spec.k_aux or max(1, self.d_out // 2)
 
     def auxiliary_loss(self, batch: Batch, error_ND: Tensor) -> Tensor:
         """AuxK of a reconstruction's (detached) error, a scalar."""
-        return aux_k(batch.x_ND, error_ND, self.aux_candidates(batch), *self.weights)
+        W_enc_MD, b_enc_M, W_dec_ME, *_ = self.weights
+        candidates = self.aux_candidates(batch)
+        return aux_k(batch.x_ND, error_ND, candidates, W_enc_MD, b_enc_M, W_dec_ME, self.input_bias)
 
     def aux_candidates(self, batch: Batch, *, listed: bool = False) -> AuxCandidates | None:
         """The latents that AuxK may use: the dead ones; None if there are none.

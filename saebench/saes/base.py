@@ -1,11 +1,16 @@
 """Base class of all sparse autoencoders: weights, encode, decode, loss, and the form in which they are saved.
 
-Shapes: N rows, D = d_in, M = d_sae latents. Weights are latent-major: one row per latent.
+It is also that of transcoders, which reconstruct other activations than those they read (Dunefsky et al.
+2024, arXiv 2406.11944), and of crosscoders, which read and reconstruct several sites together (Lindsey et al.
+2024, transformer-circuits.pub/2024/crosscoders).
+
+Shapes: N rows, D = d_in, E = d_out (D for an SAE), M = d_sae latents. Weights are latent-major: one row per
+latent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,8 +20,8 @@ from torch import Tensor, nn
 
 from saebench.core.codes import SparseCodes
 from saebench.saes.files import save_sae
-from saebench.saes.spec import SaeSpec
-from saebench_kernels import normalize_rows_, sparse_decode
+from saebench.saes.spec import SaeSpec, SiteWidth
+from saebench_kernels import latent_sums, normalize_rows_, sparse_decode, topk_encode
 
 DEAD_TOKENS = 10_000_000
 MIN_DEAD_STEPS = 50
@@ -30,17 +35,31 @@ class Batch:
     x_ND: Tensor
     """[N, D] activations, times the scale of the run."""
     gradient_ND: Tensor | None = None
-    """[N, D] gradient of the model's loss at the same rows, not scaled."""
+    """[N, E] gradient of the model's loss at the target of the same rows, not scaled."""
     progress: float = 0.0
     """Fraction of the run's steps done before this one. Schedules are functions of it, so a resumed run
     repeats."""
     scratch: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
     """Intermediate results of one call of ``loss`` that are used again in it."""
+    target_NE: Tensor | None = None
+    """[N, E] what a transcoder reconstructs, scaled; None where that is the input."""
+
+    @property
+    def y_NE(self) -> Tensor:
+        """[N, E] what is reconstructed: the target, or else the input."""
+        return self.x_ND if self.target_NE is None else self.target_NE
 
     def __getitem__(self, rows: slice) -> Batch:
         """Some of the rows, at the same progress."""
         gradient_ND = None if self.gradient_ND is None else self.gradient_ND[rows]
-        return Batch(self.x_ND[rows], gradient_ND, self.progress)
+        target_NE = None if self.target_NE is None else self.target_NE[rows]
+        return Batch(self.x_ND[rows], gradient_ND, self.progress, target_NE=target_NE)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on ``device``."""
+        gradient_ND = None if self.gradient_ND is None else self.gradient_ND.to(device)
+        target_NE = None if self.target_NE is None else self.target_NE.to(device)
+        return Batch(self.x_ND.to(device), gradient_ND, self.progress, target_NE=target_NE)
 
 
 @dataclass(frozen=True)
@@ -50,13 +69,13 @@ class LossTerms:
     total: Tensor
     """Scalar."""
     reconstruction: Tensor
-    """Scalar: mean over rows of |x - x_hat|^2, divided by d_in."""
+    """Scalar: mean over rows of |y - y_hat|^2, divided by d_out (y is x for an SAE)."""
     auxiliary: Tensor
     """Scalar: the architecture's extra loss before its coefficient; 0 where it has none."""
     codes: SparseCodes
     """The codes of the batch."""
     error: Tensor
-    """[N, D] x - x_hat, detached; where the loss is fused, in the type of the products."""
+    """[N, E] y - y_hat, detached; where the loss is fused, in the type of the products."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """Further scalars for the metrics, by name."""
 
@@ -64,7 +83,11 @@ class LossTerms:
 class SAE(nn.Module):
     """Base of all architectures. A subclass sets ``Spec`` and defines ``encode_rows`` and ``loss``.
 
-    Weights are float32: ``W_enc_MD`` and ``W_dec`` [d_sae, d_in], ``b_enc`` [d_sae], ``b_dec`` [d_in].
+    Weights are float32: ``W_enc_MD`` [d_sae, d_in], ``W_dec`` [d_sae, d_out], ``b_enc`` [d_sae], ``b_dec``
+    [d_out]. An SAE subtracts b_dec from its input, and d_out is d_in. A transcoder (``spec.is_transcoder``)
+    subtracts ``b_in`` [d_in], the mean of its input, which training does not change since b_enc can stand in
+    for it; with ``spec.skip`` it adds W_skip (x - b_in) to what the latents write, ``W_skip`` [d_out, d_in].
+    A crosscoder is an SAE of several sites side by side.
     ``compute_dtype`` is the type of large matrix products only. Everything that changes during training is a
     parameter or a buffer, so that checkpoints hold it; ``weight_names`` are those that a saved SAE has, too
     (``tokens_since_fired``, for example, is not among them).
@@ -88,6 +111,10 @@ class SAE(nn.Module):
     """Whether scaling the input and, by `fold_scale`, the biases scales codes and reconstruction alike."""
     permutable_latents: ClassVar[bool] = True
     """Whether permuting the latents of all weights permutes the codes, and changes no reconstruction."""
+    b_in: Tensor
+    """[d_in]: what a transcoder subtracts from its input; an SAE has none."""
+    W_skip: nn.Parameter
+    """[d_out, d_in]: the skip connection of a transcoder with ``spec.skip``."""
     tokens_since_fired: Tensor
     """[M] int64: training rows since each latent was last active."""
 
@@ -95,14 +122,23 @@ class SAE(nn.Module):
         super().__init__()
         self.spec = spec
         self.d_in = d_in
+        self.d_out = sum(site.width for site in spec.targets) or d_in
+        if spec.sites and sum(site.width for site in spec.sites) != d_in:
+            raise ValueError(f"d_in is {d_in}, but the sites of the spec are {spec.sites}")
         self.compute_dtype = torch.float32
         self.dead_after = self.dead_tokens
         if not self.tied:
             self.W_enc_MD = nn.Parameter(torch.zeros(spec.d_sae, d_in))
-        self.W_dec = nn.Parameter(torch.zeros(spec.d_sae, d_in))
+        self.W_dec = nn.Parameter(torch.zeros(spec.d_sae, self.d_out))
         if "b_enc" in self.weight_names:
             self.b_enc = nn.Parameter(torch.zeros(spec.d_sae))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        if spec.is_transcoder:
+            self.register_buffer("b_in", torch.zeros(d_in))
+            self.weight_names = (*self.weight_names, "b_in")  # type: ignore[misc]
+        if spec.is_transcoder and spec.skip:
+            self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in))
+            self.weight_names = (*self.weight_names, "W_skip")  # type: ignore[misc]
         self.register_buffer("tokens_since_fired", torch.zeros(spec.d_sae, dtype=torch.int64))
 
     @property
@@ -117,6 +153,25 @@ class SAE(nn.Module):
     def W_enc(self) -> Tensor:
         """[d_in, d_sae], a transposed view of the latent-major weights."""
         return self.W_enc_MD.T
+
+    @property
+    def input_bias(self) -> Tensor:
+        """[d_in] what is subtracted from the input: b_in of a transcoder, otherwise b_dec."""
+        return self.b_in if self.spec.is_transcoder else self.b_dec
+
+    def split(self, x: Tensor, *, of: Sequence[SiteWidth] | None = None) -> dict[str, Tensor]:
+        """The parts [..., width] of each site of an input [..., d_in], by name; views, not copies.
+
+        ``of=sae.spec.targets`` gives those of a reconstruction [..., d_out]. An SAE of one site has no parts.
+
+        Raises:
+            ValueError: the last axis is not as wide as the sites together.
+        """
+        sites = self.spec.sites if of is None else of
+        widths = [site.width for site in sites]
+        if sum(widths) != x.shape[-1]:
+            raise ValueError(f"x has shape {tuple(x.shape)}, but the sites are {sum(widths)} wide together")
+        return {site.name: part for site, part in zip(sites, torch.split(x, widths, dim=-1), strict=True)}
 
     @property
     def dead_tokens(self) -> int:
@@ -193,14 +248,30 @@ class SAE(nn.Module):
         leading = tuple(x.shape[:-1])
         return SparseCodes(codes.indices, codes.values, codes.d_sae, leading, codes.k, codes.offsets)
 
-    def decode(self, codes: SparseCodes) -> Tensor:
-        """Reconstruction [*leading_shape, d_in] in float32."""
-        x_hat_ND = sparse_decode(codes.values, codes.entries, self.W_dec, self.b_dec)
-        return x_hat_ND.view(*codes.leading_shape, self.d_in)
+    def decode(self, codes: SparseCodes, x: Tensor | None = None) -> Tensor:
+        """Reconstruction [*leading_shape, d_out] in float32.
+
+        A transcoder with a skip connection also needs ``x`` [*leading_shape, d_in], what was encoded.
+
+        Raises:
+            ValueError: it is missing.
+        """
+        y_hat_NE = sparse_decode(codes.values, codes.entries, self.W_dec, self.b_dec)
+        y_hat = y_hat_NE.view(*codes.leading_shape, self.d_out)
+        if not self.spec.skip:
+            return y_hat
+        if x is None:
+            raise ValueError("this transcoder has a skip connection: decode(codes, x) needs the encoded x")
+        return y_hat + self.skipped(x)
+
+    def skipped(self, x: Tensor) -> Tensor:
+        """W_skip (x - b_in) [..., d_out], what the skip connection of a transcoder adds."""
+        skipped: Tensor = (x.float() - self.b_in) @ self.W_skip.T
+        return skipped
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction of ``x``, same shape, float32."""
-        return self.decode(self.encode(x))
+        """Reconstruction [..., d_out] from ``x`` [..., d_in], float32."""
+        return self.decode(self.encode(x), x)
 
     @torch.no_grad()
     def initialize(self, sample: Batch, *, seed: int) -> None:
@@ -210,19 +281,44 @@ class SAE(nn.Module):
         is then scaled by the factor that minimizes the squared error of the first reconstruction; which
         latents are selected does not depend on it.
         """
-        generator = torch.Generator().manual_seed(seed)
-        atoms_MD = torch.randn(self.d_sae, self.d_in, generator=generator)
-        self.W_dec.copy_(atoms_MD)
-        self.normalize_decoder()
-        self.W_enc_MD.copy_(self.W_dec)
+        self.initialize_dictionary(sample, seed=seed)
         self.b_enc.zero_()
-        self.b_dec.copy_(sample.x_ND.double().mean(0))
         probe = sample[:INIT_ROWS]
-        error_ND = (probe.x_ND - self.b_dec).double()
-        offset_ND = error_ND - self.loss(probe).error.double()
-        energy = offset_ND.square().sum()
+        error_NE = (probe.y_NE - self.b_dec).double()
+        offset_NE = error_NE - self.loss(probe).error.double()
+        energy = offset_NE.square().sum()
         if energy > 0:
-            self.W_enc_MD.mul_(float((error_ND * offset_ND).sum() / energy))
+            self.W_enc_MD.mul_(float((error_NE * offset_NE).sum() / energy))
+
+    @torch.no_grad()
+    def initialize_dictionary(self, sample: Batch, *, seed: int) -> None:
+        """Set both dictionaries, and the biases of the input and the target to their means.
+
+        Decoder rows are random unit vectors, and the encoder is tied to them. Those of a transcoder cannot be
+        tied: its encoder has random unit rows, and each decoder row points to where the target is when the
+        latent is among the k largest, sum_n z_n (y_n - mean y) over the sample's first rows (random where the
+        latent is not active there).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        self.W_dec.copy_(torch.randn(self.d_sae, self.d_out, generator=generator))
+        self.normalize_decoder()
+        self.b_dec.copy_(sample.y_NE.double().mean(0))
+        if not self.spec.is_transcoder:
+            if not self.tied:
+                self.W_enc_MD.copy_(self.W_dec)
+            return
+        self.b_in.copy_(sample.x_ND.double().mean(0))
+        self.W_enc_MD.copy_(torch.randn(self.d_sae, self.d_in, generator=generator))
+        normalize_rows_(self.W_enc_MD)
+        probe = sample[:INIT_ROWS]
+        values_NK, indices_NK = topk_encode(
+            probe.x_ND - self.b_in, self.W_enc_MD, torch.zeros_like(self.tokens_since_fired.float()), self.k
+        )
+        codes = SparseCodes.from_topk(values_NK, indices_NK, d_sae=self.d_sae)
+        means_ME = latent_sums(codes.entries.groups, codes.values, probe.y_NE - self.b_dec)
+        seen_M = means_ME.square().sum(1) > 0
+        self.W_dec[seen_M] = means_ME[seen_M]
+        self.normalize_decoder()
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -261,6 +357,35 @@ class SAE(nn.Module):
         """
         self.b_enc.div_(scale)
         self.b_dec.div_(scale)
+
+    @torch.no_grad()
+    def fold_scales(self, sites: Sequence[float], targets: Sequence[float]) -> None:
+        """Turn an SAE of scaled activations into one of unscaled activations, as `fold_scale` does.
+
+        Each of the sites, and each of the targets of a transcoder, has a scale of its own; ``targets`` is
+        empty for an SAE or a crosscoder, whose targets are its sites. Codes are divided by the scale s of the
+        first target (of the first site of a crosscoder), so the decoder rows of that site keep their norms,
+        and those of another site of scale t are multiplied by s / t.
+        """
+        unit = (targets or sites)[0]
+        self.fold_scale(unit)
+        if len(sites) == 1 and not targets:
+            return
+        site_D = self.columns(sites, of=self.spec.sites)
+        target_E = self.columns(targets, of=self.spec.targets) if targets else site_D
+        self.W_enc_MD.mul_(site_D / unit)
+        self.W_dec.mul_(unit / target_E)
+        self.b_dec.mul_(unit / target_E)
+        if self.spec.is_transcoder:
+            self.b_in.div_(site_D)
+        if self.spec.is_transcoder and self.spec.skip:
+            self.W_skip.mul_(site_D).div_(target_E[:, None])
+
+    def columns(self, values: Sequence[float], *, of: Sequence[SiteWidth]) -> Tensor:
+        """[sum of widths] float32: each site's value at all of its columns."""
+        widths = torch.tensor([site.width for site in of])
+        columns = torch.tensor(values, dtype=torch.float64).repeat_interleave(widths)
+        return columns.float().to(self.W_dec.device)
 
     # Disk -----------------------------------------------------------------------------------------
 

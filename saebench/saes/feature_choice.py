@@ -237,5 +237,5 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         """
         largest = self.threshold.max()
         threshold_M = self.threshold.clamp_min(SMALLEST_THRESHOLD * torch.where(largest > 0, largest, 1.0))
-        chosen = self.largest(x_ND - self.b_dec, torch.ones_like(largest), divisor_M=threshold_M)
+        chosen = self.largest(x_ND - self.input_bias, torch.ones_like(largest), divisor_M=threshold_M)
         self.threshold.copy_(just_below(self.smallest_of(chosen)) * threshold_M)

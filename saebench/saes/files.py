@@ -66,7 +66,8 @@ def load_sae(directory: Path, *, device: str | torch.device = "cpu") -> SAE:
     spec = from_flat(sae_class.Spec, description["spec"], source=str(directory / SPEC_FILE))
     file = directory / WEIGHTS_FILE
     weights = read_safetensors(file, way_out="train it again or restore a copy")
-    check_tensors(weights, {"W_dec": (spec.d_sae, d_in)}, file)  # before memory of that size is taken
+    d_out = sum(site.width for site in spec.targets) or d_in
+    check_tensors(weights, {"W_dec": (spec.d_sae, d_out)}, file)  # before memory of that size is taken
     sae: SAE = sae_class(spec, d_in)
     check_tensors(weights, {name: tuple(getattr(sae, name).shape) for name in sae.weight_names}, file)
     sae.load_state_dict(weights, strict=False)

@@ -60,15 +60,17 @@ class GatedSAE(TargetL0SAE):
         return gates.with_values(self.magnitudes(gates, self.shared(x_ND, gates)))
 
     def loss(self, batch: Batch) -> LossTerms:
-        x_ND = batch.x_ND
+        x_ND, y_NE = batch.x_ND, batch.y_NE
         gates = self.open_gates(x_ND)
         shared_S = self.shared(x_ND, gates)
         codes = gates.with_values(self.magnitudes(gates, shared_S))
         gate_S = shared_S + gather_latents(self.b_gate - self.b_gate.detach(), gates.entries)
-        x_hat_ND = self.decode(codes)
+        x_hat_ND = self.decode(codes, x_ND)
         by_gate_ND = sparse_decode(gate_S, gates.entries, self.W_dec.detach(), self.b_dec.detach())
-        of_gate = (x_ND - by_gate_ND).square().mean()
-        objective = (x_ND - x_hat_ND).square().mean() + of_gate
+        if self.spec.skip:
+            by_gate_ND = by_gate_ND + self.skipped(x_ND).detach()
+        of_gate = (y_NE - by_gate_ND).square().mean()
+        objective = (y_NE - x_hat_ND).square().mean() + of_gate
         return self.steered_terms(
             batch,
             codes,
@@ -83,12 +85,12 @@ class GatedSAE(TargetL0SAE):
         return self.above(x_ND, self.b_gate.new_zeros(()), self.b_gate + lift)
 
     def shared(self, x_ND: Tensor, gates: SparseCodes) -> Tensor:
-        """[S] gate of every entry, with gradients for W_enc and b_dec but none for b_gate.
+        """[S] gate of every entry, with gradients for W_enc and the input's bias but none for b_gate.
 
         The magnitude is computed from it too, by subtracting b_gate, and must not train b_gate.
         """
         b_gate_M = self.b_gate.detach()
-        return sparse_encode(gates.values, gates.entries, x_ND, self.W_enc_MD, b_gate_M, self.b_dec)
+        return sparse_encode(gates.values, gates.entries, x_ND, self.W_enc_MD, b_gate_M, self.input_bias)
 
     def magnitudes(self, gates: SparseCodes, shared_S: Tensor) -> Tensor:
         """[S] relu(magnitude) of every entry."""
@@ -108,8 +110,8 @@ class GatedSAE(TargetL0SAE):
         self.r_mag.zero_()
 
     def log_coefficient_of(self, threshold: Tensor) -> Tensor:
-        """For the gate alone: min over z of (a - z)^2 / d_in + c z is at z = a - c d_in / 2."""
-        return threshold.log() + math.log(2 / self.d_in)
+        """For the gate alone: min over z of (a - z)^2 / d_out + c z is at z = a - c d_out / 2."""
+        return threshold.log() + math.log(2 / self.d_out)
 
     def scale_codes(self, factor: float) -> None:
         self.W_enc_MD.mul_(factor)

@@ -159,8 +159,9 @@ class GradientSAE(AuxKSAE):
                 missing, of another shape than ``x``, not finite, or given although only ``oracle`` reads it.
         """
         gradient = how.get("gradient")
-        if gradient is not None and gradient.shape != x.shape:
-            raise ValueError(f"gradient has shape {tuple(gradient.shape)}, x has {tuple(x.shape)}")
+        wanted = (*x.shape[:-1], self.d_out)
+        if gradient is not None and gradient.shape != wanted:
+            raise ValueError(f"gradient has shape {tuple(gradient.shape)}; it must be {wanted}")
         if gradient is not None and not gradient.isfinite().all():
             raise UserError(
                 "gradient holds NaN or infinity, so latents cannot be chosen by it; "
@@ -178,7 +179,7 @@ class GradientSAE(AuxKSAE):
             raise ValueError("inference='oracle' needs gradient=..., and it alone")
         with torch.no_grad():
             if gradient is not None:
-                chosen = self._by_gradient(self.centered(x_ND), gradient.reshape(x_ND.shape).to(x_ND))
+                chosen = self._by_gradient(self.centered(x_ND), gradient.reshape(-1, self.d_out).to(x_ND))
             elif inference == "proxy":
                 chosen = self._by_influence(x_ND)
             else:

@@ -86,8 +86,8 @@ class JumpReluSAE(TargetL0SAE):
         threshold_S = gather_latents(self.threshold * self.log_step.exp(), near.entries)
         z_S, active_S = jump_relu(pre_S, threshold_S, bandwidth)
         codes = near.with_values(z_S)
-        x_hat_ND = self.decode(codes)
-        objective = (batch.x_ND - x_hat_ND).square().mean()
+        x_hat_ND = self.decode(codes, batch.x_ND)
+        objective = (batch.y_NE - x_hat_ND).square().mean()
         return self.steered_terms(batch, codes, x_hat_ND, objective, active_S.sum() / codes.n_rows)
 
     @torch.no_grad()
@@ -108,8 +108,8 @@ class JumpReluSAE(TargetL0SAE):
         self.threshold.copy_(threshold)
 
     def log_coefficient_of(self, threshold: Tensor) -> Tensor:
-        """(a - z)^2 / d_in + c H(z) is smaller at z = a than at z = 0 when a^2 > c d_in."""
-        return 2 * threshold.log() - math.log(self.d_in)
+        """(a - z)^2 / d_out + c H(z) is smaller at z = a than at z = 0 when a^2 > c d_out."""
+        return 2 * threshold.log() - math.log(self.d_out)
 
     def scale_codes(self, factor: float) -> None:
         self.W_enc_MD.mul_(factor)

@@ -32,6 +32,7 @@ class MatchingPursuitSpec(AuxSpec):
 
     name: ClassVar[str] = "matching-pursuit"
     repeats: ClassVar[bool] = True
+    tied: ClassVar[bool] = True
 
     selection: Literal["signed", "absolute"] = "signed"
     """Pick the largest r . d_i, or the largest |r . d_i| (codes may then be negative)."""
@@ -106,10 +107,7 @@ class MatchingPursuitSAE(AuxKSAE):
     @torch.no_grad()
     def initialize(self, sample: Batch, *, seed: int) -> None:
         """Random unit atoms; b_dec the mean of the sample."""
-        generator = torch.Generator().manual_seed(seed)
-        self.W_dec.copy_(torch.randn(self.d_sae, self.d_in, generator=generator))
-        self.normalize_decoder()
-        self.b_dec.copy_(sample.x_ND.double().mean(0))
+        self.initialize_dictionary(sample, seed=seed)
 
     def encode_rows(
         self, x_ND: Tensor, *, k: int | None = None, tolerance: float | None = None

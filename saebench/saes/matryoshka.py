@@ -69,10 +69,12 @@ class MatryoshkaSAE(MutualChoiceSAE):
             chosen = self.choose(batch)
         codes = self.attach_gradients(batch.x_ND, chosen)
         x_hat_GND = self.decode_prefixes(codes)
-        return self.terms(batch, codes, x_hat_GND[-1], (batch.x_ND - x_hat_GND).square().mean())
+        if self.spec.skip:
+            x_hat_GND = x_hat_GND + self.skipped(batch.x_ND)
+        return self.terms(batch, codes, x_hat_GND[-1], (batch.y_NE - x_hat_GND).square().mean())
 
     def decode_prefixes(self, codes: SparseCodes) -> Tensor:
-        """The reconstruction by each prefix of the dictionary, [G, N, D]; the last is the whole one's.
+        """The reconstruction by each prefix of the dictionary, [G, N, d_out]; the last is the whole one's.
 
         Each entry is decoded once: the entries of the g-th group of latents give what prefix g adds to the
         prefix before it.
@@ -90,4 +92,4 @@ class MatryoshkaSAE(MutualChoiceSAE):
         )
         zeros_D = torch.zeros_like(self.b_dec)
         added = sparse_decode(parts.values, parts.entries, self.W_dec, zeros_D)
-        return added.view(n_groups, n_rows, self.d_in).cumsum(0) + self.b_dec
+        return added.view(n_groups, n_rows, self.d_out).cumsum(0) + self.b_dec

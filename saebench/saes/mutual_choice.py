@@ -150,7 +150,7 @@ class MutualChoiceSAE(AuxKSAE):
 
         Inference then keeps k per row on average, exactly so on these rows (up to ties).
         """
-        chosen = self.largest(x_ND - self.b_dec, self.smallest_match)
+        chosen = self.largest(x_ND - self.input_bias, self.smallest_match)
         self.threshold.copy_(just_below(self.smallest_of(chosen)))
 
     @torch.no_grad()

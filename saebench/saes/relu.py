@@ -44,16 +44,16 @@ class ReluSAE(TargetL0SAE):
 
     def loss(self, batch: Batch) -> LossTerms:
         codes = self.encode_rows(batch.x_ND)
-        x_hat_ND = self.decode(codes)
-        objective = (batch.x_ND - x_hat_ND).square().mean()
+        x_hat_ND = self.decode(codes, batch.x_ND)
+        objective = (batch.y_NE - x_hat_ND).square().mean()
         return self.steered_terms(batch, codes, x_hat_ND, objective, codes.values.sum() / codes.n_rows)
 
     def set_threshold(self, threshold: Tensor) -> None:
         self.b_enc.fill_(-threshold)
 
     def log_coefficient_of(self, threshold: Tensor) -> Tensor:
-        """min over z of (a - z)^2 / d_in + c z is at z = a - c d_in / 2."""
-        return threshold.log() + math.log(2 / self.d_in)
+        """min over z of (a - z)^2 / d_out + c z is at z = a - c d_out / 2."""
+        return threshold.log() + math.log(2 / self.d_out)
 
     def scale_codes(self, factor: float) -> None:
         self.W_enc_MD.mul_(factor)

@@ -106,14 +106,14 @@ class TargetL0SAE(AuxKSAE):
         """Entries of ``W_enc (x - b_dec) + bias`` that are positive and above the threshold, no gradients."""
         with torch.no_grad():
             values_S, indices_S, offsets = threshold_encode(
-                x_ND - self.b_dec, self.W_enc_MD, bias_M, threshold, scan_dtype=self.compute_dtype
+                x_ND - self.input_bias, self.W_enc_MD, bias_M, threshold, scan_dtype=self.compute_dtype
             )
         return SparseCodes.from_ragged(values_S, indices_S, offsets, d_sae=self.d_sae)
 
     def pre_activation_std(self, x_ND: Tensor) -> Tensor:
         """The approximate standard deviation of the pre-activations of these rows, a scalar."""
         norms_M: Tensor = torch.linalg.vector_norm(self.W_enc_MD, dim=1)
-        return (x_ND - self.b_dec).std() * norms_M.mean()
+        return (x_ND - self.input_bias).std() * norms_M.mean()
 
     def coefficient(self) -> Tensor:
         """The coefficient of the sparsity in the next batch, a scalar."""
@@ -166,13 +166,9 @@ class TargetL0SAE(AuxKSAE):
     @torch.no_grad()
     def initialize(self, sample: Batch, *, seed: int) -> None:
         """As for every SAE, and one threshold for all latents, at which k per row are active."""
-        generator = torch.Generator().manual_seed(seed)
-        self.W_dec.copy_(torch.randn(self.d_sae, self.d_in, generator=generator))
-        self.normalize_decoder()
-        self.W_enc_MD.copy_(self.W_dec)
-        self.b_dec.copy_(sample.x_ND.double().mean(0))
+        self.initialize_dictionary(sample, seed=seed)
         probe = sample[:INIT_ROWS]
-        centered_ND = probe.x_ND - self.b_dec
+        centered_ND = probe.x_ND - self.input_bias
         values_S, _, _ = mutual_choice_encode(
             centered_ND,
             self.W_enc_MD,
@@ -184,7 +180,8 @@ class TargetL0SAE(AuxKSAE):
         threshold = just_below(values_S.min()).clamp_min(torch.finfo(torch.float32).tiny)
         self.set_threshold(threshold)
         self.log_multiplier.copy_(self.log_coefficient_of(threshold))
-        offset_ND = centered_ND.double() - self.loss(probe).error.double()
-        energy = offset_ND.square().sum()
+        error_NE = (probe.y_NE - self.b_dec).double()
+        offset_NE = error_NE - self.loss(probe).error.double()
+        energy = offset_NE.square().sum()
         if energy > 0:
-            self.scale_codes(float((centered_ND.double() * offset_ND).sum() / energy))
+            self.scale_codes(float((error_NE * offset_NE).sum() / energy))

@@ -75,10 +75,10 @@ class TopKSAE(AuxKSAE):
         codes = SparseCodes.from_topk(
             values_NK.gather(1, slots_NK), indices_NK.gather(1, slots_NK), d_sae=self.d_sae
         )
-        x_hat_ND = self.decode(codes)
-        of_many_ND = self.decode(many)
-        objective = (batch.x_ND - x_hat_ND).square().mean()
-        objective = objective + MULTI_COEFFICIENT * (batch.x_ND - of_many_ND).square().mean()
+        x_hat_ND = self.decode(codes, batch.x_ND)
+        of_many_ND = self.decode(many, batch.x_ND)
+        objective = (batch.y_NE - x_hat_ND).square().mean()
+        objective = objective + MULTI_COEFFICIENT * (batch.y_NE - of_many_ND).square().mean()
         return self.terms(batch, codes, x_hat_ND, objective)
 
     def graph_key(self, progress: float) -> Hashable | None:

@@ -12,6 +12,7 @@ from saebench.core.files import write_bytes_atomic
 from saebench.core.tensors import check_tensors, read_safetensors
 from saebench.runs.checkpoints import checkpoint_path, checkpoints_of
 from saebench.saes.base import SAE
+from saebench.saes.scales import Scales
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _ADDED_LATER = ("sae.dead_when_looked",)
@@ -20,7 +21,7 @@ _ADDED_LATER = ("sae.dead_when_looked",)
 
 @dataclass
 class SaeInTraining:
-    """An SAE, its optimizer, the factor of its input, and how many steps it has taken.
+    """An SAE, its optimizer, the factors of its input and target, and how many steps it has taken.
 
     The order of the rows is a function of the seed and ``step``, and nothing random happens after
     initialization, so these tensors are the whole state.
@@ -28,23 +29,23 @@ class SaeInTraining:
 
     sae: SAE
     optimizer: torch.optim.Adam
-    scale: float
+    scales: Scales
     step: int = 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, counters, both moments, and the two scalars, by name."""
+        """Weights, counters, both moments, the scales and the step, by name."""
         out = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         for name, parameter in self.sae.named_parameters():
             moments = self.optimizer.state[parameter]
             for moment in _MOMENTS:
                 out[f"adam.{name}.{moment}"] = moments.get(moment, torch.zeros_like(parameter))
-        out["scale"] = torch.tensor(self.scale, dtype=torch.float64)
+        out |= self.scales.tensors()
         out["step"] = torch.tensor(self.step, dtype=torch.int64)
         return {name: tensor.detach().cpu().contiguous() for name, tensor in out.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of ``tensors``."""
-        self.scale, self.step = float(tensors["scale"]), int(tensors["step"])
+        self.scales, self.step = Scales.from_tensors(tensors), int(tensors["step"])
         self.sae.load_state_dict({name: tensors[f"sae.{name}"] for name in self.sae.state_dict()})
         for name, parameter in self.sae.named_parameters():
             self.optimizer.state[parameter] = {

@@ -72,8 +72,7 @@ class GraphedStep:
         return self._output
 
     def _capture(self, rows: Rows, progress: float) -> None:
-        gradients = None if rows.gradients is None else torch.empty_like(rows.gradients)
-        self._rows = Rows(torch.empty_like(rows.activations), gradients)
+        self._rows = rows.map(torch.empty_like)
         self._lr = torch.zeros((), dtype=torch.float64, device=rows.activations.device)
         self._graph = torch.cuda.CUDAGraph()
         # Meanwhile the loader allocates pinned memory in a thread of its own.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from saebench.core.errors import UserError
-from saebench.core.settings import from_flat, whole_number
+from saebench.core.settings import from_flat, setting_names, whole_number
 from saebench.saes.registry import architecture
 from saebench.saes.spec import SaeSpec
 from saebench.training.settings import TrainConfig
@@ -39,7 +39,7 @@ def plan(settings: Mapping[str, Any], grid: Grid | None = None, *, source: str) 
     grid = grid or {}
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     specs = {name: architecture(name).Spec for name in architectures(settings, grid)}
-    known = {field.name for spec_class in specs.values() for field in dataclasses.fields(spec_class)}
+    known = {name for spec_class in specs.values() for name in setting_names(spec_class)}
     for name in grid:
         if name not in known and name not in _OF_THE_RUN:
             allowed = ", ".join([*_OF_THE_RUN, *sorted(known)])
@@ -55,7 +55,7 @@ def plan(settings: Mapping[str, Any], grid: Grid | None = None, *, source: str) 
     for combination in combinations:
         spec_class = specs[str({**settings, **combination}.get("sae", TrainConfig.sae))]
         types = get_type_hints(spec_class)
-        own = {field.name for field in dataclasses.fields(spec_class)}
+        own = set(setting_names(spec_class))
         asked = {name: v for name, v in combination.items() if name in own or name not in known}
         written = {name: _whole(value, types.get(name)) for name, value in asked.items()}
         values = {**settings, **written}

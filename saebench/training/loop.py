@@ -6,6 +6,7 @@ Shapes: N rows in a batch, D = d_in.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import sys
 import time
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saebench.activations.cache import ActivationCache, open_cache
-from saebench.activations.loader import Loader
+from saebench.activations.loader import Loader, side_by_side
 from saebench.core.device import pick_device
 from saebench.core.errors import UserError
 from saebench.core.files import directory_lock, human_bytes, require_disk
@@ -28,7 +29,7 @@ from saebench.runs.provenance import ContextSettings
 from saebench.runs.run import Run
 from saebench.saes.base import Batch
 from saebench.saes.registry import architecture
-from saebench.saes.spec import SaeSpec
+from saebench.saes.spec import SaeSpec, SiteWidth
 from saebench.training import resume, state
 from saebench.training.grid import Plan, grid_of, plan
 from saebench.training.interrupts import StopRequest
@@ -107,7 +108,8 @@ def train_all(plans: Sequence[Plan]) -> list[Run]:
     """Train SAEs that read the same batches; see `sweep`."""
     common = plans[0][0]
     cache = open_cache(common.cache)
-    hook = common.hook or cache.hooks[0]
+    plans = [(config, with_sites(spec, config, cache)) for config, spec in plans]
+    sites = site_names(common, cache)
     device = pick_device(common.device)
     n_steps = common.tokens // common.batch_size
     with_gradients = any(architecture(spec.name).uses_gradients for _, spec in plans)
@@ -115,20 +117,22 @@ def train_all(plans: Sequence[Plan]) -> list[Run]:
         spec.check(batch_size=common.batch_size, n_steps=n_steps)
     loader = Loader(
         cache,
-        hook,
+        sites,
+        targets=common.target,
         batch_size=common.batch_size,
         seed=common.seed if common.order_seed is None else common.order_seed,
         gradients=with_gradients,
         device=device,
         memory_bytes=int(common.memory * 2**30),
     )
-    weight_bytes = [_weight_bytes(spec, cache.d_in(hook)) for _, spec in plans]
+    d_in = sum(cache.d_in(site) for site in sites)
+    weight_bytes = [_weight_bytes(spec, d_in) for _, spec in plans]
     for (config, _), n_bytes in zip(plans, weight_bytes, strict=True):
         require_disk(config.out, 7 * n_bytes, what=f"the run {config.out} (two checkpoints and the weights)")
 
     with contextlib.ExitStack() as stack:
-        provenance = _provenance(cache, hook)
-        facts = {config.out: _facts(config, spec, cache, provenance, n_steps) for config, spec in plans}
+        provenance = _provenance(cache, sites[0])
+        facts = {config.out: _facts(config, spec, d_in, provenance, n_steps) for config, spec in plans}
         for config, _ in plans:
             stack.enter_context(directory_lock(config.out, what="the run directory"))
         stop = stack.enter_context(StopRequest())
@@ -153,7 +157,7 @@ def train_all(plans: Sequence[Plan]) -> list[Run]:
         failed = _steps(trainings, loader, stop, device)
         finished = [training for training in trainings if training.finished]
         if finished:
-            unseen_ND = _unseen_rows(cache, hook, loader)
+            unseen_ND = _unseen_rows(cache, sites, loader)
         for training in finished:
             training.finish(unseen_ND, provenance)
     if failed:
@@ -223,26 +227,28 @@ def _why(error: UserError, loader: Loader, i: int, training: TrainingState) -> U
 def _sample(loader: Loader) -> Batch:
     """The first rows of the training order in float32 on the CPU: 65,536, or fewer if they are wide."""
     first = loader.batch(0)
-    n_rows = min(SAMPLE_ROWS, loader.n_rows, SAMPLE_BYTES // (4 * first.activations.shape[1]))
+    width = sum(column.shape[1] for column in (first.activations, first.targets) if column is not None)
+    n_rows = min(SAMPLE_ROWS, loader.n_rows, SAMPLE_BYTES // (4 * width))
     batches = [first, *(loader.batch(i) for i in range(1, n_rows // loader.batch_size))]
-    x_ND = torch.cat([rows.activations.float().cpu() for rows in batches])[:SAMPLE_ROWS]
-    if not x_ND.isfinite().all():
+    x_ND, gradient_ND, target_NE = (
+        None if columns[0] is None else torch.cat([c.float().cpu() for c in columns])[:SAMPLE_ROWS]
+        for columns in zip(*batches, strict=True)
+    )
+    assert x_ND is not None
+    if not x_ND.isfinite().all() or not (target_NE is None or target_NE.isfinite().all()):
         raise UserError(
             f"activations at {loader.hook} hold NaN or infinity; harvest them again in another --dtype"
         )
-    if first.gradients is None:
-        return Batch(x_ND)
-    gradients = [rows.gradients.float().cpu() for rows in batches if rows.gradients is not None]
-    return Batch(x_ND, torch.cat(gradients)[:SAMPLE_ROWS])
+    return Batch(x_ND, gradient_ND, target_NE=target_NE)
 
 
-def _unseen_rows(cache: ActivationCache, hook: str, loader: Loader) -> Tensor:
+def _unseen_rows(cache: ActivationCache, sites: Sequence[str], loader: Loader) -> Tensor:
     """Held-out rows spread evenly over the cache, at most as many as `_sample` takes, on the device.
 
     Where no rows are held out, they are rows of the training order, with a warning.
     """
     row_N = cache.held_out.nonzero()[:, 0]
-    n_rows = min(SAMPLE_ROWS, max(1, SAMPLE_BYTES // (4 * cache.d_in(hook))))
+    n_rows = min(SAMPLE_ROWS, max(1, SAMPLE_BYTES // (4 * sum(cache.d_in(site) for site in sites))))
     if len(row_N) == 0:
         print(
             f"warning: {cache.path} has no held-out rows, so inference is calibrated on training rows",
@@ -251,7 +257,7 @@ def _unseen_rows(cache: ActivationCache, hook: str, loader: Loader) -> Tensor:
         return loader.batch(0).activations
     if len(row_N) > n_rows:
         row_N = row_N[torch.arange(n_rows) * len(row_N) // n_rows]
-    return cache.activations(hook)[row_N].to(loader.device)
+    return side_by_side([cache.activations(site) for site in sites], row_N).to(loader.device)
 
 
 def _forecast(
@@ -263,9 +269,7 @@ def _forecast(
         return
     seconds, latents = 0.0, 0
     for training in trainings:
-        batch = sample[slice(0, common.batch_size)]
-        gradient_ND = batch.gradient_ND.to(device) if batch.gradient_ND is not None else None
-        batch = Batch(batch.x_ND.to(device) * training.current.scale, gradient_ND)
+        batch = training.scaler.batch(sample[slice(0, common.batch_size)].to(device))
         for _ in range(2):  # the first one includes the cost of setting up
             started = time.monotonic()
             training.current.sae.loss(batch).total.backward()  # type: ignore[no-untyped-call]
@@ -284,8 +288,31 @@ def _forecast(
     )
 
 
+def site_names(config: TrainConfig, cache: ActivationCache) -> list[str]:
+    """The sites that are read: those named; for a crosscoder all of the cache by default, else its first."""
+    if config.hook:
+        return [cache.resolve_hook(name) for name in config.hook]
+    if not config.crosscoder:
+        return cache.hooks[:1]
+    if len(cache.hooks) == 1:
+        raise UserError(f"--crosscoder joins several sites, but {cache.path} has {cache.hooks[0]} alone")
+    return cache.hooks
+
+
+def with_sites(spec: SaeSpec, config: TrainConfig, cache: ActivationCache) -> SaeSpec:
+    """``spec`` with the sites and targets of a transcoder or crosscoder, and their widths in the cache."""
+    if not config.target and not config.crosscoder:
+        return spec
+    sites = tuple(SiteWidth(name, cache.d_in(name)) for name in site_names(config, cache))
+    names = [cache.resolve_hook(name) for name in config.target]
+    targets = tuple(SiteWidth(name, cache.d_in(name)) for name in names) or sites
+    return dataclasses.replace(spec, sites=sites, targets=targets)
+
+
 def _weight_bytes(spec: SaeSpec, d_in: int) -> int:
-    return 4 * (2 * spec.d_sae * d_in + spec.d_sae + d_in)
+    d_out = sum(target.width for target in spec.targets) or d_in
+    skip = d_in * d_out if spec.skip else 0
+    return 4 * (spec.d_sae * (d_in + d_out) + spec.d_sae + d_out + skip)
 
 
 def _provenance(cache: ActivationCache, hook: str) -> dict[str, Any]:
@@ -300,14 +327,14 @@ def _provenance(cache: ActivationCache, hook: str) -> dict[str, Any]:
 
 
 def _facts(
-    config: TrainConfig, spec: SaeSpec, cache: ActivationCache, provenance: dict[str, Any], n_steps: int
+    config: TrainConfig, spec: SaeSpec, d_in: int, provenance: dict[str, Any], n_steps: int
 ) -> dict[str, Any]:
     return {
         **provenance,
         "format_version": FORMAT_VERSION,
         "train": {name: v for name, v in to_flat(config).items() if name not in resume.OF_THE_CALL},
         "sae": {"name": spec.name, **to_flat(spec)},
-        "d_in": cache.d_in(provenance["hook_name"]),
+        "d_in": d_in,
         "n_steps": n_steps,
     }
 

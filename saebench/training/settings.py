@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from saebench.core.bounds import Above, AtLeast, Seed
 from saebench.core.errors import UserError
-from saebench.core.settings import Settings
+from saebench.core.settings import ADDED_LATER, ONE_OR_MORE, Settings
 from saebench.saes.registry import architectures
 
 ComputeDtype = Literal["auto", "bf16", "fp32"]
@@ -22,8 +22,13 @@ class TrainConfig(Settings):
     """Directory of the activation cache."""
     out: Path
     """Directory of the run."""
-    hook: str | None = None
-    """Hook of the cache; by default the first."""
+    hook: tuple[str, ...] = field(default=(), metadata=ONE_OR_MORE)
+    """Site of the cache that is read, a TransformerLens hook name or a module path; by default the first.
+    Repeat it to read several, side by side."""
+    target: tuple[str, ...] = field(default=(), metadata=ADDED_LATER)
+    """Site that is reconstructed from it: trains a transcoder. Repeat it for several, side by side."""
+    crosscoder: bool = field(default=False, metadata=ADDED_LATER)
+    """Read and reconstruct several sites together, with one set of latents."""
     sae: str = "topk"
     """Architecture: topk, matching-pursuit, mutual-choice (BatchTopK; also: batchtopk), feature-choice,
     gradient, matryoshka, jumprelu, gated, relu, or one that another installed package adds."""
@@ -70,6 +75,11 @@ class TrainConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "sae", architectures.canonical(self.sae, flag="--sae"))
+        for name in ("hook", "target"):
+            value = getattr(self, name)
+            if value is None or isinstance(value, str):  # as a single value was given before
+                object.__setattr__(self, name, (value,) if value else ())
+        self._check_sites()
         if self.tokens < self.batch_size:
             raise UserError(
                 f"tokens is {self.tokens:,} but one step takes batch_size = {self.batch_size:,}; "
@@ -78,4 +88,24 @@ class TrainConfig(Settings):
         if self.warmup + self.decay > 1:
             raise UserError(
                 f"warmup {self.warmup} and decay {self.decay} are shares of one run and exceed it"
+            )
+
+    def _check_sites(self) -> None:
+        for flag, names in (("--site", self.hook), ("--target", self.target)):
+            if len(set(names)) != len(names):
+                raise UserError(f"{flag} names the same site twice: {', '.join(names)}")
+        if self.crosscoder and self.target:
+            raise UserError(
+                "a crosscoder reconstructs the sites that it reads; leave --target or --crosscoder out"
+            )
+        if self.crosscoder and len(self.hook) == 1:
+            raise UserError(f"--crosscoder joins several sites, but --site names {self.hook[0]} alone")
+        if len(self.hook) > 1 and not self.crosscoder and not self.target:
+            raise UserError(
+                "--site names several sites; pass --crosscoder to reconstruct them together, or --target to "
+                "reconstruct another site"
+            )
+        if self.target and self.target == self.hook:
+            raise UserError(
+                f"--target is the site that is read, {', '.join(self.target)}; leave it out for an SAE"
             )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from saebench.core.errors import UserError
 from saebench.runs.layout import SESSIONS_FILE
 from saebench.saes.base import SAE, Batch
 from saebench.saes.registry import architecture
+from saebench.saes.scales import Scaler, Scales
 from saebench.saes.spec import SaeSpec
 from saebench.training import checkpoint, resume
 from saebench.training.checkpoint import SaeInTraining
@@ -32,7 +32,6 @@ from saebench.training.metrics import step_metrics
 from saebench.training.optimizer import learning_rate, make_optimizer, optimizer_step, peak_learning_rate
 from saebench.training.settings import TrainConfig
 from saebench.training.sinks import Sink, open_sinks
-from saebench_kernels import center
 
 MISSED_L0 = 0.05
 """Relative difference between the mean L0 at inference and k above which a warning is printed."""
@@ -56,10 +55,12 @@ class TrainingState:
     """Scalar int64 on the device: number of steps of this session before the first that was not finite."""
     first_step: int
     graphed_step: GraphedStep = field(init=False)
+    scaler: Scaler = field(init=False)
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.graphed_step = GraphedStep(self.update, self.current.sae.graph_key)
+        self.scaler = Scaler(self.current.scales, self.spec, self.is_finite.device)
 
     @property
     def finished(self) -> bool:
@@ -79,7 +80,7 @@ class TrainingState:
         peak = peak_learning_rate(config, self.spec.d_sae)
         lr = learning_rate(config, peak=peak, step=current.step, n_steps=self.n_steps)
         if not sae.uses_gradients:
-            rows = Rows(rows.activations, None)
+            rows = rows._replace(gradients=None)
         if rows.activations.is_cuda and current.step % STEPS_BETWEEN_REFRESHES == 0:
             sae.refresh_dead()
         batch, terms, grad_norm = self.graphed_step(rows, current.step / self.n_steps, lr)
@@ -95,7 +96,7 @@ class TrainingState:
         if log:
             tokens = current.step * config.batch_size
             metrics = step_metrics(
-                sae, terms, batch.x_ND, step=current.step, tokens=tokens, lr=lr, grad_norm=grad_norm
+                sae, terms, batch.y_NE, step=current.step, tokens=tokens, lr=lr, grad_norm=grad_norm
             )
             for sink in self.sinks:
                 sink.write(metrics)
@@ -108,8 +109,8 @@ class TrainingState:
         """Loss, gradients, optimizer step and statistics of one batch; does not wait for the GPU unless the
         SAE does."""
         current, sae = self.current, self.current.sae
-        gradient_ND = rows.gradients.float() if rows.gradients is not None else None
-        batch = Batch(center(rows.activations, scale=current.scale), gradient_ND, progress)
+        unscaled = Batch(rows.activations, rows.gradients, progress, target_NE=rows.targets)
+        batch = self.scaler.batch(unscaled)
         terms = sae.loss(batch)
         current.optimizer.zero_grad()
         terms.total.backward()  # type: ignore[no-untyped-call]
@@ -129,7 +130,7 @@ class TrainingState:
         # As inference computes: thresholds found from rounded products would be those of other codes.
         current.sae.compute_dtype = torch.float32
         with torch.no_grad():
-            l0 = current.sae.calibrate(unseen_ND.float() * current.scale)
+            l0 = current.sae.calibrate(self.scaler.sites(unseen_ND))
         if l0 is not None and abs(l0 / self.spec.k - 1) > MISSED_L0:
             print(
                 f"warning: {config.out} has a mean L0 of {l0:.4g}, the target is k = {self.spec.k}: "
@@ -137,7 +138,7 @@ class TrainingState:
                 file=sys.stderr,
             )
         # On the CPU, where checkpoints are folded too: a GPU divides by a scalar with other rounding.
-        current.sae.to("cpu").fold_scale(current.scale)
+        current.sae.to("cpu").fold_scales(current.scales.sites, current.scales.targets)
         tokens = self.n_steps * config.batch_size
         current.sae.save(config.out, **provenance, tokens=tokens, seed=config.seed)
 
@@ -231,25 +232,15 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> str:
 
 def fresh_sae(config: TrainConfig, spec: SaeSpec, sample: Batch, device: torch.device) -> SaeInTraining:
     """The SAE before the first step: weights from the seed and ``sample``, unscaled rows of the cache."""
-    unit_scale = _input_scale(sample.x_ND)
-    scale = unit_scale if config.normalize else 1.0
+    unit = Scales.of_sample(sample.x_ND, sample.target_NE, spec)  # also checks that all sites vary
+    scales = unit if config.normalize else Scales.ones(spec)
     sae: SAE = architecture(spec.name)(spec, sample.x_ND.shape[1]).to(device)
     sae.configure_training(
         compute_dtype=torch.bfloat16 if compute_dtype(config, device) == "bf16" else torch.float32,
         tokens=config.tokens,
         batch_size=config.batch_size,
     )
-    gradient_ND = sample.gradient_ND if sae.uses_gradients else None
-    gradient_ND = gradient_ND.to(device) if gradient_ND is not None else None
-    sae.initialize(Batch(sample.x_ND.to(device) * scale, gradient_ND), seed=config.seed)
-    return SaeInTraining(sae, make_optimizer(sae), scale)
-
-
-def _input_scale(sample_ND: Tensor) -> float:
-    """s with E |s (x - mean x)|^2 = d_in."""
-    variance = sample_ND.double().var(0, correction=0).mean().item()
-    if variance == 0:
-        raise UserError(
-            "all activations in the cache are equal, so there is nothing to learn; check the hook"
-        )
-    return 1 / math.sqrt(variance)
+    if not sae.uses_gradients:
+        sample = dataclasses.replace(sample, gradient_ND=None)
+    sae.initialize(Scaler(scales, spec, device).batch(sample.to(device)), seed=config.seed)
+    return SaeInTraining(sae, make_optimizer(sae), scales)

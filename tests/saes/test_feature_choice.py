@@ -152,7 +152,8 @@ def test_aux_zipf_is_aux_k_when_latents_are_dead_or_used_enough(gamma):
     error_ND = torch.randn(60, 12, generator=torch.Generator().manual_seed(5))
     ours = sae.auxiliary_loss(batch, error_ND)
     candidates = AuxCandidates(dead, torch.ones(len(dead)), 4)
-    reference = aux_k(batch.x_ND, error_ND, candidates, *sae.weights)
+    W_enc_MD, b_enc_M, W_dec_MD, b_dec_D, _ = sae.weights
+    reference = aux_k(batch.x_ND, error_ND, candidates, W_enc_MD, b_enc_M, W_dec_MD, b_dec_D)
     assert torch.equal(ours, reference)
     for loss in (ours, reference):
         sae.zero_grad()

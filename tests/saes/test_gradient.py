@@ -220,7 +220,10 @@ def test_plain_proxy_and_oracle_choose_by_their_scores():
         ({"gradient": rows()}, "and it alone"),
         ({"inference": "best"}, "there is plain, proxy, oracle"),
         ({"inference": "oracle", "gradient": rows() / 0}, "gradient holds NaN or infinity"),
-        ({"inference": "oracle", "gradient": rows(29)}, r"gradient has shape \(29, 12\), x has \(30, 12\)"),
+        (
+            {"inference": "oracle", "gradient": rows(29)},
+            r"gradient has shape \(29, 12\); it must be \(30, 12\)",
+        ),
     ],
 )
 def test_unknown_inference_and_bad_gradients_are_refused(how, message):

@@ -5,7 +5,8 @@ always in the same order. The pairs of a latent with many are divided into chunk
 program of its row, the others by programs of their own whose sums are added afterwards, again in a fixed
 order.
 
-Shapes: N rows, D = d_in, M = d_sae latents, S sorted pairs (latent, row), E chunks beyond the first.
+Shapes: N rows, D = d_in, E = d_out (D for an SAE), M = d_sae latents, S sorted pairs (latent, row), C chunks
+beyond the first.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class SortedPairs(NamedTuple):
     """[M + 1] int32: where each latent's entries begin."""
     extra: Tensor
     """[M + 1] int32: where each latent's chunks beyond the first begin, among all chunks beyond the first."""
-    owner_E: Tensor
+    owner_C: Tensor
     """Latent of each chunk beyond the first, int32; M for unused ones."""
 
 
@@ -57,7 +58,7 @@ def sort_pairs(
         shift, dtype = (1 << 15 if d_sae > 1 << 15 else 0), torch.int16
     latents_S, order_S = torch.sort((indices_S - shift if shift else indices_S).to(dtype), stable=True)
     starts, extra = torch.empty(2, d_sae + 1, dtype=torch.int32, device=device).unbind()
-    owner_E = torch.empty(n_entries // CHUNK, dtype=torch.int32, device=device)
+    owner_C = torch.empty(n_entries // CHUNK, dtype=torch.int32, device=device)
     steps = max(1, n_entries).bit_length()
     _bounds[(triton.cdiv(d_sae + 1, _SEARCHED),)](
         latents_S,
@@ -72,11 +73,11 @@ def sort_pairs(
         num_warps=1,
     )
     torch.cumsum(extra, 0, dtype=torch.int32, out=extra)
-    if len(owner_E):
-        _owners[(triton.cdiv(len(owner_E), _SEARCHED),)](
-            extra, owner_E, d_sae, len(owner_E), STEPS=d_sae.bit_length(), BLOCK=_SEARCHED, num_warps=1
+    if len(owner_C):
+        _owners[(triton.cdiv(len(owner_C), _SEARCHED),)](
+            extra, owner_C, d_sae, len(owner_C), STEPS=d_sae.bit_length(), BLOCK=_SEARCHED, num_warps=1
         )
-    return SortedPairs(order_S, rows_S, k or 1, starts, extra, owner_E)
+    return SortedPairs(order_S, rows_S, k or 1, starts, extra, owner_C)
 
 
 @triton.jit
@@ -119,13 +120,14 @@ def _owners(extra, owner, d_sae, n_chunks, STEPS: tl.constexpr, BLOCK: tl.conste
 def _sums(
     order, rows, starts, extra, owner, values, dots, scale,
     a_table, a_out, a_extra, b_table, b_out, b_extra, total_out, total_extra,
-    n_latents, d_in,
+    n_latents, d_a, d_b,
     K: tl.constexpr, COLS: tl.constexpr, SIZE: tl.constexpr, RAGGED: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """ALONE: the table of a has one row per entry, each with weight 1, and there is no b."""
     program = tl.program_id(0)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    inside = cols < d_in
+    in_a = cols < d_a
+    in_b = cols < d_b
     latent = program
     chunk = 0
     if program >= n_latents:
@@ -144,38 +146,39 @@ def _sums(
                 row = tl.load(rows + entry)
             else:
                 row = entry // K
-            place = row.to(tl.int64) * d_in + cols
-            addend = tl.load(a_table + place, mask=inside, other=0.0).to(tl.float32)
+            place = row.to(tl.int64) * d_a + cols
+            addend = tl.load(a_table + place, mask=in_a, other=0.0).to(tl.float32)
             if ALONE:
                 a += addend
             else:
                 value = tl.load(values + entry)
                 dot = tl.where(value > 0, tl.load(dots + entry), 0.0)
                 a += value * addend
-                b += dot * tl.load(b_table + place, mask=inside, other=0.0).to(tl.float32)
+                place_b = row.to(tl.int64) * d_b + cols
+                b += dot * tl.load(b_table + place_b, mask=in_b, other=0.0).to(tl.float32)
                 total += dot
         factor = tl.load(scale)
         a *= factor
         b *= factor
         total *= factor
         if program < n_latents:
-            tl.store(a_out + latent.to(tl.int64) * d_in + cols, a, mask=inside)
+            tl.store(a_out + latent.to(tl.int64) * d_a + cols, a, mask=in_a)
             if not ALONE:
-                tl.store(b_out + latent.to(tl.int64) * d_in + cols, b, mask=inside)
+                tl.store(b_out + latent.to(tl.int64) * d_b + cols, b, mask=in_b)
                 if tl.program_id(1) == 0:
                     tl.store(total_out + latent, total)
         else:
             other = (program - n_latents).to(tl.int64)
-            tl.store(a_extra + other * d_in + cols, a, mask=inside)
+            tl.store(a_extra + other * d_a + cols, a, mask=in_a)
             if not ALONE:
-                tl.store(b_extra + other * d_in + cols, b, mask=inside)
+                tl.store(b_extra + other * d_b + cols, b, mask=in_b)
                 if tl.program_id(1) == 0:
                     tl.store(total_extra + other, total)
 
 
 @triton.jit
 def _add_chunks(
-    extra, owner, a_out, a_extra, b_out, b_extra, total_out, total_extra, n_latents, d_in,
+    extra, owner, a_out, a_extra, b_out, b_extra, total_out, total_extra, n_latents, d_a, d_b,
     D: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
@@ -184,40 +187,43 @@ def _add_chunks(
         first = tl.load(extra + latent)
         if first == chunk:
             cols = tl.arange(0, D)
-            inside = cols < d_in
-            place = latent.to(tl.int64) * d_in + cols
-            a = tl.load(a_out + place, mask=inside, other=0.0)
+            in_a = cols < d_a
+            in_b = cols < d_b
+            place_a = latent.to(tl.int64) * d_a + cols
+            place_b = latent.to(tl.int64) * d_b + cols
+            a = tl.load(a_out + place_a, mask=in_a, other=0.0)
             b = tl.zeros((D,), dtype=tl.float32)
             total = 0.0
             if not ALONE:
-                b = tl.load(b_out + place, mask=inside, other=0.0)
+                b = tl.load(b_out + place_b, mask=in_b, other=0.0)
                 total = tl.load(total_out + latent)
             for other in tl.range(first, tl.load(extra + latent + 1)):
-                at = other * d_in + cols
-                a += tl.load(a_extra + at, mask=inside, other=0.0)
+                a += tl.load(a_extra + other * d_a + cols, mask=in_a, other=0.0)
                 if not ALONE:
-                    b += tl.load(b_extra + at, mask=inside, other=0.0)
+                    b += tl.load(b_extra + other * d_b + cols, mask=in_b, other=0.0)
                     total += tl.load(total_extra + other)
-            tl.store(a_out + place, a, mask=inside)
+            tl.store(a_out + place_a, a, mask=in_a)
             if not ALONE:
-                tl.store(b_out + place, b, mask=inside)
+                tl.store(b_out + place_b, b, mask=in_b)
                 tl.store(total_out + latent, total)
 
 
 def weight_grads(
-    pairs: SortedPairs, values_S: Tensor, dots_S: Tensor, error_ND: Tensor, x_ND: Tensor, scale: Tensor
+    pairs: SortedPairs, values_S: Tensor, dots_S: Tensor, error_NE: Tensor, x_ND: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each latent m, over its pairs (n, m) with entry s, all times ``scale`` (a scalar tensor):
 
-    ``d_W_dec[m] = sum values[s] error[n]``, ``d_W_enc[m] = sum dots[s] x[n]`` and ``d_b_enc[m] = sum
-    dots[s]``, all float32, the latter two over the entries with a value above 0.
+    ``d_W_dec[m] = sum values[s] error[n]`` [M, E], ``d_W_enc[m] = sum dots[s] x[n]`` [M, D] and ``d_b_enc[m]
+    = sum dots[s]`` [M], all float32, the latter two over the entries with a value above 0.
     """
-    n_latents, d_in = len(pairs.starts) - 1, error_ND.shape[1]
-    d_W_dec_MD = torch.empty(n_latents, d_in, dtype=torch.float32, device=error_ND.device)
-    d_W_enc_MD = torch.empty_like(d_W_dec_MD)
-    d_b_enc_M = torch.empty(n_latents, dtype=torch.float32, device=error_ND.device)
-    _add_up(pairs, scale, d_W_dec_MD, error_ND, values_S, _Second(d_W_enc_MD, x_ND, d_b_enc_M, dots_S))
-    return d_W_dec_MD, d_W_enc_MD, d_b_enc_M
+    n_latents = len(pairs.starts) - 1
+    d_W_dec_ME, d_W_enc_MD = (
+        torch.empty(n_latents, table.shape[1], dtype=torch.float32, device=scale.device)
+        for table in (error_NE, x_ND)
+    )
+    d_b_enc_M = torch.empty(n_latents, dtype=torch.float32, device=scale.device)
+    _add_up(pairs, scale, d_W_dec_ME, error_NE, values_S, _Second(d_W_enc_MD, x_ND, d_b_enc_M, dots_S))
+    return d_W_dec_ME, d_W_enc_MD, d_b_enc_M
 
 
 def sum_by_latent(pairs: SortedPairs, table_SD: Tensor, scale: Tensor) -> Tensor:
@@ -244,32 +250,35 @@ def _add_up(
     weights_S: Tensor | None,
     second: _Second | None,
 ) -> None:
-    (n_latents, d_in), n_extra = out_MD.shape, len(pairs.owner_E)
+    (n_latents, d_a), n_extra = out_MD.shape, len(pairs.owner_C)
+    d_b = second.out_MD.shape[1] if second else d_a
     unused = pairs.order_S
-    extra_ED = torch.empty(n_extra, d_in, dtype=torch.float32, device=out_MD.device)
-    second_extra_ED = torch.empty_like(extra_ED) if second else unused
-    total_extra_E = torch.empty(n_extra, dtype=torch.float32, device=out_MD.device) if second else unused
-    width = triton.next_power_of_2(d_in)
+    extra_CD = torch.empty(n_extra, d_a, dtype=torch.float32, device=out_MD.device)
+    second_extra_CD = extra_CD.new_empty(n_extra, d_b) if second else unused
+    total_extra_C = torch.empty(n_extra, dtype=torch.float32, device=out_MD.device) if second else unused
+    widest = max(d_a, d_b)
+    width = triton.next_power_of_2(widest)
     cols = min(width, _COLS)
-    _sums[(n_latents + n_extra, triton.cdiv(d_in, cols))](
+    _sums[(n_latents + n_extra, triton.cdiv(widest, cols))](
         pairs.order_S,
         pairs.rows_S if pairs.rows_S is not None else unused,
         pairs.starts,
         pairs.extra,
-        pairs.owner_E,
+        pairs.owner_C,
         weights_S if weights_S is not None else unused,
         second.weights_S if second else unused,
         scale,
         table_ND,
         out_MD,
-        extra_ED,
+        extra_CD,
         second.table_ND if second else unused,
         second.out_MD if second else unused,
-        second_extra_ED,
+        second_extra_CD,
         second.total_M if second else unused,
-        total_extra_E,
+        total_extra_C,
         n_latents,
-        d_in,
+        d_a,
+        d_b,
         K=pairs.k,
         COLS=cols,
         SIZE=CHUNK,
@@ -280,15 +289,16 @@ def _add_up(
     if n_extra:
         _add_chunks[(n_extra,)](
             pairs.extra,
-            pairs.owner_E,
+            pairs.owner_C,
             out_MD,
-            extra_ED,
+            extra_CD,
             second.out_MD if second else unused,
-            second_extra_ED,
+            second_extra_CD,
             second.total_M if second else unused,
-            total_extra_E,
+            total_extra_C,
             n_latents,
-            d_in,
+            d_a,
+            d_b,
             D=width,
             ALONE=second is None,
             num_warps=max(1, min(8, width // 256)),

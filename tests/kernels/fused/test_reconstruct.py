@@ -99,7 +99,7 @@ def test_a_latent_of_many_tokens_is_cut_into_chunks():
     pairs = sort_pairs(indices_S, 3, k=1)
     assert pairs.starts.tolist() == [0, n - 1, n - 1, n]
     assert pairs.extra.tolist() == [0, 3, 3, 3]
-    assert pairs.owner_E.tolist() == [0, 0, 0]
+    assert pairs.owner_C.tolist() == [0, 0, 0]
     ones_N1, one = torch.ones(n, 1, device=DEVICE), torch.ones((), device=DEVICE)
     d_dec_M1, _, d_b_M = weight_grads(pairs, ones_N1[:, 0], ones_N1[:, 0], ones_N1, ones_N1, one)
     assert d_dec_M1.flatten().tolist() == d_b_M.tolist() == [n - 1, 0, 1]
