@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -18,7 +17,7 @@ import saebench
 from saebench.activations.settings import HarvestConfig, ImportConfig
 from saebench.cli import app, commands, main
 from saebench.cli.output import cell, pairs, table
-from saebench.core.settings import field_docs, whole_number
+from saebench.core.settings import field_docs, setting_names, whole_number
 from saebench.demo import DemoConfig
 from saebench.evaluation.settings import EvalConfig
 from saebench.saes.registry import architecture
@@ -77,7 +76,7 @@ def test_help_shows_every_setting_with_its_docstring(
     shown = capsys.readouterr().out
     flat = " ".join(shown.replace("│", " ").split())
     docs = field_docs(config_class)
-    for name in [field.name for field in dataclasses.fields(config_class)]:
+    for name in setting_names(config_class):
         assert f"--{name.replace('_', '-')} " in flat
         assert name != "hook" or "--site --hook " in flat
         assert docs[name].split()[0] in flat

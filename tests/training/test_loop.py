@@ -278,7 +278,8 @@ def test_resuming_on_other_activations_is_refused(settings, make_cache, sparse_r
 def test_help_in_a_notebook_names_every_setting():
     names = list(inspect.signature(train).parameters)
     assert names[:2] == ["cache", "out"] and {"lr", "d_sae", "k"} <= set(names)
-    assert all(f"    {name}: " in train.__doc__ for name in names if name != "settings")
+    assert {"site", "hook", "target", "skip"} <= set(names) and not {"sites", "targets"} & set(names)
+    assert all(f"    {name}: " in train.__doc__ for name in names if name not in ("settings", "hook"))
 
 
 def test_each_session_records_its_device_and_kernels(settings):
