@@ -5,6 +5,7 @@ Shapes: B batches of N rows, D = d_in, M = d_sae latents, S = stored entries of 
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from saebench.bench.gpu_timing import Graph
 from saebench.bench.steps import LEARNING_RATE
 from saebench.saes.base import Batch
 from saebench.saes.registry import architecture
+from saebench.saes.spec import SiteWidth
 from saebench.training.settings import TrainConfig
 from saebench.training.state import STEPS_BETWEEN_REFRESHES, TrainingState, fresh_sae
 from saebench_kernels import gradient_topk_encode, mutual_choice_encode, topk_encode
@@ -69,18 +71,29 @@ ENCODERS: dict[str, Make] = {
 }
 
 
-def _step(name: str, *, dead: bool = False) -> Make:
-    """A training step of architecture ``name``; with ``dead``, one latent in 20 never fires."""
+def _step(name: str, *, dead: bool = False, transcoder: bool = False, skip: bool = False) -> Make:
+    """A training step of architecture ``name``; with ``dead``, one latent in 20 never fires.
+
+    A ``transcoder`` reads a batch and writes the next one, which is as wide.
+    """
 
     def make(size: Size, rows_BND: Tensor) -> Once:
         sae_class, device = architecture(name), rows_BND.device
         spec = sae_class.Spec(d_sae=size.d_sae, k=size.k)
+        targets_BND = rows_BND.roll(1, 0) if transcoder else None
+        if transcoder:
+            sites, targets = (SiteWidth("in", size.d_in),), (SiteWidth("out", size.d_in),)
+            spec = dataclasses.replace(spec, sites=sites, targets=targets, skip=skip)
         config = TrainConfig(
             cache=Path("cache"), out=Path("out"), sae=name, batch_size=size.batch_size,
             tokens=size.batch_size * 1_000_000, normalize=False, dtype="bf16",
         )  # fmt: skip
         gradients_BND = torch.randn_like(rows_BND) if sae_class.uses_gradients else None
-        sample = Batch(rows_BND[0].float(), None if gradients_BND is None else gradients_BND[0].float())
+        sample = Batch(
+            rows_BND[0].float(),
+            None if gradients_BND is None else gradients_BND[0].float(),
+            target_NE=None if targets_BND is None else targets_BND[0].float(),
+        )
         training = TrainingState(
             config=config,
             spec=spec,
@@ -103,7 +116,8 @@ def _step(name: str, *, dead: bool = False) -> Make:
             if step % STEPS_BETWEEN_REFRESHES == 0:
                 training.current.sae.refresh_dead()
             at = step % len(rows_BND)
-            rows = Rows(rows_BND[at], None if gradients_BND is None else gradients_BND[at])
+            gradients, targets = (c if c is None else c[at] for c in (gradients_BND, targets_BND))
+            rows = Rows(rows_BND[at], gradients, targets)
             training.graphed_step(rows, 0.5, LEARNING_RATE)
             training.current.step += 1
 
@@ -117,5 +131,7 @@ STEPS: dict[str, Make] = {
     "topk step, 5% dead": _step("topk", dead=True),
     "mutual-choice step": _step("mutual-choice"),
     "gradient step": _step("gradient"),
+    "transcoder step": _step("topk", transcoder=True),
+    "transcoder step with skip": _step("topk", transcoder=True, skip=True),
     PURSUIT: _step("matching-pursuit"),
 }

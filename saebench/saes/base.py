@@ -265,9 +265,9 @@ class SAE(nn.Module):
         return y_hat + self.skipped(x)
 
     def skipped(self, x: Tensor) -> Tensor:
-        """W_skip (x - b_in) [..., d_out], what the skip connection of a transcoder adds."""
-        skipped: Tensor = (x.float() - self.b_in) @ self.W_skip.T
-        return skipped
+        """W_skip (x - b_in) [..., d_out], float32: what the skip connection of a transcoder adds."""
+        centered = (x.float() - self.b_in).to(self.compute_dtype)
+        return (centered @ self.W_skip.to(self.compute_dtype).T).float()
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction [..., d_out] from ``x`` [..., d_in], float32."""
