@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saebench.activations.diagnosis import diagnose, largest_norm
 from saebench.activations.manifest import (
     GRADIENT_PREFIX,
     HOOK_PREFIX,
@@ -43,10 +44,10 @@ from saebench.activations.manifest import (
     column_folder,
     read_cache_manifest,
 )
-from saebench.activations.mapping import map_files
-from saebench.activations.shards import TORCH_DTYPES, check_shard, row_bytes, shard_path
+from saebench.activations.mapping import map_column
+from saebench.activations.shards import TORCH_DTYPES, check_shard, shard_path
 from saebench.core.errors import UserError
-from saebench.core.files import read_json, sha256_file, sha256_json
+from saebench.core.files import read_json, sha256_file
 from saebench.sources.base import ColumnType, Site
 from saebench.sources.modality import Modality
 
@@ -79,8 +80,8 @@ class ActivationCache:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the manifest's content, which holds the checksum of every file."""
-        return sha256_json(self._manifest.raw)
+        """SHA-256 of the manifest's content without the diagnosis; it holds the checksum of every file."""
+        return self._manifest.hash
 
     @property
     def model(self) -> dict[str, Any] | None:
@@ -250,6 +251,19 @@ class ActivationCache:
             return None
         return [str(label) for label in read_json(self._verified(LABELS_FILE), what="the document labels")]
 
+    @property
+    def diagnosis(self) -> dict[str, Any]:
+        """Norms of the rows, where their variance is, the error of the stored type, and the documents.
+
+        The manifest has it; for a cache of an older version it is computed. See diagnosis.py.
+        """
+        if "diagnosis" not in self._manifest.raw:
+            sites = {name: self.activations(name) for name in self.hooks}
+            norms = {name: largest_norm(x_ND) for name, x_ND in sites.items()}
+            return diagnose(sites, norms, self.held_out, self.doc)
+        diagnosis: dict[str, Any] = self._manifest.raw["diagnosis"]
+        return diagnosis
+
     def verify(self) -> None:
         """Check every checksum; reads the whole cache.
 
@@ -293,13 +307,7 @@ class ActivationCache:
 
     def _column(self, name: str) -> Tensor:
         if name not in self._tensors:
-            column = self._manifest.columns[name]
-            files = [shard_path(self.path / column_folder(name), i) for i in range(len(column.shards))]
-            sizes = [
-                shard.rows * row_bytes(column.type.dtype, column.type.row_shape) for shard in column.shards
-            ]
-            flat = map_files(files, sizes, dtype=TORCH_DTYPES[column.type.dtype])
-            self._tensors[name] = flat.view(-1, *column.type.row_shape)
+            self._tensors[name] = map_column(self.path, name, self._manifest.columns[name])
         return self._tensors[name]
 
 

@@ -20,6 +20,7 @@ from saebench.activations.manifest import (
 from saebench.activations.settings import ImportConfig
 from saebench.activations.shards import DATA_START, TORCH_DTYPES, row_bytes
 from saebench.activations.writer import CacheWriter, inspect_target
+from saebench.activations.writing import warn_of_diagnosis
 from saebench.core.errors import UserError
 from saebench.core.files import directory_lock, require_disk, sha256_file
 from saebench.core.progress import progress
@@ -102,7 +103,7 @@ def import_activations(config: ImportConfig) -> ActivationCache:
         ) as writer:
             _copy(sources, types, writer, quiet=config.quiet)
             writer.finish({})
-    return open_cache(config.out)
+    return warn_of_diagnosis(open_cache(config.out))
 
 
 def _copy(

@@ -14,6 +14,7 @@ the names that the user gave, so that equal harvests make equal bytes:
     hooks            names of the sites, in the order in which they were given
     columns          name -> dtype, row_shape, shards [{rows, sha256}]
     files            other files, name -> bytes, sha256
+    diagnosis        norms, variance and documents; see diagnosis.py. The hash of a cache leaves it out
     made_from        settings, model and text that it was made from; see the sources
 """
 
@@ -27,7 +28,7 @@ from typing import Any, get_args
 
 from saebench.activations.shards import TORCH_DTYPES
 from saebench.core.errors import UserError
-from saebench.core.files import read_json
+from saebench.core.files import read_json, sha256_json
 from saebench.sources.base import ColumnType, Site, SitePath
 from saebench.sources.modality import TEXT, UNIT, Modality, modality
 
@@ -90,6 +91,14 @@ class CacheManifest:
     sites: dict[str, Site]
     columns: dict[str, CacheColumn]
     files: dict[str, tuple[int, str]]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the manifest's content, which holds the checksum of every file.
+
+        The diagnosis follows from the files and is left out, so that its numbers may change.
+        """
+        return sha256_json({name: value for name, value in self.raw.items() if name != "diagnosis"})
 
 
 def read_cache_manifest(cache: Path) -> CacheManifest:

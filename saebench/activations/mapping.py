@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saebench.activations.shards import DATA_START
+from saebench.activations.manifest import CacheColumn, column_folder
+from saebench.activations.shards import DATA_START, TORCH_DTYPES, row_bytes, shard_path
 
 _MAP_FIXED = 0x10  # the same on Linux and macOS; Python's mmap module does not name it
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -47,6 +48,14 @@ def map_files(files: Sequence[Path], n_bytes: Sequence[int], *, dtype: torch.dty
         )
         buffer = _read(files, n_bytes)
     return torch.frombuffer(buffer, dtype=dtype)
+
+
+def map_column(cache: Path, name: str, column: CacheColumn) -> Tensor:
+    """The column ``name`` of the cache in directory ``cache``, [n, ...], mapped from disk."""
+    kind = column.type
+    files = [shard_path(cache / column_folder(name), i) for i in range(len(column.shards))]
+    sizes = [shard.rows * row_bytes(kind.dtype, kind.row_shape) for shard in column.shards]
+    return map_files(files, sizes, dtype=TORCH_DTYPES[kind.dtype]).view(-1, *kind.row_shape)
 
 
 def populate(tensor: Tensor) -> None:

@@ -19,7 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from saebench.activations.diagnosis import diagnose, largest_norm
 from saebench.activations.manifest import (
+    HOOK_PREFIX,
     MANIFEST_NAME,
     CacheColumn,
     Shard,
@@ -28,6 +30,7 @@ from saebench.activations.manifest import (
     is_unit_column,
     read_cache_manifest,
 )
+from saebench.activations.mapping import map_column
 from saebench.activations.shards import TORCH_DTYPES, check_shard, shard_path, write_shard
 from saebench.core.errors import UserError
 from saebench.core.files import (
@@ -95,6 +98,10 @@ class CacheWriter:
         self._head = head_of_manifest(kind, modality, sites, columns, identity)
         self._identity = dict(identity)
         require_writable(path, what="the activation cache")
+        self._norms: dict[str, float] = {}
+        """Column of a site -> the largest norm of its rows on disk."""
+        self._from_older_version = False
+        """True for unfinished work whose journal has no norms."""
         done = self._take_over(columns, shard_rows)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
         groups: dict[str, list[str]] = {"rows": [], "contexts": []}
@@ -143,11 +150,24 @@ class CacheWriter:
                 name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
                 for name, data in files.items()
             },
+            "diagnosis": self._diagnose(columns),
             "made_from": self._identity,
             **({"left_out": dict(left_out)} if left_out else {}),
         }
         write_json_atomic(self.path / MANIFEST_NAME, manifest)
         (self.path / JOURNAL_NAME).unlink()
+
+    def _diagnose(self, columns: Mapping[str, CacheColumn]) -> dict[str, Any]:
+        def read(name: str) -> Tensor:
+            return map_column(self.path, name, columns[name])
+
+        hooks: list[str] = self._head["hooks"]
+        sites = {hook: read(HOOK_PREFIX + hook) for hook in hooks}
+        norms = self._norms
+        if self._from_older_version:
+            norms = {HOOK_PREFIX + hook: largest_norm(x_ND) for hook, x_ND in sites.items()}
+        largest = {hook: norms[HOOK_PREFIX + hook] for hook in hooks}
+        return diagnose(sites, largest, read("held_out"), read("doc") if "doc" in columns else None)
 
     def submit(self, group: str, index: int, rows: dict[str, Tensor], types: Types) -> None:
         """Write one shard of every column of a group in the background; waits for the previous shard."""
@@ -160,17 +180,24 @@ class CacheWriter:
             flushing.result()
 
     def _write(self, group: str, index: int, rows: dict[str, Tensor], types: Types) -> None:
-        sums = {}
+        sums, norms = {}, {}
         for name, tensor in rows.items():
             folder = self.path / column_folder(name)
             with sentence_for_os_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             sums[name] = write_shard(shard_path(folder, index), tensor, types[name].dtype)
+            if name.startswith(HOOK_PREFIX):
+                norms[name] = largest_norm(tensor)
         owner = self.rows if group == "rows" else self.contexts
         n_rows = len(next(iter(rows.values())))
         owner.shards.append({name: Shard(n_rows, sha256) for name, sha256 in sums.items()})
         if n_rows == self._shard_rows:
-            self._journal.append({"group": group, "sha256": sums})
+            self._journal.append({"group": group, "sha256": sums, **({"norms": norms} if norms else {})})
+        self._note_norms(norms)
+
+    def _note_norms(self, norms: Mapping[str, float]) -> None:
+        for name, norm in norms.items():
+            self._norms[name] = max(norm, self._norms.get(name, 0.0))
 
     def _take_over(self, columns: Types, shard_rows: int) -> dict[str, list[dict[str, Shard]]]:
         """Clear away what a killed writer left half done; return the shards that it finished."""
@@ -191,6 +218,8 @@ class CacheWriter:
                 broken.add(group)
             if group not in broken:
                 done[group].append({name: Shard(shard_rows, sha256) for name, sha256 in sums.items()})
+                self._from_older_version |= group == "rows" and "norms" not in note
+                self._note_norms(note.get("norms", {}))
                 kept.append(note)
         self._journal = Journal(self.path / JOURNAL_NAME, [{"identity": self._identity}, *kept])
         return done

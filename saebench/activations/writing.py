@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from saebench.activations.cache import ActivationCache, open_cache
+from saebench.activations.diagnosis import advice
 from saebench.activations.manifest import GRADIENT_PREFIX, HOOK_PREFIX
 from saebench.activations.shards import TORCH_DTYPES
 from saebench.activations.writer import CacheWriter, inspect_target
@@ -24,6 +25,7 @@ from saebench.core.files import directory_lock
 from saebench.core.prefetch import prefetch
 from saebench.core.progress import progress
 from saebench.sources.base import ActivationSource, ColumnType, UnitBatch
+from saebench.sources.modality import TEXT
 
 _BATCHES_AHEAD = 4
 
@@ -75,7 +77,14 @@ def write_cache(source: ActivationSource, target: Target) -> tuple[ActivationCac
                 target.say(f"resuming {target.out} at row {writer.rows.keeps:,}")
             left_out = _write_units(source, columns, target, writer)
             writer.finish(source.files(), left_out={name: n for name, n in left_out.items() if n})
-    return open_cache(target.out), True
+    return warn_of_diagnosis(open_cache(target.out)), True
+
+
+def warn_of_diagnosis(cache: ActivationCache) -> ActivationCache:
+    """Print what is off in a new cache."""
+    for sentence in advice(cache.diagnosis, of_text=cache.modality is TEXT):
+        print(f"warning: {sentence}", file=sys.stderr)
+    return cache
 
 
 def _write_units(

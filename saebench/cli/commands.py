@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -321,7 +321,7 @@ def assets(name: str | None, wheel: Path | None, quiet: bool) -> Result:
 def _describe_cache(cache: ActivationCache) -> Result:
     model = cache.model or {}
     hooks = {hook: cache.d_in(hook) for hook in cache.hooks}
-    data = {
+    data: dict[str, Any] = {
         "path": str(cache.path),
         "model": model.get("name"),
         "hooks": hooks,
@@ -332,9 +332,44 @@ def _describe_cache(cache: ActivationCache) -> Result:
         "n_contexts": cache.n_contexts,
         "ctx_len": cache.ctx_len,
         "hash": cache.hash,
+        "diagnosis": cache.diagnosis,
     }
-    shown = {**data, "hooks": ", ".join(f"{hook} [{d_in}]" for hook, d_in in hooks.items())}
-    return Result(data, pairs(shown))
+    left_out = cache.manifest.get("left_out", {})
+    shown = {
+        **{name: value for name, value in data.items() if name != "diagnosis"},
+        "hooks": ", ".join(f"{hook} [{d_in}]" for hook, d_in in hooks.items()),
+        **{f"{what.replace('_', ' ')} left out": n for what, n in left_out.items()},
+    }
+    text = f"{pairs(shown)}\n\n{_diagnosis_text(cache.hooks, data['diagnosis'])}"
+    return Result({**data, "left_out": left_out}, text)
+
+
+def _diagnosis_text(hooks: Sequence[str], diagnosis: Mapping[str, Any]) -> str:
+    """Norms of the rows, shares of their variance, and what the stored type alone gives as FVU."""
+    from saebench.activations.diagnosis import NORMS
+
+    def measure(value: float | None) -> str:
+        return "" if value is None else f"{value:.4g}"
+
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.2%}"
+
+    norms, shares = [], []
+    for site in hooks:
+        found = diagnosis["sites"][site]
+        norms.append((site, *(measure(found["norm"][name]) for name in NORMS)))
+        variance = [share(found[name]) for name in ("top_rows", "top_dimension", "top_10_dimensions")]
+        shares.append((site, *variance, measure(found["fvu_floor"])))
+    head = [f"held-out rows: {diagnosis['held_out_rows']:.2%}"]
+    if "n_documents" in diagnosis:
+        held_out = f"{diagnosis['held_out_documents']:.2%} held out"
+        head.append(f"documents: {diagnosis['n_documents']:,} ({held_out})")
+    parts = [
+        ", ".join(head),
+        table(("norm of rows", *NORMS), norms),
+        table(("variance in", "0.1% of rows", "1 dimension", "10 dimensions", "FVU of rounding"), shares),
+    ]
+    return "\n\n".join(parts)
 
 
 def _describe_translation(made: Translation) -> Result:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
-from saebench.core.files import read_json, sha256_json
+from saebench.core.files import read_json
 from saebench.runs.checkpoints import checkpoints_of, load_checkpoint_sae, run_of
 from saebench.runs.layout import METRICS_FILE, RUN_FILE, eval_file, read_run
 from saebench.runs.metrics_log import read_metrics, read_sessions
@@ -295,6 +295,6 @@ def _cache_hash(place: Path) -> str | None:
     from saebench.activations.manifest import read_cache_manifest
 
     try:
-        return sha256_json(read_cache_manifest(place).raw)
+        return read_cache_manifest(place).hash
     except (UserError, OSError):
         return None
