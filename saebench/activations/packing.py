@@ -44,6 +44,9 @@ class ContextBatch:
     tokens_BT: Int32
     keep_BT: npt.NDArray[np.bool_]
 
+    n_excluded: int = 0
+    """Positions that are not rows because of their tokens, also of contexts left out before this batch."""
+
     @property
     def n_rows(self) -> int:
         return int(self.keep_BT.sum())
@@ -107,35 +110,44 @@ def batches(
     keep_first: bool,
     keep_last: bool = True,
     max_rows: int,
+    exclude: Sequence[int] = (),
 ) -> Iterator[ContextBatch]:
     """Group contexts into batches, until exactly ``max_rows`` rows are kept (the last context is cut).
 
     Without ``keep_first`` position 0 of each context is not a row; without ``keep_last`` its last position is
-    not.
+    not. Positions of the tokens ``exclude`` are not, either. A context without rows is left out.
     """
     first, last = int(not keep_first), int(not keep_last)
-    dropped = first + last
-    n_rows, gathered = 0, []
+    excluded = np.array(sorted(exclude), np.int32)
+    n_rows, n_excluded, gathered = 0, 0, []
     for context in contexts:
-        context = context.cut(max_rows - n_rows + dropped)
-        if len(context) <= dropped:
+        is_row = ~np.isin(context.tokens[first : max(first, len(context) - last)], excluded)
+        place = first + np.flatnonzero(is_row)[: max_rows - n_rows]
+        if len(place) == max_rows - n_rows:
+            context = context.cut(int(place[-1]) + 1 + last)
+            is_row = is_row[: len(context) - last - first]
+        n_excluded += int((~is_row).sum())
+        if len(place) == 0:
             continue
         gathered.append(context)
-        n_rows += len(context) - dropped
+        n_rows += len(place)
         if len(gathered) == batch_size or n_rows == max_rows:
-            yield _batch(gathered, ctx, first, last)
-            gathered = []
+            yield _batch(gathered, ctx, first, last, excluded, n_excluded)
+            n_excluded, gathered = 0, []
         if n_rows == max_rows:
             return
     if gathered:
-        yield _batch(gathered, ctx, first, last)
+        yield _batch(gathered, ctx, first, last, excluded, n_excluded)
 
 
-def _batch(contexts: list[Context], ctx: int, first: int, last: int) -> ContextBatch:
+def _batch(
+    contexts: list[Context], ctx: int, first: int, last: int, excluded: Int32, n_excluded: int
+) -> ContextBatch:
     tokens_BT = np.zeros((len(contexts), ctx), np.int32)
     for row, context in zip(tokens_BT, contexts, strict=True):
         row[: len(context)] = context.tokens
     lengths = np.array([len(context) for context in contexts])
     positions = np.arange(ctx)
     keep_BT = (positions >= first) & (positions < lengths[:, None] - last)
-    return ContextBatch(contexts, tokens_BT, keep_BT)
+    keep_BT &= ~np.isin(tokens_BT, excluded)
+    return ContextBatch(contexts, tokens_BT, keep_BT, n_excluded)

@@ -43,6 +43,11 @@ class HarvestConfig(Settings):
     """Contexts in one forward pass."""
     keep_first: bool = False
     """Keep position 0 of every context (an attention sink of huge norm in most models)."""
+    exclude_tokens: tuple[str | int, ...] = ()
+    """Tokens whose positions get no row: token ids, texts of one token, or 'special' for all special tokens;
+    repeat for several."""
+    max_norm: Annotated[float | None, AtLeast(1)] = None
+    """Leave out rows whose norm at any hook is above this multiple of the median norm of the first batch."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether every context begins with the BOS token; 'auto' does what the model's tokenizer does."""
     revision: str | None = None

@@ -25,6 +25,7 @@ from saebench.activations.manifest import (
     VOCAB_FILE,
     gradient_dtype,
 )
+from saebench.activations.max_norm import REASON
 from saebench.activations.packing import ContextBatch, batches, pack
 from saebench.activations.settings import HarvestConfig
 from saebench.activations.writing import Target, split_column, warn_of_held_out, write_cache
@@ -36,6 +37,12 @@ from saebench.sources.modality import TEXT
 from saebench.sources.models import ModelInfo, load_model, peek_model
 from saebench.sources.text import Document, read_documents, text_fingerprint
 from saebench.sources.tokenizer import ModelTokenizer, open_tokenizer
+
+_LEFT_OUT = {
+    "null_rows": "warning: {} null rows were left out",
+    "excluded_tokens": "{} positions with excluded tokens were left out",
+    REASON: "{} rows above --max-norm were left out",
+}
 
 
 @accepts_settings(HarvestConfig)
@@ -72,16 +79,18 @@ def harvest(config: HarvestConfig) -> ActivationCache:
         quiet=config.quiet,
         total=config.tokens,
         unit="tok",
+        max_norm=config.max_norm,
     )
     cache, made = write_cache(source, target)
     if made:
-        if cache.n_rows < config.tokens:
+        left_out = cache.manifest.get("left_out", {})
+        if cache.n_rows + left_out.get(REASON, 0) < config.tokens:
             print(
                 f"warning: the text ended after {cache.n_rows:,} of the {config.tokens:,} rows of --tokens",
                 file=sys.stderr,
             )
-        for what, count in cache.manifest.get("left_out", {}).items():
-            print(f"warning: {count:,} {what.replace('_', ' ')} were left out", file=sys.stderr)
+        for what, count in left_out.items():
+            print(_LEFT_OUT[what].format(f"{count:,}"), file=sys.stderr)
         warn_of_held_out(cache, "harvest more documents")
     return cache
 
@@ -106,6 +115,7 @@ class TextSource:
         self._compute = "fp32" if self._device.type == "cpu" or fp16_gradients else config.dtype
         self._tokens = open_tokenizer(self._info)
         self._bos = _bos(config, self._info, self._tokens)
+        self._exclude = self._tokens.ids_of(config.exclude_tokens)
         if self._info.n_ctx is not None and config.ctx > self._info.n_ctx:
             raise UserError(
                 f"--ctx is {config.ctx} but {self._info.name} reads at most {self._info.n_ctx} tokens; "
@@ -133,6 +143,8 @@ class TextSource:
                 "bos": self._bos is not None,
                 "shard_rows": config.shard_rows,
                 **({"gradients": True} if config.gradients else {}),
+                **({"exclude_tokens": self._exclude} if self._exclude else {}),
+                **({"max_norm": config.max_norm} if config.max_norm is not None else {}),
             },
         }
 
@@ -190,7 +202,10 @@ class TextSource:
         for batch in self._context_batches():
             last = max(int(context.docs.max()) for context in batch.contexts)
             self._last_document = max(self._last_document, last)
-            left_out = {"null_rows": sum(place <= self._last_document for place in self._null_rows) - n_null}
+            left_out = {
+                "excluded_tokens": batch.n_excluded,
+                "null_rows": sum(place <= self._last_document for place in self._null_rows) - n_null,
+            }
             n_null += left_out["null_rows"]
             yield UnitBatch(
                 row_columns(batch, first_context),
@@ -235,6 +250,7 @@ class TextSource:
             keep_first=config.keep_first,
             keep_last=not config.gradients,
             max_rows=config.tokens,
+            exclude=self._exclude,
         )
 
     def _run(self, batch: ContextBatch) -> dict[str, Tensor]:

@@ -102,6 +102,8 @@ class CacheWriter:
         """Column of a site -> the largest norm of its rows on disk."""
         self._from_older_version = False
         """True for unfinished work whose journal has no norms."""
+        self.facts: dict[str, Any] = {}
+        """What was found out before the first row, by its key in the manifest; see `note`."""
         done = self._take_over(columns, shard_rows)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
         groups: dict[str, list[str]] = {"rows": [], "contexts": []}
@@ -129,6 +131,12 @@ class CacheWriter:
             shutil.rmtree(self.path / name.split("/")[0], ignore_errors=True)
         (self.path / JOURNAL_NAME).unlink(missing_ok=True)
 
+    def note(self, name: str, fact: Any) -> None:
+        """Keep JSON that was found out before the first row was appended, in the journal and the manifest."""
+        self._wait()
+        self.facts[name] = fact
+        self._journal.append({"facts": self.facts})
+
     def finish(self, files: Mapping[str, bytes], *, left_out: Mapping[str, int] | None = None) -> None:
         """Write the remaining rows, the other ``files``, and the manifest, which makes the cache complete.
 
@@ -153,6 +161,7 @@ class CacheWriter:
             "diagnosis": self._diagnose(columns),
             "made_from": self._identity,
             **({"left_out": dict(left_out)} if left_out else {}),
+            **self.facts,
         }
         write_json_atomic(self.path / MANIFEST_NAME, manifest)
         (self.path / JOURNAL_NAME).unlink()
@@ -208,6 +217,10 @@ class CacheWriter:
         notes = _read_journal(self.path)[1] if (self.path / JOURNAL_NAME).exists() else []
         kept: list[Entry] = []
         for note in notes:
+            if "facts" in note:
+                self.facts = note["facts"]
+                kept.append(note)
+                continue
             group, sums = note["group"], note["sha256"]
             try:
                 for name in sums:

@@ -18,6 +18,7 @@ from torch import Tensor
 from saebench.activations.cache import ActivationCache, open_cache
 from saebench.activations.diagnosis import advice
 from saebench.activations.manifest import GRADIENT_PREFIX, HOOK_PREFIX
+from saebench.activations.max_norm import REASON, MaxNorm
 from saebench.activations.shards import TORCH_DTYPES
 from saebench.activations.writer import CacheWriter, inspect_target
 from saebench.core.errors import UserError
@@ -25,7 +26,7 @@ from saebench.core.files import directory_lock
 from saebench.core.prefetch import prefetch
 from saebench.core.progress import progress
 from saebench.sources.base import ActivationSource, ColumnType, UnitBatch
-from saebench.sources.modality import TEXT
+from saebench.sources.modality import TEXT, modality
 
 _BATCHES_AHEAD = 4
 
@@ -39,6 +40,8 @@ class Target:
     quiet: bool
     total: int | None = None
     unit: str = "row"
+    max_norm: float | None = None
+    """Multiple of the median norm above which rows are left out; see max_norm.py."""
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -96,6 +99,9 @@ def _write_units(
     batch while the previous one is stored.
     """
     left_out: Counter[str] = Counter()
+    limits = None
+    if target.max_norm is not None:
+        limits = MaxNorm(target.max_norm, writer, modality(source.modality).unit_column)
     kept = writer.rows.keeps
     ahead = prefetch(source.batches(), _BATCHES_AHEAD)
     total, unit, quiet = target.total, target.unit, target.quiet
@@ -110,7 +116,12 @@ def _write_units(
                 bad_N = ~torch.isfinite(rows_ND).all(dim=1)
                 if bad_N.any():
                     raise UserError(source.nonfinite(name, batch, int(bad_N.nonzero()[0])))
-            writer.rows.append({**here, **batch.rows})
+            rows = {**here, **batch.rows}
+            if limits is not None:
+                keep_N = limits.keep(here)
+                rows = {name: column[keep_N] for name, column in rows.items()}
+                left_out[REASON] += int((~keep_N).sum())
+            writer.rows.append(rows)
             bar.update(batch.n_rows)
 
         pending: tuple[UnitBatch, Mapping[str, Tensor]] | None = None
@@ -118,8 +129,11 @@ def _write_units(
             left_out.update(batch.left_out)
             if batch.units:
                 writer.contexts.append(batch.units)
-            if writer.rows.position + batch.n_rows <= kept:
-                writer.rows.skip(batch.n_rows)
+            n_stored = batch.n_rows if limits is None else limits.rows_on_disk(batch)
+            if n_stored is not None and writer.rows.position + n_stored <= kept:
+                writer.rows.skip(n_stored)
+                if limits is not None:
+                    left_out[REASON] += batch.n_rows - n_stored
                 continue
             computed = in_stored_types(batch.activations(), columns)
             if pending is not None:
@@ -127,6 +141,8 @@ def _write_units(
             pending = batch, computed
         if pending is not None:
             store(*pending)
+    if limits is not None and writer.rows.position == 0:
+        raise UserError(f"--max-norm {target.max_norm:g} leaves no row; give a larger multiple")
     return left_out
 
 

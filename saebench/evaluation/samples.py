@@ -5,7 +5,7 @@ Shapes: N rows, D = d_in, C contexts, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,13 +109,18 @@ def text_contexts(
     )
     chosen = (d for d in documents if config.rows == "all" or d.held_out)
     packed = pack(chosen, model.tokens.encode_document, ctx=ctx, bos=model.tokens.bos if bos else None)
-    kept = {
-        "keep_first": bool(made.keep_first),
-        "keep_last": keep_last and made.keep_last,
-    }
     # One more context than needed, so that the last context is complete, as in a cache.
     max_rows = config.tokens + ctx
-    found = list(batches(packed, ctx=ctx, batch_size=1024, max_rows=max_rows, **kept))
+    made_batches = batches(
+        packed,
+        ctx=ctx,
+        batch_size=1024,
+        keep_first=bool(made.keep_first),
+        keep_last=keep_last and made.keep_last,
+        max_rows=max_rows,
+        exclude=made.exclude_tokens,
+    )
+    found = list(made_batches)
     if not found:
         raise UserError(
             f"no document of --text {config.text} is held out from training (one in 20 is); give a text of "
@@ -124,10 +129,27 @@ def text_contexts(
     tokens_CT = torch.cat([torch.from_numpy(batch.tokens_BT) for batch in found])
     length_C = torch.tensor([len(context) for batch in found for context in batch.contexts])
     keep_CT = torch.cat([torch.from_numpy(batch.keep_BT) for batch in found])
+    if made.max_norms:
+        keep_CT &= _below_max_norms(model, tokens_CT, made.max_norms, size=config.batch_size)
     row_N, position_N = keep_CT.nonzero(as_tuple=True)
+    if not len(row_N):
+        raise UserError(
+            f"every position of --text {config.text} is above the norms that the cache was made with; give "
+            "another text"
+        )
     keep_CT[row_N[config.tokens :], position_N[config.tokens :]] = False
     used = int(row_N[: config.tokens][-1]) + 1
     return Contexts(tokens_CT[:used], length_C[:used], keep_CT[:used])
+
+
+def _below_max_norms(model: Model, tokens_CT: Tensor, limits: Mapping[str, float], *, size: int) -> Tensor:
+    """Bool [C, T]: the positions whose activations are within the norms ``limits`` of a harvest."""
+    below = []
+    for tokens_BT in torch.split(tokens_CT, size):
+        found = model.run_to(tokens_BT, list(limits))
+        norms = {hook: torch.linalg.vector_norm(x_BTD.float(), dim=-1) for hook, x_BTD in found.items()}
+        below.append(torch.stack([norms[hook] <= limit for hook, limit in limits.items()]).all(dim=0).cpu())
+    return torch.cat(below)
 
 
 def mean_over_contexts(model: Model, hook: str, batches: Iterable[Contexts]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,10 @@ class ContextSettings:
     """Whether the last position of each context, which has no next token, is stored as a row."""
     text: str | None = None
     """Name of the text."""
+    exclude_tokens: tuple[int, ...] = ()
+    """Token ids whose positions are not stored as rows."""
+    max_norms: Mapping[str, float] = field(default_factory=dict)
+    """Hook -> the norm above which a position is not stored as a row, at any hook."""
 
     @classmethod
     def of_cache(cls, cache: ActivationCache) -> ContextSettings | None:
@@ -45,23 +49,30 @@ class ContextSettings:
             "ctx": settings.get("ctx"), "bos": settings.get("bos"), "keep_first": settings.get("keep_first"),
             "keep_last": not settings.get("gradients", False),
             "text": text.get("name") if isinstance(text, dict) else None,
+            "exclude_tokens": settings.get("exclude_tokens"),
+            "max_norms": (manifest.get("max_norm") or {}).get("limit"),
         })  # fmt: skip
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ContextSettings:
         """The inverse of ``to_json``; values of an unexpected type count as not known."""
         ctx, text = values.get("ctx"), values.get("text")
+        tokens, norms = values.get("exclude_tokens"), values.get("max_norms")
         flags = {name: values.get(name) for name in ("bos", "keep_first")}
         return cls(
             ctx=ctx if isinstance(ctx, int) and not isinstance(ctx, bool) and ctx >= 2 else None,
             keep_last=values.get("keep_last") is not False,
             text=text if isinstance(text, str) else None,
+            exclude_tokens=tuple(tokens) if isinstance(tokens, list | tuple) else (),
+            max_norms=dict(norms) if isinstance(norms, Mapping) else {},
             **{name: flag if isinstance(flag, bool) else None for name, flag in flags.items()},
         )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, as stored in ``run.json`` and ``sae.json`` under ``contexts``."""
-        return asdict(self)
+        values = asdict(self)
+        values["exclude_tokens"] = list(self.exclude_tokens)
+        return {name: value for name, value in values.items() if value != [] and value != {}}
 
 
 @dataclass(frozen=True)

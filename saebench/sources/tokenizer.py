@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from saebench.core.errors import UserError
 from saebench.sources.model_info import ModelInfo, has_tokenizer
 from saebench.sources.text import Document
 
+SPECIAL = "special"
+"""Stands for all special tokens."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -110,6 +113,35 @@ class ModelTokenizer:
             ) from None
         return text
 
+    def ids_of(self, tokens: Iterable[str | int]) -> list[int]:
+        """The ids, in order, of tokens given as ids, as texts of one token, or as 'special'.
+
+        Raises:
+            UserError: an id outside the vocabulary, or a text of several tokens.
+        """
+        found: set[int] = set()
+        for token in tokens:
+            if token == SPECIAL:
+                found.update(self._special_ids())
+                continue
+            if isinstance(token, int) or token.isdecimal():
+                ids, why = [int(token)], f"is not in the vocabulary of {self._info.vocab_size:,} tokens"
+            else:
+                ids = self.encode(token)
+                why = f"is {len(ids)} tokens ({', '.join(map(str, ids))})"
+            if len(ids) != 1 or not 0 <= ids[0] < self._info.vocab_size:
+                raise UserError(
+                    f"--exclude-tokens {token!r} {why} of {self._info.name}; give token ids, texts of one "
+                    f"token, or {SPECIAL!r}"
+                )
+            found.update(ids)
+        return sorted(found)
+
+    def _special_ids(self) -> set[int]:
+        """Ids of the special tokens: BOS, end of text, padding, and the markers of chats."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {*self.tokenizer.all_special_ids, *(id for id, token in added if token.special)}
+
     def adds_bos(self) -> bool:
         """True when the tokenizer by default begins a text with the BOS token."""
         ids = self.tokenizer("a", verbose=False)["input_ids"]
@@ -122,11 +154,10 @@ class ModelTokenizer:
         vocabularies. A special token stands for its own name.
         """
         table: list[bytes] = [b""] * self._info.vocab_size
-        special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         added = set(self.tokenizer.added_tokens_decoder)
         byte_level = self._is_byte_level()
         for piece, id in self.tokenizer.get_vocab().items():
-            if id in special or id in added:
+            if id in added:
                 table[id] = piece.encode("utf-8")
             elif byte_level:
                 table[id] = b"".join(_BYTES.get(char, char.encode("utf-8")) for char in piece)
@@ -170,6 +201,9 @@ class NoTokenizer(ModelTokenizer):
 
     def adds_bos(self) -> bool:
         return False
+
+    def _special_ids(self) -> set[int]:
+        return {id for id in (self.bos, self.separator) if id is not None}
 
     def bytes(self) -> list[bytes]:
         """Placeholders: b'<17>' for the id 17."""

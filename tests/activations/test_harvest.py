@@ -259,10 +259,17 @@ assert attempt(full) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-@pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_resume_after_kill_or_full_disk_gives_identical_bytes(tiny_model_folder, tmp_path, gradients):
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"max_norm": 1.05, "exclude_tokens": ["special"]},
+        pytest.param({"gradients": False}, marks=pytest.mark.slow),
+        pytest.param({"gradients": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_resume_after_kill_or_full_disk_gives_identical_bytes(tiny_model_folder, tmp_path, further):
     settings = {
-        "gradients": gradients,
+        **further,
         "model": str(tiny_model_folder),
         "text": "sotu",
         "hook": [HOOK],

@@ -137,3 +137,70 @@ def test_null_rows_before_the_last_document_are_counted(
     assert f"warning: {expected} null rows were left out" in capsys.readouterr().err
     again = sb.harvest(**{**settings, "tokens": 300, "out": tmp_path / "again"})
     assert again.hash == cache.hash
+
+
+def test_rows_of_excluded_tokens_and_of_huge_norms_are_left_out(
+    settings: dict[str, Any], tiny_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings |= {"text": str(tiny_text), "batch_size": 4, "site": [HOOK, "blocks.0.mlp.hook_post"]}
+    whole = sb.harvest(**{**settings, "out": tmp_path / "whole"})
+    dot = next(i for i, piece in enumerate(whole.vocab()) if piece == b".")
+    excluded = sb.harvest(
+        **{**settings, "out": tmp_path / "excluded"}, exclude_tokens=["special", " the", dot]
+    )
+    the = next(i for i, piece in enumerate(whole.vocab()) if piece == b" the")
+    assert excluded.manifest["made_from"]["settings"]["exclude_tokens"] == sorted([0, the, dot])
+    keep_N = ~torch.isin(whole.tokens, torch.tensor([0, the, dot]))
+    # A context without any row is left out, so that contexts may have other numbers.
+    assert torch.equal(excluded.activations(), whole.activations()[keep_N])
+    assert torch.equal(excluded.pos, whole.pos[keep_N])
+    assert excluded.manifest["left_out"] == {"excluded_tokens": int((~keep_N).sum())}
+
+    capsys.readouterr()
+    limited = sb.harvest(**settings, max_norm=1.1)
+    first = whole.ctx < 4
+    keep_N = torch.ones(whole.n_rows, dtype=torch.bool)
+    for hook in whole.hooks:
+        norm_N = whole.activations(hook).norm(dim=1)
+        limit = limited.manifest["max_norm"]["limit"][hook]
+        assert limit == pytest.approx(1.1 * float(norm_N[first].median()), rel=1e-5)
+        keep_N &= norm_N <= limit
+    assert 0.5 < keep_N.float().mean() < 1
+    for name in ("tokens", "doc", "ctx", "pos", "held_out"):
+        assert torch.equal(getattr(limited, name), getattr(whole, name)[keep_N])
+    assert torch.equal(limited.activations(), whole.activations()[keep_N])
+    dropped = int((~keep_N).sum())
+    assert limited.manifest["left_out"] == {"above_max_norm": dropped}
+    assert f"{dropped:,} rows above --max-norm were left out" in capsys.readouterr().err
+    assert torch.equal(limited.context_tokens, whole.context_tokens)
+
+
+def test_evaluation_on_a_text_judges_the_positions_that_the_harvest_kept(
+    settings: dict[str, Any], tiny_text: Path, tmp_path: Path
+) -> None:
+    settings |= {"text": str(tiny_text)}
+    cache = sb.harvest(**settings, max_norm=1.1, exclude_tokens=["special"])
+    run = sb.train(cache=cache, out=tmp_path / "run", d_sae=64, k=4, tokens=600, batch_size=200, quiet=True)
+    common = {"model": "cache", "quiet": True, "tokens": 10**6}
+    on_cache = sb.evaluate(run.path, **common)
+    on_text = sb.evaluate(run.path, text=str(tiny_text), **common)
+    assert on_text.n_tokens == on_cache.n_tokens == int(cache.held_out.sum())
+    assert on_text.fvu == pytest.approx(on_cache.fvu, rel=1e-3)
+    assert on_text.kl == pytest.approx(on_cache.kl, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"exclude_tokens": ["a longer text"]}, r"'a longer text' is \d+ tokens \("),
+        ({"exclude_tokens": [400]}, "400 is not in the vocabulary of 400 tokens"),
+        ({"exclude_tokens": ["400"]}, "'400' is not in the vocabulary"),
+        ({"max_norm": 0.5}, "max_norm is 0.5"),
+    ],
+)
+def test_invalid_choices_of_rows_raise_user_error(
+    settings: dict[str, Any], tiny_text: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        sb.harvest(**{**settings, "text": str(tiny_text)}, **change)
+    assert not settings["out"].exists()

@@ -40,10 +40,19 @@ def test_contexts_spell_the_documents(texts, ctx, with_bos):
         assert all((context.tokens[0] == BOS) == with_bos for context in stream)
 
 
-@given(texts, st.integers(2, 12), st.integers(1, 5), st.booleans(), st.booleans(), st.integers(1, 300))
+@given(
+    texts,
+    st.integers(2, 12),
+    st.integers(1, 5),
+    st.booleans(),
+    st.booleans(),
+    st.integers(1, 300),
+    st.sets(st.one_of(st.just(SEPARATOR), st.integers(32, 126))),
+)
 @settings(max_examples=200, deadline=None)
-def test_batches_keep_exactly_max_rows(texts, ctx, batch_size, keep_first, keep_last, max_rows):
-    kept_positions = {"keep_first": keep_first, "keep_last": keep_last}
+def test_batches_keep_exactly_max_rows(texts, ctx, batch_size, keep_first, keep_last, max_rows, exclude):
+    kept_positions = {"keep_first": keep_first, "keep_last": keep_last, "exclude": sorted(exclude)}
+    n_excluded = []
 
     def contexts():
         return pack((Document(text) for text in texts), encode, ctx=ctx)
@@ -53,6 +62,7 @@ def test_batches_keep_exactly_max_rows(texts, ctx, batch_size, keep_first, keep_
         found, shapes = [], []
         for batch in made:
             shapes.append(batch.tokens_BT.shape)
+            n_excluded.append(batch.n_excluded)
             found += batch.tokens_BT[batch.keep_BT].tolist()
             lengths = np.array([len(context) for context in batch.contexts])
             assert (batch.tokens_BT[np.arange(ctx) >= lengths[:, None]] == 0).all()
@@ -62,6 +72,12 @@ def test_batches_keep_exactly_max_rows(texts, ctx, batch_size, keep_first, keep_
 
     everything = rows(10**9)
     ends = slice(0 if keep_first else 1, None if keep_last else -1)
-    kept = [context.tokens[ends].tolist() for context in contexts()]
-    assert everything == list(itertools.chain(*kept))
+    possible = [token for context in contexts() for token in context.tokens[ends].tolist()]
+    assert everything == [token for token in possible if token not in exclude]
+    assert sum(n_excluded) <= len(possible) - len(everything)
+    if everything:
+        n_excluded.clear()
+        rows(len(everything))
+        last = max(i for i, token in enumerate(possible) if token not in exclude)
+        assert sum(n_excluded) == sum(token in exclude for token in possible[:last])
     assert rows(max_rows) == everything[:max_rows]
