@@ -342,6 +342,7 @@ def table_reference() -> str:
     files = {
         "The SAE file": schema.SAE_TABLES,
         "The text file": schema.TEXT_TABLES,
+        "The text file of units": schema.UNIT_TABLES,
         **{f"The extra file `{name}`": tables for name, tables in schema.EXTRA_TABLES.items()},
     }
     for title, tables in files.items():

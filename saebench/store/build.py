@@ -34,7 +34,7 @@ from saebench.store.tables import (
     static_data,
     write_sae_file,
 )
-from saebench.store.textfile import write_text_file
+from saebench.store.textfile import write_text_file, write_unit_file
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
@@ -172,9 +172,12 @@ def build_all(out: Path, jobs: Sequence[IndexJob], cache: ActivationCache) -> pu
             require_disk(out, needed - there, what="indexing (runs and store together)")
             with sentence_for_duckdb_errors(building):
                 text = None
-                if corpus.has_text and not has_text_file(out, current, corpus):
+                if corpus.has_units and not has_text_file(out, current, corpus):
                     path = building / f"text-{corpus.hash[:12]}.duckdb"
-                    write_text_file(path, corpus, name=text_name(cache))
+                    if corpus.has_text:
+                        write_text_file(path, corpus, name=text_name(cache))
+                    else:
+                        write_unit_file(path, corpus)
                     text = publish.describe(path)
                 all_runs = encode(
                     encoded,
@@ -214,7 +217,8 @@ def write_sae(
         "d_sae": sae.d_sae,
         "k": sae.k,
         "hook_name": options.hook,
-        "model": (cache.model or {}).get("name"),
+        "model": model_name(cache),
+        "modality": corpus.modality,
         "text": text_name(cache),
         "n_tokens": corpus.n_rows,
         "n_contexts": corpus.n_contexts,
@@ -247,7 +251,7 @@ def write_sae(
         else None,
     )
     write_sae_file(building / name, build, meta)
-    key = corpus.hash if corpus.has_text else None
+    key = corpus.hash if corpus.has_units else None
     return publish.StoredSae(name=options.name, file=publish.describe(building / name), text=key)
 
 
@@ -262,7 +266,7 @@ def forecast(sae: SAE, corpus: Corpus, options: Options) -> int:
     n_activations = corpus.n_rows * min(sae.k, sae.d_sae)
     shown = min(2 * options.examples * sae.d_sae, 2 * n_activations)
     shown += (10 * per_decile(options.examples) + 2 * options.examples) * min(sae.d_sae, n_activations)
-    examples_bytes = shown * (20 + 6 * options.window * corpus.has_text)
+    examples_bytes = shown * (20 + 6 * options.window * corpus.has_units)
     text_bytes = 8 * corpus.n_contexts * corpus.ctx_len
     latents = sae.d_sae * 6000
     inverse = 36 * schema.FEATURES_PER_TOKEN * len(corpus.vocab) if corpus.has_text else 0
@@ -274,6 +278,13 @@ def forecast(sae: SAE, corpus: Corpus, options: Options) -> int:
         + latents
         + inverse
     )
+
+
+def model_name(cache: ActivationCache) -> str | None:
+    """The name of the model or module that made the cache; None of an array."""
+    made_from = cache.manifest.get("made_from", {})
+    name: str | None = (cache.model or made_from.get("module") or {}).get("name")
+    return name
 
 
 def text_name(cache: ActivationCache) -> str | None:

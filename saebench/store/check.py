@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from saebench.core.errors import UserError
 from saebench.core.files import sha256_file
 from saebench.core.progress import Progress, progress
+from saebench.sources.modality import TEXT
 from saebench.store import publish
 from saebench.store.annotation_file import FILE
 from saebench.store.database import first_line, open_reader, read_meta, tables_of
@@ -26,6 +27,7 @@ from saebench.store.schema import (
     HIST_BINS,
     SAE_TABLES,
     TEXT_TABLES,
+    UNIT_TABLES,
     Table,
 )
 
@@ -244,11 +246,16 @@ def _check_schema(
         )
     files: list[tuple[str, dict[str, Table]]] = [("sae", SAE_TABLES)]
     if sae.text:
-        files.append(("txt", TEXT_TABLES))
+        files.append(("txt", UNIT_TABLES if has_units(meta) else TEXT_TABLES))
     for alias, tables in files:
         yield from _check_columns(
             connection, sae.file.path, alias, tables, {*meta["missing"], *meta["left_out"]}
         )
+
+
+def has_units(meta: dict[str, Any]) -> bool:
+    """Whether the text file has the units of another modality than text."""
+    return bool(meta.get("modality", TEXT.name) != TEXT.name)
 
 
 def _check_columns(

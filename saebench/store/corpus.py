@@ -1,5 +1,7 @@
 """The rows of a cache as numpy arrays: the token, context, position and document of each.
 
+A context is a unit of the cache's modality: of a text, the tokens that the model read at once.
+
 Shapes: N rows (tokens that the cache keeps), C contexts, T positions, V tokens of the vocabulary.
 """
 
@@ -14,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saebench.core.errors import UserError
+from saebench.sources.modality import TEXT
 from saebench.store.schema import POSITION_BUCKETS
 
 if TYPE_CHECKING:
@@ -30,8 +33,9 @@ MOST_OCCURRENCES = 1 << 24
 class Corpus:
     """The token, context, position and document of each row of a cache, as views of the mapped cache.
 
-    An imported cache has no text: ``has_text`` is False, every row is its own context at position 0, and
-    only ``n_rows`` and ``place`` may be used.
+    A cache of other units has ``has_text`` False: it has neither tokens nor documents. In a cache of plain
+    vectors ``has_units`` is False too: every row is its own context at position 0, and only ``n_rows``,
+    ``place``, ``ctx_of`` and ``pos_of`` may be used.
 
     Raises:
         UserError: the cache has more rows than a store can number, a token outside its vocabulary, or rows
@@ -46,6 +50,10 @@ class Corpus:
     context_len: Ints
     vocab: list[bytes]
     labels: list[str] | None
+    unit_columns: dict[str, NDArray[np.float64]]
+    """The user's columns with one value per unit."""
+    row_columns: dict[str, NDArray[np.float64]]
+    """The user's columns with one value per row."""
 
     def __init__(self, cache: ActivationCache) -> None:
         self.n_rows = cache.n_rows
@@ -59,7 +67,10 @@ class Corpus:
         self.n_contexts, self.ctx_len = (
             (cache.n_contexts, int(cache.ctx_len or 0)) if self.has_text else (0, 0)
         )
+        self.modality = TEXT.name if self.has_text else cache.modality.name
+        self.has_units = self.has_text or cache.unit is not None
         if not self.has_text:
+            self._read_units(cache)
             return
         arrays = [column.numpy() for column in columns if column is not None]
         self.ctx, self.pos, self.doc, self.tokens, self.context_tokens, self.context_len = arrays
@@ -68,9 +79,30 @@ class Corpus:
         self.labels = cache.doc_labels()
         self._check(cache)
 
+    def _read_units(self, cache: ActivationCache) -> None:
+        if cache.unit is None or cache.pos is None or cache.unit_len is None:
+            return
+        self.ctx, self.pos, self.context_len = (
+            column.numpy() for column in (cache.unit, cache.pos, cache.unit_len)
+        )
+        self.n_contexts, self.ctx_len = cache.n_contexts, int(self.context_len.max())
+        self.unit_columns, self.row_columns = (
+            {name: column.numpy().astype(np.float64) for name, column in columns.items()}
+            for columns in (cache.unit_columns(), cache.row_columns())
+        )
+        self._check_order(cache)
+
+    def ctx_of(self, row_S: Ints) -> Ints:
+        """[S]: the context of each row."""
+        return self.ctx[row_S] if self.has_units else row_S
+
+    def pos_of(self, row_S: Ints) -> Ints:
+        """[S]: the position of each row in its context."""
+        return self.pos[row_S] if self.has_units else np.zeros_like(row_S)
+
     def place(self, row_S: Ints) -> NDArray[np.int64]:
         """One increasing number for (context, position) of each row."""
-        if not self.has_text:
+        if not self.has_units:
             return row_S.astype(np.int64)
         return self.ctx[row_S].astype(np.int64) * self.ctx_len + self.pos[row_S]
 
@@ -171,6 +203,8 @@ class Corpus:
     @functools.cached_property
     def hash(self) -> str:
         """SHA-256 of all that a text file holds: equal for caches of other hooks over the same text."""
+        if not self.has_text:
+            return self._hash_of_units()
         digest = hashlib.sha256(b"text 2")
         for column in (self.context_len, self.context_tokens, self.ctx, self.pos, self.doc):
             digest.update(f"|{column.shape}|".encode())
@@ -182,14 +216,27 @@ class Corpus:
                 digest.update(b"%d:" % len(word) + word)
         return digest.hexdigest()
 
+    def _hash_of_units(self) -> str:
+        digest = hashlib.sha256(f"units 1 {self.modality}".encode())
+        for column in (self.context_len, self.ctx, self.pos):
+            digest.update(f"|{column.shape}|".encode() + column.astype(np.int32).tobytes())
+        for kind, columns in (("unit", self.unit_columns), ("row", self.row_columns)):
+            for name, values in columns.items():
+                digest.update(f"|{kind} {name}|".encode() + values.tobytes())
+        return digest.hexdigest()
+
     def _check(self, cache: ActivationCache) -> None:
-        last = -1
+        self._check_order(cache)
         for rows in chunks(self.n_rows):
             if not 0 <= self.tokens[rows].min() <= self.tokens[rows].max() < len(self.vocab):
                 raise UserError(
                     f"the cache {cache.path} has a token {self.tokens[rows].max()} outside its vocabulary of "
                     f"{len(self.vocab)}; run saebench cache verify on it"
                 )
+
+    def _check_order(self, cache: ActivationCache) -> None:
+        last = -1
+        for rows in chunks(self.n_rows):
             place = self.ctx[rows].astype(np.int64) * self.ctx_len + self.pos[rows]
             if place[0] <= last or (np.diff(place) <= 0).any() or self.pos[rows].max() >= self.ctx_len:
                 raise UserError(

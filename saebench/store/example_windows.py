@@ -14,8 +14,9 @@ def bounds(example: Mapping[str, Any], window: int) -> tuple[int, int]:
 
 def distinct(examples: Iterable[Mapping[str, Any]], window: int) -> list[dict[str, Any]]:
     """The examples without those whose window has the same tokens in the same order as an earlier one's."""
-    kept: dict[tuple[int, ...], dict[str, Any]] = {}
+    kept: dict[tuple[object, ...], dict[str, Any]] = {}
     for example in examples:
         first, end = bounds(example, window)
-        kept.setdefault(tuple(example["tokens"][first:end]), dict(example))
+        words = tuple(example["tokens"][first:end]) or ("unit", example["ctx"], first)
+        kept.setdefault(words, dict(example))
     return list(kept.values())

@@ -67,11 +67,11 @@ def examples(acts: Activations, corpus: Corpus, *, n: int, window: int, seed: in
         "value": value_E[order],
         "weight": pyarrow.array(weight_E, mask=np.isnan(weight_E)),
     }
-    if corpus.has_text:
-        rows |= Windows(acts, corpus, latent_E, row_E, window).columns()
-        return rows | {"fold": fold_of(rows["doc"])}
     empty = pyarrow.array([[]] * len(row_E), type=pyarrow.list_(pyarrow.float32()))
     none = pyarrow.nulls(len(row_E), pyarrow.uint32())
+    if corpus.has_units:
+        rows |= Windows(acts, corpus, latent_E, row_E, window).columns()
+        return rows | {"fold": fold_of(rows["doc"]) if corpus.has_text else none}
     zero = np.zeros(len(row_E), dtype=np.int64)
     return rows | {
         "ctx": row_E,
@@ -88,7 +88,7 @@ def top(acts: Activations, corpus: Corpus, n: int) -> NDArray[np.int64]:
     """Indices into S, by latent and then by descending activation."""
     if not len(acts.row_S):
         return np.empty(0, dtype=np.int64)
-    ctx_S = corpus.ctx[acts.row_S] if corpus.has_text else acts.row_S
+    ctx_S = corpus.ctx_of(acts.row_S)
     new_S = np.ones(len(ctx_S), dtype=bool)
     new_S[1:] = (ctx_S[1:] != ctx_S[:-1]) | (acts.latent_S[1:] != acts.latent_S[:-1])
     starts_G = np.flatnonzero(new_S)

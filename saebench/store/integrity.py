@@ -186,6 +186,9 @@ SAE_RULES = (
     rule("act context", "an activation is outside the contexts",
          "SELECT feature FROM sae.act LEFT JOIN txt.context USING (ctx) WHERE pos >= coalesce(n_tokens, "
          "0)"),
+    rule("act unit", "an activation is outside the units, or where the cache has no row",
+         "SELECT feature FROM sae.act LEFT JOIN txt.unit USING (ctx) WHERE NOT coalesce(kept[pos + 1], "
+         "false)"),
     rule("act feature context", "n_ctx_act is not the number of contexts in which the feature fires",
          "SELECT feature FROM sae.feature JOIN (SELECT feature, count(DISTINCT ctx) AS n FROM sae.act "
          "WHERE {some} GROUP BY feature) USING (feature) WHERE n_ctx_act <> n"),
@@ -298,6 +301,12 @@ TEXT_RULES = (
     rule("context", "contexts have another length than recorded",
          "SELECT ctx FROM txt.context WHERE len(tokens) <> n_tokens OR len(docs) <> n_tokens OR len(kept) "
          "<> n_tokens"),
+    rule("unit", "units are not numbered 0, 1, 2, ... up to the number recorded",
+         "SELECT rowid FROM txt.unit WHERE ctx <> rowid UNION ALL SELECT count(*) FROM txt.unit "
+         "HAVING count(*) <> $n_contexts"),
+    rule("unit", "the rows of the units do not add up to the rows of the cache",
+         "SELECT ctx FROM txt.unit WHERE len(kept) <> n_positions UNION ALL SELECT sum(len(list_filter(kept, "
+         "lambda k: k))) AS n FROM txt.unit HAVING n <> $n_tokens"),
     rule("context token", "tokens occur more or less often than is said",
          "SELECT token FROM txt.token LEFT JOIN (SELECT token, count(*) AS m FROM (SELECT unnest(tokens) AS "
          "token, unnest(kept) AS k FROM txt.context) WHERE k GROUP BY token) USING (token) WHERE n <> "

@@ -52,7 +52,7 @@ def _silent(
     acts: Activations, corpus: Corpus, latent_E: Ints, row_E: Ints, *, n: int, window: int
 ) -> tuple[Ints, Ints]:
     """The first ``n`` different rows of each latent in whose windows it does not fire."""
-    if corpus.has_text:
+    if corpus.has_units:
         low_E, high_E = Windows(acts, corpus, latent_E, row_E, window).fired_E
         silent_E = low_E == high_E
     else:

@@ -19,6 +19,7 @@ import numpy as np
 
 from saebench.core.errors import UserError
 from saebench.core.files import directory_lock, require_disk
+from saebench.sources.modality import TEXT, UNIT
 from saebench.store import publish, schema, tables
 from saebench.store.corpus import Corpus, chunks
 from saebench.store.database import open_reader, quoted, read_meta, sentence_for_duckdb_errors, tables_of
@@ -74,9 +75,14 @@ class StoredText(Corpus):
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, meta: dict[str, Any], scratch: Path) -> None:
         self.n_rows, self.n_contexts = meta["n_tokens"], meta["n_contexts"]
-        self.has_text = bool(self.n_contexts)
+        self.has_units = bool(self.n_contexts)
+        self.modality = meta.get("modality", TEXT.name if self.has_units else UNIT.name)
+        self.has_text = self.has_units and self.modality == TEXT.name
         self.ctx_len = 0
+        if not self.has_units:
+            return
         if not self.has_text:
+            self._fill_units(connection, meta["ctx_len"])
             return
         longest = _numbers(connection, "SELECT max(n_tokens) FROM txt.context")[0]
         self.ctx_len = meta.get("ctx_len") or longest
@@ -98,6 +104,18 @@ class StoredText(Corpus):
         )
         self.row_of_place = array("row_of_place", (self.n_contexts * self.ctx_len,))
         self._fill(connection)
+
+    def _fill_units(self, connection: duckdb.DuckDBPyConnection, ctx_len: int) -> None:
+        """Rows and units of another modality than text, without the user's columns, which are not needed."""
+        found = connection.execute("SELECT n_positions, kept FROM txt.unit ORDER BY ctx").fetchnumpy()
+        self.ctx_len, self.context_len = ctx_len, found["n_positions"].astype(np.int32)
+        length_C = self.context_len.astype(np.int64)
+        ctx_X = np.repeat(np.arange(self.n_contexts), length_C)
+        pos_X = np.arange(len(ctx_X)) - np.repeat(np.cumsum(length_C) - length_C, length_C)
+        kept_X = np.concatenate(found["kept"]).astype(bool)
+        self.ctx, self.pos = ctx_X[kept_X].astype(np.int32), pos_X[kept_X].astype(np.int32)
+        self.row_of_place = np.zeros(self.n_contexts * ctx_len, dtype=np.int64)
+        self.row_of_place[self.place(np.arange(self.n_rows))] = np.arange(self.n_rows)
 
     def _fill(self, connection: duckdb.DuckDBPyConnection) -> None:
         kept, skipped = "kept", 0
@@ -205,7 +223,7 @@ def _groups(connection: duckdb.DuckDBPyConnection, corpus: StoredText, d_sae: in
             "SELECT feature, ctx, pos, value FROM sae.act WHERE feature BETWEEN ? AND ?", [first, stop - 1]
         ).fetchnumpy()
         row_S = found["ctx"].astype(np.int64)
-        if corpus.has_text:
+        if corpus.has_units:
             row_S = corpus.row_of_place[row_S * corpus.ctx_len + found["pos"]].astype(np.int64)
         yield Activations(
             first, stop - first, found["feature"].astype(np.int64) - first, row_S, found["value"]

@@ -79,7 +79,7 @@ def problems(
         )
     check_fit(sae, cache, meta["hook_name"])
     corpus = Corpus(cache)
-    if corpus.has_text and corpus.hash != text:
+    if corpus.has_units and corpus.hash != text:
         yield "the text file is not that of the cache's text"
     yield from _codes(connection, sae, cache, corpus, meta["hook_name"])
     if model != "none" and "logit" not in meta["missing"]:
@@ -135,8 +135,8 @@ def _codes(
     places = pyarrow.table(
         {
             "place": np.arange(len(row_R)),
-            "ctx": (corpus.ctx[row_R] if corpus.has_text else row_R).astype(np.int64),
-            "pos": (corpus.pos[row_R] if corpus.has_text else np.zeros_like(row_R)).astype(np.int64),
+            "ctx": corpus.ctx_of(row_R).astype(np.int64),
+            "pos": corpus.pos_of(row_R).astype(np.int64),
         }
     )
     query = "SELECT place, feature, value FROM sae.act JOIN places USING (ctx, pos)"

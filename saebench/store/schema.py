@@ -258,6 +258,16 @@ DOCUMENT = _table(
     ("label", "VARCHAR", "its label in the text, or NULL"),
 )  # fmt: skip
 
+UNIT = _table(
+    "unit", "text", "ctx",
+    ("ctx", "UINTEGER", "unit"),
+    ("n_positions", "UINTEGER", "positions in it"),
+    ("kept", "BOOLEAN[]", "whether the cache has a row for each position"),
+    ("unit_values", "DOUBLE[]", "its values in the unit columns that the meta table names"),
+    ("row_values", "DOUBLE[]", "values of its rows in the row columns that the meta table names: all of the "
+     "first row, then of the second, ..."),
+)  # fmt: skip
+
 SAE_TABLES = {
     table.name: table
     for table in (
@@ -266,6 +276,8 @@ SAE_TABLES = {
     )
 }  # fmt: skip
 TEXT_TABLES = {table.name: table for table in (TEXT_META, TOKEN, CONTEXT, DOCUMENT)}
+UNIT_TABLES = {table.name: table for table in (TEXT_META, UNIT)}
+"""What a text file has if the cache has units of another modality than text."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

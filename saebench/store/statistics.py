@@ -36,7 +36,7 @@ def activation_statistics(acts: Activations, corpus: Corpus) -> Columns:
         columns[name][alive_L] = of_L
     none = [None] * acts.n_latents
     columns |= dict.fromkeys(("n_ctx_act", "n_doc_act", "mean_pos", "first_pos_share"), none)
-    if corpus.has_text:
+    if corpus.has_units:
         columns |= _places(acts, corpus, alive_L)
     return columns
 
@@ -155,8 +155,10 @@ def _places(acts: Activations, corpus: Corpus, alive_L: NDArray[np.int64]) -> Co
     n_L, starts_L = acts.counts_M[alive_L], acts.starts_M[alive_L]
     columns: Columns = {
         "n_ctx_act": _distinct(acts, corpus.ctx[acts.row_S], corpus.n_contexts, ascend=True),
-        "n_doc_act": _distinct(acts, corpus.doc[acts.row_S], corpus.n_documents, ascend=corpus.docs_ascend),
     }
+    if corpus.has_text:
+        doc_S = corpus.doc[acts.row_S]
+        columns["n_doc_act"] = _distinct(acts, doc_S, corpus.n_documents, ascend=corpus.docs_ascend)
     where = {"mean_pos": corpus.pos[acts.row_S], "first_pos_share": corpus.is_first(acts.row_S)}
     for name, of_S in where.items():
         columns[name] = np.full(acts.n_latents, None, dtype=object)

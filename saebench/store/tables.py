@@ -155,6 +155,7 @@ def write_sae_file(path: Path, build: Build, meta: dict[str, Any]) -> None:
                     rows, of_feature = token_statistics(acts, corpus, inverse)
                     insert(connection, schema.FEATURE_TOKEN, rows)
                     columns |= of_feature
+            if "position" in names:
                 with timer.on("position"):
                     insert(connection, schema.POSITION, position_rows(acts, corpus))
             if "feature_label" in names:
@@ -181,6 +182,7 @@ def write_sae_file(path: Path, build: Build, meta: dict[str, Any]) -> None:
         if corpus.has_text:
             with timer.on("token_feature"):
                 insert(connection, schema.TOKEN_FEATURE, inverse.rows())
+        if "position" in names:
             meta["position_rows"] = corpus.bucket_counts.tolist()
         if build.context_index:
             with timer.on("act_by_ctx"):
@@ -246,7 +248,12 @@ def missing_tables(corpus: Corpus, no_logits: str | None) -> dict[str, str]:
     """Table -> why it cannot be computed; ``no_logits`` is the reason for logits, or None."""
     missing = {} if no_logits is None else {"logit": no_logits}
     if not corpus.has_text:
-        missing |= dict.fromkeys(NEED_TEXT, "the cache was imported without tokens and contexts")
+        reason = "the cache was imported without tokens and contexts"
+        if corpus.has_units:
+            reason = f"the cache has no tokens; its modality is {corpus.modality}"
+        missing |= dict.fromkeys(NEED_TEXT, reason)
+        if corpus.ctx_len > 1:
+            del missing["position"]
     elif not corpus.label_names:
         missing["feature_label"] = "the documents of the text have no labels"
     return missing
@@ -269,8 +276,8 @@ def index_by_context(connection: duckdb.DuckDBPyConnection, corpus: Corpus, runs
             connection,
             schema.ACT_BY_CTX,
             {
-                "ctx": corpus.ctx[row_R] if corpus.has_text else row_R,
-                "pos": corpus.pos[row_R] if corpus.has_text else np.zeros_like(row_R),
+                "ctx": corpus.ctx_of(row_R),
+                "pos": corpus.pos_of(row_R),
                 "features": list_column(latent_S, n_R),
                 "acts": list_column(value_S, n_R),
             },
@@ -280,10 +287,8 @@ def index_by_context(connection: duckdb.DuckDBPyConnection, corpus: Corpus, runs
 def _act_rows(acts: Activations, corpus: Corpus) -> dict[str, Any]:
     return {
         "feature": (acts.latent_S + acts.first).astype(np.uint32),
-        "ctx": (corpus.ctx[acts.row_S] if corpus.has_text else acts.row_S).astype(np.uint32),
-        "pos": corpus.pos[acts.row_S].astype(np.uint32)
-        if corpus.has_text
-        else np.zeros(len(acts.row_S), np.uint32),
+        "ctx": corpus.ctx_of(acts.row_S).astype(np.uint32),
+        "pos": corpus.pos_of(acts.row_S).astype(np.uint32),
         "value": acts.value_S,
     }
 

@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 
 from saebench.store.corpus import CHUNK, Corpus, chunks
 from saebench.store.database import insert, insert_meta, new_database
-from saebench.store.schema import CONTEXT, DOCUMENT, FORMAT_VERSION, TEXT_META, TEXT_TABLES, TOKEN
+from saebench.store.schema import (
+    CONTEXT,
+    DOCUMENT,
+    FORMAT_VERSION,
+    TEXT_META,
+    TEXT_TABLES,
+    TOKEN,
+    UNIT,
+    UNIT_TABLES,
+)
 from saebench.store.statistics import list_column
 from saebench.store.text import token_text
 
@@ -56,6 +65,47 @@ def write_text_file(path: Path, corpus: Corpus, *, name: str | None) -> None:
                 "n_documents": corpus.n_documents,
             },
         )
+
+
+def write_unit_file(path: Path, corpus: Corpus) -> None:
+    """Write the table unit of ``corpus``, whose units are not texts."""
+    own, of_rows = (
+        np.stack(list(columns.values()), axis=1) if columns else np.zeros((n, 0))
+        for columns, n in (
+            (corpus.unit_columns, corpus.n_contexts),
+            (corpus.row_columns, corpus.n_rows),
+        )
+    )
+    with new_database(path, UNIT_TABLES.values()) as connection:
+        for contexts in chunks(corpus.n_contexts, CHUNK // corpus.ctx_len):
+            length_C = corpus.context_len[contexts].astype(np.int64)
+            inside_CT = np.arange(corpus.ctx_len) < length_C[:, None]
+            kept_CT = _kept(corpus, contexts)
+            low, high = np.searchsorted(
+                corpus.ctx, np.array([contexts.start, contexts.stop], dtype=corpus.ctx.dtype)
+            )
+            rows = {
+                "ctx": np.arange(contexts.start, contexts.stop),
+                "n_positions": length_C,
+                "kept": list_column(kept_CT[inside_CT], length_C),
+                "unit_values": list_column(own[contexts].reshape(-1), own.shape[1] + 0 * length_C),
+                "row_values": list_column(
+                    of_rows[low:high].reshape(-1), of_rows.shape[1] * kept_CT.sum(axis=1)
+                ),
+            }
+            insert(connection, UNIT, rows)
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "modality": corpus.modality,
+            "text": None,
+            "text_hash": corpus.hash,
+            "n_tokens": corpus.n_rows,
+            "n_contexts": corpus.n_contexts,
+            "n_documents": 0,
+            "unit_columns": list(corpus.unit_columns),
+            "row_columns": list(corpus.row_columns),
+        }
+        insert_meta(connection, TEXT_META, meta)
 
 
 def _contexts(corpus: Corpus, contexts: slice) -> dict[str, Any]:

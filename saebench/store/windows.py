@@ -64,12 +64,11 @@ class Windows:
         return found[0], found[1]
 
     def columns(self) -> dict[str, Any]:
-        """ctx, pos, doc, start, tokens and acts of the example table."""
+        """ctx, pos, doc, start, tokens and acts of the example table; without text, no doc and no tokens."""
         corpus, length_E = self.corpus, self.length_E
         ends_E = np.cumsum(length_E)
         example_X = np.repeat(np.arange(len(length_E)), length_E)
         offset_X = np.arange(len(example_X)) - np.repeat(ends_E - length_E, length_E)
-        tokens_X = corpus.context_tokens[self.ctx_E[example_X], self.start_E[example_X] + offset_X]
         low_E, high_E = self.fired_E
         n_E = high_E - low_E
         example_Y = np.repeat(np.arange(len(n_E)), n_E)
@@ -80,8 +79,17 @@ class Windows:
         return {
             "ctx": self.ctx_E,
             "pos": self.pos_E,
-            "doc": corpus.doc[self.row_E],
             "start": self.start_E,
-            "tokens": list_column(tokens_X, length_E),
             "acts": list_column(acts_X, length_E),
+            **self._words(example_X, self.start_E[example_X] + offset_X),
         }
+
+    def _words(self, example_X: NDArray[np.int64], pos_X: NDArray[np.int64]) -> dict[str, Any]:
+        import pyarrow
+
+        n = len(self.row_E)
+        if not self.corpus.has_text:
+            empty = pyarrow.array([[]] * n, type=pyarrow.list_(pyarrow.uint32()))
+            return {"doc": pyarrow.nulls(n, pyarrow.uint32()), "tokens": empty}
+        tokens_X = self.corpus.context_tokens[self.ctx_E[example_X], pos_X]
+        return {"doc": self.corpus.doc[self.row_E], "tokens": list_column(tokens_X, self.length_E)}

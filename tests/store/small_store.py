@@ -14,6 +14,7 @@ import torch
 
 from saebench.saes.base import SAE
 from saebench.saes.topk import TopKSAE
+from saebench.sources.modality import TEXT, UNIT
 from saebench.store import publish
 from saebench.store.build import IndexJob, Options, build_all
 
@@ -61,6 +62,7 @@ class SmallCache:
         self._x_ND = embedding[columns[0].long()] + 0.5 * noise
         self.held_out = torch.zeros(self.n_rows, dtype=torch.bool)
         self._text = text
+        self.modality, self.unit = TEXT if text else UNIT, None
         self.model = {"name": "small"} if text else None
         self.tokens, self.doc, self.ctx, self.pos = columns if text else (None,) * 4
         self.context_tokens = torch.from_numpy(tokens) if text else None

@@ -10,6 +10,7 @@ import streamlit as st
 
 from saebench.core.errors import UserError
 from saebench.core.formatting import number, share, visible
+from saebench.sources.modality import modality
 from saebench_app.components.notice import notice
 from saebench_app.components.passage import LANES, Lane, passage
 from saebench_app.components.table import Cell, Heading, table
@@ -56,7 +57,7 @@ class Place(Query):
 
 def show(here: Here) -> None:
     place, store = here.read(Place), here.store
-    if not store.has("context"):
+    if not (store.has("context") or store.has("unit")):
         st.title("Context")
         reason = store.info()["missing"].get("context", "the store was indexed without it")
         notice(f"The store has no contexts to show: {reason.rstrip('.')}.", key="no-contexts")
@@ -84,7 +85,8 @@ def _header(here: Here, place: Place, context: dict[str, Any]) -> None:
         here.show(here.view, replace(place, c=c, pos=None))
 
     with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
-        st.title(f"Context {place.c}", width="content")
+        unit = modality(here.store.info().get("modality", "text")).unit
+        st.title(f"{unit.capitalize()} {place.c}", width="content")
         with st.container(horizontal=True, vertical_alignment="center", width="content"):
             st.button("Previous", shortcut="Left", disabled=place.c == 0, on_click=go, args=(place.c - 1,))
             st.button("Next", shortcut="Right", disabled=place.c == last, on_click=go, args=(place.c + 1,))
@@ -100,7 +102,8 @@ def _header(here: Here, place: Place, context: dict[str, Any]) -> None:
     origin = f"{visible(context['label'])}, " if context["label"] else ""
     documents = len(set(context["docs"]))
     several = f", {documents} documents" if documents > 1 else ""
-    notice(f"{origin}{context['n_tokens']:,} tokens{several}", key="origin")
+    unit = "tokens" if context["tokens"] else "positions"
+    notice(f"{origin}{context['n_tokens']:,} {unit}{several}", key="origin")
 
 
 def _text(

@@ -11,7 +11,7 @@ import streamlit as st
 from saebench.core.errors import UserError
 from saebench.core.formatting import visible
 from saebench.store.query import FeatureStore
-from saebench.store.schema import EXTRA_TABLES, SAE_TABLES, TEXT_TABLES, Table
+from saebench.store.schema import EXTRA_TABLES, SAE_TABLES, TEXT_TABLES, UNIT, Table
 from saebench.store.sql import LONGEST_QUERY
 from saebench_app.components.notice import notice
 from saebench_app.components.table import Cell, Heading, table
@@ -188,4 +188,4 @@ def _tables(here: Here) -> None:
 
 def _all_tables() -> list[Table]:
     extras = [one for tables in EXTRA_TABLES.values() for one in tables.values()]
-    return [*SAE_TABLES.values(), *TEXT_TABLES.values(), *extras]
+    return [*SAE_TABLES.values(), *TEXT_TABLES.values(), UNIT, *extras]

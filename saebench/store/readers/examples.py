@@ -42,7 +42,8 @@ class ExampleReader:
         activations (1 has the smallest), 'near-miss' and 'negative' windows in which it does not fire.
         ``weight`` is the number of firings that an example represents; ``fold``, 0 or 1, is that of the
         document. ``tokens``, ``pieces`` and ``acts`` are lists over the window, which begins at position
-        ``start``; joined, the pieces are the decoded window. Without contexts the lists are empty.
+        ``start``; joined, the pieces are the decoded window. Without a text, ``tokens`` is empty, the pieces
+        name the unit ("unit 17") and its positions, and ``label`` has the user's columns.
 
         >>> bool((store.examples(3, "top")["value"] <= store.feature(3)["max_act"]).all())
         True
@@ -64,17 +65,26 @@ class ExampleReader:
         )
         names = {number: name for name, number in GROUPS.items()}
         tokens = [list(map(int, one)) for one in rows["tokens"]]
+        acts = [one.tolist() for one in rows["acts"]]
         docs = [None if pd.isna(doc) else int(doc) for doc in rows["doc"]]
-        labels = self._texts.labels_of({doc for doc in docs if doc is not None})
+        found = self._texts.labels_of({doc for doc in docs if doc is not None})
+        labels = [None if doc is None else found.get(doc) for doc in docs]
+        pieces = [self._texts.pieces(one) for one in tokens]
+        if not self._connection.has("token"):
+            places = list(zip(rows["ctx"].tolist(), rows["pos"].tolist(), strict=True))
+            acts = [one or [value] for one, value in zip(acts, rows["value"].tolist(), strict=True)]
+            labels = self._texts.unit_labels(places)
+            starts = zip(places, rows["start"].tolist(), acts, strict=True)
+            pieces = [self._texts.modality.pieces(ctx, start, len(one)) for (ctx, _), start, one in starts]
         return pd.DataFrame(
             {
                 "group": [names[number] for number in rows["grp"].tolist()],
                 **{name: rows[name] for name in ("rank", "ctx", "pos", "value", "doc", "fold", "weight")},
-                "label": [None if doc is None else labels.get(doc) for doc in docs],
+                "label": labels,
                 "start": rows["start"],
                 "tokens": tokens,
-                "pieces": [self._texts.pieces(one) for one in tokens],
-                "acts": [one.tolist() for one in rows["acts"]],
+                "pieces": pieces,
+                "acts": acts,
             }
         )
 
@@ -84,7 +94,7 @@ class ExampleReader:
         """Examples drawn at random from the activations between ``lo`` and ``hi``, both included.
 
         Columns rank, ctx, pos, value, doc, label, start, tokens, pieces, acts, as in ``examples``; largest
-        activation first. The same seed draws the same ones. Without contexts the lists are empty.
+        activation first. The same seed draws the same ones.
 
         >>> bar = store.histogram(0).iloc[-1]
         >>> drawn = store.examples_between(0, bar["lo"], bar["hi"], n=3)
@@ -156,9 +166,11 @@ class ExampleReader:
         """Activations (columns ctx, pos, value) with rank, document, label and the window around each."""
         drawn.insert(0, "rank", range(len(drawn)))
         names = ("doc", "label", "start", "tokens", "pieces", "acts")
-        windows: Sequence[tuple[object, ...]] = [(None, None, 0, [], [], [])] * len(drawn)
+        windows: Sequence[tuple[object, ...]]
         if self._connection.has("context"):
             windows = self._windows(feature, drawn, width)
+        else:
+            windows = self._unit_windows(feature, drawn, width)
         for at, name in enumerate(names):
             drawn[name] = [window[at] for window in windows]
         return drawn
@@ -175,9 +187,29 @@ class ExampleReader:
         windows = []
         for ctx, pos in places:
             context, docs = contexts[ctx]
-            start = min(max(pos - int(width * BEFORE), 0), max(len(context) - width, 0))
+            start = _start(pos, len(context), width)
             tokens = context[start : start + width]
             acts = [act.get((ctx, start + at), 0.0) for at in range(len(tokens))]
             doc = docs[pos]
             windows.append((doc, labels.get(doc), start, tokens, self._texts.pieces(tokens), acts))
         return windows
+
+    def _unit_windows(
+        self, feature: int, drawn: pd.DataFrame, width: int
+    ) -> list[tuple[None, str | None, int, list[int], list[str], list[float]]]:
+        """The same for units that are not texts, which have neither documents nor tokens."""
+        places = list(zip(drawn["ctx"].tolist(), drawn["pos"].tolist(), strict=True))
+        wanted = sorted({ctx for ctx, _ in places})
+        lengths, act = self._texts.lengths_of(wanted), self._activations.in_contexts(feature, wanted)
+        windows = []
+        for (ctx, pos), label in zip(places, self._texts.unit_labels(places), strict=True):
+            start = _start(pos, lengths[ctx], width)
+            acts = [act.get((ctx, at), 0.0) for at in range(start, min(start + width, lengths[ctx]))]
+            pieces = self._texts.modality.pieces(ctx, start, len(acts))
+            windows.append((None, label, start, list[int](), pieces, acts))
+        return windows
+
+
+def _start(pos: int, length: int, width: int) -> int:
+    """Position of the first token of a window of ``width`` tokens around ``pos``."""
+    return min(max(pos - int(width * BEFORE), 0), max(length - width, 0))

@@ -20,9 +20,9 @@ class SaeReader:
     def info(self) -> dict[str, Any]:
         """Metadata: what was indexed, with its numbers of tokens, activations and latents.
 
-        Keys: name, sae (architecture), d_in, d_sae, k, hook_name, model, text, n_tokens, n_contexts,
-        n_documents, n_activations, n_dead, n_dense, eval (the run's eval.json or None), missing (table ->
-        why it is absent, one sentence), sae_hash, cache_hash, generation.
+        Keys: name, sae (architecture), d_in, d_sae, k, hook_name, model, modality, text, n_tokens,
+        n_contexts, n_documents, n_activations, n_dead, n_dense, eval (the run's eval.json or None), missing
+        (table -> why it is absent, one sentence), sae_hash, cache_hash, generation.
 
         >>> store.info()["sae"]
         'topk'

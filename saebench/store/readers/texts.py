@@ -1,4 +1,4 @@
-"""TextReader: tokens, contexts and labels of documents, from the text file of a store."""
+"""TextReader: tokens, contexts or other units, and labels of documents, from the text file of a store."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
+from saebench.sources.modality import UNIT, Modality, modality
 from saebench.store.connection import StoreConnection, limit_of
 from saebench.store.limits import check_pattern
 from saebench.store.text import pieces, token_text
@@ -21,7 +22,7 @@ MAX_CACHED_LABELS = 200_000
 
 
 class TextReader:
-    """Owns the tables token, context and document."""
+    """Owns the tables token, context, document and unit."""
 
     def __init__(self, connection: StoreConnection) -> None:
         self._connection = connection
@@ -63,7 +64,9 @@ class TextReader:
     def context(self, ctx: int) -> dict[str, Any]:
         """One context.
 
-        Keys: ctx, n_tokens, tokens, pieces, docs (one per token), doc and label (of the first token).
+        Keys: ctx, n_tokens, tokens, pieces, docs (one per token), doc and label (of the first token). Of
+        a unit that is not a text, ``n_tokens`` is the number of its positions, ``tokens`` and ``docs`` are
+        empty, and ``label`` has the values of its columns.
 
         >>> len(store.context(0)["tokens"]) == store.context(0)["n_tokens"]
         True
@@ -71,6 +74,8 @@ class TextReader:
         Raises:
             UserError: no such context, or a store without contexts.
         """
+        if self._connection.has("unit"):
+            return self._unit(self.require_context(ctx))
         self._connection.require("context")
         ctx = self.require_context(ctx)
         query = "SELECT n_tokens, tokens, docs FROM txt.context WHERE ctx = ?"
@@ -84,6 +89,55 @@ class TextReader:
             "doc": docs[0],
             "label": self.labels_of(docs[:1]).get(docs[0]),
         }
+
+    @functools.cached_property
+    def modality(self) -> Modality:
+        """What the units of the store are."""
+        return modality(self._connection.meta.get("modality", UNIT.name))
+
+    @functools.cached_property
+    def _unit_columns(self) -> tuple[list[str], list[str]]:
+        """The names of the columns per unit and per row."""
+        meta = self._connection.read_meta("txt")
+        return meta["unit_columns"], meta["row_columns"]
+
+    def _unit(self, ctx: int) -> dict[str, Any]:
+        query = "SELECT n_positions, unit_values FROM txt.unit WHERE ctx = ?"
+        n_positions, values = self._connection.rows(query, [ctx])[0]
+        named = dict(zip(self._unit_columns[0], values, strict=True))
+        return {
+            "ctx": ctx,
+            "n_tokens": n_positions,
+            "tokens": [],
+            "pieces": self.modality.pieces(ctx, 0, n_positions),
+            "docs": [],
+            "doc": None,
+            "label": self.modality.describe(named) or None,
+        }
+
+    def lengths_of(self, ctxs: Sequence[int]) -> dict[int, int]:
+        """Unit -> its positions; of a store without the table unit, each has one."""
+        if not self._connection.has("unit"):
+            return dict.fromkeys(ctxs, 1)
+        query = "SELECT ctx, n_positions FROM txt.unit WHERE ctx IN (SELECT unnest(?))"
+        return dict(self._connection.rows(query, [list(ctxs)]))
+
+    def unit_labels(self, places: Sequence[tuple[int, int]]) -> list[str | None]:
+        """For each (unit, position) the values of the user's columns in words, None without columns."""
+        if not self._connection.has("unit") or not any(self._unit_columns):
+            return [None] * len(places)
+        of_unit, of_row = self._unit_columns
+        query = "SELECT ctx, kept, unit_values, row_values FROM txt.unit WHERE ctx IN (SELECT unnest(?))"
+        found = {row[0]: row[1:] for row in self._connection.rows(query, [sorted({c for c, _ in places})])}
+        labels = []
+        for ctx, pos in places:
+            kept, values, row_values = found[ctx]
+            named = dict(zip(of_unit, values, strict=True))
+            if of_row:
+                start = sum(kept[:pos]) * len(of_row)
+                named |= dict(zip(of_row, row_values[start : start + len(of_row)], strict=True))
+            labels.append(self.modality.describe(named) or None)
+        return labels
 
     def contexts(self, ctxs: Sequence[int]) -> dict[int, tuple[list[int], list[int]]]:
         """Context -> its tokens and their documents."""
@@ -173,7 +227,8 @@ class TextReader:
             UserError: it is not.
         """
         meta = self._connection.meta
-        n_contexts = meta["n_contexts"] if self._connection.has("context") else meta["n_tokens"]
+        counted = self._connection.has("context") or self._connection.has("unit")
+        n_contexts = meta["n_contexts"] if counted else meta["n_tokens"]
         known = hasattr(ctx, "__index__") and not isinstance(ctx, bool)
         if not (known and 0 <= ctx < n_contexts):
             raise UserError(

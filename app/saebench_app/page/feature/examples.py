@@ -11,7 +11,7 @@ from saebench.store.schema import DECILES
 from saebench_app.components.head import Choice, Head, Option, heading
 from saebench_app.components.notice import notice
 from saebench_app.components.tokens import examples
-from saebench_app.page.feature.common import PATH, why_missing
+from saebench_app.page.feature.common import PATH
 from saebench_app.session import Here
 from saebench_app.view import ABOVE, COLORS, WINDOWS, View
 
@@ -33,10 +33,6 @@ EXAMPLES_OF_BAR = 20
 
 def show_examples(here: Here, row: dict[str, Any]) -> None:
     view, feature = here.view, row["feature"]
-    if not here.store.has("context"):
-        heading(Head("Examples"), key="examples-head")
-        notice(why_missing(here, "context"), key="no-examples")
-        return
     head = Head("Examples", choices=(_groups(view, feature), _windows(view, feature)))
     if row["dead"] and view.group not in ("near-miss", "negative"):
         heading(head, key="examples-head")
@@ -45,6 +41,7 @@ def show_examples(here: Here, row: dict[str, Any]) -> None:
             key="no-examples",
         )
         return
+    opens = here.store.has("context") or here.store.has("unit")
     shown = _chosen_examples(here, row)
     if view.distinct:
         shown = distinct(shown, view.window)
@@ -63,7 +60,7 @@ def show_examples(here: Here, row: dict[str, Any]) -> None:
         head=head,
         settings=_display(view, feature),
         name=f"Feature {feature} of {here.store.sae}",
-        place=lambda one: view.url("context", c=one["ctx"], f1=feature, pos=one["pos"]),
+        place=lambda one: view.url("context", c=one["ctx"], f1=feature, pos=one["pos"]) if opens else "",
     )
 
 
