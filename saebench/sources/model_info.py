@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from saebench.core.errors import UserError
 from saebench.core.files import sha256_file
+from saebench.sources.families import Family, family_of
 from saebench.sources.hook_names import is_rare, layer_of, unknown_hook
+from saebench.sources.native import parse_site
+from saebench.sources.pretrained import module_paths
 
 _DESCRIPTION_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _WEIGHT_FILES = ["*.safetensors"]
@@ -23,7 +26,8 @@ class ModelInfo:
 
     ``folder`` holds its files; the folder of a hub model may have no weights yet. ``hash`` is the SHA-256
     over the names and contents of the weight, config and tokenizer files of a local folder, or over the name
-    and commit of a hub model. ``revision`` is that commit, and None for a local folder.
+    and commit of a hub model. ``revision`` is that commit, and None for a local folder. ``family`` says where
+    the modules of its architecture are; None when only TransformerLens knows.
     """
 
     name: str
@@ -37,6 +41,7 @@ class ModelInfo:
     d_key_value: int
     vocab_size: int
     n_ctx: int | None
+    family: Family | None = field(repr=False, compare=False, default=None)
 
     def to_json(self) -> dict[str, Any]:
         """What manifests record: enough to load the same model again and to check that it is the same."""
@@ -60,7 +65,7 @@ class ModelInfo:
         return {f"blocks.{i}.{name}": width for i in range(self.n_layers) for name, width in widths.items()}
 
     def check_hook(self, hook: str) -> None:
-        """Raise a UserError for a hook that a model with this config cannot have.
+        """Raise a UserError for a hook or module path that a model with this config cannot have.
 
         Raises:
             UserError: a layer beyond the last, or an unknown name; the sentence gives the nearest names.
@@ -72,8 +77,11 @@ class ModelInfo:
                 f"--site {hook} is beyond the {self.n_layers} layers of {self.name}; "
                 f"give a hook in blocks.0 to blocks.{self.n_layers - 1}"
             )
-        if hook not in usual and not is_rare(hook):
+        if hook not in usual and not is_rare(hook) and not self._has_module(hook):
             raise UserError(unknown_hook(hook, list(usual), self.name))
+
+    def _has_module(self, hook: str) -> bool:
+        return parse_site(hook).path in module_paths(str(self.folder))
 
 
 def peek_model(name: str, *, revision: str | None = None, local_only: bool = False) -> ModelInfo:
@@ -107,8 +115,8 @@ def peek_model(name: str, *, revision: str | None = None, local_only: bool = Fal
         config = config.get_text_config()
         d_model, heads = int(config.hidden_size), int(config.num_attention_heads)
         d_head = int(getattr(config, "head_dim", None) or d_model // heads)
-        groups = int(getattr(config, "num_key_value_heads", None) or heads)
-        d_mlp = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * d_model
+        sizes = (getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_dim"))
+        d_mlp = next((size for size in sizes if size), 4 * d_model)
         n_ctx = getattr(config, "max_position_embeddings", None)
         return ModelInfo(
             name=name,
@@ -119,9 +127,10 @@ def peek_model(name: str, *, revision: str | None = None, local_only: bool = Fal
             d_model=d_model,
             d_mlp=int(d_mlp),
             d_heads=heads * d_head,
-            d_key_value=groups * d_head,
+            d_key_value=_key_value_heads(config) * d_head,
             vocab_size=int(config.vocab_size),
             n_ctx=int(n_ctx) if n_ctx else None,
+            family=family_of(config),
         )
     except Exception as error:  # each config class raises errors of its own
         reason = " ".join(str(error).split())[:200]
@@ -173,6 +182,14 @@ def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
         raise UserError(
             f"model {name!r} is neither a local folder nor a valid hub name; give a folder or owner/name"
         ) from None
+
+
+def _key_value_heads(config: Any) -> int:
+    if getattr(config, "new_decoder_architecture", False):  # Falcon
+        return int(config.num_kv_heads)
+    if getattr(config, "multi_query", False):
+        return 1
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def _require_weights(folder: Path, name: str) -> None:

@@ -1,4 +1,7 @@
-"""Model and load_model: a language model whose activations can be read and replaced, with TransformerLens.
+"""Model and load_model: a language model whose activations can be read and replaced.
+
+A hook that families.py has for the model's architecture, and a module path, are read from the modules of
+transformers (`NativePath`). All else goes through TransformerLens's bridge (`BridgePath`).
 
 Shapes: B contexts, T positions, D width of a hook, V vocabulary.
 """
@@ -6,47 +9,49 @@ Shapes: B contexts, T positions, D width of a hook, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from saebench.core.errors import UserError
-from saebench.sources.bridge import load_bridge
+from saebench.sources.bridge import BridgePath, load_bridge, share_with_bridge
 from saebench.sources.gradients import contexts_at_once, gradients_of, summed_cross_entropy
-from saebench.sources.hook_names import (
-    is_between_blocks,
-    is_residual,
-    layers_needed,
-    needs_change_in_place,
-    unknown_hook,
-)
+from saebench.sources.hook_names import is_residual, layer_of, unknown_hook
 from saebench.sources.model_info import ModelInfo, fetch_weights, peek_model
+from saebench.sources.native import EditFunction
+from saebench.sources.native_path import NativePath
+from saebench.sources.pretrained import load_causal_model
 from saebench.sources.tokenizer import ModelTokenizer, open_tokenizer
+from saebench.sources.unembedding import Readout, bridge_readout, native_readout, require_linear
 
 __all__ = ["Model", "ModelInfo", "load_model", "peek_model"]
 
-EditFunction = Callable[[Tensor], Tensor]
-
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SWITCHED_OFF = re.compile(r"Cannot add hook (\S+) because (\S+) is False")
+
+PathName = Literal["native", "bridge"]
 
 
 class Model:
     """A causal language model, for inference. Made by `load_model`.
 
-    Hooks have TransformerLens names (blocks.2.hook_resid_post). The activations of
-    several heads (attn.hook_z) are flattened to [B, T, n_heads * d_head].
+    Hooks have TransformerLens names (blocks.2.hook_resid_post), or are module paths (model.layers.2.mlp, and
+    model.layers.2.mlp:in for its input). The activations of several heads (attn.hook_z) are flattened to
+    [B, T, n_heads * d_head].
     """
 
-    def __init__(self, info: ModelInfo, bridge: Any, tokens: ModelTokenizer) -> None:
+    def __init__(
+        self, info: ModelInfo, tokens: ModelTokenizer, native: NativePath, bridge: BridgePath
+    ) -> None:
         self.info = info
         self.tokens = tokens
-        self._bridge = bridge
-        self._points = bridge.hook_dict
+        self._native = native
+        self._bridge_path = bridge
+        self._main = bridge if info.family is None else native
+        self._paths: dict[str, PathName] = {}
 
     @property
     def name(self) -> str:
@@ -74,8 +79,13 @@ class Model:
         return self.tokens.tokenizer
 
     @property
+    def module(self) -> Any:
+        """The model of transformers. TransformerLens's bridge, where it is needed, shares its weights."""
+        return self._native.module if self.info.family else self._bridge_path.bridge.original_model
+
+    @property
     def device(self) -> torch.device:
-        parameter: Tensor = next(self._bridge.original_model.parameters())
+        parameter: Tensor = next(self.module.parameters())
         return parameter.device
 
     def token_bytes(self) -> list[bytes]:
@@ -83,13 +93,30 @@ class Model:
         return self.tokens.bytes()
 
     def hook_names(self) -> list[str]:
-        return list(self._points)
+        """All TransformerLens names that the model has."""
+        return list(dict.fromkeys([*self._native.names(), *self._bridge_path.names()]))
 
     def check_hook(self, hook: str) -> None:
         """Raise a UserError, with the nearest names, when the model has no such hook."""
-        self.info.check_hook(hook)
-        if hook not in self._points:
-            raise UserError(unknown_hook(hook, self.hook_names(), self.name))
+        self.path_of(hook)
+
+    def path_of(self, hook: str) -> PathName:
+        """'native' for a hook read from the modules of transformers, 'bridge' for one of TransformerLens.
+
+        Raises:
+            UserError: a hook that the model does not have.
+        """
+        if hook not in self._paths:
+            self.info.check_hook(hook)
+            if self._native.site(hook) is not None:
+                self._paths[hook] = "native"
+            elif reason := self._native.why_not(hook):
+                raise UserError(f"--site {hook} is not a hook of {self.name}: {reason}")
+            elif hook in self._bridge_path.names():
+                self._paths[hook] = "bridge"
+            else:
+                raise UserError(unknown_hook(hook, self.hook_names(), self.name))
+        return self._paths[hook]
 
     def hook_dim(self, hook: str) -> int:
         """Width of the activations at ``hook``, measured by running the model on two tokens."""
@@ -97,6 +124,8 @@ class Model:
 
     def residual_hook(self, hook: str) -> bool:
         """True when ``hook`` is the residual stream, or what is added to it: what the unembedding reads."""
+        if self.info.family is not None and self.info.family.post_norm:  # later blocks normalize the stream
+            return hook.endswith("hook_resid_post") and layer_of(hook) == self.n_layers - 1
         return is_residual(hook)
 
     @torch.no_grad()
@@ -106,43 +135,29 @@ class Model:
         Raises:
             UserError: an unknown hook, or one that does not give one vector per token (attention patterns).
         """
-        for hook in hooks:
-            self.check_hook(hook)
         found: dict[str, Tensor] = {}
-
-        def keep(hook: str) -> Callable[..., None]:
-            def store(value: Tensor, hook_point: object = None, **_: object) -> None:
-                found[hook] = value
-
-            return store
-
-        layers = [layers_needed(hook) for hook in hooks]
-        stop = None if None in layers else max(layer for layer in layers if layer is not None)
-        listeners = [(hook, keep(hook)) for hook in hooks]
-        if stop == self.n_layers:  # the bridge can only stop before a layer, and none follows the last
-            stop = None
-            listeners.append(("ln_final.hook_in", _stop_here))
-        self._run(tokens_BT, listeners, return_type=None, stop_at_layer=stop)
+        with self._on_device(tokens_BT) as tokens_BT:
+            for path, own in self._by_path(hooks):
+                found |= path.read(tokens_BT, own)
         return {hook: self._per_token(hook, found.get(hook), tokens_BT) for hook in hooks}
 
+    @torch.no_grad()
     def logits(self, tokens_BT: Tensor, *, edit: Mapping[str, EditFunction] | None = None) -> Tensor:
-        """Logits [B, T, V]; each function in ``edit`` replaces the activations [B, T, D] at its hook."""
+        """Logits [B, T, V]; each function in ``edit`` replaces the activations [B, T, D] at its hook.
 
-        def replace(name: str, function: EditFunction) -> Callable[..., Tensor]:
-            def hook(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
-                flat_BTD = rearrange(value, "b t ... -> b t (...)")
-                new = function(flat_BTD).to(value.dtype).view_as(value)
-                return value.copy_(new) if needs_change_in_place(name) else new
+        Raises:
+            UserError: an unknown hook, or edits at a module path and at a hook that only TransformerLens has.
+        """
 
-            return hook
+        def flat(function: EditFunction) -> EditFunction:
+            def edited(value: Tensor) -> Tensor:
+                return function(_flat(value, tokens_BT)).to(value.dtype).reshape(value.shape)
 
-        edits = edit or {}
-        for name in edits:
-            self.check_hook(name)
-        listeners = [(name, replace(name, function)) for name, function in edits.items()]
-        with torch.no_grad():
-            logits: Tensor = self._run(tokens_BT, listeners, return_type="logits", stop_at_layer=None)
-        return logits
+            return edited
+
+        edits = {hook: flat(function) for hook, function in (edit or {}).items()}
+        with self._on_device(tokens_BT) as tokens_BT:
+            return self._path_for(list(edits)).logits(tokens_BT, edits)
 
     @torch.no_grad()
     def variants(self, tokens_1T: Tensor, hook: str, x_FTD: Tensor) -> Tensor:
@@ -150,15 +165,10 @@ class Model:
 
         At a residual stream hook between blocks the model runs once up to the hook, and F times after it.
         """
-        self.check_hook(hook)
-        if is_between_blocks(hook):
-
-            def branch(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
-                return x_FTD.to(value)
-
-            logits: Tensor = self._run(tokens_1T, [(hook, branch)], return_type="logits", stop_at_layer=None)
-            if len(logits) == len(x_FTD):
-                return logits
+        with self._on_device(tokens_1T) as tokens_1T:
+            logits_FTV = self._path_for([hook]).variants(tokens_1T, hook, x_FTD)
+        if logits_FTV is not None:
+            return logits_FTV
         return self.logits(tokens_1T.expand(len(x_FTD), -1), edit={hook: lambda _: x_FTD})
 
     def gradients(
@@ -187,8 +197,6 @@ class Model:
             UserError: an unknown hook, one that does not give one vector per token, or one that the
                 predictions do not depend on.
         """
-        for hook in hooks:
-            self.check_hook(hook)
         at_once = contexts_at_once(tokens_BT.shape[1], self.vocab_size)
         parts = [
             self._gradients(part_BT, part_B, hooks, of)
@@ -208,29 +216,15 @@ class Model:
         hooks: Sequence[str],
         of: Callable[[Tensor], Tensor] | None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        found: dict[str, Tensor] = {}
-
-        def keep(hook: str) -> Callable[..., Tensor]:
-            def store(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
-                if not value.is_floating_point():
-                    found[hook] = value
-                elif needs_change_in_place(hook):
-                    found[hook] = value if value.requires_grad else value.requires_grad_()
-                else:  # a new tensor, so that only what reads the hook counts, as with an edit
-                    found[hook] = (
-                        value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
-                    )
-                return found[hook]
-
-            return store
-
-        listeners = [(hook, keep(hook)) for hook in hooks]
-        with torch.enable_grad(), self._out_of_memory_as_user_error(tokens_BT):
-            logits_BTV = self._run(tokens_BT, listeners, return_type="logits", stop_at_layer=None)
-            flat = {hook: self._per_token(hook, found.get(hook), tokens_BT) for hook in hooks}
-            loss = summed_cross_entropy(logits_BTV, tokens_BT, length_B) if of is None else of(logits_BTV)
-            del logits_BTV
-            gradients = gradients_of(loss, found)
+        activations: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
+        for path, own in self._by_path(hooks):
+            with torch.enable_grad(), self._on_device(tokens_BT) as moved_BT:
+                logits_BTV, found = path.tracked_logits(moved_BT, own)
+                activations |= {hook: self._per_token(hook, found.get(hook), tokens_BT) for hook in own}
+                loss = summed_cross_entropy(logits_BTV, tokens_BT, length_B) if of is None else of(logits_BTV)
+                del logits_BTV
+                gradients |= gradients_of(loss, found)
         for hook in hooks:
             if hook not in gradients:
                 raise UserError(
@@ -238,70 +232,103 @@ class Model:
                     "choose another hook"
                 )
         return (
-            {hook: value.detach() for hook, value in flat.items()},
-            {hook: rearrange(gradients[hook], "b t ... -> b t (...)") for hook in hooks},
+            {hook: activations[hook].detach() for hook in hooks},
+            {hook: _flat(gradients[hook], tokens_BT) for hook in hooks},
         )
+
+    def _by_path(self, hooks: Sequence[str]) -> Iterator[tuple[NativePath | BridgePath, list[str]]]:
+        names = {hook: self.path_of(hook) for hook in hooks}
+        paths: dict[PathName, NativePath | BridgePath] = {"native": self._native, "bridge": self._bridge_path}
+        for name, path in paths.items():
+            if own := [hook for hook in hooks if names[hook] == name]:
+                yield path, own
+
+    def _path_for(self, hooks: Sequence[str]) -> NativePath | BridgePath:
+        """The path on which all of ``hooks`` can be replaced in one forward pass."""
+        used = {hook: self.path_of(hook) for hook in hooks}
+        if not used:
+            return self._main
+        if "bridge" not in used.values():
+            return self._native
+        for hook in hooks:
+            if used[hook] == "native" and hook not in self._bridge_path.names():
+                other = next(name for name in hooks if used[name] == "bridge")
+                raise UserError(
+                    f"{hook} and {other} cannot be replaced in one forward pass: only TransformerLens has "
+                    "the second, and it lacks the first; replace one of them"
+                )
+        return self._bridge_path
 
     def _per_token(self, hook: str, value: Tensor | None, tokens_BT: Tensor) -> Tensor:
         """The value at ``hook`` as [B, T, D]; raises a UserError when it is not one vector per token."""
         if value is None:
             raise UserError(f"--site {hook} was not reached in a forward pass of {self.name}; choose another")
-        if value.shape[:2] != tokens_BT.shape or value.ndim < 3 or not value.is_floating_point():
+        if not _is_per_token(value, tokens_BT):
             raise UserError(
                 f"--site {hook} has shape {list(value.shape)} for {list(tokens_BT.shape)} tokens; "
                 "choose a hook with one vector per token"
             )
-        return rearrange(value, "b t ... -> b t (...)")
+        return _flat(value, tokens_BT)
+
+    @cached_property
+    def _readout(self) -> Readout:
+        if self.info.family is not None:
+            return native_readout(self._native)
+        return bridge_readout(self._bridge_path.bridge, self.name)
 
     def final_scale(self, tokens_BT: Tensor) -> Tensor:
         """[B, T] float32: the number that the final norm divides by, the s of `unembedding`.
 
         It is the standard deviation of the residual stream (LayerNorm) or its root mean square (RMSNorm),
-        with the norm's epsilon.
+        with the norm's epsilon; 1 for a model without a final norm.
         """
-        hook = "ln_final.hook_scale"
-        return self.run_to(tokens_BT, [hook])[hook][..., 0].float()
+        hook = self._last_hook()
+        return self._readout.scale(self.run_to(tokens_BT, [hook])[hook])
+
+    def _last_hook(self) -> str:
+        return (
+            f"blocks.{self.n_layers - 1}.hook_resid_post"
+            if self._readout.norm is None
+            else "ln_final.hook_in"
+        )
 
     @torch.no_grad()
-    def unembedding(self) -> Tensor:
+    def unembedding(self, *, before_cap: bool = False) -> Tensor:
         """The direct effect of a residual stream direction on the logits, [d_model, V] float32 on the CPU.
 
         A direction d in the residual stream adds d @ U / s to the logits, where s is the scale of the final
         norm in that context (see `final_scale`) and
 
-            U = C diag(w) W_U, minus its mean over the vocabulary.
+            U = c C diag(w) W_U, minus its mean over the vocabulary.
 
         w is the gain of the final norm. C subtracts the mean over d_model when that norm is a LayerNorm, and
-        is the identity for RMSNorm. Subtracting the mean over the vocabulary changes no probability.
+        is the identity for RMSNorm. c is the model's own factor of its logits (Cohere, Granite), 1 in most.
+        Subtracting the mean over the vocabulary changes no probability. With ``before_cap`` the logits are
+        those before a soft cap (Gemma 2), which keeps their order.
+
+        Raises:
+            UserError: a model whose logits are not linear in the residual stream given s: one with a soft
+                cap, without ``before_cap``; found out by running it on a few tokens.
         """
-        cfg = self._bridge.cfg
-        W_U_DV = self._bridge.original_model.get_output_embeddings().weight.T.float().cpu()
-        gain = getattr(self._bridge.ln_final.original_component, "weight", None)
-        if gain is not None:
-            gain_D = gain.float().cpu() + float(getattr(cfg, "rmsnorm_uses_offset", False))
-            W_U_DV = gain_D[:, None] * W_U_DV
-        if not getattr(cfg, "uses_rms_norm", False):
-            W_U_DV = W_U_DV - W_U_DV.mean(dim=0, keepdim=True)
-        U_DV: Tensor = W_U_DV - W_U_DV.mean(dim=1, keepdim=True)
+        readout = self._readout
+        U_DV = readout.unembedding()
+        if readout.soft_cap is None:
+            tokens_1T = torch.arange(min(8, self.vocab_size))[None]
+            hook = self._last_hook()
+            x_1TD = self.run_to(tokens_1T, [hook])[hook]
+            require_linear(U_DV, readout, x_1TD[0], self.logits(tokens_1T)[0], self.name)
+        elif not before_cap:
+            raise UserError(
+                f"{self.name} caps its logits at {readout.soft_cap:g}, so they are not linear in the "
+                "residual stream; use what runs the model instead, such as attribution by='gradient'"
+            )
         return U_DV
 
-    def _run(self, tokens_BT: Tensor, listeners: list[tuple[str, Callable[..., Any]]], **options: Any) -> Any:
-        tokens_BT = tokens_BT.to(self.device, torch.long)
-        with self._out_of_memory_as_user_error(tokens_BT):
-            try:
-                return self._bridge.run_with_hooks(tokens_BT, fwd_hooks=listeners, **options)
-            except ValueError as error:
-                if found := _SWITCHED_OFF.search(str(error)):
-                    raise UserError(
-                        f"--site {found[1]} is computed only when TransformerLens sets {found[2]}, which "
-                        "saebench does not; choose another"
-                    ) from None
-                raise
-
     @contextlib.contextmanager
-    def _out_of_memory_as_user_error(self, tokens_BT: Tensor) -> Iterator[None]:
+    def _on_device(self, tokens_BT: Tensor) -> Iterator[Tensor]:
+        """The tokens as the model reads them; says which setting to lower when memory runs out."""
         try:
-            yield
+            yield tokens_BT.to(self.device, torch.long)
         except torch.cuda.OutOfMemoryError:
             raise UserError(
                 f"the GPU ran out of memory running {self.name} on {list(tokens_BT.shape)} tokens; "
@@ -329,16 +356,31 @@ def load_model(
     """
     info = peek_model(name, revision=revision)
     tokens = open_tokenizer(info)
-    folder = fetch_weights(info)
-    bridge = load_bridge(str(folder), name, torch.device(device), _DTYPES[dtype])
-    if getattr(bridge.cfg, "attention_dir", "causal") != "causal":
+    folder, place, type_ = str(fetch_weights(info)), torch.device(device), _DTYPES[dtype]
+    native = NativePath(name, info.family, lambda: load_causal_model(folder, name, place, type_))
+    if info.family is not None:
+        bridge = BridgePath(name, lambda: share_with_bridge(native.module, folder, name))
+        causal = getattr(native.config, "is_causal", True) and not getattr(
+            native.config, "use_bidirectional_attention", False
+        )
+    else:
+        bridge = BridgePath(name, lambda: load_bridge(folder, name, place, type_))
+        causal = getattr(bridge.bridge.cfg, "attention_dir", "causal") == "causal"
+    if not causal:
         raise UserError(
             f"model {name} is not causal (its attention is bidirectional); give a causal language model"
         )
-    return Model(info, bridge, tokens)
+    return Model(info, tokens, native, bridge)
 
 
-def _stop_here(value: Tensor, hook_point: object = None, **_: object) -> None:
-    from transformer_lens.model_bridge.exceptions import StopAtLayerException
+def _is_per_token(value: Tensor, tokens_BT: Tensor) -> bool:
+    """True for [B, T, ...] and for [B * T, D], which OPT's MLP reads."""
+    fits = value.ndim >= 3 and value.shape[:2] == tokens_BT.shape
+    return value.is_floating_point() and (fits or (value.ndim == 2 and len(value) == tokens_BT.numel()))
 
-    raise StopAtLayerException(value)
+
+def _flat(value: Tensor, tokens_BT: Tensor) -> Tensor:
+    """[B, T, heads, ...] or [B * T, D] -> [B, T, D]."""
+    if value.ndim == 2:
+        return value.view(*tokens_BT.shape, -1)
+    return rearrange(value, "b t ... -> b t (...)")

@@ -160,7 +160,7 @@ class ModuleSites:
                 return None
             done.add(key)
             value = site.of(tensor)
-            return site.put(tensor, edits[key](value).to(value).view_as(value))
+            return site.put(tensor, edits[key](value).to(value))
 
         with self._hooks(edit):
             yield

@@ -169,7 +169,7 @@ def test_no_gradient_flows_through_the_score():
 def test_the_score_is_the_models_loss_to_first_order():
     """Taking away a little of one latent changes the demo model's loss by -eps z_i (d_i . g)."""
     model = sb.load_model("demo")
-    model._bridge.original_model.double()
+    model.module.double()
     hook, length = "blocks.2.hook_resid_post", torch.tensor([24])
     tokens_BT = torch.randint(0, model.vocab_size, (1, 24), generator=torch.Generator().manual_seed(0))
     found, at = model.gradients(tokens_BT, length, [hook])

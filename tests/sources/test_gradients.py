@@ -81,7 +81,7 @@ def test_gradients_equal_those_of_transformers(model, tokens_BT, reference):
 def test_gradients_of_all_usual_hooks_equal_finite_differences_of_edits(tiny_model_folder, tokens_BT):
     """Central differences of the float64 loss along random directions, one per hook."""
     model = load_model(str(tiny_model_folder))
-    model._bridge.original_model.double()
+    model.module.double()
     hooks = [*model.info.usual_hooks(), "hook_embed"]
     _, gradients = model.gradients(tokens_BT, LENGTHS, hooks)
     generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""The TransformerLens adapter: activations equal those of transformers, and load errors are explained."""
+"""Models of transformers: activations equal those of transformers, and load errors are explained."""
 
 from __future__ import annotations
 
@@ -56,9 +56,8 @@ def test_layers_after_the_hook_are_not_computed(model, tokens_BT, hook, blocks, 
     def count(name):
         return lambda *_: counts.update({name: counts[name] + 1})
 
-    bridge = model._bridge
-    handles = [block.mlp.register_forward_hook(count("mlp")) for block in bridge.blocks]
-    handles.append(bridge.unembed.register_forward_hook(count("unembed")))
+    handles = [block.mlp.register_forward_hook(count("mlp")) for block in model.module.transformer.h]
+    handles.append(model.module.lm_head.register_forward_hook(count("unembed")))
     model.run_to(tokens_BT, [hook])
     for handle in handles:
         handle.remove()
