@@ -103,7 +103,7 @@ def _unembedding(
         )
     if not model.residual_hook(hook):
         return None, f"the hook {hook} is not in the residual stream, which is all that the unembedding reads"
-    W_U_DV = model.unembedding()[:, : len(vocab)]
+    W_U_DV = model.unembedding(before_cap=True)[:, : len(vocab)]
     if W_U_DV.shape != (cache.d_in(hook), len(vocab)):
         raise UserError(
             f"the unembedding of {name} has shape {tuple(W_U_DV.shape)} but the cache {cache.path} needs "

@@ -73,21 +73,16 @@ def test_effects_equal_manual_ablation(
 
 
 @pytest.mark.parametrize("place", ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"])
-def test_model_runs_once_up_to_a_hook_between_blocks(
-    tiny_model: Model, place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model_runs_once_up_to_a_hook_between_blocks(tiny_model: Model, place: str) -> None:
     ids_1T = torch.arange(9)[None]
     x_FTD = torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(0))
     expected = tiny_model.logits(ids_1T.expand(3, -1), edit={place: lambda _: x_FTD})
     batches: list[int] = []
-    run = tiny_model._run
-
-    def counting(tokens_BT: Tensor, *args: Any, **options: Any) -> Any:
-        batches.append(len(tokens_BT))
-        return run(tokens_BT, *args, **options)
-
-    monkeypatch.setattr(tiny_model, "_run", counting)
+    handle = tiny_model.module.register_forward_pre_hook(
+        lambda _module, _args, options: batches.append(len(options["input_ids"])), with_kwargs=True
+    )
     torch.testing.assert_close(tiny_model.variants(ids_1T, place, x_FTD), expected, rtol=0, atol=1e-6)
+    handle.remove()
     assert batches == [1]
 
 

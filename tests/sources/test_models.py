@@ -48,7 +48,7 @@ def test_activations_and_logits_equal_transformers(model, huggingface, tokens_BT
 
 @pytest.mark.parametrize(
     ("hook", "blocks", "unembeds"),
-    [("hook_embed", 0, 0), ("blocks.0.hook_resid_post", 1, 0), ("blocks.1.attn.hook_z", 2, 0)],
+    [("hook_embed", 0, 0), ("blocks.0.hook_resid_post", 1, 0), ("blocks.1.attn.hook_z", 1, 0)],
 )
 def test_layers_after_the_hook_are_not_computed(model, tokens_BT, hook, blocks, unembeds):
     counts = {"mlp": 0, "unembed": 0}
