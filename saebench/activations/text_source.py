@@ -128,8 +128,12 @@ class TextSource:
 
     def identity(self) -> dict[str, Any]:
         config = self._config
+        model = {**self._info.to_json(), "dtype": self._compute, "device": self._device.type}
+        paths = {hook: self._info.path_of(hook) for hook in config.hook}
+        if native := {hook: path for hook, path in paths.items() if path == "native"}:
+            model["paths"] = native  # hooks that are not here were read through TransformerLens's bridge
         return {
-            "model": {**self._info.to_json(), "dtype": self._compute, "device": self._device.type},
+            "model": model,
             "text": text_fingerprint(
                 config.text, column=config.column, split=config.split, config=config.text_config
             ),
@@ -171,7 +175,9 @@ class TextSource:
             config.model, revision=config.revision, device=self._device, dtype=self._compute
         )
         self._sites = {
-            hook: Site(hook, (("d", self._model.hook_dim(hook)),), str(config.dtype), "bridge")
+            hook: Site(
+                hook, (("d", self._model.hook_dim(hook)),), str(config.dtype), self._model.path_of(hook)
+            )
             for hook in config.hook
         }
         return self._sites

@@ -61,7 +61,7 @@ def inspect_target(path: Path, identity: Mapping[str, Any]) -> State:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; choose another --out")
     if (path / MANIFEST_NAME).exists():
-        _require_same(path, read_cache_manifest(path).raw["made_from"], identity)
+        _require_same(path, read_cache_manifest(path).raw["made_from"], identity, unfinished=False)
         return "complete"
     if (path / JOURNAL_NAME).exists():
         _require_same(path, _read_journal(path)[0], identity)
@@ -309,10 +309,26 @@ def _read_journal(path: Path) -> tuple[Any, list[Entry]]:
     return first["identity"], notes
 
 
-def _require_same(path: Path, seen: Any, wanted: Mapping[str, Any]) -> None:
-    difference = _difference(seen, json.loads(json.dumps(wanted)))
+def _require_same(path: Path, seen: Any, wanted: Mapping[str, Any], *, unfinished: bool = True) -> None:
+    (seen, seen_paths), (wanted, paths) = _without_paths(seen), _without_paths(json.loads(json.dumps(wanted)))
+    difference = _difference(seen, wanted)
     if difference:
         raise UserError(f"{path} holds a different cache ({difference}); choose another --out or delete it")
+    if unfinished and seen_paths != paths:  # rows on two paths are equal only up to rounding
+        hook = next(hook for hook in {**seen_paths, **paths} if seen_paths.get(hook) != paths.get(hook))
+        raise UserError(
+            f"{path} is unfinished and was begun by a version of saebench that read {hook} in another way; "
+            "finish it with that version, or delete it and begin again"
+        )
+
+
+def _without_paths(identity: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The identity of a cache without model.paths, and model.paths."""
+    model = identity.get("model")
+    if not isinstance(model, dict):
+        return identity, {}
+    rest = {key: value for key, value in model.items() if key != "paths"}
+    return {**identity, "model": rest}, model.get("paths", {})
 
 
 def _difference(seen: Any, wanted: Any, name: str = "") -> str | None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from saebench.sources.hook_names import layer_of
 from saebench.sources.native import Site
 
 QKVLayout = Literal["q|k|v", "heads of qkv", "groups of q..kv"]
@@ -38,6 +39,7 @@ class Family:
         residual_scale, embed_scale, logit_scale, logit_divisor, soft_cap: the config's names of these.
         refused: configs of this family that are not served.
         variants: values of the config -> fields that are different.
+        config: the text config that `family_of` read.
     """
 
     embed: str = "embed_tokens"
@@ -73,6 +75,17 @@ class Family:
     soft_cap: str | None = "final_logit_softcapping"
     refused: Mapping[str, Any] = field(default_factory=dict)
     variants: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = ()
+    config: Any = field(default=None, repr=False)
+
+    def number(self, name: str | None) -> float:
+        """The value of the config's entry ``name``; 1 for None."""
+        return 1.0 if name is None else float(getattr(self.config, name))
+
+    def serves(self, hook: str) -> bool:
+        """True when the table has a site for the TransformerLens name ``hook``."""
+        if layer_of(hook) is None:
+            return hook == "hook_embed" or (hook == "ln_final.hook_in" and self.ln_final is not None)
+        return isinstance(_block_sites(self).get(hook.split(".", 2)[2]), Site)
 
 
 _LLAMA = Family()
@@ -222,7 +235,7 @@ def family_of(config: Any) -> Family | None:
     for condition, different in family.variants:
         if all(_is(config, name, value) for name, value in condition.items()):
             family = replace(family, **different)
-    return family
+    return replace(family, config=config)
 
 
 def _is(config: Any, name: str, value: object) -> bool:
@@ -234,18 +247,17 @@ class FamilySites:
 
     Args:
         module: the model of transformers.
-        config: its text config.
-        family: its entry of the table.
+        family: what `family_of` gives for its config.
     """
 
-    def __init__(self, module: nn.Module, config: Any, family: Family) -> None:
+    def __init__(self, module: nn.Module, family: Family) -> None:
         self.root = _text_model(module, family)
         self._sites: dict[str, Site | str] = {}
         text = module.get_submodule(self.root)
-        self._add("", {"hook_embed": Site(family.embed, scale=_number(config, family.embed_scale))})
+        self._add("", {"hook_embed": Site(family.embed, scale=family.number(family.embed_scale))})
         blocks = text.get_submodule(family.blocks)
         for i, block in enumerate(blocks.children()):
-            for name, site in _block_sites(family, block, config).items():
+            for name, site in _block_sites(family, block).items():
                 placed = site if isinstance(site, str) else _within(site, f"{family.blocks}.{i}")
                 self._add(f"blocks.{i}.", {name: placed})
         if family.ln_final is not None:
@@ -285,10 +297,13 @@ def _has(module: nn.Module, path: str) -> bool:
     return True
 
 
-def _block_sites(family: Family, block: nn.Module, config: Any) -> dict[str, Site | str]:
-    """Hook name within the block -> its site, or the reason why there is none."""
+def _block_sites(family: Family, block: nn.Module | None = None) -> dict[str, Site | str]:
+    """Hook name within the block -> its site, or the reason why there is none.
+
+    Without ``block`` it is taken to have neurons, which a mixture of experts has not.
+    """
     attn_out, mlp_out = family.attn_out or family.attn, family.mlp_out or family.mlp
-    scale = _number(config, family.residual_scale)
+    scale = family.number(family.residual_scale)
     read_by_attn, read_by_mlp = Site(family.ln1 or family.attn, "in"), Site(family.ln2 or family.mlp, "in")
     pre, post = Site("", "in"), Site("", entry=0)
     sites: dict[str, Site | str] = {
@@ -304,7 +319,7 @@ def _block_sites(family: Family, block: nn.Module, config: Any) -> dict[str, Sit
         "attn.hook_in": Site(family.attn, "in"),
         "attn.hook_z": Site(family.o, "in"),
         "mlp.hook_in": Site(family.mlp, "in"),
-        **_qkv_sites(family, config),
+        **_qkv_sites(family),
     }
     if family.attn_out is None:  # else the modules add the residual stream themselves
         sites |= {"attn.hook_out": Site(family.attn, entry=0), "mlp.hook_out": Site(mlp_out, entry=0)}
@@ -319,7 +334,7 @@ def _block_sites(family: Family, block: nn.Module, config: Any) -> dict[str, Sit
             sites.pop("ln1.hook_in")
     if family.post_norm:
         sites["hook_resid_mid"] = _NORMALIZED
-    if _has(block, family.gate):
+    if block is None or _has(block, family.gate):
         sites |= {"mlp.hook_pre": Site(family.gate), "mlp.hook_post": Site(family.down, "in")}
         if family.up:
             sites["mlp.hook_pre_linear"] = Site(family.up)
@@ -328,13 +343,12 @@ def _block_sites(family: Family, block: nn.Module, config: Any) -> dict[str, Sit
     return sites
 
 
-def _qkv_sites(family: Family, config: Any) -> dict[str, Site | str]:
+def _qkv_sites(family: Family) -> dict[str, Site | str]:
     if family.qkv is None:
         return {f"attn.hook_{name}": Site(getattr(family, name)) for name in "qkv"}
-    heads = int(config.num_attention_heads)
-    groups = 1
-    if _is(config, "new_decoder_architecture", True):
-        groups = int(config.num_kv_heads)
+    heads, groups = int(family.config.num_attention_heads), 1
+    if _is(family.config, "new_decoder_architecture", True):
+        groups = int(family.config.num_kv_heads)
     parts = {name: _part(family.layout, name, heads, groups) for name in "qkv"}
     return {f"attn.hook_{name}": Site(family.qkv, part=part) for name, part in parts.items()}
 
@@ -348,7 +362,3 @@ def _part(layout: QKVLayout, name: str, heads: int, groups: int) -> Callable[[Te
         return lambda x: x.view(*x.shape[:-1], heads, 3, -1)[..., third, :]
     which = {"q": slice(-2), "k": slice(-2, -1), "v": slice(-1, None)}[name]
     return lambda x: x.view(*x.shape[:-1], groups, heads // groups + 2, -1)[..., which, :]
-
-
-def _number(config: Any, name: str | None) -> float:
-    return 1.0 if name is None else float(getattr(config, name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from saebench.core.errors import UserError
 from saebench.core.files import sha256_file
@@ -79,6 +79,11 @@ class ModelInfo:
             )
         if hook not in usual and not is_rare(hook) and not self._has_module(hook):
             raise UserError(unknown_hook(hook, list(usual), self.name))
+
+    def path_of(self, hook: str) -> Literal["native", "bridge"]:
+        """What `Model.path_of` says of a hook that the model has, known before it is loaded."""
+        native = self.family is not None and self.family.serves(hook)
+        return "native" if native or self._has_module(hook) else "bridge"
 
     def _has_module(self, hook: str) -> bool:
         return parse_site(hook).path in module_paths(str(self.folder))

@@ -360,9 +360,8 @@ def load_model(
     native = NativePath(name, info.family, lambda: load_causal_model(folder, name, place, type_))
     if info.family is not None:
         bridge = BridgePath(name, lambda: share_with_bridge(native.module, folder, name))
-        causal = getattr(native.config, "is_causal", True) and not getattr(
-            native.config, "use_bidirectional_attention", False
-        )
+        config = native.module.config.get_text_config()
+        causal = not getattr(config, "use_bidirectional_attention", False)
     else:
         bridge = BridgePath(name, lambda: load_bridge(folder, name, place, type_))
         causal = getattr(bridge.bridge.cfg, "attention_dir", "causal") == "causal"

@@ -35,13 +35,8 @@ class NativePath:
         return self._load()
 
     @cached_property
-    def config(self) -> Any:
-        """The config of the text model."""
-        return self.module.config.get_text_config()
-
-    @cached_property
     def _sites(self) -> FamilySites | None:
-        return None if self.family is None else FamilySites(self.module, self.config, self.family)
+        return None if self.family is None else FamilySites(self.module, self.family)
 
     @property
     def text(self) -> Any:

@@ -67,21 +67,17 @@ class Readout:
 
 def native_readout(path: NativePath) -> Readout:
     """The `Readout` of a model of a known family."""
-    family, config = path.family, path.config
+    family = path.family
     assert family is not None
     text = path.text
-
-    def number(name: str | None) -> float:
-        return 1.0 if name is None else float(getattr(config, name))
-
-    cap = getattr(config, family.soft_cap, None) if family.soft_cap else None
+    cap = getattr(family.config, family.soft_cap, None) if family.soft_cap else None
     return Readout(
         head=path.module.get_output_embeddings(),
         norm=text.get_submodule(family.ln_final) if family.ln_final else None,
         rms=family.rms,
         gain_offset=family.gain_offset,
         projection=getattr(text, family.projection, None) if family.projection else None,
-        logit_scale=number(family.logit_scale) / number(family.logit_divisor),
+        logit_scale=family.number(family.logit_scale) / family.number(family.logit_divisor),
         soft_cap=cap,
     )
 

@@ -340,8 +340,19 @@ def make_digests(keep: Path | None = None) -> Digests:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             sys.exit(f"{folder} is not empty; name another folder with --keep")
+        read_models_as_version_0_1()
         scenario.produce(folder, say=lambda line: print(line, file=sys.stderr, flush=True))
         return digest_folder(folder)
+
+
+def read_models_as_version_0_1() -> None:
+    """Read all activations through TransformerLens's bridge. Those of the modules of transformers are equal
+    only up to rounding, and every digest that follows from them would differ."""
+    try:
+        from saebench.sources.families import FAMILIES
+    except ImportError:  # version 0.1 itself
+        return
+    FAMILIES.clear()
 
 
 def main() -> int:

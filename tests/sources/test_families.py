@@ -157,6 +157,9 @@ def test_values_equal_those_of_the_bridge(model, name, tokens_BT):
             model.logits(tokens_BT), model._bridge_path.logits(tokens_BT, {}), rtol=1e-4, atol=2e-5
         )
     assert set(hooks) <= set(expected)
+    for hook in ("blocks.1.attn.hook_pattern", "ln_final.hook_scale"):
+        if hook in model.hook_names():
+            assert model.path_of(hook) == model.info.path_of(hook) == "bridge"
     for hook in hooks:
         assert model.path_of(hook) == "native"
         value = expected[hook].reshape(2, 9, -1)
@@ -181,6 +184,7 @@ def test_the_residual_stream_is_the_sum_of_what_is_added_to_it(model, name, toke
             assert torch.equal(value, outside)
     for hook in hooks:
         assert found[hook].shape == (2, 9, model.hook_dim(hook))
+        assert model.path_of(hook) == model.info.path_of(hook) == "native"
     usual = peek_model(str(model.info.folder)).usual_hooks()
     assert {h: usual[h] for h in hooks if h in usual} == {h: model.hook_dim(h) for h in hooks if h in usual}
 
