@@ -171,7 +171,7 @@ def demo(config: DemoConfig) -> DemoReport:
 def _harvest(config: DemoConfig, cache: Path) -> None:
     saebench.harvest(
         HarvestConfig(
-            out=cache, model=config.model, text=config.text, hook=(_hook(config),), gradients=config.all,
+            out=cache, model=(config.model,), text=config.text, hook=(_hook(config),), gradients=config.all,
             tokens=config.harvest_tokens, ctx=config.ctx, device=config.device, quiet=config.quiet,
         )
     )  # fmt: skip

@@ -93,6 +93,23 @@ class ActivationCache:
         return model
 
     @property
+    def models(self) -> list[dict[str, Any]]:
+        """Name, revision and hash of every language model that was harvested, in order."""
+        models: list[dict[str, Any]] = self._manifest.raw["made_from"].get("models", [])
+        return [self.model] if self.model is not None else models
+
+    def model_of(self, hook: str | None = None) -> dict[str, Any] | None:
+        """Name, revision and hash of the model that ``hook`` (the first by default) is in, or None."""
+        if self.model is not None or not self.models:
+            return self.model
+        return self.models[int(self.resolve_hook(hook).partition(":")[0])]
+
+    def hook_of(self, hook: str | None = None) -> str:
+        """The name that ``hook`` (the first by default) has in its model: 'S' for the site '1:S'."""
+        site = self.resolve_hook(hook)
+        return site if self.model is not None or not self.models else site.partition(":")[2]
+
+    @property
     def modality(self) -> Modality:
         """What rows and units are."""
         return self._manifest.modality

@@ -5,6 +5,8 @@ Shapes: B contexts, T positions, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from saebench.activations.manifest import gradient_dtype
@@ -20,31 +22,30 @@ _BASE_BYTES = 5e8
 _COLUMN_BYTES = 17  # token, doc, ctx, pos, held_out
 
 
-def forecast(config: HarvestConfig, info: ModelInfo, device: torch.device) -> str:
+def forecast(config: HarvestConfig, infos: Sequence[ModelInfo], device: torch.device) -> str:
     """A sentence with the size, memory and time of a harvest; raises when it does not fit on the disk.
 
     Raises:
         UserError: the disk has too little free space.
     """
-    usual = info.usual_hooks()
-    widths = [usual.get(hook, info.d_model) for hook in config.hook]
+    widths = [info.usual_hooks().get(hook, info.d_model) for info in infos for hook in config.hook]
     row = sum(row_bytes(config.dtype, (width,)) for width in widths) + _COLUMN_BYTES
     if config.gradients:
         row += sum(row_bytes(gradient_dtype(config.dtype), (width,)) for width in widths)
     contexts = -(-config.tokens // max(config.ctx - 1 - config.gradients, 1))
     disk = config.tokens * row + contexts * (config.ctx + 1) * 4
-    multiplications, held = _work(config, info)
-    weights = _block_weights(info) * _layers(config, info)[1]
-    memory = (
-        4 * (weights + 2 * info.vocab_size * info.d_model) + 2 * min(config.shard_rows, config.tokens) * row
+    multiplications, held = (sum(amounts) for amounts in zip(*(_work(config, i) for i in infos), strict=True))
+    weights = sum(
+        _block_weights(info) * _layers(config, info)[1] + 2 * info.vocab_size * info.d_model for info in infos
     )
+    memory = 4 * weights + 2 * min(config.shard_rows, config.tokens) * row
     speed = _FLOPS_PER_SECOND[device.type] * (torch.get_num_threads() if device.type == "cpu" else 1)
     minutes = 2 * multiplications * config.tokens / speed / 60
     time = f"{minutes:.0f} min" if minutes >= 1 else "a minute"
     require_disk(config.out, disk, what=f"the activation cache of {config.tokens:,} tokens")
     return (
         f"harvest: up to {config.tokens:,} rows of {' + '.join(map(str, widths))} values"
-        f"{' and as many gradients' if config.gradients else ''} from {info.name}; "
+        f"{' and as many gradients' if config.gradients else ''} from {' and '.join(i.name for i in infos)}; "
         f"disk {human_bytes(disk)}, memory about {human_bytes(memory + held + _BASE_BYTES)}, "
         f"time about {time} on {device}"
     )

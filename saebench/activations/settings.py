@@ -24,8 +24,9 @@ class HarvestConfig(Settings):
 
     out: Path
     """Directory of the activation cache."""
-    model: str = "demo"
-    """'demo', 'smollm2', a local Hugging Face folder, or a hub name."""
+    model: tuple[str, ...] = ("demo",)
+    """'demo', 'smollm2', a local Hugging Face folder, or a hub name; repeat for several models that read the
+    same tokens, whose sites are then named 0:SITE, 1:SITE."""
     text: str = "sotu"
     """'sotu'; a local file (.txt, .jsonl, .json, .parquet or .csv, also with .gz or .zst); a folder
     (one document per file, a data set, or one written by save_to_disk); or the hub name of a data set."""
@@ -73,6 +74,8 @@ class HarvestConfig(Settings):
                 "--ctx 2 leaves no row with a gradient: position 0 is dropped and the last one predicts "
                 "nothing; raise --ctx or pass --keep-first"
             )
+        if not self.model:
+            raise UserError("no model was named; pass --model, for example --model demo")
         if not self.hook:
             raise UserError("no hook was named; pass --site, for example --site blocks.2.hook_resid_post")
         if len(set(self.hook)) != len(self.hook):

@@ -49,6 +49,9 @@ _LEFT_OUT = {
 def harvest(config: HarvestConfig) -> ActivationCache:
     """Run ``config.model`` over ``config.text`` and write an activation cache to ``config.out``.
 
+    Several models read the same tokens: row i of all sites is the same token. Their sites are named
+    ``0:HOOK``, ``1:HOOK``, ... in the order of the models.
+
     Documents are joined by the end-of-text token and packed into contexts of ``ctx`` tokens; held-out
     documents have contexts of their own. Position 0 of each context is dropped unless ``keep_first``. The
     harvest ends after ``tokens`` rows (held-out rows included) or at the end of the text. Settings are
@@ -69,7 +72,8 @@ def harvest(config: HarvestConfig) -> ActivationCache:
     in the stored type on a GPU (in float32 for fp16 with gradients).
 
     Raises:
-        UserError: an unknown model, text, hook or device, contexts longer than the model reads, NaN or
+        UserError: an unknown model, text, hook or device, contexts longer than the model reads, several
+            models with different tokenizers, NaN or
             infinite activations or gradients, a full disk or GPU, or an ``out`` that holds something else.
     """
     source = TextSource(config)
@@ -96,10 +100,11 @@ def harvest(config: HarvestConfig) -> ActivationCache:
 
 
 class TextSource:
-    """The activations of ``config.model`` on ``config.text``.
+    """The activations of one or several models on ``config.text``.
 
     Raises:
-        UserError: an unknown model, hook or device, or contexts longer than the model reads.
+        UserError: an unknown model, hook or device, contexts longer than a model reads, or models with
+            different tokenizers.
     """
 
     modality = TEXT.name
@@ -107,20 +112,23 @@ class TextSource:
 
     def __init__(self, config: HarvestConfig) -> None:
         self._config = config
-        self._info = peek_model(config.model, revision=config.revision)
-        for hook in config.hook:
-            self._info.check_hook(hook)
+        self._infos = [peek_model(name, revision=config.revision) for name in config.model]
+        for info, hook in itertools.product(self._infos, config.hook):
+            info.check_hook(hook)
         self._device = pick_device(config.device)
         fp16_gradients = config.gradients and config.dtype == "fp16"  # they would underflow going backward
         self._compute = "fp32" if self._device.type == "cpu" or fp16_gradients else config.dtype
-        self._tokens = open_tokenizer(self._info)
-        self._bos = _bos(config, self._info, self._tokens)
+        tokenizers = [open_tokenizer(info) for info in self._infos]
+        self._tokens, *self._others = tokenizers
+        for info, other in zip(self._infos[1:], self._others, strict=True):
+            require_same_tokens(self._infos[0], self._tokens, info, other)
+        self._bos = _bos(config, self._infos[0], self._tokens)
         self._exclude = self._tokens.ids_of(config.exclude_tokens)
-        if self._info.n_ctx is not None and config.ctx > self._info.n_ctx:
-            raise UserError(
-                f"--ctx is {config.ctx} but {self._info.name} reads at most {self._info.n_ctx} tokens; "
-                "lower --ctx"
-            )
+        for info in self._infos:
+            if info.n_ctx is not None and config.ctx > info.n_ctx:
+                raise UserError(
+                    f"--ctx is {config.ctx} but {info.name} reads at most {info.n_ctx} tokens; lower --ctx"
+                )
         self._labels: list[str] = []
         self._null_rows: list[int] = []
         """For each row without a value, the number of the document after it."""
@@ -128,12 +136,9 @@ class TextSource:
 
     def identity(self) -> dict[str, Any]:
         config = self._config
-        model = {**self._info.to_json(), "dtype": self._compute, "device": self._device.type}
-        paths = {hook: self._info.path_of(hook) for hook in config.hook}
-        if native := {hook: path for hook, path in paths.items() if path == "native"}:
-            model["paths"] = native  # hooks that are not here were read through TransformerLens's bridge
+        models = [self._describe(info) for info in self._infos]
         return {
-            "model": model,
+            **({"model": models[0]} if len(models) == 1 else {"models": models}),
             "text": text_fingerprint(
                 config.text, column=config.column, split=config.split, config=config.text_config
             ),
@@ -152,10 +157,17 @@ class TextSource:
             },
         }
 
+    def _describe(self, info: ModelInfo) -> dict[str, Any]:
+        model = {**info.to_json(), "dtype": self._compute, "device": self._device.type}
+        paths = {hook: info.path_of(hook) for hook in self._config.hook}
+        if native := {hook: path for hook, path in paths.items() if path == "native"}:
+            model["paths"] = native  # hooks that are not here were read through TransformerLens's bridge
+        return model
+
     def prepare(self) -> None:
         """The forecast, and the first document, so that most errors come before the model is loaded."""
         config = self._config
-        expected = forecast(config, self._info, self._device)  # raises if the disk is too small
+        expected = forecast(config, self._infos, self._device)  # raises if the disk is too small
         if not config.quiet:
             print(expected, file=sys.stderr)
         documents = read_documents(
@@ -166,21 +178,29 @@ class TextSource:
             on_null=lambda: self._null_rows.append(len(self._labels)),
         )
         first = next(documents)
-        self._tokens.encode_document(first)
+        ids = list(self._tokens.encode_document(first))
+        for info, other in zip(self._infos[1:], self._others, strict=True):
+            if list(other.encode_document(first)) != ids:
+                raise _other_tokens(self._infos[0], info, "they cut the first document into other tokens")
         self._documents = itertools.chain([first], documents)
 
     def open(self) -> Mapping[str, Site]:
         config = self._config
-        self._model = load_model(
-            config.model, revision=config.revision, device=self._device, dtype=self._compute
-        )
+        self._models = [
+            load_model(name, revision=config.revision, device=self._device, dtype=self._compute)
+            for name in config.model
+        ]
         self._sites = {
-            hook: Site(
-                hook, (("d", self._model.hook_dim(hook)),), str(config.dtype), self._model.path_of(hook)
-            )
+            site: Site(site, (("d", model.hook_dim(hook)),), str(config.dtype), model.path_of(hook))
+            for number, model in enumerate(self._models)
             for hook in config.hook
+            for site in [self._site(number, hook)]
         }
         return self._sites
+
+    def _site(self, number: int, hook: str) -> str:
+        """The name of a hook's site: with several models it begins with the number of the model."""
+        return hook if len(self._infos) == 1 else f"{number}:{hook}"
 
     def columns(self) -> Mapping[str, ColumnType]:
         config, int32 = self._config, ColumnType("int32")
@@ -260,19 +280,22 @@ class TextSource:
         )
 
     def _run(self, batch: ContextBatch) -> dict[str, Tensor]:
-        """Columns [N, D] of activations and gradients, on the model's device."""
-        model, hooks = self._model, self._config.hook
+        """Columns [N, D] of activations and gradients, on the models' device."""
+        hooks = self._config.hook
         tokens_BT = torch.from_numpy(batch.tokens_BT)
-        index_N = torch.from_numpy(np.flatnonzero(batch.keep_BT)).to(model.device)
-        gradients: dict[str, Tensor] = {}
-        if self._config.gradients:
-            length_B = torch.tensor([len(context) for context in batch.contexts])
-            activations, gradients = model.gradients(tokens_BT, length_B, hooks)
-        else:
-            activations = model.run_to(tokens_BT, hooks)
-        found = {HOOK_PREFIX + hook: value for hook, value in activations.items()}
-        found |= {GRADIENT_PREFIX + hook: value for hook, value in gradients.items()}
-        return {name: value.flatten(0, 1)[index_N] for name, value in found.items()}
+        index_N = torch.from_numpy(np.flatnonzero(batch.keep_BT)).to(self._device)
+        found: dict[str, Tensor] = {}
+        for number, model in enumerate(self._models):
+            gradients: dict[str, Tensor] = {}
+            if self._config.gradients:
+                length_B = torch.tensor([len(context) for context in batch.contexts])
+                activations, gradients = model.gradients(tokens_BT, length_B, hooks)
+            else:
+                activations = model.run_to(tokens_BT, hooks)
+            for prefix, values in ((HOOK_PREFIX, activations), (GRADIENT_PREFIX, gradients)):
+                for hook, value in values.items():
+                    found[prefix + self._site(number, hook)] = value.flatten(0, 1)[index_N]
+        return found
 
 
 def row_columns(batch: ContextBatch, first_context: int) -> dict[str, Tensor]:
@@ -299,6 +322,26 @@ def context_columns(batch: ContextBatch) -> dict[str, Tensor]:
         "context_tokens": torch.from_numpy(batch.tokens_BT),
         "context_len": torch.tensor(lengths, dtype=torch.int32),
     }
+
+
+def require_same_tokens(
+    info: ModelInfo, tokens: ModelTokenizer, other_info: ModelInfo, other: ModelTokenizer
+) -> None:
+    """Raise a UserError unless two tokenizers have the same tokens, so that both models read the same ids."""
+    own, theirs = tokens.bytes(), other.bytes()
+    n = min(len(own), len(theirs))  # a vocabulary may be padded to a round size
+    if own[:n] != theirs[:n] or any(own[n:]) or any(theirs[n:]):
+        differing = (i for i, (a, b) in enumerate(zip(own, theirs, strict=False)) if a != b)
+        raise _other_tokens(info, other_info, f"the first difference is token {next(differing, n)}")
+    if (tokens.separator, tokens.bos) != (other.separator, other.bos):
+        raise _other_tokens(info, other_info, "their special tokens are other ones")
+
+
+def _other_tokens(info: ModelInfo, other: ModelInfo, reason: str) -> UserError:
+    return UserError(
+        f"{info.name} and {other.name} have different tokenizers ({reason}), so that their rows would not be "
+        "of the same tokens; give models with one tokenizer"
+    )
 
 
 def _bos(config: HarvestConfig, info: ModelInfo, tokens: ModelTokenizer) -> int | None:

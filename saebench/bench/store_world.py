@@ -46,6 +46,9 @@ class MadeUpCache:
     def d_in(self, hook: str | None = None) -> int:
         return self._d_in
 
+    def model_of(self, hook: str | None = None) -> None:
+        return None
+
     def vocab(self) -> list[bytes]:
         return [b" token%d" % number for number in range(VOCAB)]
 

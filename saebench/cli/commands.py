@@ -319,11 +319,10 @@ def assets(name: str | None, wheel: Path | None, quiet: bool) -> Result:
 
 
 def _describe_cache(cache: ActivationCache) -> Result:
-    model = cache.model or {}
     hooks = {hook: cache.d_in(hook) for hook in cache.hooks}
     data: dict[str, Any] = {
         "path": str(cache.path),
-        "model": model.get("name"),
+        "model": " and ".join(str(model["name"]) for model in cache.models) or None,
         "hooks": hooks,
         "dtype": str(cache.dtype).removeprefix("torch."),
         "gradients": all(cache.has_gradients(hook) for hook in cache.hooks),

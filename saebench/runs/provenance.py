@@ -41,7 +41,7 @@ class ContextSettings:
     @classmethod
     def _of_manifest(cls, manifest: Mapping[str, Any]) -> ContextSettings | None:
         made_from = manifest["made_from"]
-        if not made_from.get("model"):
+        if not (made_from.get("model") or made_from.get("models")):
             return None
         settings = made_from["settings"]
         text = made_from.get("text")

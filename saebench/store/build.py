@@ -217,7 +217,7 @@ def write_sae(
         "d_sae": sae.d_sae,
         "k": sae.k,
         "hook_name": options.hook,
-        "model": model_name(cache),
+        "model": model_name(cache, options.hook),
         "modality": corpus.modality,
         "text": text_name(cache),
         "n_tokens": corpus.n_rows,
@@ -280,10 +280,10 @@ def forecast(sae: SAE, corpus: Corpus, options: Options) -> int:
     )
 
 
-def model_name(cache: ActivationCache) -> str | None:
-    """The name of the model or module that made the cache; None of an array."""
+def model_name(cache: ActivationCache, hook: str) -> str | None:
+    """The name of the model or module that ``hook`` of the cache is in; None of an array."""
     made_from = cache.manifest.get("made_from", {})
-    name: str | None = (cache.model or made_from.get("module") or {}).get("name")
+    name: str | None = (cache.model_of(hook) or made_from.get("module") or {}).get("name")
     return name
 
 

@@ -76,7 +76,7 @@ def find_unembedding(
         return None, "it was left out with --model none"
     if vocab is None:
         return None, "the cache has no tokens, so there is nothing to name logits by"
-    made_by = cache.model or {}
+    made_by = cache.model_of(hook) or {}
     if model != "cache":
         return _unembedding(model, None, cache, hook, vocab)
     if not made_by.get("name"):
@@ -95,13 +95,13 @@ def _unembedding(
     from saebench.sources.models import load_model
 
     model = load_model(name, revision=revision)
-    expected = (cache.model or {}).get("hash")
+    expected = (cache.model_of(hook) or {}).get("hash")
     if expected and model.hash != expected:
         raise UserError(
             f"the model {name} is not the one that made the cache {cache.path}: its hash is "
             f"{model.hash[:12]}, the cache's {expected[:12]}; pass that model, or --model none"
         )
-    if not model.residual_hook(hook):
+    if not model.residual_hook(cache.hook_of(hook)):
         return None, f"the hook {hook} is not in the residual stream, which is all that the unembedding reads"
     W_U_DV = model.unembedding(before_cap=True)[:, : len(vocab)]
     if W_U_DV.shape != (cache.d_in(hook), len(vocab)):

@@ -76,6 +76,12 @@ class SmallCache:
     def activations(self, hook: str | None = None) -> torch.Tensor:
         return self._x_ND
 
+    def model_of(self, hook: str | None = None) -> dict[str, str] | None:
+        return self.model
+
+    def hook_of(self, hook: str | None = None) -> str:
+        return HOOK
+
     def vocab(self) -> list[bytes] | None:
         return VOCAB if self._text else None
 
