@@ -21,7 +21,7 @@ class Model:
     def residual_hook(self, hook: str) -> bool:
         return "resid" in hook
 
-    def unembedding(self) -> torch.Tensor:
+    def unembedding(self, *, before_cap: bool = False) -> torch.Tensor:
         return self._W_U
 
 
