@@ -80,7 +80,7 @@ class SmallCache:
         return self.model
 
     def hook_of(self, hook: str | None = None) -> str:
-        return HOOK
+        return hook or HOOK
 
     def vocab(self) -> list[bytes] | None:
         return VOCAB if self._text else None
