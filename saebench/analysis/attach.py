@@ -113,6 +113,7 @@ def attach(
         UserError: no such SAE, model or hook, a model other than the one that the SAE was trained on, a hook
             of another width, or an SAE in memory without ``model`` and ``site``.
     """
+    from saebench.sources.hook_names import is_residual
     from saebench.sources.models import Model, load_model, peek_model
 
     if not isinstance(model, str | Model):
@@ -142,7 +143,8 @@ def attach(
     info.check_hook(hook)
     device = pick_device("auto") if isinstance(model, str) else model.device
     loaded = sae if isinstance(sae, SAE) else Run(sae).load(device=device)
-    require_width(info.usual_hooks().get(hook, loaded.d_in), loaded, hook, info.name)
+    if is_residual(hook):  # of this width in every model; the model is loaded to measure others
+        require_width(info.d_model, loaded, hook, info.name)
     if isinstance(model, str):
         model = load_model(info.name, revision=info.revision, device=device)
     require_width(model.hook_dim(hook), loaded, hook, info.name)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from saebench.core.errors import UserError
-from saebench.sources.hook_names import is_between_blocks, layers_needed, needs_change_in_place
+from saebench.sources.hook_names import is_between_blocks, is_between_parts, layers_needed
 from saebench.sources.model_info import has_tokenizer
 from saebench.sources.native import EditFunction
 from saebench.sources.pretrained import architecture_of_type, errors_of_loading, load_pretrained
@@ -46,6 +46,12 @@ class BridgePath:
     def names(self) -> list[str]:
         return list(self.bridge.hook_dict)
 
+    def is_stand_in(self, hook: str) -> bool:
+        """True for neurons of a mixture of experts: the bridge gives the MLP's input or output instead."""
+        points, mlp = self.bridge.hook_dict, hook.rpartition(".")[0]
+        others = (f"{mlp}.hook_in", f"{mlp}.hook_out") if mlp.endswith("mlp") else ()
+        return any(other != hook and points.get(other) is points[hook] for other in others)
+
     def read(self, tokens_BT: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
         """The value at each hook that is reached; layers after the last one needed are not computed."""
         found: dict[str, Tensor] = {}
@@ -63,15 +69,7 @@ class BridgePath:
     def logits(self, tokens_BT: Tensor, edits: Mapping[str, EditFunction]) -> Tensor:
         """Logits [B, T, V]; each function replaces the activations at its hook."""
 
-        def replace(hook: str, function: EditFunction) -> Callable[..., Tensor]:
-            def listener(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
-                new = function(_one_head(hook, value)).to(value.dtype)
-                new = _for_each_head(hook, new, value)
-                return value.copy_(new) if needs_change_in_place(hook) else new
-
-            return listener
-
-        listeners = [(hook, replace(hook, function)) for hook, function in edits.items()]
+        listeners = self._replacing(edits)
         logits_BTV: Tensor = self._run(tokens_BT, listeners, return_type="logits", stop_at_layer=None)
         return logits_BTV
 
@@ -90,22 +88,61 @@ class BridgePath:
         """Logits [B, T, V], and the value at each hook as a tensor of their graph."""
         found: dict[str, Tensor] = {}
 
-        def track(hook: str) -> Callable[..., Tensor]:
-            def listener(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
+        def track(hook: str) -> EditFunction:
+            def tracked(value: Tensor) -> Tensor:
                 if not value.is_floating_point():
                     found[hook] = value
                     return value
-                if needs_change_in_place(hook):
-                    found[hook] = value if value.requires_grad else value.requires_grad_()
-                    return value
-                one = _one_head(hook, value)  # a new tensor, so that only what reads the hook counts
-                found[hook] = one.view_as(one) if one.requires_grad else one.detach().requires_grad_()
-                return _for_each_head(hook, found[hook], value)
+                # A new tensor, so that only what reads the hook counts.
+                found[hook] = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+                return found[hook]
+
+            return tracked
+
+        listeners = self._replacing({hook: track(hook) for hook in hooks})
+        return self._run(tokens_BT, listeners, return_type="logits", stop_at_layer=None), found
+
+    def _replacing(self, edits: Mapping[str, EditFunction]) -> list[Listener]:
+        """Listeners that replace the value at each hook by what its function returns."""
+
+        def replace(hook: str, function: EditFunction) -> Callable[..., Tensor]:
+            def listener(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
+                new = function(_one_head(hook, value)).to(value.dtype)
+                return _for_each_head(hook, new, value)
 
             return listener
 
-        listeners = [(hook, track(hook)) for hook in hooks]
-        return self._run(tokens_BT, listeners, return_type="logits", stop_at_layer=None), found
+        at_once = [(hook, replace(hook, edit)) for hook, edit in edits.items() if not is_between_parts(hook)]
+        after = [self._replacing_mid(hook, edit) for hook, edit in edits.items() if is_between_parts(hook)]
+        return [*at_once, *(listener for listeners in after for listener in listeners)]
+
+    def _replacing_mid(self, hook: str, edit: EditFunction) -> list[Listener]:
+        """Replaces hook_resid_mid, x + attn_out, by changing attn_out.
+
+        The bridge shows it as the input of the MLP's norm, but the skip connection reads it as well, and not
+        in every architecture the same tensor.
+        """
+        block = hook.removesuffix("hook_resid_mid")
+        seen: dict[str, Tensor] = {}
+
+        def keep(value: Tensor, hook_point: object = None, **_: object) -> None:
+            seen["before"] = value
+
+        def replace(value: Tensor, hook_point: object = None, **_: object) -> Tensor:
+            seen["mid"] = edit(seen["before"] + value).to(value.dtype)
+            return seen["mid"] - seen["before"]
+
+        def check(value: Tensor, hook_point: object = None, **_: object) -> None:
+            mid = seen.get("mid")
+            difference = None if mid is None else (value.reshape(mid.shape) - mid).detach().float().norm()
+            if mid is None or difference > 0.02 * mid.detach().float().norm():
+                raise UserError(
+                    f"--site {hook} of {self.name} is not the sum of hook_resid_pre and hook_attn_out, so "
+                    "saebench cannot replace it or take its gradient; choose one of those or hook_resid_post"
+                )
+
+        names = (block + "hook_resid_pre", block + "hook_attn_out", hook)
+        return list(zip(names, (keep, replace, check), strict=True))
 
     def _run(self, tokens_BT: Tensor, listeners: list[Listener], **options: Any) -> Any:
         try:

@@ -81,11 +81,12 @@ class Family:
         """The value of the config's entry ``name``; 1 for None."""
         return 1.0 if name is None else float(getattr(self.config, name))
 
-    def serves(self, hook: str) -> bool:
-        """True when the table has a site for the TransformerLens name ``hook``."""
+    def has(self, hook: str) -> bool | str:
+        """Whether the table has a site for ``hook``; a sentence when no such model has that tensor."""
         if layer_of(hook) is None:
             return hook == "hook_embed" or (hook == "ln_final.hook_in" and self.ln_final is not None)
-        return isinstance(_block_sites(self).get(hook.split(".", 2)[2]), Site)
+        site = _block_sites(self).get(hook.split(".", 2)[2])
+        return site if isinstance(site, str) else site is not None
 
 
 _LLAMA = Family()
@@ -224,7 +225,7 @@ FAMILIES["olmo3"] = FAMILIES["olmo2"]
 _ONE_RESIDUAL = "attention and MLP are added to the residual stream at once; choose hook_resid_pre or _post"
 _ONE_NORM = "attention and MLP read the same norm; choose hook_resid_pre, attn.hook_in or mlp.hook_in"
 _NORMALIZED = "the residual stream is normalized after attention and after the MLP; choose hook_resid_post"
-_EXPERTS = "this MLP is a mixture of experts, which has no one vector of neurons; choose hook_mlp_out"
+EXPERTS = "this MLP is a mixture of experts, which has no one vector of neurons; choose hook_mlp_out"
 
 
 def family_of(config: Any) -> Family | None:
@@ -339,7 +340,7 @@ def _block_sites(family: Family, block: nn.Module | None = None) -> dict[str, Si
         if family.up:
             sites["mlp.hook_pre_linear"] = Site(family.up)
     else:
-        sites |= dict.fromkeys(("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"), _EXPERTS)
+        sites |= dict.fromkeys(("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"), EXPERTS)
     return sites
 
 

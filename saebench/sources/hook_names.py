@@ -40,12 +40,8 @@ def is_between_blocks(hook: str) -> bool:
     return _BETWEEN_BLOCKS.fullmatch(hook) is not None
 
 
-def needs_change_in_place(hook: str) -> bool:
-    """True when a new tensor returned by a hook function does not reach all readers of ``hook``.
-
-    The bridge shows hook_resid_mid as the input of the MLP's norm, but the skip connection reads the same
-    tensor: only a change in place reaches both.
-    """
+def is_between_parts(hook: str) -> bool:
+    """True for the residual stream between attention and MLP, which the skip connection reads as well."""
     return _RESID_MID.fullmatch(hook) is not None
 
 

@@ -77,13 +77,15 @@ class ModelInfo:
                 f"--site {hook} is beyond the {self.n_layers} layers of {self.name}; "
                 f"give a hook in blocks.0 to blocks.{self.n_layers - 1}"
             )
+        if self.family is not None and isinstance(reason := self.family.has(hook), str):
+            raise UserError(f"--site {hook} is not a hook of {self.name}: {reason}")
         if hook not in usual and not is_rare(hook) and not self._has_module(hook):
             raise UserError(unknown_hook(hook, list(usual), self.name))
 
     def path_of(self, hook: str) -> Literal["native", "bridge"]:
         """What `Model.path_of` says of a hook that the model has, known before it is loaded."""
-        native = self.family is not None and self.family.serves(hook)
-        return "native" if native or self._has_module(hook) else "bridge"
+        in_table = self.family is not None and self.family.has(hook) is True
+        return "native" if in_table or self._has_module(hook) else "bridge"
 
     def _has_module(self, hook: str) -> bool:
         return parse_site(hook).path in module_paths(str(self.folder))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saebench.core.errors import UserError
 from saebench.sources.bridge import BridgePath, load_bridge, share_with_bridge
+from saebench.sources.families import EXPERTS
 from saebench.sources.gradients import contexts_at_once, gradients_of, summed_cross_entropy
 from saebench.sources.hook_names import is_residual, layer_of, unknown_hook
 from saebench.sources.model_info import ModelInfo, fetch_weights, peek_model
@@ -113,6 +114,8 @@ class Model:
             elif reason := self._native.why_not(hook):
                 raise UserError(f"--site {hook} is not a hook of {self.name}: {reason}")
             elif hook in self._bridge_path.names():
+                if self._bridge_path.is_stand_in(hook):
+                    raise UserError(f"--site {hook} is not a hook of {self.name}: {EXPERTS}")
                 self._paths[hook] = "bridge"
             else:
                 raise UserError(unknown_hook(hook, self.hook_names(), self.name))

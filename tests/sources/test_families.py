@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from saebench.core.errors import UserError
+from saebench.sources import families
 from saebench.sources.families import FAMILIES
 from saebench.sources.models import Model, load_model, peek_model
 from tests.conftest import TINY_VOCABULARY
@@ -284,6 +285,39 @@ def test_names_that_the_architecture_has_not_are_refused_with_the_reason(models,
             with pytest.raises(UserError, match=reason):
                 call(models(name), hook)
     assert models("qwen3_moe").hook_dim("blocks.1.mlp.hook_post") == 24
+
+
+@pytest.mark.parametrize("name", ["opt", "mixtral", "olmo2", "granite", "cohere", "gemma2"], indirect=True)
+def test_models_that_only_the_bridge_serves_are_right_or_refused(
+    folders, model, name, tokens_BT, monkeypatch
+):
+    monkeypatch.setattr(families, "FAMILIES", {})
+    bridged = load_model(str(folders(name)))
+    mid = "blocks.1.hook_resid_mid"
+    if name in PARALLEL:
+        with pytest.raises(UserError, match="is not a hook"):
+            bridged.gradients(tokens_BT, LENGTHS, [mid])
+    else:
+        for found, expected in zip(
+            bridged.gradients(tokens_BT, LENGTHS, [mid]),
+            model.gradients(tokens_BT, LENGTHS, [mid]),
+            strict=True,
+        ):
+            torch.testing.assert_close(found[mid], expected[mid], rtol=1e-3, atol=1e-4)
+        edit = {mid: lambda x: 2 * x}
+        found, expected = bridged.logits(tokens_BT, edit=edit), model.logits(tokens_BT, edit=edit)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    if name == "mixtral":
+        for part in ("pre", "post"):
+            with pytest.raises(UserError, match="mixture of experts"):
+                bridged.run_to(tokens_BT, [f"blocks.1.mlp.hook_{part}"])
+    capped = name == "gemma2"
+    found, expected = (one.unembedding(before_cap=capped) for one in (bridged, model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bridged.final_scale(tokens_BT), model.final_scale(tokens_BT))
+    if capped:
+        with pytest.raises(UserError, match="caps its logits at 30"):
+            bridged.unembedding()
 
 
 def test_reading_stops_after_the_block_that_is_needed(model, name, tokens_BT):
