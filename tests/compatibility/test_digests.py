@@ -31,6 +31,9 @@ CHANGED_ON_PURPOSE: dict[str, str] = {
     "answers/signatures.json SAE.phase.*": "now graph_key; architectures have it for the trainer alone",
     "answers/signatures.json SAE.look_for_dead.*": "now refresh_dead; it is there for the trainer alone",
     "answers/signatures.json SAE.project_gradients.*": "now part of the kernels' op adam_step; trainer alone",
+    "answers/signatures.json harvest.model": "now a tuple of models, which read the same tokens",
+    "answers/store-array.json examples.columns.acts": "an example of an array has the activation of its row",
+    "answers/store-array.json examples.columns.pieces": "an example of an array names its row",
 }
 """Pattern of ``FILE KEY`` -> why what is written or answered there is no longer that of version 0.1."""
 

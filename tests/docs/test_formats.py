@@ -174,3 +174,48 @@ def test_specifications_name_every_key_that_is_written(written: tuple[np.ndarray
     page = PAGES["docs/formats/store.md"]
     keys = {*meta, *json.loads(Path("ours/manifest.json").read_text())}
     assert not {key for key in keys if not re.search(rf"`{key}`", page)}
+
+
+def test_cache_of_units_written_from_the_specification_of_format_2_opens_and_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    n_units, n_positions, name = 40, 3, "1:layers.0"
+    unit, pos = (g.ravel() for g in np.meshgrid(np.arange(n_units), np.arange(n_positions), indexing="ij"))
+    x = rng.normal(size=(len(unit), D_IN)).astype("<f4")
+    columns = {
+        f"hook/{name}": (x, "fp32"),
+        "held_out": (unit >= n_units - 2, "bool"),
+        "unit": (unit, "int32"),
+        "pos": (pos, "int32"),
+        "unit_len": (np.full(n_units, n_positions), "int32"),
+        "unit_column/label": (np.arange(n_units) % 7, "int32"),
+        "row_column/size": (np.linalg.norm(x, axis=1), "fp32"),
+    }
+    described = {
+        column: {
+            "dtype": dtype,
+            "row_shape": list(values.shape[1:]),
+            "shards": [
+                write_shard(Path("units") / column.replace(":", "%3A") / "00000.safetensors", values, dtype)
+            ],
+        }
+        for column, (values, dtype) in columns.items()
+    }
+    manifest = {
+        "format": "saebench activation cache", "format_version": 2, "kind": "harvest", "modality": "atom",
+        "n_rows": len(x), "n_contexts": n_units, "shard_rows": 32_768, "hooks": [name], "columns": described,
+        "sites": {name: {"axes": [["head", 2], ["d_head", D_IN // 2]], "dtype": "fp32", "path": "module"}},
+        "files": {}, "made_from": {"settings": {}, "module": {"name": "elsewhere"}},
+    }  # fmt: skip
+    (Path("units") / "manifest.json").write_text(json.dumps(manifest))
+    cache = sb.open_cache("units")
+    cache.verify()
+    assert np.array_equal(cache.activations(native=True).numpy(), x.reshape(len(x), 2, -1))
+    assert cache.modality.name == "atom" and cache.sites[name].axes == (("head", 2), ("d_head", D_IN // 2))
+    assert cache.unit_columns()["label"].tolist() == (np.arange(n_units) % 7).tolist()
+    run = sb.train(cache=cache, out="runs/a", d_sae=D_SAE, k=K, tokens=500, batch_size=50, quiet=True)
+    with sb.index(run=run, cache=cache, out="store", quiet=True) as store:
+        shown = store.examples(int(store.features()["n_act"].argmax()), "top")
+        assert shown["label"][0].startswith(f"label={shown['ctx'][0] % 7}, size=")
