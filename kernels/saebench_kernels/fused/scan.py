@@ -196,7 +196,7 @@ def scan(
     x_ND, W_enc_MD = x_ND.contiguous(), W_enc_MD.contiguous()
     tiles = tiles or tiles_of(device, gradient=g_ND is not None)
     # cuBLAS computes the second product: one kernel for both has room for too few stages (see NOTES.md).
-    effect_NM = None if g_ND is None or W_dec_MD is None else g_ND @ W_dec_MD.T
+    effect_NM = None if g_ND is None or W_dec_MD is None else _product(g_ND, W_dec_MD)
     n_padded = triton.cdiv(d_sae, LARGE_GROUP) * LARGE_GROUP
     pre_NP = torch.empty(n_rows, n_padded, dtype=x_ND.dtype, device=device)
     maxima_NG = torch.empty(n_rows, n_padded // GROUP, dtype=x_ND.dtype, device=device)
@@ -239,6 +239,18 @@ def scan(
         num_stages=min(tiles.stages, 3) if x_ND.dtype == torch.float32 else tiles.stages,  # staged wider
     )
     return Scanned(pre_NP, effect_NM, maxima_NG, large_NG)
+
+
+def _product(g_ND: Tensor, W_dec_MD: Tensor) -> Tensor:
+    """g W_dec^T with float32 sums, rounded once; torch allows cuBLAS to round partial sums, too."""
+    allowed = torch.backends.cuda.matmul
+    name = f"allow_{'fp16' if g_ND.dtype == torch.float16 else 'bf16'}_reduced_precision_reduction"
+    before = getattr(allowed, name)
+    setattr(allowed, name, False)
+    try:
+        return g_ND @ W_dec_MD.T
+    finally:
+        setattr(allowed, name, before)
 
 
 def tf32_is_allowed() -> bool:
