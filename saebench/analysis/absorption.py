@@ -23,6 +23,7 @@ from saebench.core.progress import progress
 from saebench.core.settings import takes_shown_names
 from saebench.evaluation.measure import require_width
 from saebench.evaluation.samples import first_rows
+from saebench.evaluation.splice import Splice
 from saebench.saes.base import SAE
 from saebench.store.geometry import nearest_rows
 
@@ -101,8 +102,9 @@ def absorbed(
             raise UserError(f"{name} is {value}; it must be at least 1")
     loaded, origin = read_sae(sae, "sae")
     opened = open_for(sae, cache=cache)
-    place = opened.resolve_hook(hook or origin.hook_name)
-    require_width(opened.d_in(place), loaded, place, opened.path)
+    place = Splice.of(loaded, opened.resolve_hook(hook or origin.hook_name))
+    for site in (*place.sites, *place.targets):
+        require_width(opened.d_in(site.name), site, opened.path)
     row_N = first_rows(opened.held_out, True, limit=rows)
     if len(row_N) == 0:
         raise UserError(
@@ -118,23 +120,25 @@ def absorbed(
 class _EncodedRows:
     """Rows of a cache, encoded in batches."""
 
-    def __init__(self, sae: SAE, cache: ActivationCache, hook: str, row_N: Tensor, bar: Progress) -> None:
-        self.sae, self._cache, self._hook, self._row_N, self._bar = sae, cache, hook, row_N, bar
+    def __init__(self, sae: SAE, cache: ActivationCache, place: Splice, row_N: Tensor, bar: Progress) -> None:
+        self.sae, self._cache, self._place, self._row_N, self._bar = sae, cache, place, row_N, bar
         self.norm_M = sae.W_dec.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """For each batch: row, latent and value of each entry [E], and the reconstruction errors [N, D]."""
         size = max(1, BLOCK_BYTES // (8 * self.sae.d_sae))
         for part_N in torch.split(self._row_N, size):
-            x_ND = self._cache.activations(self._hook)[part_N].float().to(self.sae.W_dec.device)
-            if not x_ND.isfinite().all():
+            x_ND, target_NE = self._place.rows(self._cache, part_N)
+            x_ND = x_ND.to(self.sae.W_dec.device).float()
+            y_NE = x_ND if target_NE is None else target_NE.to(x_ND)
+            if not (x_ND.isfinite().all() and y_NE.isfinite().all()):
                 raise UserError(
-                    f"held-out rows of {self._cache.path} at {self._hook} hold NaN or infinity; harvest "
-                    "again in bf16 or fp32"
+                    f"held-out rows of {self._cache.path} at {' and '.join(self._place.names)} hold NaN or "
+                    "infinity; harvest again in bf16 or fp32"
                 )
             codes = self.sae.encode(x_ND)
             row_E, latent_E, value_E = codes.merged()
-            yield row_E, latent_E, value_E, x_ND - self.sae.decode(codes)
+            yield row_E, latent_E, value_E, y_NE - self.sae.decode(codes, x_ND)
             self._bar.update(len(part_N))
 
     def along(

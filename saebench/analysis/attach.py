@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -19,7 +19,8 @@ from torch import Tensor
 from saebench.core.device import pick_device
 from saebench.core.errors import UserError
 from saebench.core.settings import takes_shown_names
-from saebench.evaluation.measure import require_width
+from saebench.evaluation.measure import require_fit, require_fit_of_info
+from saebench.evaluation.splice import Splice
 from saebench.runs.provenance import Provenance, require_same_model
 from saebench.runs.run import Run
 from saebench.saes.base import SAE
@@ -51,7 +52,10 @@ class TokenizedPrompt:
 
 @dataclass(frozen=True)
 class AttachedSAE:
-    """An SAE with the model and hook that it reads; ``bos`` is the token id that begins prompts, or None."""
+    """An SAE with the model and hook that it reads; ``bos`` is the token id that begins prompts, or None.
+
+    A transcoder or crosscoder has further sites and targets; ``hook`` is the first that it reads.
+    """
 
     sae: SAE
     model: Model
@@ -59,6 +63,21 @@ class AttachedSAE:
     bos: int | None
     vocab: list[bytes]
     """The bytes of each token id."""
+
+    @property
+    def splice(self) -> Splice:
+        """The sites that the SAE reads and writes."""
+        return Splice.of(self.sae, self.hook)
+
+    def activations(self, ids_1T: Tensor) -> Tensor:
+        """[T, d_in] what the SAE reads of one context."""
+        return self.splice.input_of(self.model.run_to(ids_1T, [site.name for site in self.splice.sites]))[0]
+
+    def gradients(self, ids_1T: Tensor, of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, d_in] and y [T, d_out] of one context, and d of(logits) / dy [T, d_out]."""
+        splice, length = self.splice, torch.tensor([ids_1T.shape[1]])
+        found, gradients = self.model.gradients(ids_1T, length, splice.names, of=of)
+        return splice.input_of(found)[0], splice.target_of(found)[0], splice.target_of(gradients)[0]
 
     def read(self, text: str, *, new_tokens: int = 0) -> TokenizedPrompt:
         """Tokenize ``text`` as a harvest does; ``new_tokens`` more must fit into the model's context.
@@ -113,7 +132,6 @@ def attach(
         UserError: no such SAE, model or hook, a model other than the one that the SAE was trained on, a hook
             of another width, or an SAE in memory without ``model`` and ``site``.
     """
-    from saebench.sources.hook_names import is_residual
     from saebench.sources.models import Model, load_model, peek_model
 
     if not isinstance(model, str | Model):
@@ -140,14 +158,13 @@ def attach(
     )  # fmt: skip
     if bos is None and run is not None and (contexts := run.contexts()) is not None:
         bos = contexts.bos
-    info.check_hook(hook)
     device = pick_device("auto") if isinstance(model, str) else model.device
     loaded = sae if isinstance(sae, SAE) else Run(sae).load(device=device)
-    if is_residual(hook):  # of this width in every model; the model is loaded to measure others
-        require_width(info.d_model, loaded, hook, info.name)
+    splice = Splice.of(loaded, hook)
+    require_fit_of_info(splice, info)
     if isinstance(model, str):
         model = load_model(info.name, revision=info.revision, device=device)
-    require_width(model.hook_dim(hook), loaded, hook, info.name)
+    require_fit(splice, model)
     return AttachedSAE(loaded, model, hook, _bos(model, bos), model.token_bytes())
 
 

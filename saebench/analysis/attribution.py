@@ -113,9 +113,10 @@ def logit_attribution(
         )
     if target is not None:
         _tokens(attached, target, against)  # raises before the model runs
-    if by == "direct" and not attached.model.residual_hook(attached.hook):
+    written = [target.name for target in attached.splice.targets]
+    if by == "direct" and not (len(written) == 1 and attached.model.residual_hook(written[0])):
         raise UserError(
-            f"by is 'direct', but {attached.hook} is not in the residual stream, which the "
+            f"by is 'direct', but {' and '.join(written)} is not in the residual stream, which the "
             "unembedding reads; give by='gradient'"
         )
     clean_BTV = logits_of(attached, prompt.ids)
@@ -156,11 +157,8 @@ class _Score:
 
 
 def _gradient(attached: AttachedSAE, prompt: TokenizedPrompt, score: _Score) -> Tensor:
-    """[T, D]: dL/dx at the hook; with the error term held fixed it is also dL/d decode(z)."""
-    _, gradients = attached.model.gradients(
-        prompt.ids_1T, torch.tensor([len(prompt)]), [attached.hook], of=score
-    )
-    return gradients[attached.hook][0]
+    """[T, E]: dL/dy at the target; with the error term held fixed it is also dL/d decode(z)."""
+    return attached.gradients(prompt.ids_1T, score)[2]
 
 
 def _direct(attached: AttachedSAE, prompt: TokenizedPrompt, score: _Score) -> Tensor:
@@ -180,7 +178,7 @@ def _latents(
     import pandas as pd
 
     sae = attached.sae
-    x_TD = attached.model.run_to(prompt.ids_1T, [attached.hook])[attached.hook][0]
+    x_TD = attached.activations(prompt.ids_1T)
     pos_E, feature_E, value_E = sae.encode(x_TD.to(sae.W_dec.device)).merged()
     starts_T = torch.searchsorted(pos_E, torch.arange(len(prompt), device=pos_E.device))
     slope_E = gathered_dots(feature_E, starts_T, slope_TD.to(sae.W_dec), sae.W_dec)

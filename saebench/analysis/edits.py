@@ -1,12 +1,13 @@
 """Edits of latents inside a model: an SAE is spliced in at its hook, and its error term is kept.
 
-With codes z of an activation x and z' after the edit,
+With codes z of an activation x and z' after the edit, the activation y at the target (x itself for an SAE)
+becomes
 
-    x' = x + decode(z') - decode(z),
+    y' = y + decode(z') - decode(z),
 
 so what the SAE does not explain passes unchanged, and no edit leaves the model's logits as they are.
 
-Shapes: B = 1 context, T positions, P edited positions, N rows, D = d_in, F latents, V vocabulary.
+Shapes: B = 1 context, T positions, P edited positions, N rows, D = d_in, E = d_out, F latents, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from torch import Tensor
 from saebench.analysis.attach import AttachedSAE
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
-from saebench.evaluation.faithfulness import replace_at
 from saebench.saes.base import SAE
 
 MODES: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -42,20 +42,24 @@ class LatentEdit:
     onwards: range | None = None
     """Positions after the prompt that are also edited, when they are generated."""
 
-    def spliced(self, attached: AttachedSAE, length: int) -> dict[str, Callable[[Tensor], Tensor]]:
-        """The ``edit`` argument of `Model.logits` for one context of ``length`` tokens."""
+    def spliced(self, attached: AttachedSAE, ids_1T: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The ``edit`` argument of `Model.logits` for one context."""
+        length, splice = ids_1T.shape[1], attached.splice
         keep_BT = torch.zeros(1, length, dtype=torch.bool)
         keep_BT[0, self.positions] = True
         if self.onwards is not None:
             keep_BT[0, [position for position in self.onwards if position < length]] = True
-        return {attached.hook: replace_at(keep_BT, lambda x_PD: self.apply(attached.sae, x_PD))}
+        clean_BTD = attached.activations(ids_1T)[None] if splice.needs_clean else None
+        return splice.edits(
+            keep_BT, lambda x_PD, y_PE: self.apply(attached.sae, x_PD, y_PE), clean_BTD=clean_BTD
+        )
 
-    def apply(self, sae: SAE, x_PD: Tensor) -> Tensor:
-        """x + decode(z') - decode(z) for rows x, [P, D] float32; decoding is linear except for b_dec."""
+    def apply(self, sae: SAE, x_PD: Tensor, y_PE: Tensor) -> Tensor:
+        """y + decode(z') - decode(z) [P, E] float32 for rows x; decoding is linear except for b_dec."""
         codes = sae.encode(x_PD.to(sae.W_dec.device))
         values_PF = latent_values(codes, self.features)
         change_PF = MODES[self.mode](values_PF, self.strength) - values_PF
-        return x_PD.float() + (change_PF @ sae.W_dec[self.features]).to(x_PD.device)
+        return y_PE.float() + (change_PF @ sae.W_dec[self.features]).to(y_PE.device)
 
 
 def latent_values(codes: SparseCodes, features: Sequence[int]) -> Tensor:
@@ -72,8 +76,9 @@ def latent_values(codes: SparseCodes, features: Sequence[int]) -> Tensor:
 
 def logits_of(attached: AttachedSAE, ids: Sequence[int], edit: LatentEdit | None = None) -> Tensor:
     """Logits [1, T, V] of a prompt, with an edit if given; raises a UserError for NaN or infinity."""
-    edits = edit.spliced(attached, len(ids)) if edit is not None else None
-    logits_BTV = attached.model.logits(torch.tensor([ids]), edit=edits)
+    ids_1T = torch.tensor([ids])
+    edits = edit.spliced(attached, ids_1T) if edit is not None else None
+    logits_BTV = attached.model.logits(ids_1T, edit=edits)
     if not logits_BTV.isfinite().all():
         if edit is None:
             raise UserError(

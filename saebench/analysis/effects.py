@@ -140,7 +140,8 @@ class _EncodedContext:
 
     attached: AttachedSAE
     place: CacheContext
-    x_1TD: Tensor
+    y_1TE: Tensor
+    """The activations at the target."""
     logp_TV: Tensor
     """Log-probabilities of the predictions that a latent could change."""
     first: int
@@ -159,9 +160,8 @@ class _EncodedContext:
             seen.append(logits_1TV.detach())
             return summed_cross_entropy(logits_1TV, ids_1T, length)
 
-        x, gradients = attached.model.gradients(ids_1T, length, [attached.hook], of=loss)
-        x_1TD, gradient_TD = x[attached.hook], gradients[attached.hook][0]
-        if not (seen[0].isfinite().all() and x_1TD.isfinite().all()):
+        x_TD, y_TE, gradient_TE = attached.gradients(ids_1T, loss)
+        if not (seen[0].isfinite().all() and x_TD.isfinite().all()):
             raise UserError(
                 f"the activations or predictions of {attached.model.name} on context {place.ctx} hold NaN or "
                 "infinity; load the model in fp32, or download its weights again"
@@ -169,12 +169,12 @@ class _EncodedContext:
         first = int(place.positions.min())
         with torch.no_grad():
             device = sae.W_dec.device
-            row_E, latent_E, value_E = sae.encode(x_1TD[0, place.positions].to(device)).merged()
+            row_E, latent_E, value_E = sae.encode(x_TD[place.positions].to(device)).merged()
             starts = torch.searchsorted(row_E, torch.arange(len(place.positions), device=device))
-            slope_TD = gradient_TD[place.positions].to(sae.W_dec)
-            slope_E = gathered_dots(latent_E, starts, slope_TD, sae.W_dec)
+            slope_TE = gradient_TE[place.positions].to(sae.W_dec)
+            slope_E = gathered_dots(latent_E, starts, slope_TE, sae.W_dec)
             return cls(
-                attached=attached, place=place, x_1TD=x_1TD, first=first,
+                attached=attached, place=place, y_1TE=y_TE[None], first=first,
                 logp_TV=seen[0][0, first:-1].float().log_softmax(-1),
                 codes=(place.positions.to(device)[row_E], latent_E, value_E),
                 estimate_E=(-value_E * slope_E).cpu(),
@@ -197,10 +197,8 @@ class _EncodedContext:
             value_FT = W_MD.new_zeros(len(some), length)
             which, entry = (some[:, None] == latent_E).nonzero(as_tuple=True)
             value_FT[which, position_E[entry]] = value_E[entry]
-            taken_FTD = (value_FT[:, :, None] * W_MD[some][:, None]).to(self.x_1TD.device)
-            logits_FTV = self.attached.model.variants(
-                self.place.ids_T[None], self.attached.hook, self.x_1TD.float() - taken_FTD
-            )[:, self.first : -1]
+            taken_FTE = (value_FT[:, :, None] * W_MD[some][:, None]).to(self.y_1TE.device)
+            logits_FTV = self._variants(self.y_1TE.float() - taken_FTE)[:, self.first : -1]
             # Predictions before the first firing do not change.
             begins_F = (value_FT != 0).int().argmax(dim=1) - self.first
             effect, kl = [], []
@@ -215,6 +213,15 @@ class _EncodedContext:
                     f"{self.place.ctx} hold NaN or infinity; load the model in fp32"
                 )
             yield found
+
+    def _variants(self, y_FTE: Tensor) -> Tensor:
+        """Logits [F, T, V] of the context with each of these activations at the targets."""
+        ids_1T, targets = self.place.ids_T[None], self.attached.splice.targets
+        if len(targets) == 1:
+            return self.attached.model.variants(ids_1T, targets[0].name, y_FTE)
+        parts = torch.split(y_FTE, [target.width for target in targets], dim=-1)
+        edit = {target.name: lambda _, part=part: part for target, part in zip(targets, parts, strict=True)}
+        return self.attached.model.logits(ids_1T.expand(len(y_FTE), -1), edit=edit)
 
 
 class _EffectSums:

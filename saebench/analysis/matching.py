@@ -21,6 +21,7 @@ from saebench.core.progress import progress
 from saebench.core.settings import takes_shown_names
 from saebench.evaluation.measure import require_width
 from saebench.evaluation.samples import first_rows
+from saebench.evaluation.splice import Splice
 from saebench.evaluation.synthetic.recovery import absolute_cosines
 from saebench.evaluation.synthetic.recovery import match as best_pairs
 from saebench.runs.provenance import Provenance
@@ -242,9 +243,10 @@ def _correlations(
                 "an SAE in memory does not record its hook, and the cache has several; give site=..., "
                 f"one of {', '.join(opened.hooks)}"
             )
-        place = opened.resolve_hook(hook or origin.hook_name)
-        require_width(opened.d_in(place), sae, place, opened.path)
-        places.append(place)
+        splice = Splice.of(sae, opened.resolve_hook(hook or origin.hook_name))
+        for site in splice.sites:
+            require_width(opened.d_in(site.name), site, opened.path)
+        places.append(splice)
     sums = Correlations(sides[0][0].d_sae, sides[1][0].d_sae)
     widest = max(sae.d_sae for sae, _ in sides)
     size = max(1, min(MOST_ROWS, 2 * BLOCK_BYTES // (4 * widest)))
@@ -256,22 +258,24 @@ def _correlations(
 
 
 def _encoded(
-    sides: list[tuple[SAE, Provenance]], cache: ActivationCache, hooks: list[str], row_N: Tensor
+    sides: list[tuple[SAE, Provenance]], cache: ActivationCache, places: list[Splice], row_N: Tensor
 ) -> Iterator[SparseCodes]:
-    for (sae, _), hook in zip(sides, hooks, strict=True):
-        x_ND = cache.activations(hook)[row_N].float()
+    for (sae, _), splice in zip(sides, places, strict=True):
+        x_ND = splice.rows(cache, row_N)[0].float()
         if not x_ND.isfinite().all():
             raise UserError(
-                f"held-out rows of {cache.path} at {hook} hold NaN or infinity; harvest again in bf16 or fp32"
+                f"held-out rows of {cache.path} at {splice.sites[0].name} hold NaN or infinity; harvest "
+                "again in bf16 or fp32"
             )
         yield sae.encode(x_ND.to(sae.W_dec.device))
 
 
 def _require_same_width(a: SAE, b: SAE) -> None:
-    if a.d_in != b.d_in:
+    if a.d_out != b.d_out:
+        kind = "d_in" if (a.d_out, b.d_out) == (a.d_in, b.d_in) else "d_out"
         raise UserError(
-            f"a has d_in {a.d_in} and b has d_in {b.d_in}, so their decoder rows cannot be compared; give "
-            "two SAEs of the same d_in, or match by='activation'"
+            f"a has {kind} {a.d_out} and b has {kind} {b.d_out}, so their decoder rows cannot be compared; "
+            f"give two SAEs of the same {kind}, or match by='activation'"
         )
 
 

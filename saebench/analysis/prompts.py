@@ -111,7 +111,7 @@ def _features(text: str, attached: AttachedSAE, top: int | None) -> pd.DataFrame
     import pandas as pd
 
     prompt, sae = attached.read(text), attached.sae
-    x_TD = attached.model.run_to(prompt.ids_1T, [attached.hook])[attached.hook][0]
+    x_TD = attached.activations(prompt.ids_1T)
     if not x_TD.isfinite().all():
         raise UserError(
             f"the activations of {attached.model.name} at {attached.hook} hold NaN or infinity on this text; "

@@ -1,12 +1,13 @@
 """Faithfulness metrics: how the model's loss changes when an SAE's reconstruction replaces its activations.
 
-Shapes: B contexts, T positions, D = d_in, V vocabulary, P replaced positions, S scored predictions.
+Shapes: B contexts, T positions, D = d_in, E = d_out, V vocabulary, P replaced positions, S scored
+predictions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from saebench.core.errors import UserError
+from saebench.evaluation.splice import Edit, Splice, all_edits
 
 if TYPE_CHECKING:
     from saebench.saes.base import SAE
@@ -99,57 +101,95 @@ class FaithfulnessMetrics:
         return (self.ce_zero - self.ce_spliced) / (self.ce_zero - self.ce_clean)
 
 
+@dataclass(frozen=True)
+class Spliced:
+    """An SAE in the model.
+
+    Args:
+        splice: where it reads and writes.
+        reconstruct: rows [P, d_in] -> y_hat [P, d_out].
+        mean_activation: [d_out], the replacement in ce_mean.
+        gradients: call ``reconstruct`` with a second argument [P, d_out], the gradient of the clean model's
+            loss at the targets (`Model.gradients`). This takes one more forward and backward pass per batch.
+    """
+
+    splice: Splice
+    reconstruct: Callable[..., Tensor]
+    mean_activation: Tensor
+    gradients: bool = False
+
+    def edits(self, model: Model, batch: Contexts) -> dict[str, dict[str, Edit]]:
+        """The edits of a batch's forward pass by ablation: spliced, zero, mean."""
+        splice, reconstruct = self.splice, self.reconstruct
+        if self.gradients:
+            names = [target.name for target in splice.targets]
+            gradient_BTE = splice.target_of(model.gradients(batch.tokens_BT, batch.length_B, names)[1])
+            gradient_PE = gradient_BTE[batch.keep_BT.to(gradient_BTE.device)]
+        clean_BTD = splice.read(model, batch.tokens_BT)[0] if splice.needs_clean else None
+
+        def through_sae(x_PD: Tensor, _: Tensor) -> Tensor:
+            return reconstruct(x_PD, gradient_PE) if self.gradients else reconstruct(x_PD)
+
+        def zeros(_: Tensor, y_PE: Tensor) -> Tensor:
+            return torch.zeros_like(y_PE)
+
+        def mean(_: Tensor, y_PE: Tensor) -> Tensor:
+            return self.mean_activation.to(y_PE).expand_as(y_PE)
+
+        return {
+            name: splice.edits(batch.keep_BT, new, clean_BTD=clean_BTD)
+            for name, new in (("spliced", through_sae), ("zero", zeros), ("mean", mean))
+        }
+
+
 @torch.no_grad()
 def faithfulness_metrics(
     sae: SAE,
     model: Model,
-    hook: str,
+    hook: str | Splice,
     batches: Iterable[Contexts],
     *,
     mean_activation: Tensor,
     reconstruct: Callable[..., Tensor] | None = None,
     gradients: bool = False,
+    beside: Sequence[Spliced] = (),
 ) -> FaithfulnessMetrics:
     """Run ``model`` four times over each batch of contexts: clean, spliced, with zeros, with the mean.
 
     Activations at positions that are not kept do not change.
 
     Args:
-        mean_activation: [d_in], the replacement in ce_mean.
-        reconstruct: rows [P, d_in] -> x_hat [P, d_in]; by default ``sae.decode(sae.encode(rows))``. A caller
-            that also measures the rows passes a function such as ``ReconstructionMeter.update``.
-        gradients: call ``reconstruct`` with a second argument [P, d_in], the gradient of the clean model's
-            loss at these rows (`Model.gradients`). This takes one more forward and backward pass per batch.
+        hook: where the SAE was trained, or where it reads and writes.
+        mean_activation: see `Spliced`.
+        reconstruct: see `Spliced`; by default ``sae(rows)``. A caller that also measures the rows passes a
+            function such as ``ReconstructionMeter.update``.
+        gradients: see `Spliced`.
+        beside: further SAEs that are in the model in the same passes.
 
     Raises:
-        UserError: there is no prediction to score, or the model's loss is not finite.
+        UserError: there is no prediction to score, two SAEs write one site, or the model's loss is not
+            finite.
     """
 
     def through_sae(x_PD: Tensor) -> Tensor:
-        return sae.decode(sae.encode(x_PD.to(sae.W_dec.device, torch.float32)))
-
-    def zeros(x_PD: Tensor) -> Tensor:
-        return torch.zeros_like(x_PD)
-
-    def mean(x_PD: Tensor) -> Tensor:
-        return mean_activation.to(x_PD).expand_as(x_PD)
+        y_hat: Tensor = sae(x_PD.to(sae.W_dec.device, torch.float32))
+        return y_hat
 
     assert reconstruct is not None or not gradients, "gradients needs reconstruct"
-    ablations: dict[str, Callable[[Tensor], Tensor]]
-    ablations = {"spliced": reconstruct or through_sae, "zero": zeros, "mean": mean}
-    ce = dict.fromkeys(("clean", *ablations), 0.0)
+    splice = hook if isinstance(hook, Splice) else Splice.at(hook, len(mean_activation))
+    together = [Spliced(splice, reconstruct or through_sae, mean_activation, gradients), *beside]
+    targets = [one.splice.target_names for one in together]
+    ce = dict.fromkeys(("clean", "spliced", "zero", "mean"), 0.0)
     kl, n_tokens = 0.0, 0
     for batch in batches:
         scored = batch.scored()
         n_tokens += len(scored[0])
         clean_BTV = model.logits(batch.tokens_BT)
         ce["clean"] += cross_entropies(clean_BTV, scored).sum().item()
-        if reconstruct is not None and gradients:
-            gradient_BTD = model.gradients(batch.tokens_BT, batch.length_B, [hook])[1][hook]
-            gradient_PD = gradient_BTD[batch.keep_BT.to(gradient_BTD.device)]
-            ablations["spliced"] = _with_second(reconstruct, gradient_PD)
-        for name, ablation in ablations.items():
-            logits_BTV = model.logits(batch.tokens_BT, edit={hook: replace_at(batch.keep_BT, ablation)})
+        made = [one.edits(model, batch) for one in together]
+        for name in ("spliced", "zero", "mean"):
+            edit = all_edits([edits[name] for edits in made], targets)
+            logits_BTV = model.logits(batch.tokens_BT, edit=edit)
             ce[name] += cross_entropies(logits_BTV, scored).sum().item()
             if name == "spliced":
                 kl += kl_divergences(clean_BTV, logits_BTV, scored).sum().item()
@@ -167,22 +207,6 @@ def faithfulness_metrics(
     return FaithfulnessMetrics(
         n_tokens=n_tokens, kl=kl / n_tokens, **{f"ce_{name}": total / n_tokens for name, total in ce.items()}
     )
-
-
-def _with_second(function: Callable[..., Tensor], second: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda first: function(first, second)
-
-
-def replace_at(keep_BT: Tensor, new: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """An edit for `Model.logits` that replaces the rows [P, D] at the kept positions with ``new(rows)``."""
-
-    def edit(x_BTD: Tensor) -> Tensor:
-        keep = keep_BT.to(x_BTD.device)
-        edited_BTD = x_BTD.clone()
-        edited_BTD[keep] = new(x_BTD[keep]).to(x_BTD)
-        return edited_BTD
-
-    return edit
 
 
 def cross_entropies(logits_BTV: Tensor, scored: tuple[Tensor, Tensor, Tensor]) -> Tensor:

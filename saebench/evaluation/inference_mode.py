@@ -50,7 +50,7 @@ class InferenceMode:
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor, gradient_ND: Tensor | None = None) -> SparseCodes:
-        """Codes of rows [N, d_in]; ``gradient_ND`` [N, d_in] is required if ``needs_gradients``."""
+        """Codes of rows [N, d_in]; ``gradient_ND`` [N, d_out] is required if ``needs_gradients``."""
         x_ND = x_ND.to(self.sae.W_dec.device, torch.float32)
         if self.is_default:
             return self.sae.encode(x_ND)
@@ -59,15 +59,23 @@ class InferenceMode:
         return self.sae.encode(x_ND, inference=self.inference)
 
     def reconstruct(self, x_ND: Tensor, gradient_ND: Tensor | None = None) -> Tensor:
-        """x_hat [N, d_in] of rows."""
-        return self.sae.decode(self.encode(x_ND, gradient_ND))
+        """y_hat [N, d_out] of rows."""
+        x_ND = x_ND.to(self.sae.W_dec.device, torch.float32)
+        return self.sae.decode(self.encode(x_ND, gradient_ND), x_ND)
 
-    def measure(self, meter: ReconstructionMeter, x_ND: Tensor, gradient_ND: Tensor | None = None) -> Tensor:
-        """Add rows to the ``meter``, count their changed picks, and return x_hat [N, d_in]."""
+    def measure(
+        self,
+        meter: ReconstructionMeter,
+        x_ND: Tensor,
+        gradient_ND: Tensor | None = None,
+        *,
+        target_NE: Tensor | None = None,
+    ) -> Tensor:
+        """Add rows to the ``meter``, count their changed picks, and return y_hat [N, d_out]."""
         codes = self.encode(x_ND, gradient_ND)
         if not self.is_default:
             default = self.sae.encode(x_ND.to(codes.values.device))
             changed, picks = self.sae.changed_picks(codes, default)
             self._changed += int(changed)
             self._picks += int(picks)
-        return meter.update(x_ND, codes)
+        return meter.update(x_ND, codes, target_NE=target_NE)

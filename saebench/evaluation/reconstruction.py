@@ -40,6 +40,8 @@ class DensityHistogram:
 class ReconstructionMetrics:
     """Measured over ``n_tokens`` rows x_i with codes z_i and reconstructions xh_i; mu is the mean of x_i.
 
+    For a transcoder, x_i is the target that it reconstructs.
+
     - ``fvu`` = sum_i ||x_i - xh_i||^2 / (sum_i ||x_i||^2 - N ||mu||^2), the fraction of variance
       unexplained: centered and pooled over all rows and dimensions.
     - ``explained_variance`` = 1 - fvu. It equals SAELens' ExplainedVarianceCalculator (6.54).
@@ -47,6 +49,7 @@ class ReconstructionMetrics:
     - ``dead_fraction`` = share of latents that are zero on all of these rows.
     - ``cosine_similarity`` = mean_i of x_i . xh_i / (||x_i|| ||xh_i||), taken as 0 where either is zero.
     - ``density`` [M] float64 = share of rows on which each latent is nonzero; it sums to l0.
+    - ``fvu_by_site``: the same fraction as ``fvu`` at each site alone, if several are reconstructed.
     """
 
     n_tokens: int
@@ -56,6 +59,7 @@ class ReconstructionMetrics:
     dead_fraction: float
     cosine_similarity: float
     density: Tensor
+    fvu_by_site: dict[str, float] | None = None
 
     def density_histogram(self) -> DensityHistogram:
         lowest = -math.ceil(math.log10(self.n_tokens))
@@ -79,28 +83,36 @@ class ReconstructionMeter:
         device = sae.W_dec.device
         zero = torch.zeros((), dtype=torch.float64, device=device)
         self._error, self._squares, self._cosine = zero.clone(), zero.clone(), zero.clone()
-        self._sum_D = torch.zeros(sae.d_in, dtype=torch.float64, device=device)
+        self._sum_D = torch.zeros(sae.d_out, dtype=torch.float64, device=device)
+        self._of_sites = torch.zeros(2, len(sae.spec.targets), dtype=torch.float64, device=device)
+        """Squared error and squared deviation at each target."""
         self._fires_M = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self._origin_D: Tensor | None = None
 
     @torch.no_grad()
-    def update(self, x_ND: Tensor, codes: SparseCodes | None = None) -> Tensor:
-        """Encode, decode and count the rows ``x_ND`` [N, d_in]; returns x_hat [N, d_in] float32.
+    def update(
+        self, x_ND: Tensor, codes: SparseCodes | None = None, *, target_NE: Tensor | None = None
+    ) -> Tensor:
+        """Encode, decode and count the rows ``x_ND`` [N, d_in]; returns y_hat [N, d_out] float32.
 
-        ``codes`` are the codes of the rows, if they differ from ``encode(x_ND)`` (another inference mode).
+        ``codes`` are the codes of the rows, if they differ from ``encode(x_ND)`` (another inference mode);
+        ``target_NE`` is what a transcoder is to reconstruct, by default ``x_ND``.
 
         Raises:
             UserError: an activation or a reconstruction is NaN or infinite.
         """
         x_ND = x_ND.to(self._sum_D.device, torch.float32)
         if x_ND.shape[0] == 0:
-            return x_ND
+            return x_ND.new_empty(0, self.sae.d_out)
         self._require_finite(x_ND, "activation", "harvest them again, in bf16 or fp32")
         codes = self.sae.encode(x_ND) if codes is None else codes
-        x_hat_ND = self.sae.decode(codes)
+        x_hat_ND = self.sae.decode(codes, x_ND)
+        if target_NE is not None:
+            target_NE = target_NE.to(self._sum_D.device, torch.float32)
+            self._require_finite(target_NE, "target", "harvest them again, in bf16 or fp32")
         self._require_finite(x_hat_ND, "reconstruction", "the SAE's weights are damaged; train it again")
 
-        x, x_hat = x_ND.double(), x_hat_ND.double()
+        x, x_hat = (x_ND if target_NE is None else target_NE).double(), x_hat_ND.double()
         if self._origin_D is None:
             self._origin_D = x[0].clone()
         # Sums are taken relative to the first row. The variance stays the same, without the cancellation
@@ -111,6 +123,10 @@ class ReconstructionMeter:
         self._error += (x - x_hat).square().sum()
         norms = x.norm(dim=-1) * x_hat.norm(dim=-1)
         self._cosine += torch.where(norms > 0, (x * x_hat).sum(-1) / norms, 0.0).sum()
+        if self.sae.spec.targets:
+            for row, rows in enumerate(((x - x_hat).square(), shifted.square())):
+                parts = self.sae.split(rows, of=self.sae.spec.targets).values()
+                self._of_sites[row] += torch.stack([part.sum() for part in parts])
         self._fires_M += fires(codes)
         self.n_tokens += x_ND.shape[0]
         return x_hat_ND
@@ -143,7 +159,18 @@ class ReconstructionMeter:
             dead_fraction=(density_M == 0).double().mean().item(),
             cosine_similarity=self._cosine.item() / n,
             density=density_M,
+            fvu_by_site=self._fvu_by_site(),
         )
+
+    def _fvu_by_site(self) -> dict[str, float] | None:
+        targets = self.sae.spec.targets
+        if len(targets) < 2:
+            return None
+        error, squares = self._of_sites
+        sums = self.sae.split(self._sum_D.square(), of=targets).values()
+        variance = squares - torch.stack([part.sum() for part in sums]) / self.n_tokens
+        shares = (error / variance).tolist()
+        return {site.name: share for site, share in zip(targets, shares, strict=True)}
 
     def _require_finite(self, rows_ND: Tensor, what: str, way_out: str) -> None:
         finite_N = rows_ND.isfinite().all(-1)

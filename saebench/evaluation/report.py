@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from saebench.evaluation.reconstruction import DensityHistogram
 
+_OF_SEVERAL_SITES = ("sites", "targets", "fvu_by_site", "together")
+
 
 def inference_label(inference: str | None) -> str | None:
     """The name of an inference mode for people; the oracle's includes that it sees the next tokens."""
@@ -42,6 +44,14 @@ class EvalReport:
     dead_fraction: float
     cosine_similarity: float
     density_histogram: DensityHistogram = field(repr=False)
+    sites: list[str] | None = None
+    """What a transcoder or crosscoder reads; None for an SAE of one site."""
+    targets: list[str] | None = None
+    """What it reconstructs: the activations that fvu and cosine_similarity are of."""
+    fvu_by_site: dict[str, float] | None = None
+    """fvu at each of several targets."""
+    together: list[str] | None = None
+    """The runs that were in the model in the same passes."""
     picks_changed: float | None = None
     """Share of active latents that the default inference mode does not select; None in that mode."""
     model: str | None = None
@@ -58,5 +68,6 @@ class EvalReport:
     kl: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, the contents of eval.json."""
-        return dataclasses.asdict(self)
+        """Plain JSON values, the contents of eval.json; what only several sites have is left out for one."""
+        values = dataclasses.asdict(self)
+        return {name: v for name, v in values.items() if v is not None or name not in _OF_SEVERAL_SITES}

@@ -20,7 +20,10 @@ class EvalConfig(Settings):
     cache: Path | None = None
     """Activation cache; by default the one the run was trained on."""
     hook: str | None = None
-    """Hook of the cache; by default the one that the run was trained on."""
+    """Site of the cache; by default the one that the run was trained on."""
+    together: tuple[Path, ...] = ()
+    """Runs that are put into the model in the same passes, for example the transcoders of all other layers;
+    the result is written to eval-together.json."""
     model: str | None = None
     """Also put the SAE's reconstruction into this model and measure the model's loss; 'cache' is the model
     that made the cache."""
@@ -51,6 +54,8 @@ class EvalConfig(Settings):
         super().__post_init__()
         if self.text is not None and self.model is None:
             raise UserError(f"--text {self.text} needs a model that reads the text; add --model")
+        if self.together and self.model is None:
+            raise UserError("--together names runs to put into a model with this one; add --model")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from saebench.analysis import edits, prompts
+from saebench.analysis import prompts
 from saebench.analysis.attach import attach
 from saebench.analysis.edits import LatentEdit, latent_values
 from saebench.analysis.interventions import ablate, steer
 from saebench.core.errors import UserError
+from saebench.evaluation import splice
 from saebench.runs.run import load
 from saebench.saes.base import SAE
 from saebench.saes.registry import ARCHITECTURES
@@ -63,7 +64,7 @@ def test_splicing_without_an_edit_leaves_logits_unchanged(
     attached = attach(make_sae(name), tiny_model, hook)
     edit = LatentEdit(list(range(attached.sae.d_sae)), "scale", 1.0, list(range(ids(tiny_model).shape[1])))
     with torch.no_grad():
-        spliced = tiny_model.logits(ids(tiny_model), edit=edit.spliced(attached, ids(tiny_model).shape[1]))
+        spliced = tiny_model.logits(ids(tiny_model), edit=edit.spliced(attached, ids(tiny_model)))
     torch.testing.assert_close(spliced, tiny_model.logits(ids(tiny_model)), rtol=0, atol=1e-5)
 
 
@@ -80,7 +81,7 @@ def test_edit_adds_the_difference_of_reconstructions(
         torch.testing.assert_close(latent_values(sae.encode(x_PD), features), z[:, features], rtol=0, atol=0)
         edited = z.clone()
         edited[:, features] = MODES[mode](z[:, features], 1.7)
-        got = LatentEdit(features, mode, 1.7, []).apply(sae, x_PD)
+        got = LatentEdit(features, mode, 1.7, []).apply(sae, x_PD, x_PD)
         torch.testing.assert_close(got - x_PD, (edited - z) @ sae.W_dec, rtol=0, atol=1e-5)
 
 
@@ -185,8 +186,8 @@ def test_open_positions_include_generated_tokens(
     run: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch, positions: Any, edited: set[int]
 ) -> None:
     kept: list[Tensor] = []
-    real = edits.replace_at
-    monkeypatch.setattr(edits, "replace_at", lambda keep, new: kept.append(keep) or real(keep, new))
+    real = splice.replace_at
+    monkeypatch.setattr(splice, "replace_at", lambda keep, new: kept.append(keep) or real(keep, new))
     text = "etc:"
     assert len(tiny_model.tokens.encode(text)) == 4
     monkeypatch.setattr(tiny_model.tokens, "separator", -1)  # no token ends the text early

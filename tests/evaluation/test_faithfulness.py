@@ -57,8 +57,8 @@ class Map:
     def encode(self, x: Tensor) -> SparseCodes:
         return SparseCodes.from_topk(self.function(x), torch.arange(D_IN).expand_as(x), d_sae=D_IN)
 
-    def decode(self, codes: SparseCodes) -> Tensor:
-        return codes.to_dense()
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.encode(x).to_dense()
 
 
 def random_contexts(seed: int, n: int = 5, length: int = 7) -> Contexts:

@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
 from saebench.evaluation.reconstruction import ReconstructionMeter, fires, reconstruction_metrics
+from saebench.saes.spec import SaeSpec
 
 
 class Linear:
@@ -23,12 +24,13 @@ class Linear:
     def __init__(self, W_enc: torch.Tensor, W_dec: torch.Tensor, b_dec: torch.Tensor) -> None:
         self.W_enc, self.W_dec, self.b_dec = W_enc, W_dec, b_dec
         self.d_in, self.d_sae = W_enc.shape
+        self.d_out, self.spec = self.d_in, SaeSpec()
 
     def encode(self, x: torch.Tensor) -> SparseCodes:
         z_NM = ((x - self.b_dec) @ self.W_enc).relu()
         return SparseCodes.from_topk(z_NM, torch.arange(self.d_sae).expand_as(z_NM), d_sae=self.d_sae)
 
-    def decode(self, codes: SparseCodes) -> torch.Tensor:
+    def decode(self, codes: SparseCodes, x: torch.Tensor | None = None) -> torch.Tensor:
         return codes.to_dense() @ self.W_dec + self.b_dec
 
 
