@@ -175,7 +175,8 @@ class ActivationCache:
         """
         hook = self.resolve_hook(hook)
         if not self.has_gradients(hook):
-            way_out = "cache import --gradients" if self.n_contexts == 0 else "harvest --gradients"
+            imported = self._manifest.kind == "import"
+            way_out = "cache import --gradients" if imported else "harvest --gradients"
             raise UserError(
                 f"the cache {self.path} has no gradients at {hook}; make a cache with gradients by {way_out}"
             )

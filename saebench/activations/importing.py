@@ -1,11 +1,12 @@
-"""import_activations: make a cache of an existing array, a .npy or a .safetensors file with one tensor."""
+"""import_activations: make a cache of existing arrays, .npy or .safetensors files with one tensor each."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from saebench.activations.manifest import (
     GRADIENT_PREFIX,
     HOOK_PREFIX,
     gradient_dtype,
-    is_plain_name,
+    is_site_name,
 )
 from saebench.activations.settings import ImportConfig
 from saebench.activations.shards import DATA_START, TORCH_DTYPES, row_bytes
@@ -34,13 +35,33 @@ _CHUNK_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class _Source:
-    """An array [n_rows, d_in] in the file ``path``; ``read(start, end)`` returns rows start to end - 1."""
+    """An array [n_units, d_in] or [n_units, n_positions, d_in] in the file ``path``.
+
+    Its rows are the n_units * n_positions vectors. ``read_units(start, end)`` returns units start to end - 1.
+    """
 
     path: Path
-    n_rows: int
-    d_in: int
+    shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[int, int], Tensor]
+    read_units: Callable[[int, int], Tensor]
+
+    @property
+    def d_in(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def n_positions(self) -> int:
+        return math.prod(self.shape[1:-1])
+
+    @property
+    def n_rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    def read(self, start: int, end: int) -> Tensor:
+        """Rows start to end - 1, [end - start, d_in]."""
+        first = start // self.n_positions
+        units = self.read_units(first, -(-end // self.n_positions))
+        return units.reshape(-1, self.d_in)[start - first * self.n_positions :][: end - start]
 
     def pieces(self, start: int = 0) -> Iterator[tuple[int, int]]:
         """Ranges [first, end) of rows from ``start`` on, of a few MiB each."""
@@ -53,9 +74,10 @@ class _Source:
 def import_activations(config: ImportConfig) -> ActivationCache:
     """Make an activation cache of the array in ``config.source``, [n, d_in], reading it in pieces.
 
-    The last 5% of the rows are held out (at least one row, if there are two). The cache has neither tokens
-    nor contexts. ``config.gradients`` [n, d_in] holds the gradient of each row. After an import was killed,
-    the same call resumes it.
+    An array [n, t, d_in] has n units of t rows each, and the cache has columns unit and pos. The last 5% of
+    the units are held out (at least one, if there are two). Several arrays with the same rows are the sites
+    of one cache. The cache has no tokens. ``config.gradients`` has the gradient of each row. After an import
+    was killed, the same call resumes it.
 
     >>> import numpy as np
     >>> np.save("x.npy", np.random.default_rng(0).normal(size=(100, 8)).astype("float32"))
@@ -67,60 +89,91 @@ def import_activations(config: ImportConfig) -> ActivationCache:
             array holds NaN or infinite values (also after conversion to ``dtype``), the disk is full, or
             ``out`` holds something else.
     """
-    if not is_plain_name(config.hook):
-        raise UserError(
-            f"--site {config.hook!r} is not a valid hook name; use letters, digits, '.', '_' and '-'"
-        )
-    source = _open(config.source)
-    sources = {HOOK_PREFIX + config.hook: source}
-    dtype = config.dtype or _own_dtype(source.dtype)
-    identity = {
-        "source": {"name": config.source.name, "sha256": sha256_file(config.source)},
-        "settings": {"hook": config.hook, "dtype": dtype, "shard_rows": config.shard_rows},
+    for hook in config.hook:
+        if not is_site_name(hook):
+            raise UserError(
+                f"--site {hook!r} is not a valid hook name; use letters, digits, '.', '_', '-' and ':'"
+            )
+    paths = [config.source, *config.also]
+    arrays = {hook: _open(path) for hook, path in zip(config.hook, paths, strict=True)}
+    first = arrays[config.hook[0]]
+    for array in arrays.values():
+        if array.shape[:-1] != first.shape[:-1]:
+            raise UserError(
+                f"{array.path} has shape {list(array.shape)} but {first.path} has {list(first.shape)}; the "
+                "sites of one cache must have the same rows"
+            )
+    dtypes = {hook: config.dtype or _own_dtype(array.dtype) for hook, array in arrays.items()}
+    sources = {HOOK_PREFIX + hook: array for hook, array in arrays.items()}
+    types = {HOOK_PREFIX + hook: ColumnType(dtypes[hook], (array.d_in,)) for hook, array in arrays.items()}
+    described = [{"name": path.name, "sha256": sha256_file(path)} for path in paths]
+    identity: dict[str, Any] = {
+        **({"source": described[0]} if len(paths) == 1 else {"sources": described}),
+        "settings": {
+            "hook": _one_or_list(config.hook),
+            "dtype": _one_or_list(list(dtypes.values())),
+            "shard_rows": config.shard_rows,
+        },
     }
-    types = {HOOK_PREFIX + config.hook: ColumnType(dtype, (source.d_in,))}
     if config.gradients is not None:
-        sources[GRADIENT_PREFIX + config.hook] = _open_gradients(config.gradients, source)
-        types[GRADIENT_PREFIX + config.hook] = ColumnType(gradient_dtype(dtype), (source.d_in,))
+        name = GRADIENT_PREFIX + config.hook[0]
+        sources[name] = _open_gradients(config.gradients, first)
+        types[name] = ColumnType(gradient_dtype(dtypes[config.hook[0]]), (first.d_in,))
         identity["gradients"] = {"name": config.gradients.name, "sha256": sha256_file(config.gradients)}
     if inspect_target(config.out, identity) == "complete":
         return open_cache(config.out)
     for name, array in sources.items():
         _require_finite(array, TORCH_DTYPES[types[name].dtype])
     columns = {**types, "held_out": ColumnType("bool")}
-    n_bytes = source.n_rows * (sum(row_bytes(t.dtype, t.row_shape) for t in types.values()) + 1)
+    if len(first.shape) > 2:
+        columns |= dict.fromkeys((*UNIT.row_columns, *UNIT.unit_columns), ColumnType("int32"))
+    n_bytes = first.n_rows * (sum(row_bytes(t.dtype, t.row_shape) for t in types.values()) + 9)
     require_disk(config.out, n_bytes + 4 * DATA_START, what="the activation cache")
     with directory_lock(config.out, what="the activation cache"):
         inspect_target(config.out, identity)
         with CacheWriter(
             config.out,
             kind="import",
-            sites={config.hook: Site(config.hook, (("d", source.d_in),), dtype, "array")},
+            sites={
+                hook: Site(hook, (("d", array.d_in),), dtypes[hook], "array")
+                for hook, array in arrays.items()
+            },
             modality=UNIT.name,
             columns=columns,
             shard_rows=config.shard_rows,
             identity=identity,
         ) as writer:
-            _copy(sources, types, writer, quiet=config.quiet)
+            _copy(sources, columns, writer, quiet=config.quiet)
             writer.finish({})
     return warn_of_diagnosis(open_cache(config.out))
 
 
+def _one_or_list(values: Sequence[str]) -> str | list[str]:
+    return values[0] if len(values) == 1 else list(values)
+
+
 def _copy(
-    sources: Mapping[str, _Source], types: Mapping[str, ColumnType], writer: CacheWriter, *, quiet: bool
+    sources: Mapping[str, _Source], columns: Mapping[str, ColumnType], writer: CacheWriter, *, quiet: bool
 ) -> None:
-    first_source = next(iter(sources.values()))
-    n_rows = first_source.n_rows
-    held_out_from = n_rows - max(n_rows // HELD_OUT_SHARE, int(n_rows > 1))
+    array = next(iter(sources.values()))
+    n_units, n_positions, n_rows = array.shape[0], array.n_positions, array.n_rows
+    held_out_from = n_units - max(n_units // HELD_OUT_SHARE, int(n_units > 1))
+    if UNIT.length_column in columns:
+        writer.contexts.append({UNIT.length_column: torch.full((n_units,), n_positions, dtype=torch.int32)})
     start = writer.rows.keeps
     writer.rows.skip(start)
     with progress("import", total=n_rows, unit="row", initial=start, quiet=quiet) as bar:
-        for first, end in first_source.pieces(start):
+        for first, end in array.pieces(start):
+            row_N = torch.arange(first, end)
+            unit_N = row_N // n_positions
             rows = {
-                name: source.read(first, end).to(TORCH_DTYPES[types[name].dtype])
+                name: source.read(first, end).to(TORCH_DTYPES[columns[name].dtype])
                 for name, source in sources.items()
             }
-            rows["held_out"] = torch.arange(first, end) >= held_out_from
+            rows["held_out"] = unit_N >= held_out_from
+            if UNIT.length_column in columns:
+                rows[UNIT.unit_column] = unit_N.to(torch.int32)
+                rows[UNIT.position_column] = (row_N % n_positions).to(torch.int32)
             writer.rows.append(rows)
             bar.update(end - first)
 
@@ -146,7 +199,7 @@ def _require_finite(source: _Source, dtype: torch.dtype) -> None:
 
 def _open_gradients(path: Path, activations: _Source) -> _Source:
     gradients = _open(path)
-    seen, wanted = (gradients.n_rows, gradients.d_in), (activations.n_rows, activations.d_in)
+    seen, wanted = gradients.shape, activations.shape
     if seen != wanted:
         raise UserError(
             f"--gradients {path} has shape {list(seen)} but {activations.path} has {list(wanted)}; "
@@ -193,7 +246,7 @@ def _open_npy(path: Path) -> _Source:
         return torch.from_numpy(np.array(array[start:end], dtype=native, order="C"))
 
     dtype = {2: torch.float16, 4: torch.float32, 8: torch.float64}[array.dtype.itemsize]
-    return _Source(path, array.shape[0], array.shape[1], dtype, read)
+    return _Source(path, array.shape, dtype, read)
 
 
 def _open_safetensors(path: Path) -> _Source:
@@ -221,11 +274,12 @@ def _open_safetensors(path: Path) -> _Source:
             rows: Tensor = file.get_slice(name)[start:end]
             return rows
 
-    return _Source(path, shapes[name][0], shapes[name][1], known[dtypes[name]], read)
+    return _Source(path, shapes[name], known[dtypes[name]], read)
 
 
 def _require_rows(path: Path, shape: tuple[int, ...]) -> None:
-    if len(shape) != 2 or 0 in shape:
+    if len(shape) not in (2, 3) or 0 in shape:
         raise UserError(
-            f"{path} has shape {list(shape)}; an import needs an array [n, d_in] with at least one row"
+            f"{path} has shape {list(shape)}; an import needs an array [n, d_in] or [n, t, d_in] with at "
+            "least one row"
         )

@@ -111,16 +111,19 @@ class SourceConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig(Settings):
-    """Make an activation cache from an array in a file."""
+    """Make an activation cache from one or more arrays in files."""
 
     source: Path
-    """A .npy file or a .safetensors file with one tensor, of shape [n, d_in]."""
+    """A .npy file or a .safetensors file with one tensor, of shape [n, d_in], or [n, t, d_in] for n units of
+    t positions."""
     out: Path
     """Directory of the activation cache."""
+    also: tuple[Path, ...] = ()
+    """Further arrays with the same rows, one for each further --site."""
     gradients: Path | None = None
     """A file of the same kind and shape: the gradient of the model's loss at each row."""
-    hook: str = "imported"
-    """Hook name to store the rows under."""
+    hook: tuple[str, ...] = ("imported",)
+    """Hook name to store the rows under; repeat it for several arrays, in their order."""
     dtype: StoredDtype | None = None
     """Type in which to store the rows; by default the array's own type if it is one of these, else fp32."""
     shard_rows: int = 65_536
@@ -130,6 +133,15 @@ class ImportConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if len(self.hook) != 1 + len(self.also):
+            raise UserError(
+                f"{1 + len(self.also)} arrays and {len(self.hook)} names of sites were given; pass one "
+                "--site for each array"
+            )
+        if len(set(self.hook)) != len(self.hook):
+            raise UserError(f"--site names the same hook twice: {', '.join(self.hook)}")
+        if self.also and self.gradients is not None:
+            raise UserError("--gradients goes with one array; import the arrays one by one")
         _check_shard_rows(self.shard_rows)
 
 

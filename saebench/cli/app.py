@@ -75,7 +75,7 @@ def build(argv: Sequence[str]) -> App:
     cache = App(name="cache", help="Describe an activation cache, verify it, or make one from an array.")
     cache.command(_simple(commands.cache_info, "cache", Cache), name="info")
     cache.command(_simple(commands.cache_verify, "cache", Cache), name="verify")
-    cache.command(stage(ImportConfig, "cache import", commands.cache_import, "source"), name="import")
+    cache.command(stage(ImportConfig, "cache import", commands.cache_import, "source", "also"), name="import")
     store = App(name="store", help="Describe a feature store, check it, rebuild it, or export it.")
     store.command(_simple(commands.store_info, "store", Store), name="info")
     store.command(stage(CheckConfig, "store check", commands.store_check, "store"), name="check")

@@ -256,7 +256,7 @@ def test_directory_with_other_files_is_not_changed(tmp_path):
     ("array", "message"),
     [
         (np.ones(3, np.float32), r"shape \[3\]"),
-        (np.ones((2, 3, 4), np.float32), r"shape \[2, 3, 4\]"),
+        (np.ones((2, 3, 4, 5), np.float32), r"shape \[2, 3, 4, 5\]"),
         (np.ones((0, 4), np.float32), r"shape \[0, 4\]"),
         (np.ones((4, 4), np.int64), "type int64"),
         (np.ones((4, 4), complex), "type complex128"),
@@ -294,3 +294,55 @@ def test_file_without_exactly_one_tensor_raises_user_error(tmp_path):
     (tmp_path / "x.csv").write_text("1,2")
     with pytest.raises(UserError, match="neither"):
         sb.import_activations(source=tmp_path / "x.csv", out=tmp_path / "cache", quiet=True)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_array_with_positions_gives_units(tmp_path, order):
+    array = np.asarray(np.random.default_rng(0).normal(size=(41, 7, 5)), dtype="f4", order=order)
+    np.save(tmp_path / "a.npy", array)
+    cache = sb.import_activations(source=tmp_path / "a.npy", out=tmp_path / "cache", quiet=True)
+    assert torch.equal(cache.activations(), torch.from_numpy(array.reshape(-1, 5).copy()))
+    assert cache.unit.tolist() == np.repeat(np.arange(41), 7).tolist() and cache.n_contexts == 41
+    assert cache.pos.tolist() == np.tile(np.arange(7), 41).tolist() and cache.unit_len.tolist() == 41 * [7]
+    assert (cache.held_out == (cache.unit >= 39)).all()
+    assert cache.manifest["format_version"] == 2 and cache.sites["imported"].path == "array"
+    cache.verify()
+
+
+def test_import_with_positions_resumes_to_the_same_bytes(tmp_path, monkeypatch):
+    array = torch.randn(9_000, 9, 3, generator=torch.Generator().manual_seed(0))
+    save_file({"x": array}, tmp_path / "x.safetensors")
+    make = functools.partial(sb.import_activations, tmp_path / "x.safetensors", shard_rows=32_768, quiet=True)
+    whole = make(out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "finish", lambda self, *_, **__: self._wait() or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(out=tmp_path / "cache")
+    assert make(out=tmp_path / "cache").hash == whole.hash
+    assert torch.equal(whole.activations(), array.flatten(0, 1))
+
+
+def test_several_arrays_are_sites_of_the_same_rows(tmp_path):
+    arrays = {name: np.random.default_rng(i).normal(size=(30, 2 + i)) for i, name in enumerate("abc")}
+    arrays["b"] = arrays["b"].astype("f2")
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    a, b, c = (tmp_path / f"{name}.npy" for name in "abc")
+    settings = {"also": (b, c), "hook": ("A", "0:B", "C"), "quiet": True}
+    cache = sb.import_activations(a, out=tmp_path / "cache", **settings)
+    assert cache.hooks == ["A", "0:B", "C"] and cache.unit is None
+    for hook, array in zip(cache.hooks, arrays.values(), strict=True):
+        kept = array.astype("f2" if hook == "0:B" else "f4")
+        assert torch.equal(cache.activations(hook), torch.from_numpy(kept))
+    cache.verify()
+    np.save(b, np.ones((29, 3), "f4"))
+    for changes, message in [
+        ({}, r"b.npy has shape \[29, 3\] but .*a.npy has \[30, 2\]"),
+        ({"hook": ("A", "B")}, "3 arrays and 2 names of sites"),
+        ({"hook": ("A", "B", "A")}, "the same hook twice"),
+        ({"hook": ("A", "b/c", "C")}, "'b/c' is not a valid hook name"),
+        ({"gradients": a}, "--gradients goes with one array"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            sb.import_activations(a, out=tmp_path / "other", **{**settings, **changes})
+    assert not (tmp_path / "other").exists()
