@@ -5,6 +5,7 @@ Models are random, with two layers; all weights are perturbed, so that biases an
 
 from __future__ import annotations
 
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -339,3 +340,9 @@ def test_reading_stops_after_the_block_that_is_needed(model, name, tokens_BT):
         assert calls == expected, hook
     for handle in handles:
         handle.remove()
+
+
+def test_the_documentation_lists_every_model_type_of_the_table():
+    page = (Path(__file__).parents[2] / "docs" / "sites.md").read_text("utf-8")
+    table = page.partition("| family | model types |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", table)) == set(FAMILIES)
