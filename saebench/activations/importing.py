@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saebench.activations.cache import ActivationCache, open_cache
+from saebench.activations.import_registry import IMPORT_FORMATS
 from saebench.activations.manifest import (
     GRADIENT_PREFIX,
     HOOK_PREFIX,
@@ -79,6 +80,9 @@ def import_activations(config: ImportConfig) -> ActivationCache:
     of one cache. The cache has no tokens. ``config.gradients`` has the gradient of each row. After an import
     was killed, the same call resumes it.
 
+    With ``format="vllm"`` the source is a directory of hidden states that vLLM has written, one file per
+    request, and the result is the cache of a text (saebench/activations/vllm.py).
+
     >>> import numpy as np
     >>> np.save("x.npy", np.random.default_rng(0).normal(size=(100, 8)).astype("float32"))
     >>> sb.import_activations(source="x.npy", out="imported", quiet=True).activations().shape
@@ -89,6 +93,9 @@ def import_activations(config: ImportConfig) -> ActivationCache:
             array holds NaN or infinite values (also after conversion to ``dtype``), the disk is full, or
             ``out`` holds something else.
     """
+    if config.format != "array":
+        cache: ActivationCache = IMPORT_FORMATS.load(config.format)(config)
+        return cache
     for hook in config.hook:
         if not is_site_name(hook):
             raise UserError(

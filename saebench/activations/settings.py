@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from saebench.activations.import_registry import IMPORT_FORMATS
 from saebench.core.bounds import AtLeast
 from saebench.core.errors import UserError
-from saebench.core.settings import Settings
+from saebench.core.settings import Settings, shown_name
 
 StoredDtype = Literal["bf16", "fp16", "fp32"]
 
@@ -109,13 +111,20 @@ class SourceConfig(Settings):
         _check_shard_rows(self.shard_rows)
 
 
+_OF_FORMAT = {
+    "array": ("also", "gradients", "hook"),
+    "vllm": ("model", "revision", "layers", "ctx", "keep_first", "verify", "device"),
+}
+"""Format -> the settings that only it has."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig(Settings):
-    """Make an activation cache from one or more arrays in files."""
+    """Make an activation cache from arrays in files, or from hidden states that vLLM has written."""
 
     source: Path
     """A .npy file or a .safetensors file with one tensor, of shape [n, d_in], or [n, t, d_in] for n units of
-    t positions."""
+    t positions; with --format vllm, the directory of its files."""
     out: Path
     """Directory of the activation cache."""
     also: tuple[Path, ...] = ()
@@ -126,6 +135,23 @@ class ImportConfig(Settings):
     """Hook name to store the rows under; repeat it for several arrays, in their order."""
     dtype: StoredDtype | None = None
     """Type in which to store the rows; by default the array's own type if it is one of these, else fp32."""
+    format: str = "array"
+    """'array', 'vllm' (hidden states that vLLM has written), or one that another installed package adds."""
+    model: str | None = None
+    """Of --format vllm: the model that made the hidden states."""
+    revision: str | None = None
+    """Of --format vllm: revision of a model from the hub."""
+    layers: tuple[int, ...] = ()
+    """Of --format vllm: the layers in the files, in the order in which they were asked for, like 1,2,3; i is
+    the residual stream before block i."""
+    ctx: Annotated[int | None, AtLeast(2)] = None
+    """Of --format vllm: most tokens of a context, a file; by default as many as the longest file has."""
+    keep_first: bool = False
+    """Of --format vllm: keep position 0 of every context."""
+    verify: bool = True
+    """Of --format vllm: compare a file with a forward pass of the model, if it can be loaded."""
+    device: str = "auto"
+    """Of --format vllm: where that model runs."""
     shard_rows: int = 65_536
     """Rows in a shard file; a multiple of 32,768."""
     quiet: bool = False
@@ -133,6 +159,12 @@ class ImportConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "format", IMPORT_FORMATS.canonical(self.format, flag="--format"))
+        other = {"array": "vllm", "vllm": "array"}.get(self.format)
+        for field in dataclasses.fields(self):
+            if other and field.name in _OF_FORMAT[other] and getattr(self, field.name) != field.default:
+                flag = f"--{shown_name(field.name).replace('_', '-')}"
+                raise UserError(f"{flag} goes with --format {other}, not with {self.format}; leave it out")
         if len(self.hook) != 1 + len(self.also):
             raise UserError(
                 f"{1 + len(self.also)} arrays and {len(self.hook)} names of sites were given; pass one "
@@ -143,6 +175,10 @@ class ImportConfig(Settings):
         if self.also and self.gradients is not None:
             raise UserError("--gradients goes with one array; import the arrays one by one")
         _check_shard_rows(self.shard_rows)
+        if self.format == "vllm" and (self.model is None or not self.layers):
+            raise UserError("--format vllm needs --model and --layers, which its files do not say")
+        if len(set(self.layers)) != len(self.layers):
+            raise UserError(f"--layers names a layer twice: {', '.join(map(str, self.layers))}")
 
 
 def _check_shard_rows(shard_rows: int) -> None:

@@ -99,6 +99,13 @@ def harvest(config: HarvestConfig) -> ActivationCache:
     return cache
 
 
+TEXT_COLUMNS = {
+    **{name: ColumnType("int32") for name in ("token", "doc", "ctx", "pos", "context_len")},
+    "held_out": ColumnType("bool"),
+}
+"""The columns of a text that are neither activations nor as wide as a context."""
+
+
 class TextSource:
     """The activations of one or several models on ``config.text``.
 
@@ -203,7 +210,7 @@ class TextSource:
         return hook if len(self._infos) == 1 else f"{number}:{hook}"
 
     def columns(self) -> Mapping[str, ColumnType]:
-        config, int32 = self._config, ColumnType("int32")
+        config = self._config
         values = {
             HOOK_PREFIX + hook: ColumnType(site.dtype, (site.d_in,)) for hook, site in self._sites.items()
         }
@@ -214,13 +221,8 @@ class TextSource:
             }
         return {
             **values,
-            "token": int32,
-            "doc": int32,
-            "ctx": int32,
-            "pos": int32,
-            "held_out": ColumnType("bool"),
+            **TEXT_COLUMNS,
             "context_tokens": ColumnType("int32", (config.ctx,)),
-            "context_len": int32,
         }
 
     def batches(self) -> Iterator[UnitBatch]:

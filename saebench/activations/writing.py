@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,10 +49,13 @@ class Target:
             print(text, file=sys.stderr)
 
 
-def write_cache(source: ActivationSource, target: Target) -> tuple[ActivationCache, bool]:
+def write_cache(
+    source: ActivationSource, target: Target, *, facts: Callable[[], Mapping[str, Any]] = dict
+) -> tuple[ActivationCache, bool]:
     """The cache of all that ``source`` gives, in the directory of ``target``; False if it was there already.
 
     A complete cache of the same identity is opened, an unfinished one is continued, to the same bytes.
+    ``facts`` gives further keys of the manifest, at the end.
 
     Raises:
         UserError: the directory holds something else, NaN or infinite activations, a full disk, no rows.
@@ -79,6 +83,7 @@ def write_cache(source: ActivationSource, target: Target) -> tuple[ActivationCac
             if state == "unfinished":
                 target.say(f"resuming {target.out} at row {writer.rows.keeps:,}")
             left_out = _write_units(source, columns, target, writer)
+            writer.facts |= facts()
             writer.finish(source.files(), left_out={name: n for name, n in left_out.items() if n})
     return warn_of_diagnosis(open_cache(target.out)), True
 

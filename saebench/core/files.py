@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -177,6 +178,15 @@ def require_disk(directory: Path, n_bytes: int, *, what: str) -> None:
             f"{what} needs {human_bytes(n_bytes)} but {directory} has {human_bytes(free)} free; "
             "free some space, choose another place, or lower --tokens"
         )
+
+
+def free_memory() -> int | None:
+    """Bytes that processes can still have, on Linux."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1]) * 1024  # type: ignore[index]
+    except (OSError, TypeError):
+        return None
 
 
 def human_bytes(n_bytes: float) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import saebench
-from saebench.core.files import human_bytes
+from saebench.core.files import free_memory, human_bytes
 
 State = Literal["ok", "missing", "broken"]
 SECONDS = 600
@@ -227,7 +227,7 @@ def _system() -> list[Finding]:
     from saebench.assets import cache_dir
 
     found = [Finding(name="platform", state="ok", found=platform.platform())]
-    if (memory := _free_memory()) is not None:
+    if (memory := free_memory()) is not None:
         found.append(Finding(name="memory", state="ok", found=f"{human_bytes(memory)} free"))
     here = Path.cwd()
     free = shutil.disk_usage(here).free
@@ -245,15 +245,6 @@ def _system() -> list[Finding]:
         fix = "set SAEBENCH_CACHE to a directory that can be written"
         return [*found, Finding(name="cache", state="missing", found=str(cache), detail=detail, fix=fix)]
     return [*found, Finding(name="cache", state="ok", found=str(cache))]
-
-
-def _free_memory() -> int | None:
-    """Bytes that processes can still have, on Linux."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-        return int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1]) * 1024  # type: ignore[index]
-    except (OSError, TypeError):
-        return None
 
 
 def _data() -> list[Finding]:

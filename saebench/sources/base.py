@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-SitePath = Literal["native", "bridge", "module", "array"]
+SitePath = Literal["native", "bridge", "module", "array", "engine"]
 Axes = tuple[tuple[str, int], ...]
 
 

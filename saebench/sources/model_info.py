@@ -91,11 +91,14 @@ class ModelInfo:
         return parse_site(hook).path in module_paths(str(self.folder))
 
 
-def peek_model(name: str, *, revision: str | None = None, local_only: bool = False) -> ModelInfo:
+def peek_model(
+    name: str, *, revision: str | None = None, local_only: bool = False, need_weights: bool = True
+) -> ModelInfo:
     """The `ModelInfo` of model ``name``: reads config.json and hashes files, but loads no weights.
 
     ``name`` is 'demo', 'smollm2', a local Hugging Face folder, or a hub name. Of a hub model only the config
-    and tokenizer files are downloaded; with ``local_only`` nothing is.
+    and tokenizer files are downloaded; with ``local_only`` nothing is. Without ``need_weights`` a local
+    folder may lack them; it then has another hash.
 
     Raises:
         UserError: no such model, a folder without config or weights, or a hub that cannot be
@@ -110,7 +113,8 @@ def peek_model(name: str, *, revision: str | None = None, local_only: bool = Fal
         if revision is not None:
             raise UserError(f"--revision {revision} is for models from a hub, but {name} is a local folder")
         folder, commit = source, None
-        _require_weights(folder, name)
+        if need_weights:
+            _require_weights(folder, name)
     elif local_only:
         raise UserError(f"model {name} is not a local folder; give the path of a Hugging Face model folder")
     else:

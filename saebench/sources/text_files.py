@@ -41,7 +41,7 @@ def open_text(path: Path) -> Iterator[io.TextIOBase]:
         UserError: while reading, the file turns out to be damaged or not UTF-8.
     """
     try:
-        with io.TextIOWrapper(cast(IO[bytes], _decompressed(path)), encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(cast(IO[bytes], open_bytes(path)), encoding="utf-8-sig") as file:
             yield file
     except UnicodeDecodeError as error:
         raise UserError(
@@ -51,7 +51,8 @@ def open_text(path: Path) -> Iterator[io.TextIOBase]:
         raise _damaged(path, error) from None
 
 
-def _decompressed(path: Path) -> Any:
+def open_bytes(path: Path) -> Any:
+    """A binary file, opened for reading; .gz and .zst are decompressed."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
@@ -106,7 +107,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 def _unpack(path: Path, folder: Path) -> Path:
     unpacked = folder / path.with_suffix("").name
     try:
-        with _decompressed(path) as source, open(unpacked, "wb") as target:
+        with open_bytes(path) as source, open(unpacked, "wb") as target:
             shutil.copyfileobj(source, target)
     except (OSError, EOFError, zlib.error) as error:
         raise _damaged(path, error) from None
