@@ -33,7 +33,8 @@ class HarvestConfig(Settings):
     """'sotu'; a local file (.txt, .jsonl, .json, .parquet or .csv, also with .gz or .zst); a folder
     (one document per file, a data set, or one written by save_to_disk); or the hub name of a data set."""
     hook: tuple[str, ...] = (DEMO_HOOK,)
-    """Hook where activations are read, by its TransformerLens name; repeat for several in one pass."""
+    """Hook where activations are read, by its TransformerLens name, or module path; repeat for several in one
+    pass."""
     tokens: Annotated[int, AtLeast(1)] = 2_000_000
     """Rows to store per hook (one row per token); fewer if the text ends first."""
     ctx: Annotated[int, AtLeast(2)] = 128

@@ -33,8 +33,9 @@ from saebench.core.device import pick_device
 from saebench.core.errors import UserError
 from saebench.core.settings import accepts_settings
 from saebench.sources.base import ColumnType, Site, UnitBatch
+from saebench.sources.encoder import Encoder, check_encoder_site, is_encoder
 from saebench.sources.modality import TEXT
-from saebench.sources.models import ModelInfo, load_model, peek_model
+from saebench.sources.models import Model, ModelInfo, load_model, peek_model
 from saebench.sources.text import Document, read_documents, text_fingerprint
 from saebench.sources.tokenizer import ModelTokenizer, open_tokenizer
 
@@ -120,8 +121,16 @@ class TextSource:
     def __init__(self, config: HarvestConfig) -> None:
         self._config = config
         self._infos = [peek_model(name, revision=config.revision) for name in config.model]
-        for info, hook in itertools.product(self._infos, config.hook):
-            info.check_hook(hook)
+        self._encoders = [is_encoder(info) for info in self._infos]
+        for (info, encoder), hook in itertools.product(
+            zip(self._infos, self._encoders, strict=True), config.hook
+        ):
+            if encoder:
+                check_encoder_site(info, hook)
+            else:
+                info.check_hook(hook)
+        if config.gradients and any(self._encoders):
+            raise UserError("--gradients needs a causal language model, whose loss they are of; leave it out")
         self._device = pick_device(config.device)
         fp16_gradients = config.gradients and config.dtype == "fp16"  # they would underflow going backward
         self._compute = "fp32" if self._device.type == "cpu" or fp16_gradients else config.dtype
@@ -143,7 +152,7 @@ class TextSource:
 
     def identity(self) -> dict[str, Any]:
         config = self._config
-        models = [self._describe(info) for info in self._infos]
+        models = [self._describe(*model) for model in zip(self._infos, self._encoders, strict=True)]
         return {
             **({"model": models[0]} if len(models) == 1 else {"models": models}),
             "text": text_fingerprint(
@@ -164,9 +173,9 @@ class TextSource:
             },
         }
 
-    def _describe(self, info: ModelInfo) -> dict[str, Any]:
+    def _describe(self, info: ModelInfo, encoder: bool) -> dict[str, Any]:
         model = {**info.to_json(), "dtype": self._compute, "device": self._device.type}
-        paths = {hook: info.path_of(hook) for hook in self._config.hook}
+        paths = {hook: "native" if encoder else info.path_of(hook) for hook in self._config.hook}
         if native := {hook: path for hook, path in paths.items() if path == "native"}:
             model["paths"] = native  # hooks that are not here were read through TransformerLens's bridge
         return model
@@ -193,9 +202,11 @@ class TextSource:
 
     def open(self) -> Mapping[str, Site]:
         config = self._config
-        self._models = [
-            load_model(name, revision=config.revision, device=self._device, dtype=self._compute)
-            for name in config.model
+        self._models: list[Model | Encoder] = [
+            Encoder(info, self._device, self._compute)
+            if encoder
+            else load_model(info.name, revision=config.revision, device=self._device, dtype=self._compute)
+            for info, encoder in zip(self._infos, self._encoders, strict=True)
         ]
         self._sites = {
             site: Site(site, (("d", model.hook_dim(hook)),), str(config.dtype), model.path_of(hook))
@@ -287,10 +298,12 @@ class TextSource:
         tokens_BT = torch.from_numpy(batch.tokens_BT)
         index_N = torch.from_numpy(np.flatnonzero(batch.keep_BT)).to(self._device)
         found: dict[str, Tensor] = {}
+        length_B = torch.tensor([len(context) for context in batch.contexts])
         for number, model in enumerate(self._models):
             gradients: dict[str, Tensor] = {}
-            if self._config.gradients:
-                length_B = torch.tensor([len(context) for context in batch.contexts])
+            if isinstance(model, Encoder):
+                activations = model.run_to(tokens_BT, hooks, length_B)
+            elif self._config.gradients:
                 activations, gradients = model.gradients(tokens_BT, length_B, hooks)
             else:
                 activations = model.run_to(tokens_BT, hooks)

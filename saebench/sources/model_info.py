@@ -145,7 +145,10 @@ def peek_model(
         )
     except Exception as error:  # each config class raises errors of its own
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model {name}: config.json does not describe a language model ({reason})") from None
+        raise UserError(
+            f"model {name}: config.json does not describe a language model ({reason}); harvest other "
+            "models in Python with sb.ModuleSource"
+        ) from None
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -58,7 +58,9 @@ class ModelTokenizer:
             )
         self._info = info
         self.bos = self.tokenizer.bos_token_id
-        ends = (self.tokenizer.eos_token_id, self.bos)
+        if self.bos is None:
+            self.bos = self.tokenizer.cls_token_id  # the first token of an encoder's input
+        ends = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id, self.bos)
         separator = next((end for end in ends if end is not None), None)
         if separator is None:
             raise UserError(
