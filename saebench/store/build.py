@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,15 @@ from saebench.store.examples import per_decile
 from saebench.store.extras import keep_extras
 from saebench.store.logits import find_unembedding
 from saebench.store.settings import IndexConfig
+from saebench.store.sites import (
+    SITES_EXTRA,
+    check_fit,
+    read_sites,
+    site_std,
+    sites_meta,
+    write_sites_file,
+    written_sites,
+)
 from saebench.store.sorted_spill import BYTES_PER_ENTRY, SortedSpill
 from saebench.store.tables import (
     Build,
@@ -60,13 +69,15 @@ class Options(TableOptions):
 class IndexJob:
     """One SAE to index.
 
-    ``W_U_DV`` is the unembedding [d_in, vocabulary] for the logits; without it, ``no_logits`` is the reason.
+    ``W_U_DV`` is the unembedding [width, vocabulary] for the logits, and ``logit_site`` the one of several
+    targets that it reads; without it, ``no_logits`` is the reason.
     ``evaluation`` is the content of eval.json, ``metrics`` the path of the run's metrics.jsonl.
     """
 
     sae: SAE
     options: Options
     W_U_DV: Tensor | None = None
+    logit_site: str | None = None
     no_logits: str = ""
     evaluation: dict[str, Any] | None = None
     metrics: Path | None = None
@@ -101,13 +112,19 @@ def index(config: IndexConfig) -> FeatureStore:
     hooks = [choose_hook(cache, config.hook, run) for run in runs]
     saes = [run.load(device=pick_device(config.device)) for run in runs]
     for run, sae, hook in zip(runs, saes, hooks, strict=True):
+        if config.hook and len(sae.spec.sites) > 1:
+            names = ", ".join(site.name for site in sae.spec.sites)
+            raise UserError(f"--site is {config.hook}, but {run} reads several sites, {names}; leave it out")
         check_fit(sae, cache, hook)
         run.warn_of_other_model(cache)
     require_writable(config.out, what="the feature store")
     publish.before_next(config.out)
-    unembeddings = {hook: find_unembedding(config.model, cache, hook, cache.vocab()) for hook in set(hooks)}
+    written = [written_sites(sae, hook) for sae, hook in zip(saes, hooks, strict=True)]
+    unembeddings = {
+        sites: find_unembedding(config.model, cache, sites, cache.vocab()) for sites in set(written)
+    }
     jobs = []
-    for run, sae, name, hook in zip(runs, saes, names, hooks, strict=True):
+    for run, sae, name, hook, sites in zip(runs, saes, names, hooks, written, strict=True):
         options = Options(
             name=name,
             hook=hook,
@@ -118,12 +135,13 @@ def index(config: IndexConfig) -> FeatureStore:
             context_index=config.with_context_index,
             quiet=config.quiet,
         )
-        W_U_DV, no_logits = unembeddings[hook]
+        unembedding, no_logits = unembeddings[sites]
         jobs.append(
             IndexJob(
                 sae=sae,
                 options=options,
-                W_U_DV=W_U_DV,
+                W_U_DV=None if unembedding is None else unembedding.W_U_DV,
+                logit_site=None if unembedding is None else unembedding.site,
                 no_logits=no_logits,
                 evaluation=run.evaluation(),
                 metrics=run.metrics_file if run.metrics_file.is_file() else None,
@@ -134,7 +152,10 @@ def index(config: IndexConfig) -> FeatureStore:
 
 
 def choose_hook(cache: ActivationCache, hook: str | None, run: Run) -> str:
-    """The hook to encode: ``hook``, or the one that the SAE was trained on, or the only hook of the cache."""
+    """The hook to encode: ``hook``, or the one that the SAE was trained on, or the only hook of the cache.
+
+    For an SAE that reads several sites it is the first.
+    """
     wanted = hook or (run.provenance.hook_name if run.is_finished or run.checkpoint is not None else None)
     if wanted is None and len(cache.hooks) > 1:
         raise UserError(f"the cache {cache.path} has several hooks, {', '.join(cache.hooks)}; pass --site")
@@ -147,20 +168,17 @@ def choose_hook(cache: ActivationCache, hook: str | None, run: Run) -> str:
     return wanted or cache.hooks[0]
 
 
-def check_fit(sae: SAE, cache: ActivationCache, hook: str) -> None:
-    if sae.d_in != cache.d_in(hook):
-        raise UserError(
-            f"the SAE has d_in {sae.d_in} but {hook} in the cache {cache.path} has d_in {cache.d_in(hook)}; "
-            "pass the cache of the layer it was trained on"
-        )
-
-
 def build_all(out: Path, jobs: Sequence[IndexJob], cache: ActivationCache) -> publish.Manifest:
     """Write SAEs into the store ``out``, in one pass over the cache, and publish them as one generation."""
     corpus = Corpus(cache)
     out = Path(out)
     encoders = [
-        Encoder(name=job.options.name, sae=job.sae, hook=job.options.hook, identity=weights_hash(job.sae))
+        Encoder(
+            name=job.options.name,
+            sae=job.sae,
+            sites=read_sites(job.sae, job.options.hook),
+            identity=weights_hash(job.sae),
+        )
         for job in jobs
     ]
     with directory_lock(out, what="the feature store"):
@@ -190,7 +208,11 @@ def build_all(out: Path, jobs: Sequence[IndexJob], cache: ActivationCache) -> pu
                     write_sae(building, job, encoder.identity, cache, corpus, runs)
                     for job, encoder, runs in zip(jobs, encoders, all_runs, strict=True)
                 ]
-            stored = [keep_extras(out, current, building, sae) for sae in stored]
+            stored = [
+                replace(kept, extras=kept.extras | sae.extras)
+                for sae in stored
+                for kept in [keep_extras(out, current, building, sae)]
+            ]
             manifest = publish.publish(out, current, stored, text)
             shutil.rmtree(encoded)
             return manifest
@@ -233,7 +255,12 @@ def write_sae(
         "examples": options.examples,
         "window": options.window,
         "seed": options.seed,
+        **sites_meta(sae, options.hook),
     }
+    if sae.spec.is_crosscoder:
+        meta["site_std"] = site_std(cache, read_sites(sae, options.hook))
+    if job.logit_site is not None and len(sae.spec.targets) > 1:
+        meta["logit_site"] = job.logit_site
     taken = {path.name for path in building.glob("sae-*.duckdb")}
     name = f"sae-{identity[:12]}.duckdb"
     if name in taken:  # the same weights under two names
@@ -245,14 +272,19 @@ def write_sae(
         groups=runs.groups(tables.GROUP_SIZE, tables.GROUP_LATENTS),
         options=options,
         timer=timer,
-        static=static_data(sae, corpus, job.W_U_DV, job.metrics, timer),
+        static=static_data(sae, corpus, job.W_U_DV, job.metrics, timer, logit_site=job.logit_site),
         context_index=(lambda connection: index_by_context(connection, corpus, runs))
         if options.context_index
         else None,
     )
     write_sae_file(building / name, build, meta)
     key = corpus.hash if corpus.has_units else None
-    return publish.StoredSae(name=options.name, file=publish.describe(building / name), text=key)
+    extras = {}
+    if sae.spec.is_crosscoder:
+        extras[SITES_EXTRA] = publish.describe(write_sites_file(building, name, sae, meta))
+    return publish.StoredSae(
+        name=options.name, file=publish.describe(building / name), text=key, extras=extras
+    )
 
 
 def has_text_file(store: Path, current: publish.Manifest, corpus: Corpus) -> bool:

@@ -220,7 +220,10 @@ def _check_references(
         text = manifest.texts.get(stored.text) if stored.text else None
         if damaged & {stored.file.path, text.path if text else ""}:
             continue
-        with open_reader(store / stored.file.path, store / text.path if text else None) as connection:
+        extras = {
+            name: store / file.path for name, file in extras_of(stored).items() if file.path not in damaged
+        }
+        with open_reader(store / stored.file.path, store / text.path if text else None, extras) as connection:
             meta = read_meta(connection)
             if is_of(sae, meta):
                 seen = True

@@ -25,7 +25,9 @@ from saebench.core.errors import UserError
 from saebench.core.files import sha256_file, sha256_json
 from saebench.core.journal import Entry, Journal, read_journal
 from saebench.core.progress import progress
+from saebench.saes.spec import SiteWidth
 from saebench.store import sorted_spill
+from saebench.store.sites import cache_rows
 from saebench.store.sorted_spill import SortedSpill
 
 if TYPE_CHECKING:
@@ -38,12 +40,17 @@ JOURNAL = "journal.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """An SAE, the hook whose activations it reads, and the hash of its weights."""
+    """An SAE, the sites whose activations it reads, and the hash of its weights."""
 
     name: str
     sae: SAE
-    hook: str
+    sites: tuple[SiteWidth, ...]
     identity: str
+
+    @property
+    def read(self) -> str:
+        """The names of the sites."""
+        return " and ".join(site.name for site in self.sites)
 
 
 @torch.inference_mode()
@@ -78,11 +85,11 @@ def _codes(
     encoder: Encoder, cache: ActivationCache, start: int, stop: int
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """``(latent, row, value)`` of the rows start to stop - 1."""
-    batch_ND = cache.activations(encoder.hook)[start:stop].to(encoder.sae.W_dec.device, torch.float32)
+    batch_ND = cache_rows(cache, encoder.sites, slice(start, stop), encoder.sae.W_dec.device)
     if not batch_ND.isfinite().all():
         row = start + int((~batch_ND.isfinite()).any(1).nonzero()[0])
         raise UserError(
-            f"row {row} of {encoder.hook} in the cache {cache.path} has values that are not finite; "
+            f"row {row} of {encoder.read} in the cache {cache.path} has values that are not finite; "
             "make the cache again"
         )
     row_S, latent_S, value_S = (part.cpu().numpy() for part in encoder.sae.encode(batch_ND).coo())
@@ -101,7 +108,7 @@ def _work(encoders: Sequence[Encoder], cache: ActivationCache, batch_size: int) 
             "batch_size": batch_size,
             "run_size": sorted_spill.RUN_SIZE,
             "torch": torch.__version__,
-            "saes": [[encoder.identity, encoder.hook, encoder.sae.W_dec.device.type] for encoder in encoders],
+            "saes": [[encoder.identity, encoder.read, encoder.sae.W_dec.device.type] for encoder in encoders],
         }
     )
 

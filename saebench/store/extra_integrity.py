@@ -1,8 +1,12 @@
-"""Integrity rules of extras: explanations and effects; see integrity.py for the form of the queries."""
+"""Integrity rules of extras: explanations, effects, and the sites of crosscoders.
+
+integrity.py says what the queries are.
+"""
 
 from __future__ import annotations
 
 from saebench.store.integrity import Rule, differs, rule
+from saebench.store.schema import EXCLUSIVE_ABOVE
 
 EXTRA_RULES: dict[str, tuple[Rule, ...]] = {
     "explanations": (
@@ -40,6 +44,27 @@ EXTRA_RULES: dict[str, tuple[Rule, ...]] = {
              "SELECT feature FROM effects.effect WHERE loss_effect_n < 0 OR loss_estimate_n < 1 OR "
              "loss_effect_n > loss_estimate_n OR NOT coalesce(isfinite(loss_estimate), false) OR "
              "NOT coalesce(isfinite(loss_effect) AND isfinite(kl), loss_effect_n = 0)"),
+    ),
+    "sites": (
+        rule("crosscoder", "the sites are not those of each latent of this SAE, in order, each once",
+             "SELECT rowid FROM sites.crosscoder WHERE feature <> rowid UNION ALL SELECT count(*) FROM "
+             "sites.crosscoder HAVING count(*) <> $d_sae"),
+        rule("site_norm", "a latent does not have a decoder norm at each site, in order",
+             "SELECT feature FROM sites.site_norm GROUP BY feature HAVING list(site ORDER BY rowid) <> "
+             "range(len($targets)) OR list(name ORDER BY site) <> list_transform($targets, lambda t: t.name) "
+             "UNION ALL SELECT count(DISTINCT feature) FROM sites.site_norm HAVING count(DISTINCT feature) "
+             "<> $d_sae"),
+        rule("site_norm", "a decoder norm of a site is not finite, or shares do not follow from the norms",
+             "SELECT feature FROM (SELECT *, sum(norm) OVER (PARTITION BY feature) AS total FROM "
+             "sites.site_norm) WHERE NOT coalesce(isfinite(norm) AND norm >= 0, false) OR "
+             f"{differs('share', '(norm / nullif(total, 0))')}"),
+        rule("crosscoder site_norm", "the sites of a latent do not follow from its decoder norms",
+             "SELECT feature FROM sites.crosscoder FULL JOIN (SELECT feature, arg_max(share, site) AS last, "
+             "max(share) AS most, list(name) FILTER (share = best) AS names FROM (SELECT *, max(share) OVER "
+             "(PARTITION BY feature) AS best FROM sites.site_norm) GROUP BY feature) USING (feature) WHERE "
+             "norm_share IS DISTINCT FROM last OR main_share IS DISTINCT FROM most OR exclusive IS DISTINCT "
+             f"FROM coalesce(most > {EXCLUSIVE_ABOVE}::FLOAT, false) OR NOT coalesce(list_contains(names, "
+             "main_site), most IS NULL AND main_site IS NULL)"),
     ),
 }  # fmt: skip
 """Extra -> its rules; the tables of the SAE and of its text are there too."""

@@ -1,6 +1,6 @@
 """Directions of the latents: norms, cosines of encoder and decoder, nearest neighbors.
 
-Shapes: M = d_sae latents, D = d_in, B latents of a block, J neighbors.
+Shapes: M = d_sae latents, D = d_in, E = d_out, B latents of a block, J neighbors.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ BLOCK_BYTES = 1 << 27
 
 
 @torch.no_grad()
-def directions(W_enc_MD: Tensor, W_dec_MD: Tensor) -> dict[str, Any]:
-    """dec_norm, enc_norm and enc_dec_cos of every latent; the cosine with a zero row is 0."""
-    decoder, encoder = _unit(W_dec_MD.float()), _unit(W_enc_MD.float())
-    return {
-        "dec_norm": W_dec_MD.float().norm(dim=1).cpu().numpy(),
+def directions(W_enc_MD: Tensor, W_dec_ME: Tensor) -> dict[str, Any]:
+    """dec_norm, enc_norm and enc_dec_cos of every latent; the cosine with a zero row is 0.
+
+    A transcoder whose input and target have different widths has no enc_dec_cos.
+    """
+    norms = {
+        "dec_norm": W_dec_ME.float().norm(dim=1).cpu().numpy(),
         "enc_norm": W_enc_MD.float().norm(dim=1).cpu().numpy(),
-        "enc_dec_cos": (decoder * encoder).sum(1).clamp(-1, 1).cpu().numpy(),
     }
+    if W_enc_MD.shape != W_dec_ME.shape:
+        return norms
+    decoder, encoder = _unit(W_dec_ME.float()), _unit(W_enc_MD.float())
+    return {**norms, "enc_dec_cos": (decoder * encoder).sum(1).clamp(-1, 1).cpu().numpy()}
 
 
 @torch.no_grad()

@@ -1,24 +1,35 @@
 """Direct effect of each latent on the model's next-token logits: W_dec @ W_U.
 
+For a transcoder or crosscoder, W_dec is the part that writes the last target in the residual stream.
+
 Shapes: M = d_sae latents, D = d_model, V tokens, B latents of a block, J tokens kept of each sign.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from saebench.core.errors import UserError
+from saebench.saes.spec import SiteWidth
 from saebench.store.schema import LOGITS_PER_SIGN
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
 
 BLOCK_BYTES = 1 << 27
+
+
+class Unembedding(NamedTuple):
+    """The unembedding [D, V] of a model, and the site that it reads directly: a target of the SAE."""
+
+    W_U_DV: Tensor
+    site: str
 
 
 @torch.no_grad()
@@ -62,12 +73,13 @@ def _kurtosis(logits_BV: Tensor) -> Tensor:
 
 
 def find_unembedding(
-    model: str, cache: ActivationCache, hook: str, vocab: list[bytes] | None
-) -> tuple[Tensor | None, str]:
-    """``(W_U [D, V], "")``, or ``(None, why there is none)`` in a sentence.
+    model: str, cache: ActivationCache, targets: Sequence[SiteWidth], vocab: list[bytes] | None
+) -> tuple[Unembedding | None, str]:
+    """``(unembedding, "")``, or ``(None, why there is none)`` in a sentence.
 
-    ``model`` is 'cache' (the model that made the cache), 'none', or a name to load. Only the residual
-    stream is read by the unembedding directly, so other hooks have no direct logits.
+    ``model`` is 'cache' (the model that made the cache), 'none', or a name to load. Only the residual stream,
+    and what is added to it, is read by the unembedding directly: of the ``targets`` that an SAE writes, the
+    last such one is used. Targets in several models have no logits.
 
     Raises:
         UserError: a model named explicitly cannot be loaded or is not the one that made the cache.
@@ -76,37 +88,50 @@ def find_unembedding(
         return None, "it was left out with --model none"
     if vocab is None:
         return None, "the cache has no tokens, so there is nothing to name logits by"
-    made_by = cache.model_of(hook) or {}
+    if len(cache.models) > 1 and len({target.name.partition(":")[0] for target in targets}) > 1:
+        return None, "the sites are of several models, each of which has an unembedding of its own"
+    made_by = _made_by(cache, targets)
     if model != "cache":
-        return _unembedding(model, None, cache, hook, vocab)
+        return _unembedding(model, None, cache, targets, vocab)
     if not made_by.get("name"):
         return None, "the cache does not say which model made it"
     try:
-        return _unembedding(made_by["name"], made_by.get("revision"), cache, hook, vocab)
+        return _unembedding(made_by["name"], made_by.get("revision"), cache, targets, vocab)
     except (UserError, ImportError, OSError) as error:
         reason = f"the model {made_by['name']} that made the cache cannot be used ({error})"
         print(f"index: no logits, because {reason}", file=sys.stderr)
         return None, reason
 
 
+def _made_by(cache: ActivationCache, targets: Sequence[SiteWidth]) -> dict[str, Any]:
+    return cache.model or cache.model_of(targets[-1].name) or {}
+
+
 def _unembedding(
-    name: str, revision: str | None, cache: ActivationCache, hook: str, vocab: list[bytes]
-) -> tuple[Tensor | None, str]:
+    name: str,
+    revision: str | None,
+    cache: ActivationCache,
+    targets: Sequence[SiteWidth],
+    vocab: list[bytes],
+) -> tuple[Unembedding | None, str]:
     from saebench.sources.models import load_model
 
     model = load_model(name, revision=revision)
-    expected = (cache.model_of(hook) or {}).get("hash")
+    expected = _made_by(cache, targets).get("hash")
     if expected and model.hash != expected:
         raise UserError(
             f"the model {name} is not the one that made the cache {cache.path}: its hash is "
             f"{model.hash[:12]}, the cache's {expected[:12]}; pass that model, or --model none"
         )
-    if not model.residual_hook(cache.hook_of(hook)):
-        return None, f"the hook {hook} is not in the residual stream, which is all that the unembedding reads"
+    hooks = {site.name: site.name if cache.model else cache.hook_of(site.name) for site in targets}
+    site = next((site for site in reversed(targets) if model.residual_hook(hooks[site.name])), None)
+    if site is None:
+        names = " or ".join(hooks)
+        return None, f"the hook {names} is not in the residual stream, which is all that the unembedding reads"
     W_U_DV = model.unembedding(before_cap=True)[:, : len(vocab)]
-    if W_U_DV.shape != (cache.d_in(hook), len(vocab)):
+    if W_U_DV.shape != (site.width, len(vocab)):
         raise UserError(
             f"the unembedding of {name} has shape {tuple(W_U_DV.shape)} but the cache {cache.path} needs "
-            f"{(cache.d_in(hook), len(vocab))}; pass the model that made the cache, or --model none"
+            f"{(site.width, len(vocab))}; pass the model that made the cache, or --model none"
         )
-    return W_U_DV, ""
+    return Unembedding(W_U_DV, site.name), ""

@@ -149,6 +149,7 @@ class FeatureStore:
     labels = _method_of("_summaries", SummaryReader.labels)
     logits = _method_of("_summaries", SummaryReader.logits)
     neighbors = _method_of("_summaries", SummaryReader.neighbors)
+    site_norms = _method_of("_summaries", SummaryReader.site_norms)
     examples = _method_of("_examples", ExampleReader.examples)
     examples_between = _method_of("_examples", ExampleReader.examples_between)
     examples_in_bin = _method_of("_examples", ExampleReader.examples_in_bin)

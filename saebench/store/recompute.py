@@ -16,17 +16,29 @@ from torch import Tensor
 from saebench.core.errors import UserError
 from saebench.core.hashing import hash_random, uniform_below
 from saebench.saes.files import weights_hash
-from saebench.store.build import check_fit
 from saebench.store.corpus import Corpus
+from saebench.store.database import tables_of
 from saebench.store.geometry import directions, nearest_rows
 from saebench.store.logits import find_unembedding, logit_rows
 from saebench.store.schema import NEIGHBOR_KINDS
+from saebench.store.sites import (
+    SITES_EXTRA,
+    cache_rows,
+    check_fit,
+    crosscoder_columns,
+    read_sites,
+    site_norms,
+    site_std,
+    written_part,
+    written_sites,
+)
 
 if TYPE_CHECKING:
     import duckdb
 
     from saebench.activations.cache import ActivationCache
     from saebench.saes.base import SAE
+    from saebench.saes.spec import SiteWidth
 
 SAMPLED_ROWS = 4096
 SAMPLED_FEATURES = 64
@@ -69,6 +81,8 @@ def problems(
         UserError: the cache or the model is not the one that the store was made with.
     """
     yield from _directions(connection, sae)
+    if "site_std" in meta and tables_of(connection, SITES_EXTRA):
+        yield from _site_norms(connection, sae, meta["site_std"])
     if cache is None:
         return
     if cache.hash != meta["cache_hash"]:
@@ -81,12 +95,17 @@ def problems(
     corpus = Corpus(cache)
     if corpus.has_units and corpus.hash != text:
         yield "the text file is not that of the cache's text"
-    yield from _codes(connection, sae, cache, corpus, meta["hook_name"])
+    sites = read_sites(sae, meta["hook_name"])
+    yield from _codes(connection, sae, cache, corpus, sites)
+    if "site_std" in meta and not np.allclose(site_std(cache, sites), meta["site_std"], rtol=1e-6):
+        yield "the standard deviations of the sites are not those of the cache"
     if model != "none" and "logit" not in meta["missing"]:
-        W_U_DV, reason = find_unembedding(model, cache, meta["hook_name"], cache.vocab())
-        if W_U_DV is None:
+        unembedding, reason = find_unembedding(
+            model, cache, written_sites(sae, meta["hook_name"]), cache.vocab()
+        )
+        if unembedding is None:
             raise UserError(f"logits cannot be compared: {reason}; leave --model out")
-        yield from _logits(connection, sae, W_U_DV)
+        yield from _logits(connection, written_part(sae, unembedding.site), unembedding.W_U_DV)
 
 
 def is_of(sae: SAE, meta: dict[str, Any]) -> bool:
@@ -120,12 +139,29 @@ def _directions(connection: duckdb.DuckDBPyConnection, sae: SAE) -> Iterator[str
             yield f"the neighbors by {kind} are not those of the SAE's weights"
 
 
+def _site_norms(connection: duckdb.DuckDBPyConnection, sae: SAE, std: list[float]) -> Iterator[str]:
+    query = "SELECT norm FROM sites.site_norm ORDER BY feature, site"
+    stored = connection.execute(query).fetchnumpy()["norm"]
+    expected = site_norms(sae, std).cpu().numpy().reshape(-1)
+    if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-3, atol=1e-6):
+        yield "the decoder norms of the sites are not those of the SAE's weights"
+    query = "SELECT site_cos FROM sites.crosscoder ORDER BY feature"
+    stored = [cosine for (cosine,) in connection.execute(query).fetchall()]
+    expected = crosscoder_columns(sae, std)["site_cos"]
+    if not np.allclose(np.array(stored, float), np.array(expected, float), atol=1e-4, equal_nan=True):
+        yield "the cosines between the sites are not those of the SAE's weights"
+
+
 @torch.inference_mode()
 def _codes(
-    connection: duckdb.DuckDBPyConnection, sae: SAE, cache: ActivationCache, corpus: Corpus, hook: str
+    connection: duckdb.DuckDBPyConnection,
+    sae: SAE,
+    cache: ActivationCache,
+    corpus: Corpus,
+    sites: tuple[SiteWidth, ...],
 ) -> Iterator[str]:
     row_R = np.unique(uniform_below(hash_random(np.arange(SAMPLED_ROWS), 4, 0), corpus.n_rows))
-    x_RD = cache.activations(hook)[torch.from_numpy(row_R)].float()
+    x_RD = cache_rows(cache, sites, torch.from_numpy(row_R))
     at_S, latent_S, value_S = (part.cpu().numpy() for part in sae.encode(x_RD).coo())
     expected: dict[tuple[int, int], float] = {}
     for at, latent, value in zip(at_S.tolist(), latent_S.tolist(), value_S.tolist(), strict=True):
@@ -160,9 +196,9 @@ def _codes(
 
 
 @torch.no_grad()
-def _logits(connection: duckdb.DuckDBPyConnection, sae: SAE, W_U_DV: Tensor) -> Iterator[str]:
-    feature_F = _sampled(sae.d_sae)
-    expected, columns = logit_rows(sae.W_dec.detach()[torch.from_numpy(feature_F)], W_U_DV)
+def _logits(connection: duckdb.DuckDBPyConnection, W_dec_MD: Tensor, W_U_DV: Tensor) -> Iterator[str]:
+    feature_F = _sampled(len(W_dec_MD))
+    expected, columns = logit_rows(W_dec_MD[torch.from_numpy(feature_F)], W_U_DV)
     shown = connection.execute(
         "SELECT value FROM sae.logit WHERE list_contains(?, feature) ORDER BY feature, sign DESC, rank",
         [feature_F.tolist()],

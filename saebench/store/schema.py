@@ -19,6 +19,9 @@ FORMAT_VERSION = 2
 DENSE_ABOVE = 0.1
 """A latent that fires on more than this fraction of the tokens is dense; one that never fires is dead."""
 
+EXCLUSIVE_ABOVE = 0.7
+"""A latent of a crosscoder is exclusive to a site that has more than this share of its decoder norm."""
+
 HIST_BINS = 40
 POSITION_BUCKETS = 16
 TOKENS_PER_FEATURE = 32
@@ -104,7 +107,7 @@ FEATURE = _table(
     ("enc_norm", "FLOAT", "norm of its encoder direction"),
     ("b_enc", "FLOAT", "its encoder bias"),
     ("dec_norm", "FLOAT", "norm of its decoder row"),
-    ("enc_dec_cos", "FLOAT", "cosine of its encoder and decoder directions"),
+    ("enc_dec_cos", "FLOAT", "cosine of its encoder and decoder directions; NULL if their widths differ"),
     ("dec_max_cos", "FLOAT", "cosine with the nearest decoder row of another latent"),
     ("dec_nn", "UINTEGER", "the latent with that nearest decoder row"),
     ("dead", "BOOLEAN", "fires on no token"),
@@ -370,13 +373,34 @@ EFFECT = _table(
     ("loss_estimate_n", "BIGINT", "contexts that the estimate is a mean over"),
 )  # fmt: skip
 
+CROSSCODER = _table(
+    "crosscoder", "sites", "feature",
+    ("feature", "UINTEGER", "latent of a crosscoder"),
+    ("norm_share", "FLOAT", "share of the last site in its decoder norm, each site in units of its standard "
+     "deviation; with two sites 0: it writes the first only, 1: the last only; NULL if it writes nothing"),
+    ("main_site", "VARCHAR", "site with the largest share of its decoder norm"),
+    ("main_share", "FLOAT", "share of that site"),
+    ("exclusive", "BOOLEAN", f"whether main_share is more than {EXCLUSIVE_ABOVE}; otherwise it is shared"),
+    ("site_cos", "FLOAT", "cosine of its decoder rows at the first and last site; NULL if widths differ"),
+)  # fmt: skip
+
+SITE_NORM = _table(
+    "site_norm", "sites", "feature site",
+    ("feature", "UINTEGER", "latent of a crosscoder"),
+    ("site", "UINTEGER", "number of the site, in the order of the crosscoder"),
+    ("name", "VARCHAR", "name of the site"),
+    ("norm", "FLOAT", "norm of its decoder row at the site / standard deviation of the site's rows"),
+    ("share", "FLOAT", "norm / sum of the norms at all sites; NULL if they are all 0"),
+)  # fmt: skip
+
 EXTRA_TABLES: dict[str, dict[str, Table]] = {
     "explanations": {table.name: table for table in (EXPLAINED, EXPLANATION, EXPL_SCORE, EXPL_ITEM)},
     "effects": {table.name: table for table in (EFFECT,)},
+    "sites": {table.name: table for table in (CROSSCODER, SITE_NORM)},
 }
 """Name of an extra -> its tables. Each also has a meta table, which names its origin."""
 
-FEATURE_EXTRAS = {"explanations": EXPLAINED, "effects": EFFECT}
+FEATURE_EXTRAS = {"explanations": EXPLAINED, "effects": EFFECT, "sites": CROSSCODER}
 """Extra -> its table with at most one row per feature; its columns are joined to the feature table."""
 
 

@@ -27,6 +27,7 @@ from saebench.store.database import insert, insert_meta, new_database
 from saebench.store.examples import examples
 from saebench.store.geometry import directions, nearest_rows, neighbor_rows
 from saebench.store.logits import logit_rows
+from saebench.store.sites import written_part
 from saebench.store.sorted_spill import Activations, SortedSpill
 from saebench.store.statistics import (
     activation_statistics,
@@ -194,9 +195,18 @@ def write_sae_file(path: Path, build: Build, meta: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def static_data(
-    sae: SAE, corpus: Corpus, W_U_DV: Tensor | None, metrics: Path | None, timer: TableTimer | None = None
+    sae: SAE,
+    corpus: Corpus,
+    W_U_DV: Tensor | None,
+    metrics: Path | None,
+    timer: TableTimer | None = None,
+    *,
+    logit_site: str | None = None,
 ) -> StaticData:
-    """Data from the SAE's weights, the model's unembedding [d_in, V] and the run's metrics.jsonl."""
+    """Data from the SAE's weights, the model's unembedding [width, V] and the run's metrics.jsonl.
+
+    ``logit_site`` is the one of several targets that the unembedding reads.
+    """
     timer = timer or TableTimer()
     W_dec_MD, W_enc_MD = sae.W_dec.detach(), sae.W_enc.detach().T
     none = [None] * sae.d_sae
@@ -212,7 +222,7 @@ def static_data(
                 columns["dec_max_cos"], columns["dec_nn"] = cosine_MJ[:, 0].numpy(), other_MJ[:, 0].numpy()
     if W_U_DV is not None:
         with timer.on("logit"):
-            rows, of_feature = logit_rows(W_dec_MD, W_U_DV)
+            rows, of_feature = logit_rows(written_part(sae, logit_site), W_U_DV)
             tables.append((schema.LOGIT, rows))
             best = rows["token"].reshape(sae.d_sae, -1)[:, 0]
             columns |= of_feature

@@ -10,6 +10,7 @@ import pytest
 
 from saebench.core.errors import UserError
 from saebench.store import check_store, open_store, publish, recompute, store_info
+from saebench.store.logits import Unembedding
 from tests.store.small_store import HOOK, SmallCache, build_small_store, small_sae, small_unembedding
 
 
@@ -250,7 +251,9 @@ def with_cache(monkeypatch):
     import saebench.activations.cache as module
 
     monkeypatch.setattr(module, "open_cache", lambda path: SmallCache(5 if "other" in str(path) else 0))
-    monkeypatch.setattr(recompute, "find_unembedding", lambda *_: (small_unembedding(), ""))
+    monkeypatch.setattr(
+        recompute, "find_unembedding", lambda *_: (Unembedding(small_unembedding(), HOOK), "")
+    )
 
 
 def test_check_of_intact_store_against_references_finds_nothing(small_store, references, with_cache):

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from saebench.core.errors import UserError
+from saebench.saes.spec import SiteWidth
 from saebench.sources import models
 from saebench.store.logits import find_unembedding
 from tests.store.small_store import D_IN, HOOK, VOCAB, SmallCache, small_unembedding
 
 HASH = "ab" * 32
+SITES = (SiteWidth(HOOK, D_IN),)
 
 
 class Model:
@@ -47,16 +49,16 @@ def answer(monkeypatch, model):
 
 def test_unembedding_of_cache_model(monkeypatch, cache):
     asked = answer(monkeypatch, Model())
-    W_U, why = find_unembedding("cache", cache, HOOK, VOCAB)
-    assert torch.equal(W_U, small_unembedding())
-    assert why == ""
+    found, why = find_unembedding("cache", cache, SITES, VOCAB)
+    assert torch.equal(found.W_U_DV, small_unembedding())
+    assert found.site == HOOK and why == ""
     assert asked == [("small", "r1")]
 
 
 def test_padded_unembedding_is_cut_to_vocabulary(monkeypatch, cache):
     answer(monkeypatch, Model(W_U=torch.randn(D_IN, len(VOCAB) + 5)))
-    W_U, _ = find_unembedding("cache", cache, HOOK, VOCAB)
-    assert W_U.shape == (D_IN, len(VOCAB))
+    found, _ = find_unembedding("cache", cache, SITES, VOCAB)
+    assert found.W_U_DV.shape == (D_IN, len(VOCAB))
 
 
 @pytest.mark.parametrize(
@@ -65,8 +67,8 @@ def test_padded_unembedding_is_cut_to_vocabulary(monkeypatch, cache):
 )
 def test_failing_cache_model_omits_logits_with_one_line(monkeypatch, cache, capsys, trouble):
     answer(monkeypatch, trouble)
-    W_U, why = find_unembedding("cache", cache, HOOK, VOCAB)
-    assert W_U is None
+    found, why = find_unembedding("cache", cache, SITES, VOCAB)
+    assert found is None
     assert "small" in why
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -82,20 +84,26 @@ def test_failing_cache_model_omits_logits_with_one_line(monkeypatch, cache, caps
 def test_wrong_named_model_raises_user_error(monkeypatch, cache, trouble, sentence):
     answer(monkeypatch, trouble)
     with pytest.raises(UserError, match=sentence):
-        find_unembedding("x", cache, HOOK, VOCAB)
+        find_unembedding("x", cache, SITES, VOCAB)
 
 
 def test_missing_model_gives_reason(monkeypatch, cache):
     asked = answer(monkeypatch, AssertionError("no model may be loaded"))
-    assert "--model none" in find_unembedding("none", cache, HOOK, VOCAB)[1]
-    assert "no tokens" in find_unembedding("cache", SmallCache(text=False), HOOK, None)[1]
+    assert "--model none" in find_unembedding("none", cache, SITES, VOCAB)[1]
+    assert "no tokens" in find_unembedding("cache", SmallCache(text=False), SITES, None)[1]
     cache.model = None
-    assert "does not say" in find_unembedding("cache", cache, HOOK, VOCAB)[1]
+    assert "does not say" in find_unembedding("cache", cache, SITES, VOCAB)[1]
+    of_two = [SiteWidth(f"{n}:{HOOK}", D_IN) for n in range(2)]
+    assert "several models" in find_unembedding("x", cache, of_two, VOCAB)[1]
     assert asked == []
 
 
 def test_logits_need_residual_stream_hook(monkeypatch, cache):
     answer(monkeypatch, Model())
-    W_U, why = find_unembedding("cache", cache, "blocks.0.mlp.hook_post", VOCAB)
-    assert W_U is None
+    post = SiteWidth("blocks.0.mlp.hook_post", 3 * D_IN)
+    found, why = find_unembedding("cache", cache, [post], VOCAB)
+    assert found is None
     assert "residual stream" in why
+    last = SiteWidth("blocks.1.hook_resid_post", D_IN)
+    found, _ = find_unembedding("cache", cache, [*SITES, last, post], VOCAB)
+    assert found.site == last.name

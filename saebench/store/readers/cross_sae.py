@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
 from saebench.store.connection import StoreConnection
+from saebench.store.readers.sae import with_sites
 from saebench.store.sql import SqlConsole
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class CrossSaeReader:
         Columns name, sae, d_in, d_sae, k, hook_name, text, n_tokens, l0 (activations per token), dead and
         dense (shares of the features), median_density (of those that fire), explained_variance,
         ce_loss_score and kl (from the run's evaluation, if it was indexed with one), bytes (of its files,
-        without the text's), sae_hash (of its weights).
+        without the text's), sae_hash (of its weights), reads and writes (names of sites, with commas between
+        them; the same unless it is a transcoder).
 
         >>> store.compare()["name"].tolist() == store.saes
         True
@@ -138,6 +140,7 @@ def _summary(connection: StoreConnection) -> dict[str, Any]:
     dead, dense, density = connection.rows(query)[0]
     known = ("name", "sae", "d_in", "d_sae", "k", "hook_name", "text", "n_tokens")
     evaluation = meta.get("eval") or {}
+    sites = with_sites(meta)
     return {
         **{key: meta[key] for key in known},
         "l0": meta["n_activations"] / meta["n_tokens"],
@@ -147,4 +150,6 @@ def _summary(connection: StoreConnection) -> dict[str, Any]:
         **{score: evaluation.get(score) for score in SCORES},
         "bytes": stored.file.bytes + sum(file.bytes for file in stored.extras.values()),
         "sae_hash": meta["sae_hash"],
+        "reads": ", ".join(site["name"] for site in sites["sites"]),
+        "writes": ", ".join(site["name"] for site in sites["targets"]),
     }

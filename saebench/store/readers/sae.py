@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from saebench.store.connection import StoreConnection
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+def with_sites(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """A meta table with the keys sites, targets and skip, which that of an SAE of one site leaves out."""
+    one = [{"name": meta["hook_name"], "width": meta["d_in"]}]
+    return {"sites": one, "targets": one, "skip": False, **meta}
 
 
 class SaeReader:
@@ -22,14 +29,18 @@ class SaeReader:
 
         Keys: name, sae (architecture), d_in, d_sae, k, hook_name, model, modality, text, n_tokens,
         n_contexts, n_documents, n_activations, n_dead, n_dense, eval (the run's eval.json or None), missing
-        (table -> why it is absent, one sentence), sae_hash, cache_hash, generation.
+        (table -> why it is absent, one sentence), sae_hash, cache_hash, generation, sites and targets (what
+        is read and what is reconstructed, lists of {name, width}; for an SAE both are its hook), skip
+        (whether a transcoder has a skip connection). hook_name is the first site. A crosscoder also has
+        site_std, the standard deviation of the rows of each site.
 
         >>> store.info()["sae"]
         'topk'
         """
         dead, dense = self._n_dead_and_dense
         generation = self._connection.manifest.generation
-        return {**self._connection.meta, "n_dead": dead, "n_dense": dense, "generation": generation}
+        of_index = with_sites(self._connection.meta)
+        return {**of_index, "n_dead": dead, "n_dense": dense, "generation": generation}
 
     @functools.cached_property
     def _n_dead_and_dense(self) -> tuple[int, int]:

@@ -23,7 +23,8 @@ TOKEN_FEATURE_ORDERS = {
 
 
 class SummaryReader:
-    """Owns hist, quantile, position, feature_token, token_feature, feature_label, logit and neighbor."""
+    """Owns hist, quantile, position, feature_token, token_feature, feature_label, logit, neighbor and
+    site_norm."""
 
     def __init__(self, connection: StoreConnection, texts: TextReader) -> None:
         self._connection, self._texts = connection, texts
@@ -182,6 +183,25 @@ class SummaryReader:
                 "SELECT sign, rank, token, value FROM sae.logit WHERE feature = ? ORDER BY sign DESC, rank",
                 [self._connection.require_feature(feature)],
             )
+        )
+
+    def site_norms(self, feature: int) -> pd.DataFrame:
+        """The decoder norm of a crosscoder's latent at each site, in the order of the sites.
+
+        Columns name, norm (divided by the standard deviation of the site's rows), share (of the sum of the
+        norms; missing if they are all 0).
+
+        Raises:
+            UserError: no such feature, or the SAE is not a crosscoder.
+        """
+        if not self._connection.has("site_norm"):
+            raise UserError(
+                f"{self._connection.sae!r} of the store {self._connection.path} is not a crosscoder, so it "
+                "has no decoder norms per site; open a crosscoder with saebench.open_store(STORE, NAME)"
+            )
+        return self._connection.frame(
+            "SELECT name, norm, share FROM sites.site_norm WHERE feature = ? ORDER BY site",
+            [self._connection.require_feature(feature)],
         )
 
     def neighbors(self, feature: int, kind: str = "decoder") -> pd.DataFrame:
