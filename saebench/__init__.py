@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from saebench.analysis import figures
     from saebench.analysis.absorption import absorbed
     from saebench.analysis.attribution import Attribution, logit_attribution
+    from saebench.analysis.crosscoders import crosscoder_sites
     from saebench.analysis.effect_columns import index_effects
     from saebench.analysis.effects import LossEffects, loss_effects
     from saebench.analysis.geometry import Redundancy, clusters, decoder_map, redundancy
@@ -55,6 +56,7 @@ _HOMES = {
     "clusters": "saebench.analysis.geometry",
     "compare": "saebench.evaluation.compare",
     "compare_prompts": "saebench.analysis.prompts",
+    "crosscoder_sites": "saebench.analysis.crosscoders",
     "decoder_map": "saebench.analysis.geometry",
     "evaluate": "saebench.evaluation",
     "explain": "saebench.explaining",
@@ -103,6 +105,7 @@ __all__ = [  # noqa: RUF022
     "clusters",
     "compare",
     "compare_prompts",
+    "crosscoder_sites",
     "decoder_map",
     "evaluate",
     "explain",

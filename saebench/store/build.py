@@ -113,8 +113,10 @@ def index(config: IndexConfig) -> FeatureStore:
     saes = [run.load(device=pick_device(config.device)) for run in runs]
     for run, sae, hook in zip(runs, saes, hooks, strict=True):
         if config.hook and len(sae.spec.sites) > 1:
-            names = ", ".join(site.name for site in sae.spec.sites)
-            raise UserError(f"--site is {config.hook}, but {run} reads several sites, {names}; leave it out")
+            several = ", ".join(site.name for site in sae.spec.sites)
+            raise UserError(
+                f"--site is {config.hook}, but {run} reads several sites, {several}; leave it out"
+            )
         check_fit(sae, cache, hook)
         run.warn_of_other_model(cache)
     require_writable(config.out, what="the feature store")

@@ -51,7 +51,8 @@ EXTRA_RULES: dict[str, tuple[Rule, ...]] = {
              "sites.crosscoder HAVING count(*) <> $d_sae"),
         rule("site_norm", "a latent does not have a decoder norm at each site, in order",
              "SELECT feature FROM sites.site_norm GROUP BY feature HAVING list(site ORDER BY rowid) <> "
-             "range(len($targets)) OR list(name ORDER BY site) <> list_transform($targets, lambda t: t.name) "
+             "range(len($targets)) OR list(name ORDER BY site) <> list_transform($targets, lambda t: "
+             "struct_extract(t, 'name')) "
              "UNION ALL SELECT count(DISTINCT feature) FROM sites.site_norm HAVING count(DISTINCT feature) "
              "<> $d_sae"),
         rule("site_norm", "a decoder norm of a site is not finite, or shares do not follow from the norms",

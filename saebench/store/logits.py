@@ -127,7 +127,7 @@ def _unembedding(
     site = next((site for site in reversed(targets) if model.residual_hook(hooks[site.name])), None)
     if site is None:
         names = " or ".join(hooks)
-        return None, f"the hook {names} is not in the residual stream, which is all that the unembedding reads"
+        return None, f"the hook {names} is not in the residual stream, all that the unembedding reads"
     W_U_DV = model.unembedding(before_cap=True)[:, : len(vocab)]
     if W_U_DV.shape != (site.width, len(vocab)):
         raise UserError(

@@ -146,9 +146,9 @@ def _site_norms(connection: duckdb.DuckDBPyConnection, sae: SAE, std: list[float
     if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-3, atol=1e-6):
         yield "the decoder norms of the sites are not those of the SAE's weights"
     query = "SELECT site_cos FROM sites.crosscoder ORDER BY feature"
-    stored = [cosine for (cosine,) in connection.execute(query).fetchall()]
-    expected = crosscoder_columns(sae, std)["site_cos"]
-    if not np.allclose(np.array(stored, float), np.array(expected, float), atol=1e-4, equal_nan=True):
+    cosines = np.array([cosine for (cosine,) in connection.execute(query).fetchall()], float)
+    expected = np.array(crosscoder_columns(sae, std)["site_cos"], float)
+    if cosines.shape != expected.shape or not np.allclose(cosines, expected, atol=1e-4, equal_nan=True):
         yield "the cosines between the sites are not those of the SAE's weights"
 
 

@@ -76,6 +76,10 @@ class SmallCache:
     def activations(self, hook: str | None = None) -> torch.Tensor:
         return self._x_ND
 
+    @property
+    def models(self) -> list[dict[str, str]]:
+        return [self.model] if self.model else []
+
     def model_of(self, hook: str | None = None) -> dict[str, str] | None:
         return self.model
 

@@ -94,6 +94,7 @@ def test_missing_model_gives_reason(monkeypatch, cache):
     cache.model = None
     assert "does not say" in find_unembedding("cache", cache, SITES, VOCAB)[1]
     of_two = [SiteWidth(f"{n}:{HOOK}", D_IN) for n in range(2)]
+    monkeypatch.setattr(SmallCache, "models", [{}, {}])
     assert "several models" in find_unembedding("x", cache, of_two, VOCAB)[1]
     assert asked == []
 
