@@ -110,6 +110,9 @@ def make(
             tensor.add_((spread * torch.randn(tensor.shape)).to(tensor.dtype))
             if "threshold" in name:
                 tensor.abs_()
+    made.cfg.metadata.hook_name = "blocks.0.hook_mlp_in"
+    if hasattr(made.cfg, "d_out"):
+        made.cfg.metadata.hook_name_out = "blocks.0.hook_mlp_out"
     made.save_model(folder)
     if inference is not None:
         made.save_inference_model(inference)
@@ -118,13 +121,20 @@ def make(
 
 @torch.no_grad()
 def encode(folder: str, data: str, out: str, fold_norms: bool = False) -> dict[str, Any]:
-    """Load a folder with SAELens; write ``out/codes.npy`` [N, M] and ``out/x_hat.npy`` [N, D]."""
+    """Load a folder with SAELens; write ``out/codes.npy`` [N, M] and ``out/x_hat.npy`` [N, D].
+
+    For a transcoder, ``x_hat`` is what it writes.
+    """
     sae = sae_lens.SAE.load_from_disk(folder, fold_W_dec_norm=fold_norms)
-    codes_NM = sae.encode(torch.from_numpy(np.load(data)))
+    x_ND = torch.from_numpy(np.load(data))
+    codes_NM = sae.encode(x_ND)
+    x_hat_ND = sae(x_ND) if hasattr(sae.cfg, "d_out") else sae.decode(codes_NM)
     Path(out).mkdir(parents=True, exist_ok=True)
     np.save(Path(out) / "codes.npy", codes_NM.numpy())
-    np.save(Path(out) / "x_hat.npy", sae.decode(codes_NM).numpy())
-    return {"architecture": sae.cfg.architecture(), "hook_name": sae.cfg.metadata.hook_name}
+    np.save(Path(out) / "x_hat.npy", x_hat_ND.numpy())
+    answer = {"architecture": sae.cfg.architecture(), "hook_name": sae.cfg.metadata.hook_name}
+    target = sae.cfg.metadata.hook_name_out
+    return answer if target is None else {**answer, "hook_name_out": target}
 
 
 def main() -> None:

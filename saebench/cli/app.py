@@ -93,7 +93,7 @@ def build(argv: Sequence[str]) -> App:
         "store": store,
         "effects": stage(EffectsConfig, "effects", commands.effects, "store"),
         "explore": commands.explore,
-        "export": stage(ExportConfig, "export", commands.export, "run", "out"),
+        "export": stage(ExportConfig, "export", commands.export, "run", "also"),
         "import": stage(ImportSaeConfig, "import", commands.import_sae, "source"),
         "synth": stage(SynthConfig, "synth", commands.synth),
         "bench": stage(BenchConfig, "bench", measuring.bench),

@@ -278,10 +278,10 @@ def export(config: ExportConfig) -> Result:
 def import_sae(config: ImportSaeConfig) -> Result:
     from saebench.formats import import_sae as translate
 
-    result = _describe_translation(translate(config))
-    return Result(
-        result.data, result.text + f"\n\nNext: saebench eval {quote(str(config.out))} --cache CACHE"
-    )
+    made = translate(config)
+    result = _describe_translation(made)
+    run = quote(str((made.folders or (made.path,))[0]))
+    return Result(result.data, f"{result.text}\n\nNext: saebench eval {run} --cache CACHE")
 
 
 def synth(config: SynthConfig) -> Result:
@@ -373,7 +373,7 @@ def _diagnosis_text(hooks: Sequence[str], diagnosis: Mapping[str, Any]) -> str:
 
 def _describe_translation(made: Translation) -> Result:
     data = dataclasses.asdict(made)
-    shown = {name: value for name, value in data.items() if name != "notes"}
+    shown = {name: value for name, value in data.items() if name != "notes" and value != ()}
     return Result(data, "\n".join([pairs(shown), *made.notes]))
 
 

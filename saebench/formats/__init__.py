@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from saebench.core.errors import UserError
 from saebench.core.files import is_leftover, require_writable
 from saebench.core.settings import accepts_settings
-from saebench.formats.registry import Format, formats
+from saebench.formats.registry import Format, SetFormat, formats
 from saebench.formats.settings import ExportConfig, ImportSaeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Translation:
-    """An SAE that was converted to another format."""
+    """An SAE, or a set of them, that was converted to another format; d_in, d_sae and k of a set are those of
+    its first SAE."""
 
     path: Path
     """The folder that was written."""
@@ -27,11 +29,13 @@ class Translation:
     k: int
     notes: tuple[str, ...] = ()
     """Differences that the user should know, one sentence each."""
+    folders: tuple[Path, ...] = ()
+    """Of an imported set, the folder of each SAE."""
 
 
 @accepts_settings(ExportConfig)
 def export_sae(config: ExportConfig) -> Translation:
-    """Write a trained SAE in the format of another library.
+    """Write a trained SAE, or those of several runs as a set, in the format of another library.
 
     >>> sb.export_sae(run, out="theirs", format="saelens").architecture
     'topk'
@@ -41,15 +45,24 @@ def export_sae(config: ExportConfig) -> Translation:
     """
     from saebench.runs.run import Run
 
-    form: Format = formats.load(config.format)
-    run = Run(config.run)
-    sae = run.load()
-    converted = form.convert(sae)
-    _make_empty(config.out)
-    form.write(converted, config.out, sae, run)
+    form: Format | SetFormat = formats.load(config.format)
+    runs = [Run(run) for run in config.runs]
+    sae = runs[0].load()
+    if isinstance(form, SetFormat):
+        converted = form.convert_set(runs)
+        _make_empty(config.directory)
+        form.write_set(converted, config.directory)
+    elif len(runs) > 1:
+        raise UserError(
+            f"--format {config.format} holds one SAE, and {len(runs)} runs are named; export them one by one"
+        )
+    else:
+        converted = form.convert(sae)
+        _make_empty(config.directory)
+        form.write(converted, config.directory, sae, runs[0])
     return Translation(
-        path=config.out,
-        sae=sae.spec.name,
+        path=config.directory,
+        sae=_joined(run.description()["sae"] for run in runs),
         architecture=converted.architecture,
         d_in=sae.d_in,
         d_sae=sae.d_sae,
@@ -71,21 +84,37 @@ def import_sae(config: ImportSaeConfig) -> Translation:
         UserError: the source has no SAE, a damaged one, or one that no architecture of saebench computes;
             or ``out`` is not empty.
     """
-    form: Format = formats.load(config.format)
-    foreign = form.read(config.source, k=config.k)
-    sae = foreign.build(source=str(config.source))
-    origin = {"format": config.format, **foreign.facts}
-    _make_empty(config.out)
-    sae.save(config.out, hook_name=origin.pop("hook_name", None), imported=origin)
-    return Translation(
-        path=config.out,
-        sae=sae.spec.name,
-        architecture=origin["architecture"],
-        d_in=sae.d_in,
-        d_sae=sae.d_sae,
-        k=sae.k,
-        notes=foreign.notes,
-    )
+    form: Format | SetFormat = formats.load(config.format)
+    if isinstance(form, SetFormat):
+        named = form.read_set(config.source, k=config.k)
+    else:
+        named = [("", form.read(config.source, k=config.k))]
+    made: list[Translation] = []
+    for name, foreign in named:  # one in memory at a time
+        sae = foreign.build(source=str(config.source))
+        if not made:
+            _make_empty(config.out)
+        origin = {"format": config.format, **foreign.facts}
+        sae.save(config.out / name, hook_name=origin.pop("hook_name", None), imported=origin)
+        made.append(
+            Translation(
+                path=config.out / name,
+                sae=sae.spec.name,
+                architecture=origin["architecture"],
+                d_in=sae.d_in,
+                d_sae=sae.d_sae,
+                k=sae.k,
+                notes=foreign.notes,
+            )
+        )
+    notes = dict.fromkeys(note for one in made for note in one.notes)
+    folders = tuple(one.path for one in made) if made[0].path != config.out else ()
+    names = _joined(one.sae for one in made)
+    return replace(made[0], path=config.out, sae=names, notes=tuple(notes), folders=folders)
+
+
+def _joined(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
 
 
 def _make_empty(directory: Path) -> None:

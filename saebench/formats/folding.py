@@ -3,11 +3,11 @@
 Other libraries store scales outside the weights: norms of decoder rows, a factor on the input, a bias that
 is not subtracted from the input. Each function here folds one of them into the weights, in float64.
 
-Weights are a dictionary in the names of ``SAE``: ``W_enc_MD`` and ``W_dec`` [d_sae, d_in], ``b_dec``
-[d_in], and, where the architecture has them, ``b_enc``, ``threshold``, ``b_gate``, ``b_mag``, ``r_mag``
-[d_sae].
+Weights are a dictionary in the names of ``SAE``: ``W_enc_MD`` [d_sae, d_in], ``W_dec`` [d_sae, d_out],
+``b_dec`` [d_out], and, where the architecture has them, ``b_enc``, ``threshold``, ``b_gate``, ``b_mag``,
+``r_mag`` [d_sae], ``b_in`` [d_in] and ``W_skip`` [d_out, d_in].
 
-Shapes: M = d_sae latents, D = d_in.
+Shapes: M = d_sae latents, D = d_in, E = d_out.
 """
 
 from __future__ import annotations
@@ -46,14 +46,47 @@ def fold_decoder_norms(weights: Weights) -> Weights:
 
 def fold_input_bias(weights: Weights) -> Weights:
     """Make an encoder of x one of x - b_dec: W x + b = W (x - b_dec) + (b + W b_dec)."""
-    shift_M = weights["W_enc_MD"].double() @ weights["b_dec"].double()
+    return _shift_encoder(weights, -weights["b_dec"].double())
+
+
+def fold_b_in(weights: Weights) -> Weights:
+    """Make a transcoder of x - b_in one of x, without b_in: b_enc - W b_in and, of a skip connection,
+    b_dec - W_skip b_in."""
+    b_in_D = weights["b_in"].double()
+    folded = _shift_encoder({name: w for name, w in weights.items() if name != "b_in"}, b_in_D)
+    if "W_skip" in weights:
+        folded["b_dec"] = weights["b_dec"].double() - weights["W_skip"].double() @ b_in_D
+    return folded
+
+
+def _shift_encoder(weights: Weights, offset_D: Tensor) -> Weights:
+    """Make an encoder of x one of x + offset: W x + b = W (x + offset) + (b - W offset)."""
+    shift_M = weights["W_enc_MD"].double() @ offset_D
     folded = dict(weights)
     for name in ("b_enc", "b_gate"):
         if name in weights:
-            folded[name] = weights[name].double() + shift_M
+            folded[name] = weights[name].double() - shift_M
     if "b_mag" in weights:
-        folded["b_mag"] = weights["b_mag"].double() + weights["r_mag"].double().exp() * shift_M
+        folded["b_mag"] = weights["b_mag"].double() - weights["r_mag"].double().exp() * shift_M
     return folded
+
+
+def as_jumprelu(weights: Weights) -> Weights:
+    """The weights of a gated SAE as those of the JumpReLU SAE that computes the same.
+
+    With r = exp(r_mag), the magnitude m = r W x + b_mag is the pre-activation, and the gate is open where
+    W x + b_gate > 0, that is, where m > b_mag - r b_gate (Rajamanoharan et al. 2024, arXiv 2404.16014). A
+    threshold below 0 is 0, because only positive magnitudes are active.
+    """
+    rate_M = weights["r_mag"].double().exp()
+    threshold_M = weights["b_mag"].double() - rate_M * weights["b_gate"].double()
+    kept = {name: w for name, w in weights.items() if name not in ("b_gate", "b_mag", "r_mag")}
+    return {
+        **kept,
+        "W_enc_MD": weights["W_enc_MD"].double() * rate_M[:, None],
+        "b_enc": weights["b_mag"],
+        "threshold": threshold_M.clamp_min(0),
+    }
 
 
 def fold_input_scale(weights: Weights, scale: float) -> Weights:

@@ -15,6 +15,7 @@ from saebench.core.settings import from_flat
 from saebench.core.tensors import check_tensors, read_safetensors
 from saebench.saes.base import SAE
 from saebench.saes.registry import architecture
+from saebench.saes.spec import SaeSpec
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,16 @@ class Foreign:
         return sae.eval()
 
 
+def assumed_k(d_sae: int, notes: list[str]) -> int:
+    """The k of an SAE whose folder does not record how many latents are active; a note says so."""
+    assumed = min(SaeSpec.k, d_sae)
+    notes.append(
+        f"the folder does not record how many latents are active; k is recorded as {assumed}, which does not "
+        "change the SAE; --k sets another value"
+    )
+    return assumed
+
+
 def read_tensors(
     file: Path, expected: Mapping[str, tuple[int, ...]], *, optional: Collection[str] = ()
 ) -> dict[str, Tensor]:
@@ -60,6 +71,18 @@ def read_tensors(
             integers, or not finite.
     """
     tensors = read_safetensors(file, way_out="copy the whole folder")
+    check_foreign(tensors, expected, file, optional=optional)
+    return tensors
+
+
+def check_foreign(
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    file: Path,
+    *,
+    optional: Collection[str] = (),
+) -> None:
+    """Raise a UserError unless the ``tensors`` of ``file`` are as `read_tensors` requires."""
     for name, tensor in tensors.items():
         if name not in expected and name not in optional:
             raise UserError(
@@ -68,4 +91,3 @@ def read_tensors(
         if not tensor.is_floating_point():
             raise UserError(f"{file}: {name} holds {tensor.dtype}; weights are floating-point numbers")
     check_tensors(tensors, expected, file)
-    return tensors

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from saebench.core.registry import Registry
 
@@ -46,5 +47,32 @@ class Format(Protocol):
         """Write what ``convert`` returned into an empty ``directory``; ``sae`` was loaded from ``run``."""
 
 
-formats = Registry("a format of SAEs", "saebench.formats", {"saelens": "saebench.formats.saelens"})
-"""Name -> module or object with the functions of `Format`."""
+@runtime_checkable
+class SetFormat(Protocol):
+    """The functions of a format whose folders hold several SAEs, one per layer; it has them in place of those
+    of `Format`."""
+
+    def read_set(self, directory: Path, *, k: int | None) -> Iterable[tuple[str, Foreign]]:
+        """The SAEs in ``directory``, each with a name for its folder; ``k`` as in `Format.read`.
+
+        Raises:
+            UserError: there is no set, a file is damaged, or no architecture of saebench computes an SAE.
+        """
+
+    def convert_set(self, runs: Sequence[Run]) -> Converted:
+        """The SAEs of ``runs``, checked, in the format of the other library.
+
+        Raises:
+            UserError: the other library cannot compute an SAE, or the SAEs are not a whole set.
+        """
+
+    def write_set(self, converted: Any, directory: Path) -> None:
+        """Write what ``convert_set`` returned into an empty ``directory``."""
+
+
+formats = Registry(
+    "a format of SAEs",
+    "saebench.formats",
+    {"saelens": "saebench.formats.saelens", "circuit-tracer": "saebench.formats.circuit_tracer"},
+)
+"""Name -> module or object with the functions of `Format` or of `SetFormat`."""

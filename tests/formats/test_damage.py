@@ -53,7 +53,7 @@ def setting(**settings):
         (with_tensor("b_dec", torch.full((D_IN,), torch.nan)), "not finite"),
         (with_tensor("b_dec", torch.ones(D_IN, dtype=torch.int32)), "floating-point"),
         (with_tensor("scaling_factor", torch.full((D_IN,), 2.0)), "fine-tuned factor"),
-        (setting(architecture="transcoder"), "'transcoder'; saebench reads topk, "),
+        (setting(architecture="temporal"), "'temporal'; saebench reads topk, "),
         (setting(architecture=None), "architecture None"),
         (setting(normalize_activations="layer_norm"), "'layer_norm', which cannot be folded"),
         (

@@ -11,7 +11,8 @@ _OF_AN_IMPORT = ("model_name", "context_size", "prepend_bos", "seqpos_slice", "d
 
 
 def origin_of(run: Run) -> dict[str, Any]:
-    """``hook_name``, ``model_name`` and, where known, how contexts were made and the mean L0.
+    """``hook_name``, ``model_name`` and, where known, how contexts were made and the mean L0; of a transcoder
+    also ``hook_name_out``, what it writes.
 
     ``l0`` is the value that ``saebench eval`` measured.
     """
@@ -25,7 +26,10 @@ def origin_of(run: Run) -> dict[str, Any]:
     evaluation = run.evaluation()
     if evaluation is not None:
         known["l0"] = evaluation.get("l0")
-    return {"hook_name": facts.get("hook_name"), "hook_head_index": None, **known}
+    hook_name, spec = facts.get("hook_name"), facts["spec"]
+    if spec.get("targets"):
+        hook_name, known["hook_name_out"] = spec["sites"][0]["name"], spec["targets"][0]["name"]
+    return {"hook_name": hook_name, "hook_head_index": None, **known}
 
 
 def _contexts(run: Run) -> dict[str, Any]:

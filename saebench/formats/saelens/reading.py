@@ -1,6 +1,6 @@
 """``read``: convert an SAE that SAELens saved to an architecture of saebench.
 
-Shapes: M = d_sae latents, D = d_in. SAELens stores ``W_enc`` [D, M]; saebench stores ``W_enc_MD``.
+Shapes: M = d_sae latents, D = d_in, E = d_out. SAELens stores ``W_enc`` [D, M]; saebench stores ``W_enc_MD``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from saebench.core.files import read_json
 from saebench.core.settings import Settings, from_flat
 from saebench.formats import folding
 from saebench.formats.folding import Weights
-from saebench.formats.foreign import Foreign, read_tensors
+from saebench.formats.foreign import Foreign, assumed_k, read_tensors
 from saebench.formats.saelens.names import CONFIG_FILE, SCALE_FILE, WEIGHTS_FILE
-from saebench.saes.spec import SaeSpec
+from saebench.formats.transcoders import sites_of
 
 FINE_TUNED = "scaling_factor"
 """A tensor in some old files; it is all ones unless the SAE was fine-tuned."""
@@ -35,12 +35,16 @@ _READABLE = {
     "standard": ("relu", _ENCODER),
     "gated": ("gated", ("W_enc", "b_gate", "b_mag", "r_mag")),
     "matching_pursuit": ("matching-pursuit", ()),
+    "transcoder": ("relu", _ENCODER),
+    "skip_transcoder": ("relu", (*_ENCODER, "W_skip")),
+    "jumprelu_transcoder": ("jumprelu", (*_ENCODER, "threshold")),
+    "jumprelu_skip_transcoder": ("jumprelu", (*_ENCODER, "threshold", "W_skip")),
 }
 """Architecture of SAELens -> (architecture of saebench, tensors of SAELens besides W_dec and b_dec).
 BatchTopK and its Matryoshka variant occur only in checkpoints."""
 _ORIGIN = (
-    "hook_name", "hook_head_index", "model_name", "context_size", "prepend_bos", "seqpos_slice",
-    "dataset_path", "sae_lens_version", "training_architecture", "l0",
+    "hook_name", "hook_name_out", "hook_head_index", "model_name", "context_size", "prepend_bos",
+    "seqpos_slice", "dataset_path", "sae_lens_version", "training_architecture", "l0",
 )  # fmt: skip
 
 
@@ -51,6 +55,7 @@ class _Config(Settings):
     architecture: str
     d_in: Annotated[int, AtLeast(1)]
     d_sae: Annotated[int, AtLeast(1)]
+    d_out: Annotated[int | None, AtLeast(1)] = None
     apply_b_dec_to_input: bool = True
     normalize_activations: str = "none"
     k: float | None = None
@@ -59,6 +64,15 @@ class _Config(Settings):
     max_iterations: int | None = None
     stop_on_duplicate_support: bool = True
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_transcoder(self) -> bool:
+        return self.architecture.endswith("transcoder")
+
+    @property
+    def width_out(self) -> int:
+        """Columns of the reconstruction."""
+        return self.d_in if self.d_out is None or not self.is_transcoder else self.d_out
 
     @property
     def chooses_by_norm(self) -> bool:
@@ -89,6 +103,9 @@ def read(directory: Path, *, k: int | None = None) -> Foreign:
         if config.architecture == "topk":
             _require_same(k, settings["k"], directory)
         weights = _fold_encoder(weights, config, notes)
+    if config.is_transcoder:
+        settings |= _sites(config, skip="W_skip" in weights)
+        weights["b_in"] = torch.zeros(config.d_in)
     facts = {name: config.metadata[name] for name in _ORIGIN if _is_plain(config.metadata.get(name))}
     return Foreign(
         sae=ours,
@@ -112,7 +129,7 @@ def _fold_encoder(weights: Weights, config: _Config, notes: list[str]) -> Weight
     threshold_M = None
     if "topk_threshold" in weights:
         threshold_M = weights.pop("topk_threshold").expand(config.d_sae)
-    if not config.apply_b_dec_to_input:
+    if not config.apply_b_dec_to_input and not config.is_transcoder:
         weights = folding.fold_input_bias(weights)
     if config.chooses_by_norm:
         # The threshold of BatchTopK is already in units of |d_i| z_i, so it is added after folding.
@@ -126,6 +143,19 @@ def _fold_encoder(weights: Weights, config: _Config, notes: list[str]) -> Weight
         return folding.fold_decoder_norms(weights)
     notes.append("decoder rows keep norms other than 1, because this top-k SAE selects latents without them")
     return weights
+
+
+def _sites(config: _Config, *, skip: bool) -> dict[str, Any]:
+    """What a transcoder reads and writes."""
+    names = {name: config.metadata.get(name) for name in ("hook_name", "hook_name_out")}
+    for name, hook in names.items():
+        if not isinstance(hook, str) or not hook:
+            raise UserError(
+                f"the metadata in {CONFIG_FILE} have no {name}, which says what the transcoder "
+                f"{'writes' if name.endswith('out') else 'reads'}; add it, such as blocks.0.hook_mlp_out"
+            )
+    site, target = names.values()
+    return sites_of(str(site), config.d_in, str(target), config.width_out, skip=skip)
 
 
 def _pursuit_settings(weights: Weights, config: _Config, scale: float) -> dict[str, Any]:
@@ -163,12 +193,7 @@ def _active(config: _Config, k: int | None, notes: list[str]) -> int:
     for known in (k, config.metadata.get("l0"), config.k, trained):
         if isinstance(known, int | float) and 0.5 <= known <= config.d_sae:
             return round(known)
-    assumed = min(SaeSpec.k, config.d_sae)
-    notes.append(
-        f"the folder does not record how many latents are active; k is recorded as {assumed}, which does not "
-        "change the SAE; --k sets another value"
-    )
-    return assumed
+    return assumed_k(config.d_sae, notes)
 
 
 # Files ------------------------------------------------------------------------------------------------
@@ -187,7 +212,13 @@ def _read_config(file: Path) -> _Config:
             f"{file} has architecture {raw.get('architecture')!r}; saebench reads {', '.join(_READABLE)}"
         )
     known = {f.name for f in dataclasses.fields(_Config)}
-    return from_flat(_Config, {name: v for name, v in raw.items() if name in known}, source=str(file))
+    config = from_flat(_Config, {name: v for name, v in raw.items() if name in known}, source=str(file))
+    if config.is_transcoder and config.apply_b_dec_to_input:
+        raise UserError(
+            f"{file} subtracts b_dec from the input (apply_b_dec_to_input), which SAELens refuses for a "
+            "transcoder; copy the folder again"
+        )
+    return config
 
 
 def _since_6(raw: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -208,8 +239,12 @@ def _since_6(raw: dict[str, Any], file: Path) -> dict[str, Any]:
 
 def _read_weights(file: Path, encoder: tuple[str, ...], config: _Config) -> Weights:
     """The tensors under the names and in the orientation of saebench."""
-    shapes = {"W_enc": (config.d_in, config.d_sae), "topk_threshold": ()}
-    expected = {"W_dec": (config.d_sae, config.d_in), "b_dec": (config.d_in,)}
+    shapes = {
+        "W_enc": (config.d_in, config.d_sae),
+        "topk_threshold": (),
+        "W_skip": (config.width_out, config.d_in),
+    }
+    expected = {"W_dec": (config.d_sae, config.width_out), "b_dec": (config.width_out,)}
     expected |= {name: shapes.get(name, (config.d_sae,)) for name in encoder}
     weights = read_tensors(file, expected, optional=(FINE_TUNED,))
     if (weights.pop(FINE_TUNED, torch.ones(1)) != 1).any():
@@ -231,10 +266,10 @@ def _input_scale(config: _Config, directory: Path) -> float:
     how = config.normalize_activations
     if how == "none":
         return 1.0
-    if how != "expected_average_only_in":
+    if how != "expected_average_only_in" or config.is_transcoder:
         raise UserError(
             f"{directory / CONFIG_FILE} has normalize_activations {how!r}, which cannot be folded into the "
-            "weights; saebench reads 'none' and 'expected_average_only_in'"
+            "weights; saebench reads 'none' and, of SAEs, 'expected_average_only_in'"
         )
     if not (directory / SCALE_FILE).exists():
         raise UserError(

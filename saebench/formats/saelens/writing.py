@@ -1,6 +1,8 @@
 """``convert`` and ``write``: save an SAE of saebench in the format of SAELens.
 
 Shapes: M = d_sae latents, D = d_in. SAELens stores ``W_enc`` [D, M].
+
+Transcoders of SAELens do not subtract a bias from their input, so b_in is folded into the others.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from saebench.core.files import write_bytes_atomic, write_json_atomic
 from saebench.core.settings import to_flat
 from saebench.formats.saelens.names import CONFIG_FILE, VERSION, WEIGHTS_FILE
 from saebench.formats.saelens.origin import origin_of
+from saebench.formats.transcoders import check_transcoder, without_b_in
 from saebench.runs.run import Run
 from saebench.saes.base import SAE
 
@@ -40,6 +43,9 @@ def convert(sae: SAE) -> Written:
     Raises:
         UserError: no architecture of SAELens computes what this SAE computes.
     """
+    if sae.spec.sites or sae.spec.targets:
+        check_transcoder(sae.spec, library="SAELens")
+        return _transcoder(sae)
     if sae.spec.name not in _WRITERS:
         raise UserError(f"SAELens has no architecture for {sae.spec.name}; it can hold {', '.join(_WRITERS)}")
     return _WRITERS[sae.spec.name](sae)
@@ -93,6 +99,15 @@ def _thresholded(trained_as: str) -> Callable[[SAE], Written]:
         return Written("jumprelu", {**_linear(sae), "threshold": threshold_M}, {}, trained_as)
 
     return written
+
+
+def _transcoder(sae: SAE) -> Written:
+    weights = without_b_in(sae)
+    weights["W_enc"] = weights.pop("W_enc_MD").T
+    kinds = ("jumprelu" if "threshold" in weights else "", "skip" if "W_skip" in weights else "")
+    architecture = "_".join([kind for kind in kinds if kind] + ["transcoder"])
+    settings = {"d_out": sae.d_out, "apply_b_dec_to_input": False}
+    return Written(architecture, weights, settings, f"{sae.spec.name.replace('-', '_')}_transcoder")
 
 
 def _standard(sae: SAE) -> Written:
