@@ -65,4 +65,5 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile
 $(PEERS_INSTALLED): constraints-peers.txt | $(INSTALLED)
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install -c constraints-peers.txt torch sae-lens eai-sparsify
+	$(PEERS)/bin/python -m pip install --no-deps -c constraints-peers.txt circuit-tracer
 	touch $@

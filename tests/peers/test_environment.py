@@ -16,7 +16,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    "code", ["from transformers import BertForPreTraining", "import sae_lens", "import sparsify"]
+    "code",
+    [
+        "from transformers import BertForPreTraining",
+        "import sae_lens",
+        "import sparsify",
+        "from circuit_tracer.transcoder import TranscoderSet",
+    ],
 )
 def test_folders_of_checkout_do_not_shadow_packages(code: str) -> None:
     """transformers tries to import Hugging Face's ``kernels``; the checkout has a folder of that name."""
