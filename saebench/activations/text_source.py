@@ -209,8 +209,8 @@ class TextSource:
             for info, encoder in zip(self._infos, self._encoders, strict=True)
         ]
         self._sites = {
-            site: Site(site, (("d", model.hook_dim(hook)),), str(config.dtype), model.path_of(hook))
-            for number, model in enumerate(self._models)
+            site: Site(site, info.axes_of(hook, model.hook_dim(hook)), str(config.dtype), model.path_of(hook))
+            for number, (info, model) in enumerate(zip(self._infos, self._models, strict=True))
             for hook in config.hook
             for site in [self._site(number, hook)]
         }

@@ -323,6 +323,7 @@ def _describe_cache(cache: ActivationCache) -> Result:
     data: dict[str, Any] = {
         "path": str(cache.path),
         "model": " and ".join(str(model["name"]) for model in cache.models) or None,
+        "modality": cache.modality.name,
         "hooks": hooks,
         "dtype": str(cache.dtype).removeprefix("torch."),
         "gradients": all(cache.has_gradients(hook) for hook in cache.hooks),

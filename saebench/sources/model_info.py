@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from saebench.core.errors import UserError
 from saebench.core.files import sha256_file
+from saebench.sources.base import Axes
 from saebench.sources.families import Family, family_of
 from saebench.sources.hook_names import is_rare, layer_of, unknown_hook
 from saebench.sources.native import parse_site
@@ -17,6 +19,7 @@ from saebench.sources.pretrained import module_paths
 _DESCRIPTION_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _WEIGHT_FILES = ["*.safetensors"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_PER_HEAD = re.compile(r"\.attn\.hook_[qkvz]$")
 _HASHED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
 
 
@@ -39,6 +42,7 @@ class ModelInfo:
     d_mlp: int
     d_heads: int
     d_key_value: int
+    d_head: int
     vocab_size: int
     n_ctx: int | None
     family: Family | None = field(repr=False, compare=False, default=None)
@@ -63,6 +67,12 @@ class ModelInfo:
             "attn.hook_z": self.d_heads,
         }
         return {f"blocks.{i}.{name}": width for i in range(self.n_layers) for name, width in widths.items()}
+
+    def axes_of(self, hook: str, width: int) -> Axes:
+        """The axes of one row of ``hook``: heads x d_head for queries, keys, values and z, else one axis."""
+        if _PER_HEAD.search(hook) and width % self.d_head == 0:
+            return ("head", width // self.d_head), ("d_head", self.d_head)
+        return (("d", width),)
 
     def check_hook(self, hook: str) -> None:
         """Raise a UserError for a hook or module path that a model with this config cannot have.
@@ -139,6 +149,7 @@ def peek_model(
             d_mlp=int(d_mlp),
             d_heads=heads * d_head,
             d_key_value=_key_value_heads(config) * d_head,
+            d_head=d_head,
             vocab_size=int(config.vocab_size),
             n_ctx=int(n_ctx) if n_ctx else None,
             family=family_of(config),

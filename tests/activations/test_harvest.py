@@ -75,6 +75,18 @@ def test_columns_locate_each_row_in_its_document(tiny_cache, tiny_text):
         assert len(cache.held_out[cache.ctx == context].unique()) == 1
 
 
+def test_heads_are_stored_with_their_axes_in_format_2(settings):
+    hooks = ("blocks.0.attn.hook_z", HOOK)
+    cache = sb.harvest(**{**settings, "hook": hooks, "dtype": "fp32"})
+    assert cache.manifest["format_version"] == 2 and cache.modality.name == "text"
+    assert cache.sites[hooks[0]].axes == (("head", 4), ("d_head", 8))
+    assert cache.sites[HOOK].axes == (("d", 32),)
+    native = cache.activations(hooks[0], native=True)
+    assert native.shape == (500, 4, 8)
+    found = sb.load_model(settings["model"]).run_to(cache.context_tokens, hooks)[hooks[0]]
+    torch.testing.assert_close(native.flatten(1), found[cache.ctx.long(), cache.pos.long()])
+
+
 def test_keep_first_keeps_position_0(settings):
     cache = sb.harvest(**settings, keep_first=True)
     assert (cache.pos == 0).sum() == cache.n_contexts

@@ -56,6 +56,8 @@ def compared(store: FeatureStore) -> pd.DataFrame:
 def _extent(here: Here, info: dict[str, Any], saes: pd.DataFrame) -> list[Statistic]:
     facts = [("Model", info["model"]), ("Hook", info["hook_name"]), ("Text", info["text"])]
     amounts = [("Tokens", "n_tokens"), ("Contexts", "n_contexts"), ("Documents", "n_documents")]
+    if info.get("modality", "text") != "text":
+        amounts = [("Rows", "n_tokens"), ("Units", "n_contexts")]
     size = int(saes["bytes"].sum())
     tiles = [Statistic(name, str(fact)) for name, fact in facts if fact]
     tiles += [
