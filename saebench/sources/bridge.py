@@ -155,6 +155,12 @@ class BridgePath:
                     "saebench does not; choose another"
                 ) from None
             raise
+        except RuntimeError as error:
+            if "Original component not set" in str(error):  # such as a model without a final norm
+                raise UserError(
+                    f"{self.name} lacks a module that TransformerLens needs ({error}); give another model"
+                ) from None
+            raise
 
     @contextlib.contextmanager
     def _switched_on(self, hooks: Sequence[str]) -> Iterator[None]:

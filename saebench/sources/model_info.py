@@ -12,6 +12,7 @@ from saebench.core.errors import UserError
 from saebench.core.files import sha256_file
 from saebench.sources.base import Axes
 from saebench.sources.families import Family, family_of
+from saebench.sources.family_sites import has_site
 from saebench.sources.hook_names import is_rare, layer_of, unknown_hook
 from saebench.sources.native import parse_site
 from saebench.sources.pretrained import module_paths
@@ -87,14 +88,14 @@ class ModelInfo:
                 f"--site {hook} is beyond the {self.n_layers} layers of {self.name}; "
                 f"give a hook in blocks.0 to blocks.{self.n_layers - 1}"
             )
-        if self.family is not None and isinstance(reason := self.family.has(hook), str):
+        if self.family is not None and isinstance(reason := has_site(self.family, hook), str):
             raise UserError(f"--site {hook} is not a hook of {self.name}: {reason}")
         if hook not in usual and not is_rare(hook) and not self._has_module(hook):
             raise UserError(unknown_hook(hook, list(usual), self.name))
 
     def path_of(self, hook: str) -> Literal["native", "bridge"]:
         """What `Model.path_of` says of a hook that the model has, known before it is loaded."""
-        in_table = self.family is not None and self.family.has(hook) is True
+        in_table = self.family is not None and has_site(self.family, hook) is True
         return "native" if in_table or self._has_module(hook) else "bridge"
 
     def _has_module(self, hook: str) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from saebench.core.errors import UserError
 from saebench.sources.bridge import BridgePath, load_bridge, share_with_bridge
-from saebench.sources.families import EXPERTS
+from saebench.sources.dispatch import Dispatcher, PathName
 from saebench.sources.gradients import contexts_at_once, gradients_of, summed_cross_entropy
-from saebench.sources.hook_names import is_residual, layer_of, unknown_hook
+from saebench.sources.hook_names import is_residual, layer_of
 from saebench.sources.model_info import ModelInfo, fetch_weights, peek_model
 from saebench.sources.native import EditFunction
 from saebench.sources.native_path import NativePath
@@ -32,8 +32,6 @@ from saebench.sources.unembedding import Readout, bridge_readout, native_readout
 __all__ = ["Model", "ModelInfo", "load_model", "peek_model"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-PathName = Literal["native", "bridge"]
 
 
 class Model:
@@ -51,8 +49,7 @@ class Model:
         self.tokens = tokens
         self._native = native
         self._bridge_path = bridge
-        self._main = bridge if info.family is None else native
-        self._paths: dict[str, PathName] = {}
+        self._dispatcher = Dispatcher(info, native, bridge)
 
     @property
     def name(self) -> str:
@@ -95,7 +92,7 @@ class Model:
 
     def hook_names(self) -> list[str]:
         """All TransformerLens names that the model has."""
-        return list(dict.fromkeys([*self._native.names(), *self._bridge_path.names()]))
+        return self._dispatcher.hook_names()
 
     def check_hook(self, hook: str) -> None:
         """Raise a UserError, with the nearest names, when the model has no such hook."""
@@ -107,19 +104,7 @@ class Model:
         Raises:
             UserError: a hook that the model does not have.
         """
-        if hook not in self._paths:
-            self.info.check_hook(hook)
-            if self._native.site(hook) is not None:
-                self._paths[hook] = "native"
-            elif reason := self._native.why_not(hook):
-                raise UserError(f"--site {hook} is not a hook of {self.name}: {reason}")
-            elif hook in self._bridge_path.names():
-                if self._bridge_path.is_stand_in(hook):
-                    raise UserError(f"--site {hook} is not a hook of {self.name}: {EXPERTS}")
-                self._paths[hook] = "bridge"
-            else:
-                raise UserError(unknown_hook(hook, self.hook_names(), self.name))
-        return self._paths[hook]
+        return self._dispatcher.path_of(hook)
 
     def hook_dim(self, hook: str) -> int:
         """Width of the activations at ``hook``, measured by running the model on two tokens."""
@@ -127,6 +112,7 @@ class Model:
 
     def residual_hook(self, hook: str) -> bool:
         """True when ``hook`` is the residual stream, or what is added to it: what the unembedding reads."""
+        hook = self._native.hook_name(hook)
         if self.info.family is not None and self.info.family.post_norm:  # later blocks normalize the stream
             return hook.endswith("hook_resid_post") and layer_of(hook) == self.n_layers - 1
         return is_residual(hook)
@@ -140,7 +126,7 @@ class Model:
         """
         found: dict[str, Tensor] = {}
         with self._on_device(tokens_BT) as tokens_BT:
-            for path, own in self._by_path(hooks):
+            for path, own in self._dispatcher.by_path(hooks):
                 found |= path.read(tokens_BT, own)
         return {hook: self._per_token(hook, found.get(hook), tokens_BT) for hook in hooks}
 
@@ -160,7 +146,7 @@ class Model:
 
         edits = {hook: flat(function) for hook, function in (edit or {}).items()}
         with self._on_device(tokens_BT) as tokens_BT:
-            return self._path_for(list(edits)).logits(tokens_BT, edits)
+            return self._dispatcher.path_for(list(edits)).logits(tokens_BT, edits)
 
     @torch.no_grad()
     def variants(self, tokens_1T: Tensor, hook: str, x_FTD: Tensor) -> Tensor:
@@ -169,7 +155,7 @@ class Model:
         At a residual stream hook between blocks the model runs once up to the hook, and F times after it.
         """
         with self._on_device(tokens_1T) as tokens_1T:
-            logits_FTV = self._path_for([hook]).variants(tokens_1T, hook, x_FTD)
+            logits_FTV = self._dispatcher.path_for([hook]).variants(tokens_1T, hook, x_FTD)
         if logits_FTV is not None:
             return logits_FTV
         return self.logits(tokens_1T.expand(len(x_FTD), -1), edit={hook: lambda _: x_FTD})
@@ -221,7 +207,7 @@ class Model:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         activations: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
-        for path, own in self._by_path(hooks):
+        for path, own in self._dispatcher.by_path(hooks):
             with torch.enable_grad(), self._on_device(tokens_BT) as moved_BT:
                 logits_BTV, found = path.tracked_logits(moved_BT, own)
                 activations |= {hook: self._per_token(hook, found.get(hook), tokens_BT) for hook in own}
@@ -238,29 +224,6 @@ class Model:
             {hook: activations[hook].detach() for hook in hooks},
             {hook: _flat(gradients[hook], tokens_BT) for hook in hooks},
         )
-
-    def _by_path(self, hooks: Sequence[str]) -> Iterator[tuple[NativePath | BridgePath, list[str]]]:
-        names = {hook: self.path_of(hook) for hook in hooks}
-        paths: dict[PathName, NativePath | BridgePath] = {"native": self._native, "bridge": self._bridge_path}
-        for name, path in paths.items():
-            if own := [hook for hook in hooks if names[hook] == name]:
-                yield path, own
-
-    def _path_for(self, hooks: Sequence[str]) -> NativePath | BridgePath:
-        """The path on which all of ``hooks`` can be replaced in one forward pass."""
-        used = {hook: self.path_of(hook) for hook in hooks}
-        if not used:
-            return self._main
-        if "bridge" not in used.values():
-            return self._native
-        for hook in hooks:
-            if used[hook] == "native" and hook not in self._bridge_path.names():
-                other = next(name for name in hooks if used[name] == "bridge")
-                raise UserError(
-                    f"{hook} and {other} cannot be replaced in one forward pass: only TransformerLens has "
-                    "the second, and it lacks the first; replace one of them"
-                )
-        return self._bridge_path
 
     def _per_token(self, hook: str, value: Tensor | None, tokens_BT: Tensor) -> Tensor:
         """The value at ``hook`` as [B, T, D]; raises a UserError when it is not one vector per token."""

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from saebench.sources.families import Family, FamilySites
+from saebench.sources.families import Family
+from saebench.sources.family_sites import FamilySites
 from saebench.sources.hook_names import is_between_blocks
 from saebench.sources.native import EditFunction, ModuleSites, Site, parse_site
 
@@ -67,6 +68,13 @@ class NativePath:
     def _paths(self) -> frozenset[str]:
         return frozenset(path for path, _ in self.module.named_modules() if path)
 
+    def hook_name(self, hook: str) -> str:
+        """The TransformerLens name of a module path where it has one; otherwise ``hook`` itself."""
+        if self._sites is None or self._sites.get(hook) is not None:
+            return hook
+        site = self.site(hook)
+        return (self._sites.name_of(site) if site else None) or hook
+
     def read(self, tokens_BT: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
         """The value at each hook; modules after the last one needed are not computed."""
         return self._at(hooks).read(lambda: self._run(tokens_BT))
@@ -78,7 +86,7 @@ class NativePath:
 
     def variants(self, tokens_1T: Tensor, hook: str, x_FTD: Tensor) -> Tensor | None:
         """Logits [F, T, V] with one pass up to the hook; None where the model cannot branch at it."""
-        if not is_between_blocks(hook) or self.family is None or self.family.alibi:
+        if not is_between_blocks(self.hook_name(hook)) or self.family is None or self.family.alibi:
             return None
         return self.logits(tokens_1T, {hook: lambda _: x_FTD})
 

@@ -92,6 +92,7 @@ def test_a_site_may_be_named_by_module_path(model, tokens_BT):
     _, gradients = model.gradients(tokens_BT, torch.tensor([9, 9]), list(found))
     for path, hook in pairs.items():
         peek_model(str(model.info.folder)).check_hook(path)
+        assert model.residual_hook(path) == model.residual_hook(hook)
         assert model.path_of(path) == "native"
         assert torch.equal(found[path], found[hook]) and torch.equal(gradients[path], gradients[hook])
         zeroed = model.logits(tokens_BT, edit={path: torch.zeros_like})
