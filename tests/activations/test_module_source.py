@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,52 @@ def test_resume_gives_identical_bytes(
         module.weight += 1
     with pytest.raises(UserError, match="different cache"):
         make(tmp_path / "cache")
+
+
+KILLER = """
+import os, signal, sys
+import torch
+import saebench as sb
+torch.set_num_threads(1)
+torch.manual_seed(0)
+module = torch.nn.Linear(4, 3)
+batches = [torch.randn(3_000, 5, 4) for _ in range(6)]
+
+def attempt(out, kill_at=None):
+    pid = os.fork()
+    if pid == 0:
+        real, count = os.replace, [0]
+        def replace(*paths):
+            count[0] += 1
+            if count[0] == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(*paths)
+        os.replace = replace
+        source = sb.ModuleSource(module, [""], batches, columns=lambda batch: {"n": range(len(batch))})
+        sb.harvest(source=source, out=out, shard_rows=32_768, quiet=True)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+whole, killed = sys.argv[1:]
+assert attempt(whole) == 0
+for kill_at in (2, 5, 6, 9, 8):
+    assert attempt(killed, kill_at) == signal.SIGKILL, kill_at
+assert attempt(killed) == 0
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_harvest_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    command = [sys.executable, "-c", KILLER, *map(str, folders)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    whole, killed = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in folders
+    )
+    assert whole == killed
+    sb.open_cache(folders[1]).verify()
 
 
 def numbers(n: int, **_: Any) -> Callable[[Any], dict[str, Any]]:
