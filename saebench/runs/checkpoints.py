@@ -9,7 +9,6 @@ from saebench.core.errors import UserError
 from saebench.core.settings import from_flat
 from saebench.runs.layout import CHECKPOINT_FOLDER, RUN_FILE, read_run
 from saebench.saes.registry import architecture
-from saebench.saes.scales import Scales
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +52,7 @@ def load_checkpoint_sae(file: Path, *, device: str | torch.device = "cpu") -> SA
         UserError: the file is not a checkpoint of a run, or it is damaged.
     """
     from saebench.core.tensors import check_tensors, read_safetensors
+    from saebench.saes.scales import Scales
 
     run = run_of(file)
     facts = read_run(run)
