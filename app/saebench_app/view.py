@@ -48,6 +48,7 @@ RANGES = {
     "similarity": "dec_max_cos",
     "loss_effect": "loss_effect",
     "score": "explanation_score",
+    "norm_share": "norm_share",
 }
 """Field -> the column of the feature table that it bounds as it is."""
 SEARCHED = ("top_token", "explanation")
@@ -71,9 +72,12 @@ class View(Query):
     similarity: Range | None = parameter(None, Bounds())
     loss_effect: Range | None = parameter(None, Bounds(), name="effect")
     score: Range | None = parameter(None, Bounds())
+    norm_share: Range | None = parameter(None, Bounds(), name="norm")
+    """Bounds on the share of a crosscoder's last site in the decoder norm."""
     dead: Shown = parameter("any", Choice(SHOWN))
     dense: Shown = parameter("any", Choice(SHOWN))
     explained: Shown = parameter("any", Choice(SHOWN))
+    exclusive: Shown = parameter("any", Choice(SHOWN))
     bookmarked: bool = parameter(False, Flag())
     labeled: bool = parameter(False, Flag(), old=["labelled"])
     list: str = parameter("", Text())
@@ -164,7 +168,7 @@ class View(Query):
         for name, column in RANGES.items():
             if (chosen := getattr(self, name)) is not None:
                 ranges[column] = chosen
-        wanted = {"dead": self.dead, "dense": self.dense, "explained": self.explained}
+        wanted = {name: getattr(self, name) for name in ("dead", "dense", "explained", "exclusive")}
         flags = {name: shown == "only" for name, shown in wanted.items() if shown != "any"}
         words = {"regex" if self.regex else "text": self.text, "search": SEARCHED} if self.text else {}
         return {"ranges": ranges or None, "flags": flags or None, "among": self.among or None, **words}

@@ -259,6 +259,8 @@ def write_sae(
         "seed": options.seed,
         **sites_meta(sae, options.hook),
     }
+    if len(cache.models) > 1:
+        meta["models"] = [model["name"] for model in cache.models]
     if sae.spec.is_crosscoder:
         meta["site_std"] = site_std(cache, read_sites(sae, options.hook))
     if job.logit_site is not None and len(sae.spec.targets) > 1:

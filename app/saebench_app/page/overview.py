@@ -18,6 +18,7 @@ from saebench_app.components.statistics import Statistic, statistics
 from saebench_app.components.table import Cell, Heading, table
 from saebench_app.components.working import working
 from saebench_app.session import Here, open_session_store
+from saebench_app.sites import reads, writes
 from saebench_app.view import View
 from saebench_app.work import Task, found
 
@@ -54,7 +55,13 @@ def compared(store: FeatureStore) -> pd.DataFrame:
 
 
 def _extent(here: Here, info: dict[str, Any], saes: pd.DataFrame) -> list[Statistic]:
-    facts = [("Model", info["model"]), ("Hook", info["hook_name"]), ("Text", info["text"])]
+    sites = [("Hook", info["hook_name"])]
+    if info["sites"] != info["targets"]:
+        sites = [("Reads", reads(info)), ("Writes", writes(info))]
+    elif len(info["sites"]) > 1:
+        sites = [("Sites", reads(info))]
+    model = " and ".join(info.get("models", [])) or info["model"]
+    facts = [("Model", model), *sites, ("Text", info["text"])]
     amounts = [("Tokens", "n_tokens"), ("Contexts", "n_contexts"), ("Documents", "n_documents")]
     if info.get("modality", "text") != "text":
         amounts = [("Rows", "n_tokens"), ("Units", "n_contexts")]
@@ -77,6 +84,7 @@ def _extent(here: Here, info: dict[str, Any], saes: pd.DataFrame) -> list[Statis
 HEADINGS = [
     Heading("name", align="left"),
     Heading("architecture", align="left"),
+    Heading("site", align="left", help="what it reads, and what it reconstructs if that is something else"),
     Heading("features"),
     Heading("k"),
     Heading("L0", help="active latents per token of the indexed text"),
@@ -104,6 +112,7 @@ def _row(here: Here, row: dict[str, Any]) -> list[Cell]:
     return [
         Cell(row["name"], href=View(sae=row["name"]).url("features")),
         Cell(row["sae"]),
+        Cell(row["reads"] if row["reads"] == row["writes"] else f"{row['reads']} → {row['writes']}"),
         Cell(count(row["d_sae"]), exact=row["d_sae"]),
         Cell(count(row["k"])),
         Cell(number(row["l0"]), exact=_exact(row["l0"])),

@@ -32,7 +32,8 @@ class SaeReader:
         (table -> why it is absent, one sentence), sae_hash, cache_hash, generation, sites and targets (what
         is read and what is reconstructed, lists of {name, width}; for an SAE both are its hook), skip
         (whether a transcoder has a skip connection). hook_name is the first site. A crosscoder also has
-        site_std, the standard deviation of the rows of each site.
+        site_std, the standard deviation of the rows of each site. If the cache has several models, models
+        are their names: site '1:S' is S of the second.
 
         >>> store.info()["sae"]
         'topk'

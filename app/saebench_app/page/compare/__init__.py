@@ -1,4 +1,7 @@
-"""Compare: two SAEs of the store side by side, the features they share, and a pair of features."""
+"""Compare: two SAEs of the store side by side, the features they share, and a pair of features.
+
+A crosscoder compares what it was trained on: which of its features several sites or models share.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from saebench_app.components.table import Cell, Heading, table
 from saebench_app.components.working import working
 from saebench_app.page.compare.comparison import SIDES, THRESHOLD, WAYS, Comparison, frames_of, match_task
 from saebench_app.page.compare.pair import pair, pick
+from saebench_app.page.compare.sites import show_sites
 from saebench_app.page.overview import compared
 from saebench_app.session import Here, open_session_store
 from saebench_app.work import Found, found
@@ -48,6 +52,11 @@ SHARES = ("dead", "dense", "median_density")
 def show(here: Here) -> None:
     st.title("Compare")
     saes = here.store.saes
+    crosscoder = here.store.has("crosscoder")
+    if crosscoder:
+        show_sites(here)
+    if len(saes) < 2 and crosscoder:
+        return
     if len(saes) < 2:
         notice(
             f"The store has one SAE. A second one, of another seed, width or architecture, is added with "

@@ -17,6 +17,7 @@ from saebench_app.page.feature.panels import (
     show_similar,
     show_tokens,
 )
+from saebench_app.page.feature.sites import show_sites, site_tiles
 from saebench_app.session import Here
 
 __all__ = ["PATH", "SECTION", "TITLE", "show"]
@@ -34,13 +35,14 @@ def show(here: Here) -> None:
     show_header(here, row)
     show_lead(here, row)
     notes(here, feature)
-    statistics(tiles(row, here), key="statistics")
+    statistics([*site_tiles(row, here), *tiles(row, here)], key="statistics")
     if "explanations" in here.view.open:
         show_explanations(here, row)
     left, right = st.columns([11, 9], gap="medium")
     with left:
         show_examples(here, row)
     with right:
+        show_sites(here, row)
         show_histogram(here, row)
         show_logits(here, feature)
         show_tokens(here, row)

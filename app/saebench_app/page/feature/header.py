@@ -150,5 +150,6 @@ def tiles(row: dict[str, Any], here: Here) -> list[Statistic]:
             )
         )
     cosine = row["enc_dec_cos"]
-    found.append(Statistic("Enc-dec cosine", number(cosine), "of both directions", cosine))
+    if cosine is not None:
+        found.append(Statistic("Enc-dec cosine", number(cosine), "of both directions", cosine))
     return found

@@ -22,10 +22,15 @@ PILLS: dict[str, tuple[str, object]] = {
     "dense": ("dense", "only"),
     "explained": ("explained", "only"),
     "unexplained": ("explained", "hide"),
+    "exclusive": ("exclusive", "only"),
+    "shared": ("exclusive", "hide"),
     "bookmarked": ("bookmarked", True),
     "labeled": ("labeled", True),
 }
 """Kind of feature -> field of the view, and the value of it that asks for this kind."""
+
+NEEDED = {"explained": "explained", "exclusive": "crosscoder"}
+"""Field of the view -> the table of the store that its pills need."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,17 @@ def find_scales(store: FeatureStore) -> dict[str, Scale]:
                 "Mean change of the model's loss when the feature is ablated, in nats per token.",
             )
         )
+    if "crosscoder" in store.tables:
+        scales.append(
+            Scale(
+                "norm_share",
+                "Norm share",
+                0.0,
+                1.0,
+                "%.2f",
+                "Share of the last site in the decoder norm; with two sites, 0 is the first alone.",
+            )
+        )
     if "explained" in store.tables:
         scales.append(
             Scale(
@@ -145,7 +161,8 @@ def _rounded(top: float) -> float:
 
 def filters(here: Here, scales: Mapping[str, Scale]) -> None:
     view = here.view
-    kinds = [kind for kind in PILLS if PILLS[kind][0] != "explained" or "explained" in here.store.tables]
+    tables = here.store.tables
+    kinds = [kind for kind in PILLS if NEEDED.get(PILLS[kind][0], "feature") in tables]
     shown: dict[str, Any] = {
         "text": view.text,
         "regex": view.regex,
