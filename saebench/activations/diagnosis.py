@@ -33,8 +33,8 @@ from torch import Tensor
 from saebench.core.hashing import hash_random, uniform_below
 
 SAMPLE_ROWS = 65_536
-SAMPLE_VALUES = 2**27
-"""Values of a sample: sites wider than 2,048 have a smaller one."""
+SAMPLE_VALUES = 2**25
+"""Values of a sample: sites wider than 512 have fewer rows in it."""
 QUANTILES = {"min": 0.0, "1%": 0.01, "50%": 0.5, "99%": 0.99, "99.9%": 0.999}
 NORMS = (*QUANTILES, "max")
 TOP_ROWS = 0.001
@@ -43,8 +43,13 @@ HIGHEST_FLOOR = 1e-3
 FEWEST_ROWS = 1000
 """Rows of a sample that an advice on its top rows needs."""
 _CHUNK_VALUES = 2**22
-_BITS = {torch.bfloat16: (7, -126), torch.float16: (10, -14), torch.float32: (23, -126)}
-"""Type -> bits after the leading one, and the smallest exponent of a normal number."""
+_FLOATS = {
+    torch.bfloat16: (7, torch.int16, 0x7F80, -126),
+    torch.float16: (10, torch.int16, 0x7C00, -14),
+    torch.float32: (23, torch.int32, 0x7F800000, -126),
+}
+"""Type -> bits after the leading one; an integer type of its size, and the bits of the exponent in it; the
+smallest exponent of a normal number."""
 
 
 def diagnose(
@@ -103,16 +108,17 @@ def _diagnose_site(x_ND: Tensor, max_norm: float) -> dict[str, Any]:
     index_M = _sample(n, d)
     norm_M = np.empty(len(index_M))
     total_D = torch.zeros(d, dtype=torch.float64)
-    for at, chunk_MD in _sampled(x_ND, index_M):
+    rounding = 0.0
+    for at, stored_MD in _sampled(x_ND, index_M):
+        chunk_MD = stored_MD.float()
         norm_M[at] = _norms(chunk_MD).numpy()
         total_D += chunk_MD.sum(dim=0, dtype=torch.float64)
+        rounding += float((_norms(_ulp(stored_MD)).numpy().astype(np.float64) ** 2).sum()) / 12
     mean_D = (total_D / len(index_M)).float()
     distance_M = np.empty(len(index_M))
     variance_D = torch.zeros(d, dtype=torch.float64)
-    rounding_D = torch.zeros(d, dtype=torch.float64)
-    for at, chunk_MD in _sampled(x_ND, index_M):
-        rounding_D += _squared_ulp(chunk_MD, x_ND.dtype).sum(dim=0, dtype=torch.float64)
-        square_MD = (chunk_MD - mean_D).square_()
+    for at, stored_MD in _sampled(x_ND, index_M):
+        square_MD = (stored_MD.float() - mean_D).square_()
         distance_M[at] = square_MD.sum(dim=1).numpy()
         variance_D += square_MD.sum(dim=0, dtype=torch.float64)
     total = float(variance_D.numpy().sum())
@@ -132,7 +138,7 @@ def _diagnose_site(x_ND: Tensor, max_norm: float) -> dict[str, Any]:
         "top_rows": share(np.sort(distance_M)[-n_top:].sum()),
         "top_dimension": share(by_dimension[0]),
         "top_10_dimensions": share(by_dimension[:10].sum()),
-        "fvu_floor": share(float(rounding_D.numpy().sum()) / 12),
+        "fvu_floor": share(rounding),
     }
 
 
@@ -147,11 +153,11 @@ def _sample(n_rows: int, width: int) -> npt.NDArray[np.int64]:
 
 
 def _sampled(x_ND: Tensor, index_M: npt.NDArray[np.int64]) -> Iterator[tuple[slice, Tensor]]:
-    """Pieces of the sample in float32, and their places in it."""
+    """Pieces of the sample in their stored type, and their places in it."""
     step = max(1, _CHUNK_VALUES // x_ND.shape[1])
     for start in range(0, len(index_M), step):
         at = slice(start, start + step)
-        yield at, x_ND[torch.from_numpy(index_M[at])].float()
+        yield at, x_ND[torch.from_numpy(index_M[at])]
 
 
 def _chunks(x_ND: Tensor) -> Iterator[Tensor]:
@@ -164,12 +170,11 @@ def _norms(x_MD: Tensor) -> Tensor:
     return norm_M
 
 
-def _squared_ulp(x_MD: Tensor, dtype: torch.dtype) -> Tensor:
-    """The squared distance of each value's neighbors in ``dtype``."""
-    bits, smallest = _BITS[dtype]
-    mantissa_MD = torch.frexp(x_MD).mantissa.abs_().clamp_(min=0.5)  # of 0 it is 0
-    power_MD = (x_MD / (2 * mantissa_MD)).square_().clamp_(min=2.0 ** (2 * smallest))
-    return power_MD.mul_(2.0 ** (-2 * bits))
+def _ulp(stored_MD: Tensor) -> Tensor:
+    """The distance of each value's neighbors in its type, in float32."""
+    bits, integer, exponent, smallest = _FLOATS[stored_MD.dtype]
+    power_MD = (stored_MD.view(integer) & exponent).view(stored_MD.dtype).float()
+    return power_MD.clamp_(min=2.0**smallest).mul_(2.0**-bits)
 
 
 def _documents(doc_N: Tensor, held_out_N: Tensor) -> tuple[int, int]:
