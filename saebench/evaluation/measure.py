@@ -94,6 +94,12 @@ def _on_cache(config: EvalConfig, mode: InferenceMode, run: Run, device: torch.d
             f"{config.run} does not record its hook; pass --site, one of {', '.join(cache.hooks)}"
         )
     splice = Splice.of(sae, cache.resolve_hook(hook))
+    if config.model is not None and len(cache.models) > 1:
+        names = " and ".join(str(model["name"]) for model in cache.models)
+        raise UserError(
+            f"{cache.path} has activations of several models, {names}, so no single one can be spliced; "
+            "leave --model out"
+        )
     for site in (*splice.sites, *splice.targets):
         require_width(cache.d_in(site.name), site, cache.path)
     gradients = [cache.gradients(site.name) for site in splice.targets] if mode.needs_gradients else None

@@ -241,7 +241,7 @@ def write_sae(
         "d_sae": sae.d_sae,
         "k": sae.k,
         "hook_name": options.hook,
-        "model": model_name(cache, options.hook),
+        "model": model_name(cache, sae, options.hook),
         "modality": corpus.modality,
         "text": text_name(cache),
         "n_tokens": corpus.n_rows,
@@ -316,11 +316,14 @@ def forecast(sae: SAE, corpus: Corpus, options: Options) -> int:
     )
 
 
-def model_name(cache: ActivationCache, hook: str) -> str | None:
-    """The name of the model or module that ``hook`` of the cache is in; None of an array."""
-    made_from = cache.manifest.get("made_from", {})
-    name: str | None = (cache.model_of(hook) or made_from.get("module") or {}).get("name")
-    return name
+def model_name(cache: ActivationCache, sae: SAE, hook: str) -> str | None:
+    """The names of the models or the module that the sites of the SAE are in; None of an array."""
+    if (module := cache.manifest.get("made_from", {}).get("module")) is not None:
+        return str(module["name"])
+    sites = (*read_sites(sae, hook), *written_sites(sae, hook))
+    models = [cache.model_of(site.name) for site in sites if site.name in cache.hooks]
+    names = dict.fromkeys(str(model["name"]) for model in models if model is not None)
+    return " and ".join(names) or None
 
 
 def text_name(cache: ActivationCache) -> str | None:

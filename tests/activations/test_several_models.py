@@ -72,10 +72,28 @@ def test_sae_on_a_site_of_the_second_model_is_trained_evaluated_and_indexed(sett
     )  # fmt: skip
     assert run.provenance.hook_name == "1:blocks.1.hook_resid_post"
     assert sb.evaluate(run=run, rows="all", quiet=True).explained_variance < 1
+    with pytest.raises(UserError, match="has activations of several models"):
+        sb.evaluate(run=run, rows="all", model="cache", quiet=True)
     with sb.index(run=run, cache=cache, out=out / "store", quiet=True) as store:
         assert store.info()["model"] == settings["model"][1]
         assert store.has("logit") and store.info()["text"] == settings["text"]
         assert store.examples(0)["tokens"].map(len).sum() > 0
+
+
+def test_crosscoder_of_two_models_is_trained_evaluated_and_indexed(settings: dict[str, Any]) -> None:
+    out = settings["out"].parent
+    cache = sb.harvest(**{**settings, "tokens": 3000, "hook": ("blocks.1.hook_resid_post",)})
+    run = sb.train(
+        cache=cache, site=tuple(cache.hooks), crosscoder=True, out=out / "run", d_sae=32, k=4, tokens=3000,
+        batch_size=100, quiet=True,
+    )  # fmt: skip
+    sae = sb.load(run)
+    assert sae.d_in == 48 and [site.name for site in sae.spec.sites] == cache.hooks
+    assert run.provenance.model is None
+    assert sb.evaluate(run=run, rows="all", quiet=True).explained_variance < 1
+    with sb.index(run=run, cache=cache, out=out / "store", quiet=True) as store:
+        assert store.examples(0)["tokens"].map(len).sum() > 0
+        assert store.info()["model"] == " and ".join(settings["model"])
 
 
 def test_models_that_do_not_read_the_same_tokens_are_refused(
