@@ -34,7 +34,7 @@ EQUATION = re.compile(r"\w+(\^\w+)? = ")
 """How a block of a docstring begins whose line breaks matter."""
 
 STAGES = {
-    "Activations": "harvest import_activations open_cache ActivationCache",
+    "Activations": "harvest ModuleSource import_activations open_cache ActivationCache",
     "Training": "train sweep load SAE SparseCodes",
     "Evaluation": "evaluate EvalReport compare",
     "Feature stores": "index open_store FeatureStore export_store explain",
