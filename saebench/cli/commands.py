@@ -333,6 +333,7 @@ def _describe_cache(cache: ActivationCache) -> Result:
         "ctx_len": cache.ctx_len,
         "hash": cache.hash,
         "diagnosis": cache.diagnosis,
+        **({"verified": cache.manifest["verified"]} if "verified" in cache.manifest else {}),
     }
     left_out = cache.manifest.get("left_out", {})
     shown = {

@@ -235,6 +235,7 @@ def test_settings_of_the_other_format_are_refused(
         sb.import_activations(**{**arguments(tmp_path, model, tmp_path / "out", [1]), **change})
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot be memory-mapped")
 def test_killed_import_resumes_to_identical_bytes(
     model: Model, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
