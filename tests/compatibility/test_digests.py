@@ -33,6 +33,7 @@ CHANGED_ON_PURPOSE: dict[str, str] = {
     "answers/signatures.json SAE.project_gradients.*": "now part of the kernels' op adam_step; trainer alone",
     "answers/signatures.json harvest.model": "now a tuple of models, which read the same tokens",
     "answers/signatures.json import_activations.hook": "now a tuple, one name for each array",
+    "answers/signatures.json export_sae.out": "optional: the last of several paths stands for it",
     "answers/store-array.json examples.columns.acts": "an example of an array has the activation of its row",
     "answers/store-array.json examples.columns.pieces": "an example of an array names its row",
 }
