@@ -380,7 +380,12 @@ def _describe_translation(made: Translation) -> Result:
 
 
 def _store_text(info: dict[str, Any]) -> str:
-    lines = pairs({name: info.get(name) for name in STORE_FACTS})
+    from saebench.store.readers.sae import sites_text
+
+    facts = {name: info.get(name) for name in STORE_FACTS}
+    if (sites := sites_text(info)) != info["hook_name"]:
+        facts["sites"] = sites
+    lines = pairs(facts)
     for missing, reason in (info.get("missing") or {}).items():
         lines += f"\nwithout {missing}: {reason}"
     return lines

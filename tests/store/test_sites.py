@@ -9,7 +9,9 @@ import duckdb
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
+import saebench as sb
 from saebench.core.errors import UserError
 from saebench.sources.models import load_model
 from saebench.store import check_store, open_store, publish
@@ -171,3 +173,56 @@ def test_a_cache_without_a_site_is_refused(both, tmp_path, tiny_cache):
             hook=FIRST.name,
         )  # fmt: skip
     assert not (tmp_path / "store").exists()
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory, tiny_model_folder, tiny_text):
+    """``(store, run, cache)`` of a crosscoder of the tiny model and a narrower one."""
+    folder = tmp_path_factory.mktemp("models")
+    other = shutil.copytree(tiny_model_folder, folder / "other")
+    torch.manual_seed(1)
+    GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=400, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+    ).save_pretrained(other)
+    cache = sb.harvest(
+        model=(str(tiny_model_folder), str(other)), text=str(tiny_text), site=FIRST.name, tokens=700, ctx=32,
+        out=folder / "cache", quiet=True,
+    )  # fmt: skip
+    run = sb.train(
+        cache=cache.path, out=folder / "run", crosscoder=True, d_sae=16, k=4, tokens=1000, batch_size=100,
+        quiet=True,
+    )  # fmt: skip
+    return sb.index(run=run.path, cache=cache.path, out=folder / "store", quiet=True), run, cache
+
+
+def test_a_crosscoder_of_two_models_names_them_and_has_no_logits(two_models, tiny_model_folder):
+    store, run, cache = two_models
+    info = store.info()
+    assert [site["name"] for site in info["sites"]] == [f"0:{FIRST.name}", f"1:{FIRST.name}"]
+    assert info["models"][0] == str(tiny_model_folder) and len(info["models"]) == 2
+    assert "several models" in info["missing"]["logit"]
+    assert store.features()["site_cos"].isna().all()
+    found = sb.crosscoder_sites(run.path)
+    last = found[f"share 1:{FIRST.name}"]
+    np.testing.assert_allclose(store.features()["norm_share"], last, rtol=1e-5)
+    exclusive = (found["kind"] != "shared").tolist()
+    assert store.features()["exclusive"].tolist() == exclusive
+    assert check_store(store.path, run=run.path, cache=cache.path) == []
+
+
+@pytest.mark.parametrize("format", ["parquet", "html", "neuronpedia", "delphi"])
+def test_both_sides_are_exported(both, tmp_path, format):
+    for name in both.runs:
+        out = tmp_path / name
+        sb.export_store(store=both.store, out=out, format=format, sae=name, features=("1-3",), quiet=True)
+        if format == "html":
+            [page] = out.iterdir()
+            sides = {
+                "transcoder": f"{READ.name} → {WRITTEN.name}",
+                "crosscoder": f"{FIRST.name}, {LAST.name}",
+            }
+            assert sides[name] in page.read_text("utf-8")
+        if format == "parquet":
+            assert (out / "crosscoder.parquet").exists() == (name == "crosscoder")

@@ -19,6 +19,7 @@ from saebench.core.files import write_bytes_atomic
 from saebench.core.formatting import visible
 from saebench.store.exports.markup import bar, short, table, token
 from saebench.store.exports.style import STYLE
+from saebench.store.readers.sae import sites_text
 from saebench.store.schema import DECILES
 
 if TYPE_CHECKING:
@@ -83,9 +84,10 @@ def page(store: FeatureStore, features: Sequence[int]) -> str:
 
 
 def _header(info: dict[str, Any]) -> str:
+    sites = sites_text(info)
     facts = [
         f"{info['sae']}, {info['d_sae']:,} features, k {info['k']}",
-        f"{info['hook_name']} of {info['model']}" if info["model"] else info["hook_name"],
+        f"{sites} of {info['model']}" if info["model"] else sites,
         f"{info['n_tokens']:,} tokens" + (f" of {info['text']}" if info["text"] else ""),
     ]
     return (

@@ -18,6 +18,12 @@ def with_sites(meta: Mapping[str, Any]) -> dict[str, Any]:
     return {"sites": one, "targets": one, "skip": False, **meta}
 
 
+def sites_text(info: Mapping[str, Any]) -> str:
+    """The sites of `SaeReader.info` in one line: 'A', 'A, B', or 'A → B' for a transcoder."""
+    read, written = (", ".join(site["name"] for site in info[key]) for key in ("sites", "targets"))
+    return read if read == written else f"{read} → {written}"
+
+
 class SaeReader:
     """Owns the tables meta and train_metric."""
 
