@@ -38,10 +38,10 @@ def build_two_sided(folder: Path, model: Path, text: Path) -> TwoSided:
     """``store`` has the SAEs transcoder and crosscoder; their weights are initial, but for planted rows."""
     sites = [site.name for site in (READ, WRITTEN, FIRST, LAST)]
     cache = harvest(
-        model=str(model), text=str(text), hook=sites, tokens=2000, ctx=32, dtype="fp32", shard_rows=32_768,
+        model=str(model), text=str(text), hook=sites, tokens=700, ctx=32, dtype="fp32", shard_rows=32_768,
         out=folder / "cache", quiet=True,
     )  # fmt: skip
-    x, y, first, last = (cache.activations(name)[:1000] for name in sites)
+    x, y, first, last = (cache.activations(name) for name in sites)
     transcoder = TopKSAE(
         TopKSAE.Spec(d_sae=D_SAE, k=K, sites=(READ,), targets=(WRITTEN,), skip=True), READ.width
     )
