@@ -21,7 +21,8 @@ METRICS_FILE = "metrics.jsonl"
 METRICS_CSV_FILE = "metrics.csv"
 SESSIONS_FILE = "sessions.jsonl"
 CHECKPOINT_FOLDER = "checkpoints"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of transcoders and crosscoders; the run of an SAE of one site is written as version 1."""
 _KINDS: dict[str, type] = {"train": dict, "sae": dict, "cache_hash": str}
 """Required values of ``run.json`` and their types."""
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 SPEC_FILE = "sae.json"
 WEIGHTS_FILE = "sae.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of transcoders and crosscoders; an SAE of one site is written as version 1, which earlier readers know."""
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "sae": str,
     "d_in": int,
@@ -44,7 +45,7 @@ def save_sae(sae: SAE, directory: Path, facts: Mapping[str, object]) -> None:
     weights = {name: getattr(sae, name).detach().cpu().contiguous() for name in sae.weight_names}
     write_bytes_atomic(directory / WEIGHTS_FILE, serialize(weights))
     description = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if sae.spec.sites else 1,
         "sae": sae.spec.name,
         "d_in": sae.d_in,
         "spec": to_flat(sae.spec),

@@ -331,7 +331,7 @@ def _facts(
 ) -> dict[str, Any]:
     return {
         **provenance,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if spec.sites else 1,
         "train": {name: v for name, v in to_flat(config).items() if name not in resume.OF_THE_CALL},
         "sae": {"name": spec.name, **to_flat(spec)},
         "d_in": d_in,

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save, save_file
 
 import saebench as sb
@@ -219,3 +220,23 @@ def test_cache_of_units_written_from_the_specification_of_format_2_opens_and_tra
     with sb.index(run=run, cache=cache, out="store", quiet=True) as store:
         shown = store.examples(int(store.features()["n_act"].argmax()), "top")
         assert shown["label"][0].startswith(f"label={shown['ctx'][0] % 7}, size=")
+
+
+def test_transcoder_written_from_the_specification_computes_the_equations(tmp_path: Path) -> None:
+    rng, d_out = np.random.default_rng(2), 5
+    shapes = {"W_enc_MD": (D_SAE, D_IN), "b_enc": (D_SAE,), "W_dec": (D_SAE, d_out), "b_dec": (d_out,)}
+    shapes |= {"b_in": (D_IN,), "W_skip": (d_out, D_IN)}
+    weights = {name: rng.normal(size=shape).astype("<f4") for name, shape in shapes.items()}
+    save_file(weights, tmp_path / "sae.safetensors")
+    spec = {
+        "d_sae": D_SAE, "k": K, "skip": True, "sites": [{"name": "in", "width": D_IN}],
+        "targets": [{"name": "a", "width": 2}, {"name": "b", "width": 3}],
+    }  # fmt: skip
+    description = {"format_version": 2, "sae": "topk", "d_in": D_IN, "spec": spec}
+    (tmp_path / "sae.json").write_text(json.dumps(description))
+    x = rng.normal(size=(20, D_IN)).astype("<f4")
+    a = (x - weights["b_in"]) @ weights["W_enc_MD"].T + weights["b_enc"]
+    z = np.where(np.argsort(np.argsort(-a, axis=1), axis=1) < K, np.maximum(a, 0), 0)
+    y_hat = z @ weights["W_dec"] + weights["b_dec"] + (x - weights["b_in"]) @ weights["W_skip"].T
+    sae = sb.load(tmp_path)
+    np.testing.assert_allclose(sae(torch.from_numpy(x)).detach().numpy(), y_hat, atol=1e-4)
