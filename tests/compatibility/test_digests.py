@@ -31,6 +31,7 @@ CHANGED_ON_PURPOSE: dict[str, str] = {
     "answers/signatures.json SAE.phase.*": "now graph_key; architectures have it for the trainer alone",
     "answers/signatures.json SAE.look_for_dead.*": "now refresh_dead; it is there for the trainer alone",
     "answers/signatures.json SAE.project_gradients.*": "now part of the kernels' op adam_step; trainer alone",
+    "answers/signatures.json train.hook": "now a tuple, for crosscoders; one name is still taken",
     "answers/signatures.json harvest.model": "now a tuple of models, which read the same tokens",
     "answers/signatures.json import_activations.hook": "now a tuple, one name for each array",
     "answers/signatures.json export_sae.out": "optional: the last of several paths stands for it",
