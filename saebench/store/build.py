@@ -276,7 +276,15 @@ def write_sae(
         groups=runs.groups(tables.GROUP_SIZE, tables.GROUP_LATENTS),
         options=options,
         timer=timer,
-        static=static_data(sae, corpus, job.W_U_DV, job.metrics, timer, logit_site=job.logit_site),
+        static=static_data(
+            sae,
+            corpus,
+            job.W_U_DV,
+            job.metrics,
+            timer,
+            logit_site=job.logit_site,
+            site_std=meta.get("site_std"),
+        ),
         context_index=(lambda connection: index_by_context(connection, corpus, runs))
         if options.context_index
         else None,

@@ -25,6 +25,7 @@ from saebench.store.sites import (
     SITES_EXTRA,
     cache_rows,
     check_fit,
+    comparable_rows,
     crosscoder_columns,
     read_sites,
     site_norms,
@@ -80,7 +81,7 @@ def problems(
     Raises:
         UserError: the cache or the model is not the one that the store was made with.
     """
-    yield from _directions(connection, sae)
+    yield from _directions(connection, sae, meta.get("site_std"))
     if "site_std" in meta and tables_of(connection, SITES_EXTRA):
         yield from _site_norms(connection, sae, meta["site_std"])
     if cache is None:
@@ -114,7 +115,9 @@ def is_of(sae: SAE, meta: dict[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def _directions(connection: duckdb.DuckDBPyConnection, sae: SAE) -> Iterator[str]:
+def _directions(
+    connection: duckdb.DuckDBPyConnection, sae: SAE, site_std: list[float] | None
+) -> Iterator[str]:
     W_dec_MD, W_enc_MD = sae.W_dec.detach(), sae.W_enc.detach().T
     expected: dict[str, Any] = directions(W_enc_MD, W_dec_MD) | {"b_enc": sae.b_enc.detach().float().numpy()}
     names = ", ".join(expected)
@@ -124,6 +127,7 @@ def _directions(connection: duckdb.DuckDBPyConnection, sae: SAE) -> Iterator[str
         if len(stored_M) and not np.allclose(stored_M, column_M, rtol=1e-3, atol=1e-4):
             yield f"{name} is not that of the SAE's weights"
     feature_F = _sampled(sae.d_sae)
+    W_enc_MD, W_dec_MD = comparable_rows(sae, site_std)
     for kind, W_MD in (("decoder", W_dec_MD), ("encoder", W_enc_MD)):
         rows = connection.execute(
             "SELECT score, other FROM sae.neighbor WHERE kind = ? AND list_contains(?, feature) ORDER BY "

@@ -207,7 +207,8 @@ LOGIT = _table(
 NEIGHBOR = _table(
     "neighbor", "sae", "kind feature rank",
     ("feature", "UINTEGER", "latent"),
-    ("kind", "UTINYINT", "0: decoder rows, 1: encoder directions, 2: firing together, 3: correlation"),
+    ("kind", "UTINYINT", "0: decoder rows, 1: encoder directions, 2: firing together, 3: correlation. Rows "
+     "of a crosscoder are compared in units of each site's standard deviation"),
     ("rank", "UINTEGER", "rank, nearest first"),
     ("other", "UINTEGER", "the other latent"),
     ("score", "FLOAT", "cosine (kinds 0, 1); tokens on which both fire / either fires (2); correlation of "

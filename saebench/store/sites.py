@@ -91,6 +91,19 @@ def site_std(cache: ActivationCache, sites: Sequence[SiteWidth]) -> list[float]:
     return [1 / unit_scale(cache.activations(site.name)[row_N], site) for site in sites]
 
 
+def comparable_rows(sae: SAE, std: Sequence[float] | None) -> tuple[Tensor, Tensor]:
+    """``(W_enc [M, D], W_dec [M, E])`` whose rows are compared by cosine.
+
+    Those of a crosscoder are in units of each site's standard deviation ``std``, as in its training: else the
+    site with the largest activations would decide alone.
+    """
+    W_enc_MD, W_dec_ME = sae.W_enc.detach().T, sae.W_dec.detach()
+    if std is None:
+        return W_enc_MD, W_dec_ME
+    std_D = sae.columns(std, of=sae.spec.sites)
+    return W_enc_MD * std_D, W_dec_ME / std_D
+
+
 def site_norms(sae: SAE, std: Sequence[float]) -> Tensor:
     """[M, S]: the norm of each latent's decoder row at each site / standard deviation of the site."""
     parts = sae.split(sae.W_dec.detach().float(), of=sae.spec.targets).values()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,7 +27,7 @@ from saebench.store.database import insert, insert_meta, new_database
 from saebench.store.examples import examples
 from saebench.store.geometry import directions, nearest_rows, neighbor_rows
 from saebench.store.logits import logit_rows
-from saebench.store.sites import written_part
+from saebench.store.sites import comparable_rows, written_part
 from saebench.store.sorted_spill import Activations, SortedSpill
 from saebench.store.statistics import (
     activation_statistics,
@@ -202,10 +202,12 @@ def static_data(
     timer: TableTimer | None = None,
     *,
     logit_site: str | None = None,
+    site_std: Sequence[float] | None = None,
 ) -> StaticData:
     """Data from the SAE's weights, the model's unembedding [width, V] and the run's metrics.jsonl.
 
-    ``logit_site`` is the one of several targets that the unembedding reads.
+    ``logit_site`` is the one of several targets that the unembedding reads; ``site_std`` has the standard
+    deviation of each site of a crosscoder.
     """
     timer = timer or TableTimer()
     W_dec_MD, W_enc_MD = sae.W_dec.detach(), sae.W_enc.detach().T
@@ -214,8 +216,9 @@ def static_data(
     columns |= directions(W_enc_MD, W_dec_MD)
     columns["b_enc"] = sae.b_enc.detach().float().cpu().numpy()
     tables = []
+    enc_MD, dec_MD = comparable_rows(sae, site_std)
     with timer.on("neighbor (directions)"):
-        for kind, W_MD in (("decoder", W_dec_MD), ("encoder", W_enc_MD)):
+        for kind, W_MD in (("decoder", dec_MD), ("encoder", enc_MD)):
             other_MJ, cosine_MJ = nearest_rows(W_MD)
             tables.append((schema.NEIGHBOR, neighbor_rows(kind, other_MJ, cosine_MJ)))
             if kind == "decoder" and other_MJ.shape[1]:

@@ -109,6 +109,15 @@ def test_norm_shares_are_in_units_of_each_sites_standard_deviation(both):
     assert frame["main_site"].isna()[NOTHING] and not frame["exclusive"][NOTHING]
 
 
+def test_neighbors_of_a_crosscoder_are_in_units_of_each_site(both):
+    with open_store(both.store, "crosscoder") as store:
+        std = torch.tensor(store.info()["site_std"]).repeat_interleave(32)
+        rows_MD = torch.nn.functional.normalize(both.sae("crosscoder").W_dec.detach() / std)
+        near = store.neighbors(7)
+    cosine_M = (rows_MD @ rows_MD[7]).index_fill(0, torch.tensor([7]), -2)
+    np.testing.assert_allclose(near["cosine"], cosine_M.topk(len(near)).values, atol=1e-5)
+
+
 def test_check_of_intact_store_against_runs_cache_and_model_finds_nothing(both):
     assert check_store(both.store) == []
     for run in both.runs.values():
