@@ -46,6 +46,10 @@ class MadeUpCache:
     def d_in(self, hook: str | None = None) -> int:
         return self._d_in
 
+    @property
+    def models(self) -> list[dict[str, str]]:
+        return []
+
     def model_of(self, hook: str | None = None) -> None:
         return None
 
