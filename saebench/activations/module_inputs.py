@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from saebench.core.errors import UserError
 
 RESERVED_COLUMNS = ("held_out", "keep")
 """Columns with a meaning of their own, which are not stored under their names."""
+POSITION = "pos"
+"""The name of an axis whose places are rows of their own."""
 WHOLE_MODULE = "module"
 """The name of the site that is the output or input of the module itself, whose path is empty."""
 
@@ -31,6 +34,8 @@ def expand_sites(module: nn.Module, given: Sequence[str], name: str) -> dict[str
     paths = [path for path, _ in module.named_modules()]
     found: dict[str, tuple[str, str]] = {}
     for pattern in given:
+        if not isinstance(pattern, str):
+            raise UserError(f"the site {pattern!r} of {name} is not text; give paths such as {paths[-1]!r}")
         path, colon, which = pattern.partition(":")
         matches = [known for known in paths if bool(known) == bool(path) and _pattern(path).fullmatch(known)]
         if not matches:
@@ -56,6 +61,20 @@ def _pattern(path: str) -> re.Pattern[str]:
     return re.compile("[^.]*".join(map(re.escape, path.split("*"))))
 
 
+def check_axes(axes: Mapping[str, Sequence[str]], given: Sequence[str]) -> None:
+    """Raise a UserError unless ``axes`` names the axes of sites in ``given``, each axis by its own name."""
+    if unknown := set(axes) - set(given):
+        raise UserError(f"axes names {min(unknown)!r}, which is not in sites ({', '.join(given)})")
+    for site, names in axes.items():
+        plain = not isinstance(names, str) and all(isinstance(n, str) and is_plain_name(n) for n in names)
+        others = [name for name in names if name != POSITION]
+        if not plain or len(set(others)) != len(others):
+            raise UserError(
+                f"axes of {site!r} is {names!r}; give a tuple with one name for each axis after the first, "
+                "such as ('pos', 'head', 'd_head'), and no name twice but 'pos'"
+            )
+
+
 def run_module(module: Any, batch: Any) -> object:
     """The default ``forward``: a tensor is the argument, a mapping has the keyword arguments."""
     if isinstance(batch, Tensor):
@@ -69,16 +88,19 @@ def run_module(module: Any, batch: Any) -> object:
 
 
 def move(batch: Any, device: torch.device) -> Any:
-    """``batch`` with the tensors in it on ``device``."""
+    """A copy of ``batch`` with its tensors on ``device``: a module may change what it is given in place."""
     if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, dict):
-        return {name: move(value, device) for name, value in batch.items()}
-    if isinstance(batch, Mapping):  # BatchEncoding of transformers, which cannot be made of a dict alone
-        to = getattr(batch, "to", None)
-        return batch if to is None else to(device)
-    if isinstance(batch, list | tuple) and not hasattr(batch, "_fields"):
-        return type(batch)(move(value, device) for value in batch)
+        return batch.to(device, copy=True)
+    if isinstance(batch, np.ndarray):
+        return batch.copy()
+    if isinstance(batch, MutableMapping):  # a dict, or BatchEncoding of transformers
+        moved = copy.copy(batch)
+        for name, value in batch.items():
+            moved[name] = move(value, device)
+        return moved
+    if isinstance(batch, list | tuple):
+        items = [move(value, device) for value in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     return batch
 
 
@@ -186,6 +208,12 @@ def read_columns(
     return kinds, values
 
 
+def _range(column: Tensor) -> tuple[int, ...]:
+    """The smallest and the largest of integers [n]; torch has neither of unsigned ones."""
+    array = column.numpy()
+    return (int(array.min()), int(array.max())) if len(array) else ()
+
+
 def _plain_column(name: str, value: Any) -> tuple[Tensor, str]:
     """The values [n] as a tensor, and the type to store them in."""
     try:
@@ -204,6 +232,6 @@ def _plain_column(name: str, value: Any) -> tuple[Tensor, str]:
         return column.to(torch.float32), "fp32"
     if column.is_complex():
         raise UserError(f"the column {name} holds complex numbers; give integers, floats or booleans")
-    if len(column) and (column.min() < -(2**31) or column.max() >= 2**31):
+    if any(not -(2**31) <= number < 2**31 for number in _range(column)):
         raise UserError(f"the column {name} holds numbers beyond 32 bits; give smaller ones, or floats")
     return column.to(torch.int32), "int32"

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from saebench.activations.manifest import HOOK_PREFIX, ROW_PREFIX, UNIT_PREFIX
 from saebench.activations.module_inputs import (
+    POSITION,
     RESERVED_COLUMNS,
     UserColumn,
     batch_hash,
+    check_axes,
     expand_sites,
     move,
     read_columns,
@@ -37,8 +39,6 @@ from saebench.sources.modality import modality as find_modality
 from saebench.sources.native import ModuleSites, parse_site
 from saebench.sources.text import is_held_out
 
-POSITION = "pos"
-"""The name of an axis whose places are rows of their own."""
 _USUAL_AXES = {2: ("d",), 3: (POSITION, "d")}
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -126,11 +126,9 @@ class ModuleSource:
         self._forward: Callable[[Any, Any], object] = forward or run_module
         self._columns = columns
         self._name = name or type(module).__name__
-        given = [sites] if isinstance(sites, str) else list(sites)
+        given = list(sites) if isinstance(sites, Iterable) and not isinstance(sites, str) else [sites]
         found = expand_sites(module, given, self._name)
-        unknown = set(axes or {}) - set(given)
-        if unknown:
-            raise UserError(f"axes names {min(unknown)!r}, which is not in sites ({', '.join(given)})")
+        check_axes(axes or {}, given)
         self._axes = {site: tuple((axes or {}).get(pattern, ())) for site, (_, pattern) in found.items()}
         places = {site: parse_site(path) for site, (path, _) in found.items()}
         self._sites = ModuleSites(module, places, name=self._name)
@@ -150,13 +148,15 @@ class ModuleSource:
         self._layouts: dict[str, _Layout] = {}
         self._columns_of: dict[str, UserColumn] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
+        self._first_hash: str | None = None
 
     def configure(self, config: SourceConfig) -> None:
         """Take the settings of the harvest; called first."""
         self._dtype, self._max_rows, self._shard_rows = str(config.dtype), config.tokens, config.shard_rows
+        self._first_hash = None
 
     def identity(self) -> dict[str, Any]:
-        first = self._first()
+        self._first()
         parameter = next(itertools.chain(self._module.parameters(), self._module.buffers()), None)
         return {
             "module": {
@@ -166,7 +166,7 @@ class ModuleSource:
                 "dtype": None if parameter is None else str(parameter.dtype).removeprefix("torch."),
                 "device": self._device.type,
             },
-            "batches": {"first": batch_hash(first)},
+            "batches": {"first": self._first_hash},
             "settings": {
                 "hook": list(self._axes),
                 "axes": {site: list(names) for site, names in self._axes.items() if names},
@@ -179,13 +179,7 @@ class ModuleSource:
     def prepare(self) -> None:
         """The first batch, run to its end, so that all that is wrong with sites and columns is found."""
         first = self._first()
-        try:
-            values = self._run(first, stop=False)
-        except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise UserError(
-                f"{self._name} cannot run the first batch ({reason}); pass forward, or other batches"
-            ) from error
+        values = self._run(first, 1, stop=False)
         self._layouts = {site: self._layout(site, value) for site, value in values.items()}
         n_units, n_positions = self._size(values)
         if (shapes := signature(first)) is not None:
@@ -214,18 +208,18 @@ class ModuleSource:
 
     def batches(self) -> Iterator[UnitBatch]:
         first_unit, n_rows = 0, 0
-        for batch in self._iterate():
+        for number, batch in enumerate(self._iterate(), 1):
             shapes = signature(batch)
             values: Mapping[str, Tensor] | None = None
             if shapes is None or shapes not in self._sizes:  # only running it tells the number of positions
-                values = self._run(batch)
+                values = self._run(batch, number)
                 size = self._size(values)
                 if shapes is not None:
                     self._sizes[shapes] = size
             else:
                 size = self._sizes[shapes]
             left = None if self._max_rows is None else self._max_rows - n_rows
-            made = self._unit_batch(batch, values, first_unit, size, left)
+            made = self._unit_batch(batch, number, values, first_unit, size, left)
             yield made
             first_unit, n_rows = first_unit + size[0], n_rows + made.n_rows
             if n_rows == self._max_rows:
@@ -254,21 +248,53 @@ class ModuleSource:
         made = self._batches() if callable(self._batches) else self._batches
         if not isinstance(made, Iterable):
             raise UserError(f"batches() is a {type(made).__name__}; it must be an iterable of batches")
-        return iter(made)
+        first = True
+        for batch in made:
+            if first:
+                self._require_same_first(batch_hash(batch))
+            first = False
+            yield batch
+        if first:
+            self._require_same_first(None)
+
+    def _require_same_first(self, found: str | None) -> None:
+        """Keep the hash of the first batch, or check that it is that of the passes before."""
+        if self._first_hash is None:
+            self._first_hash = found
+        elif found != self._first_hash:
+            raise UserError(
+                f"batches of {self._name} begins with {'nothing' if found is None else 'another batch'} in a "
+                "second pass, and each pass must give the same batches; do not shuffle or augment, and let a "
+                "function return a new iterable each time"
+            )
 
     def _first(self) -> Any:
         for batch in self._iterate():
             return batch
         raise UserError(f"batches of {self._name} is empty; give at least one batch")
 
-    def _run(self, batch: Any, *, stop: bool = True) -> dict[str, Tensor]:
-        """The values at the sites, computed in evaluation mode without gradients."""
-        here = move(batch, self._device)
+    def _run(self, batch: Any, number: int, *, stop: bool = True) -> dict[str, Tensor]:
+        """The values at the sites of batch ``number`` (from 1), in evaluation mode and without gradients."""
+
+        def run() -> object:
+            return self._forward(self._module, move(batch, self._device))
+
         with self._running, torch.no_grad(), _evaluating(self._module):
-            return self._sites.read(lambda: self._forward(self._module, here), stop=stop)
+            try:
+                return self._sites.read(run, stop=stop)
+            except (UserError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # of the user's own code
+                which = "the first batch" if number == 1 else f"batch {number}"
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                raise UserError(
+                    f"{self._name} cannot run {which} ({reason}); pass forward, or other batches"
+                ) from error
 
     def _layout(self, site: str, value: Tensor) -> _Layout:
         shape = list(value.shape)
+        if 0 in shape[1:]:
+            raise UserError(f"{site} of {self._name} has shape {shape}, which is empty; choose another site")
         if not value.is_floating_point():
             raise UserError(f"{site} of {self._name} holds {value.dtype}; choose a site with floats")
         names = self._axes[site] or _USUAL_AXES.get(value.ndim)
@@ -314,6 +340,7 @@ class ModuleSource:
     def _unit_batch(
         self,
         batch: Any,
+        number: int,
         values: Mapping[str, Tensor] | None,
         first_unit: int,
         size: tuple[int, int],
@@ -347,14 +374,14 @@ class ModuleSource:
             rows["held_out"] = held_out_B[unit_N.long()]
         keep_N = rows.pop("keep", torch.ones(len(unit_N), dtype=torch.bool)).nonzero()[:, 0][:left]
         rows = {name: column[keep_N] for name, column in rows.items()}
-        return UnitBatch(rows, units, functools.partial(self._activations, batch, values, keep_N))
+        return UnitBatch(rows, units, functools.partial(self._activations, batch, number, values, keep_N))
 
     def _activations(
-        self, batch: Any, values: Mapping[str, Tensor] | None, keep_N: Tensor
+        self, batch: Any, number: int, values: Mapping[str, Tensor] | None, keep_N: Tensor
     ) -> dict[str, Tensor]:
         """Columns [N, D] of the rows ``keep_N``."""
         if values is None:
-            values = self._run(batch)
+            values = self._run(batch, number)
             self._size(values)
         return {
             HOOK_PREFIX + site: self._layouts[site].rows(value)[keep_N.to(value.device)]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BatchEncoding
 
 import saebench as sb
 from saebench.activations.writer import CacheWriter
@@ -236,6 +238,13 @@ def numbers(n: int, **_: Any) -> Callable[[Any], dict[str, Any]]:
         ({"columns": lambda batch: {"held_out": range(8)}}, "it must hold booleans"),
         ({"columns": lambda batch: {"n": [2**40] * 8}}, "beyond 32 bits"),
         ({"columns": lambda batch: [1]}, "columns\\(batch\\) is a list"),
+        ({"columns": lambda batch: {"n": np.full(8, 2**63, "u8")}}, "beyond 32 bits"),
+        ({"sites": [0]}, "the site 0 of Branches is not text"),
+        ({"sites": ["heads"], "axes": {"heads": "pos"}}, "axes of 'heads' is 'pos'; give a tuple"),
+        ({"sites": ["heads"], "axes": {"heads": ("pos", "d", "d")}}, "no name twice but 'pos'"),
+        ({"forward": lambda module, batch: {}["x"]}, r"cannot run the first batch \(KeyError: 'x'\)"),
+        ({"batches": [torch.randn(8, 5, 6), torch.randn(8, 5, 7)]}, "cannot run batch 2 \\(RuntimeError"),
+        ({"batches": lambda: [torch.randn(8, 5, 6)]}, "begins with another batch in a second pass"),
         ({"batches": [torch.full((8, 5, 6), torch.nan)]}, r"hold NaN or infinity \(unit 0, position 0\)"),
     ],
 )
@@ -252,6 +261,8 @@ def test_batches_that_change_their_shape_or_columns_raise_user_error(tmp_path: P
     first, other = torch.randn(4, 3, 6), torch.randn(4, 6)
     with pytest.raises(UserError, match=r"has shape \[4, 6\], but rows of \{'d': 6\} in the first"):
         harvest(sb.ModuleSource(nn.ReLU(), [""], [first, other]), tmp_path / "a")
+    with pytest.raises(UserError, match=r"module of ReLU has shape \[4, 0\], which is empty"):
+        harvest(sb.ModuleSource(nn.ReLU(), [""], [torch.randn(4, 0)]), tmp_path / "a")
     source = sb.ModuleSource(
         nn.ReLU(),
         [""],
@@ -262,6 +273,50 @@ def test_batches_that_change_their_shape_or_columns_raise_user_error(tmp_path: P
         harvest(source, tmp_path / "b")
     with pytest.raises(UserError, match="'model' in the call of harvest with a source is not a setting"):
         sb.harvest(source=source, out=tmp_path / "c", model="demo")
+
+
+def test_a_function_that_returns_the_same_iterator_again_raises_user_error(tmp_path: Path) -> None:
+    for n_batches, found in ((1, "nothing"), (3, "another batch")):
+        once = iter([torch.randn(4, 6) for _ in range(n_batches)])
+        with pytest.raises(UserError, match=f"begins with {found} in a second pass"):
+            harvest(sb.ModuleSource(nn.ReLU(), [""], lambda once=once: once), tmp_path / "cache")
+
+
+class InPlace(nn.Module):
+    """Changes its input in place, whatever holds it."""
+
+    def forward(self, x: Any) -> Tensor:
+        value = x if isinstance(x, Tensor) else x["x"] if isinstance(x, Mapping) else x[0]
+        return torch.as_tensor(value).mul_(2)
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: int
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [lambda x: x, lambda x: {"x": x}, lambda x: BatchEncoding({"x": x}), lambda x: [x], lambda x: Pair(x, 1)],
+)
+def test_a_module_that_changes_its_input_leaves_the_batches_as_they_were(
+    tmp_path: Path, hold: Callable[[Tensor], Any]
+) -> None:
+    given = [torch.randn(4, 6) for _ in range(3)]
+    batches = [hold(x.clone()) for x in given]
+    source = sb.ModuleSource(
+        nn.Sequential(nn.Identity(), InPlace()),
+        ["0:in", "1"] if hold(0) == 0 else ["1"],
+        batches,
+        forward=lambda module, batch: module(batch),
+    )
+    cache = harvest(source, tmp_path / "cache")
+    torch.testing.assert_close(cache.activations("1"), 2 * torch.cat(given))
+    if "0:in" in cache.hooks:
+        assert torch.equal(cache.activations("0:in"), torch.cat(given))
+    for batch, x in zip(batches, given, strict=True):
+        left = batch if isinstance(batch, Tensor) else batch["x"] if isinstance(batch, Mapping) else batch[0]
+        assert torch.equal(left, x)
 
 
 def test_units_of_different_lengths_are_numbered_on(tmp_path: Path) -> None:
