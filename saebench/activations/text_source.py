@@ -94,6 +94,8 @@ def harvest(config: HarvestConfig) -> ActivationCache:
                 f"warning: the text ended after {cache.n_rows:,} of the {config.tokens:,} rows of --tokens",
                 file=sys.stderr,
             )
+        asked = {"excluded_tokens": config.exclude_tokens, REASON: config.max_norm is not None}
+        left_out = {**{what: 0 for what, given in asked.items() if given}, **left_out}
         for what, count in left_out.items():
             print(_LEFT_OUT[what].format(f"{count:,}"), file=sys.stderr)
         warn_of_held_out(cache, "harvest more documents")

@@ -320,6 +320,8 @@ def read_header(path: Path) -> dict[str, Any]:
         tensors: dict[str, Any] = json.loads(text)
         tensors.pop("__metadata__", None)
         end = max(int(tensor["data_offsets"][1]) for tensor in tensors.values())
+        if not all(isinstance(tensor["shape"], list) and tensor["dtype"] for tensor in tensors.values()):
+            raise ValueError("a tensor has no shape or type")
         if path.suffix != ".zst" and path.stat().st_size != 8 + n_bytes + end:
             raise ValueError(f"it has {path.stat().st_size:,} bytes instead of {8 + n_bytes + end:,}")
     except (ValueError, KeyError, TypeError, AttributeError, OSError, struct.error) as error:

@@ -5,6 +5,7 @@ Shapes: B contexts, T positions, D width of a site.
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from saebench.core.errors import UserError
 from saebench.sources.model_info import ModelInfo, fetch_weights
-from saebench.sources.native import ModuleSites, find_module, parse_site
+from saebench.sources.native import ModuleSites, parse_site
 from saebench.sources.pretrained import errors_of_loading
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,20 +25,37 @@ _HEAD = "pooler."
 
 
 def is_encoder(info: ModelInfo) -> bool:
-    """True when config.json names a class that is not a causal language model."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """True when config.json describes a model that is not a causal language model.
 
-    if info.family is not None:
-        return False
+    It names its classes in ``architectures``. Without them the model type decides: one with a masked
+    language model is an encoder unless ``is_decoder`` is set. In a family that is read natively, a class that
+    transformers does not have is taken for a causal language model under another name.
+    """
+    import transformers
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto
+
     config = AutoConfig.from_pretrained(info.folder, local_files_only=True, trust_remote_code=False)
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    return bool(config.architectures) and not causal & set(config.architectures)
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    named = set(config.architectures or ())
+    if info.family is not None:
+        named = {name for name in named if hasattr(transformers, name)}
+    if named or info.family is not None:
+        return bool(named) and not named & set(causal.values())
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    is_decoder = bool(getattr(config, "is_decoder", False))
+    return not is_decoder and (config.model_type in masked or config.model_type not in causal)
 
 
 def check_encoder_site(info: ModelInfo, site: str) -> None:
     """Raise a UserError, with the nearest paths, when the encoder has no module ``site``."""
-    find_module(_skeleton(str(info.folder)), parse_site(site).path, info.name)
+    paths = [path for path, _ in _skeleton(str(info.folder)).named_modules()]
+    if (path := parse_site(site).path) not in paths:
+        near = difflib.get_close_matches(path, paths, n=3) or [paths[len(paths) // 2]]
+        raise UserError(
+            f"--site {site}: {info.name} is not a causal language model, so a site is a module path, "
+            f"and it has no module {path!r}; did you mean {' or '.join(near)}?"
+        )
 
 
 @functools.cache

@@ -50,7 +50,7 @@ def is_rare(hook: str) -> bool:
     return _RARE.fullmatch(hook) is not None
 
 
-def unknown_hook(hook: str, known: list[str], model: str) -> str:
-    """The error sentence for a ``hook`` that ``model`` does not have."""
+def unknown_hook(hook: str, known: list[str], model: str, what: str = "hook") -> str:
+    """The error sentence for a ``hook`` (or module path) that ``model`` does not have."""
     near = difflib.get_close_matches(hook, known, n=3, cutoff=0.5) or [known[0], known[-1]]
-    return f"--site {hook} is not a hook of {model}; did you mean {' or '.join(near)}?"
+    return f"--site {hook} is not a {what} of {model}; did you mean {' or '.join(near)}?"

@@ -91,7 +91,9 @@ class ModelInfo:
         if self.family is not None and isinstance(reason := has_site(self.family, hook), str):
             raise UserError(f"--site {hook} is not a hook of {self.name}: {reason}")
         if hook not in usual and not is_rare(hook) and not self._has_module(hook):
-            raise UserError(unknown_hook(hook, list(usual), self.name))
+            modules = [] if "hook" in hook else sorted(module_paths(str(self.folder)))
+            what = "module" if modules else "hook"
+            raise UserError(unknown_hook(hook, modules or list(usual), self.name, what))
 
     def path_of(self, hook: str) -> Literal["native", "bridge"]:
         """What `Model.path_of` says of a hook that the model has, known before it is loaded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,64 @@ def test_model_that_reads_no_text_is_refused_with_the_way_out(
     for folder, site in (("vit", "layers.0.mlp"), ("t5", "decoder.block.0")):
         with pytest.raises(UserError, match=r"sb\.ModuleSource"):
             harvest(tmp_path / folder, tiny_text, tmp_path / "cache", site=site)
+
+
+@pytest.mark.parametrize("names_its_class", [True, False])
+@pytest.mark.parametrize("kind", ["BertModel", "LlamaModel", "LlamaForSequenceClassification"])
+def test_folders_without_a_causal_head_are_harvested_at_module_paths(
+    tiny_model_folder: Path, tiny_text: Path, tmp_path: Path, kind: str, names_its_class: bool
+) -> None:
+    import transformers
+
+    if kind.startswith("Llama") and not names_its_class:
+        pytest.skip("a Llama whose config names no class is read as a causal language model")
+    folder = tmp_path / "model"
+    model_class = getattr(transformers, kind)
+    torch.manual_seed(0)
+    model = model_class(
+        model_class.config_class(
+            vocab_size=400,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=64,
+            pad_token_id=0,
+        )
+    ).eval()
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(folder)
+    if not names_its_class:
+        config = json.loads((folder / "config.json").read_text())
+        del config["architectures"]
+        (folder / "config.json").write_text(json.dumps(config))
+    site = "encoder.layer.1.output" if kind == "BertModel" else "layers.1.mlp"
+    cache = harvest(folder, tiny_text, tmp_path / "cache", site=site)
+    found = []
+    part = getattr(model, "model", model).get_submodule(site)
+    part.register_forward_hook(lambda _module, _args, out: found.append(out))
+    tokens_1T = cache.context_tokens[:1].long()
+    with torch.no_grad():
+        model(tokens_1T, attention_mask=torch.ones_like(tokens_1T))
+    rows = cache.ctx == 0
+    torch.testing.assert_close(cache.activations()[rows], found[0][0, cache.pos[rows].long()])
+    with pytest.raises(UserError, match="is not a causal language model, so a site is a module path"):
+        harvest(folder, tiny_text, tmp_path / "other", site="blocks.0.hook_resid_post")
+
+
+def test_an_unknown_module_path_names_modules_and_an_unknown_hook_names_hooks(
+    tiny_model_folder: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"is not a module of .*did you mean [a-z_]+\.\S*mlp"):
+        harvest(tiny_model_folder, tiny_text, tmp_path / "cache", site="transformer.h.9.mlp")
+    with pytest.raises(UserError, match=r"is not a hook of .*did you mean blocks\.0\.hook_resid"):
+        harvest(tiny_model_folder, tiny_text, tmp_path / "cache", site="blocks.0.hook_resid_pst")
+
+
+def test_the_number_of_rows_above_max_norm_is_printed_also_when_it_is_0(
+    tiny_model_folder: Path, tiny_text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hook = "blocks.0.hook_resid_post"
+    cache = harvest(tiny_model_folder, tiny_text, tmp_path / "cache", site=hook, max_norm=1e6)
+    assert "left_out" not in cache.manifest
+    assert "0 rows above --max-norm were left out" in capfd.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,11 @@ def test_other_and_damaged_files_are_refused(model: Model, write: Write, tmp_pat
 
     victim.write_bytes(content[:-4])
     refused(r"request-003.safetensors is not a whole safetensors file \(it has")
+    header = json.dumps(
+        {name: {"dtype": "F32", "data_offsets": [0, 0]} for name in ("token_ids", "hidden_states")}
+    )
+    victim.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    refused("is not a whole safetensors file \\('shape'\\)")
     victim.write_bytes(b"nonsense, and more of it")
     refused("is not a whole safetensors file")
     save_file({"weights": torch.zeros(3)}, victim)
