@@ -250,6 +250,7 @@ def test_missing_settings_file_is_refused_with_its_name(capsys: pytest.CaptureFi
     [
         ("tarin", "train"),
         ("train --cache c", "train needs --out; see saebench train --help"),
+        ("train --cache c --out o --target --k 4", "--target needs a value; see saebench train --help"),
         ("eval", "eval needs RUN; see saebench eval --help"),
         ("cache import", "cache import needs SOURCE"),
         ("cache inf x", "saebench cache --help"),

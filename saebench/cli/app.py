@@ -119,7 +119,8 @@ def error_message(error: CycloptsError, argv: Sequence[str]) -> str:
     if isinstance(error, MissingArgumentError) and error.argument is not None:
         missing = error.argument
         name = missing.name if missing.index is None else missing.name.lstrip("-").upper()
-        text = f"{command.removeprefix('saebench ')} needs {name}"
+        given = name.startswith("--") and name in argv
+        text = f"{name} needs a value" if given else f"{command.removeprefix('saebench ')} needs {name}"
     else:
         text = " ".join(str(error).split()).rstrip(" ,.")
     return f"{text}{' See' if text.endswith('?') else '; see'} {command} --help"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def parameters(
             group=group,
             converter=_converter(types[field.name]),
             negative=None if default is True else (),
-            consume_multiple=get_origin(types[field.name]) is tuple,
+            consume_multiple=(1, sys.maxsize) if get_origin(types[field.name]) is tuple else False,
             show_default=False
             if any(default is absent for absent in (None, False, (), inspect.Parameter.empty))
             else _written,

@@ -53,12 +53,14 @@ def begin(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:
     for part in ("train", "sae"):
-        for name, value in new[part].items():
-            before = old.get(part, {}).get(name)
+        begun = old.get(part, {})
+        for name in {**new[part], **begun}:  # settings at their defaults may be left out of either
+            before, value = begun.get(name), new[part].get(name)
             if before != value and name not in _MAY_CHANGE:
                 flag = "--" + name.replace("_", "-")
+                says = "does not name it" if value is None else f"says {value}"
                 raise UserError(
-                    f"{directory} was begun with {flag} {before} and this call says {value}; "
+                    f"{directory} was begun with {flag} {before} and this call {says}; "
                     "resume with the same settings or choose another --out"
                 )
     if old.get("cache_hash") != new["cache_hash"]:

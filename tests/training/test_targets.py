@@ -118,6 +118,16 @@ def test_stopped_and_resumed_a_transcoder_ends_with_the_same_bytes(
         assert torch.equal(getattr(early, weight), getattr(last, weight)), weight
 
 
+def test_resume_without_a_setting_that_the_run_was_begun_with_raises_user_error(of_mlp, tmp_path):
+    long = {**of_mlp, "out": tmp_path / "run"}
+    train(**long, skip=True)
+    with pytest.raises(UserError, match="was begun with --skip True and this call does not"):
+        train(**long, resume=True)
+    with pytest.raises(UserError, match=r"was begun with --target .*'out'.* and this call does not"):
+        train(**{**long, "target": ()}, resume=True)
+    train(**long, skip=True, resume=True)
+
+
 def test_one_sweep_of_transcoders_gives_the_bytes_of_single_trainings(of_mlp, tmp_path, files_of):
     runs = sweep({"sae": ["topk", "mutual-choice", "gradient"]}, **of_mlp | {"out": tmp_path / "runs"})
     for run in runs:
