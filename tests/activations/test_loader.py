@@ -217,7 +217,8 @@ print(most - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_memory_is_bounded_on_a_cache_larger_than_memory(make_cache, tmp_path):
-    """Reads a cache of 256 MiB within 64 MiB, and two batches that the allocator may keep when threads wait."""
+    """Reads a cache of 256 MiB within 64 MiB, and two batches that the allocator may keep while threads
+    wait."""
     cache = make_cache(tmp_path / "cache", torch.zeros(1, 1024).expand(131_072, 1024), dtype="bf16")
     script = [sys.executable, "-c", MEMORY_SCRIPT, str(cache.path)]
     ran = subprocess.run(script, capture_output=True, text=True, cwd=Path(__file__).parents[2])
