@@ -102,21 +102,29 @@ def read_documents(
     for each of which ``on_null`` is called.
 
     Raises:
-        UserError: no such file, data set, split or column; a value of another kind; or no document. A
-            missing file is reported at once, all else while reading.
+        UserError: no such file, data set, split or column; a column or split of a text that has none; a value
+            of another kind; or no document. A missing file is reported at once, all else while reading.
     """
     from saebench.assets import resolve_text
 
     source = resolve_text(name)
     _require_data_set(source, name, config)
     documents: Iterable[Document]
-    files = document_files(source) if isinstance(source, Path) and source.is_dir() else None
+    local = source if isinstance(source, Path) else None
+    files = document_files(local) if local is not None and local.is_dir() else None
+    is_file = local is not None and local.is_file()
+    is_plain = local is not None and is_file and is_plain_text(local)
+    has_columns = name != "sotu" and files is None and not is_plain
+    if column != "text" and not has_columns:
+        raise UserError(f"--text {name} has no columns, but --column is {column!r}; leave --column out")
+    if split != "train" and (is_file or not has_columns):
+        raise UserError(f"--text {name} has no splits, but --split is {split!r}; leave --split out")
     if name == "sotu":
         documents = _shuffled(_labeled_addresses(_rows(source, name, split, config)))
-    elif files is not None:
-        documents = (_whole_file(path, path.relative_to(source).as_posix()) for path in files)
-    elif isinstance(source, Path) and source.is_file() and is_plain_text(source):
-        documents = _cut_at_blank_lines(source)
+    elif local is not None and files is not None:
+        documents = (_whole_file(path, path.relative_to(local).as_posix()) for path in files)
+    elif local is not None and is_plain:
+        documents = _cut_at_blank_lines(local)
     else:
         documents = _documents(_rows(source, name, split, config), name, column, on_null)
     return _non_empty(documents, name)

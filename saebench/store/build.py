@@ -112,11 +112,9 @@ def index(config: IndexConfig) -> FeatureStore:
     hooks = [choose_hook(cache, config.hook, run) for run in runs]
     saes = [run.load(device=pick_device(config.device)) for run in runs]
     for run, sae, hook in zip(runs, saes, hooks, strict=True):
-        if config.hook and len(sae.spec.sites) > 1:
-            several = ", ".join(site.name for site in sae.spec.sites)
-            raise UserError(
-                f"--site is {config.hook}, but {run} reads several sites, {several}; leave it out"
-            )
+        own = [site.name for site in sae.spec.sites]
+        if config.hook and own and own != [config.hook]:
+            raise UserError(f"--site is {config.hook}, but {run} reads {', '.join(own)}; leave --site out")
         check_fit(sae, cache, hook)
         run.warn_of_other_model(cache)
     require_writable(config.out, what="the feature store")

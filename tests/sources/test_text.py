@@ -269,3 +269,27 @@ def test_configuration_of_a_data_set_is_chosen_by_name(tmp_path):
             list(read_documents(str(tmp_path), config=config))
     with pytest.raises(UserError, match="leave --text-config out"):
         read_documents(str(tmp_path / "en" / "train.jsonl"), config="en")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("sotu", {"column": "speech"}),
+        ("sotu", {"split": "test"}),
+        ("plain.txt", {"column": "speech"}),
+        ("plain.txt.gz", {"split": "test"}),
+        ("rows.jsonl", {"split": "test"}),
+        ("folder", {"column": "speech"}),
+    ],
+)
+def test_column_or_split_of_a_text_without_any_is_refused(tmp_path, monkeypatch, name, wrong):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.txt").write_text("some words")
+    (tmp_path / "plain.txt.gz").write_bytes(gzip.compress(b"some words"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "some words"}')
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "one.txt").write_text("some words")
+    flag = next(iter(wrong))
+    with pytest.raises(UserError, match=f"has no {flag}s, but --{flag} is"):
+        list(read_documents(name, **wrong))
+    assert len(list(read_documents(name))) > 0

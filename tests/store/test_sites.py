@@ -177,7 +177,7 @@ def test_rebuilt_store_keeps_both_sides(both, tmp_path):
 def test_a_cache_without_a_site_is_refused(both, tmp_path, tiny_cache):
     with pytest.raises(UserError, match=r"blocks\.0\.mlp\.hook_post.*is what .*transcoder was trained on"):
         index(run=both.runs["transcoder"], cache=tiny_cache.path, out=tmp_path / "store", quiet=True)
-    with pytest.raises(UserError, match="reads several sites"):
+    with pytest.raises(UserError, match="leave --site out"):
         index(
             run=both.runs["crosscoder"], cache=tiny_cache.path, out=tmp_path / "store", quiet=True,
             hook=FIRST.name,
