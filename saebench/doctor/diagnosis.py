@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +26,6 @@ State = Literal["ok", "missing", "broken"]
 SECONDS = 600
 """Time for all imports together, on a slow disk."""
 LITTLE_DISK = 1 << 30
-NOT_MODULES = {"huggingface-hub": "huggingface_hub", "transformer-lens": "transformer_lens"}
 EXTRAS = {
     "triton": ("gpu", "fused kernels on an NVIDIA GPU"),
     "kaleido": ("png", "compare.png"),
@@ -96,7 +96,7 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Look at everything. Packages are imported in a process of their own; nothing that is broken raises."""
     required = _required()
-    modules = {name: NOT_MODULES.get(name, name) for name in required}
+    modules = _modules(required)
     answers = _probe([*(f"import {module}" for module in modules.values()), "devices", "plugins"])
     packages = [_python(), Finding(name="saebench", state="ok", found=saebench.__version__)]
     for name, requirement in required.items():
@@ -133,6 +133,21 @@ def _required() -> dict[str, str]:
         match = re.match(r"([A-Za-z0-9._-]+)([^;]*)", line)
         if match and "extra ==" not in line:
             found[match[1].lower()] = match[2].strip()
+    return found
+
+
+def _modules(required: Iterable[str]) -> dict[str, str]:
+    """Name of each package -> the module to import: pyyaml has yaml, huggingface-hub has huggingface_hub."""
+    of_package: dict[str, list[str]] = {}
+    with contextlib.suppress(Exception):  # damaged metadata
+        for module, packages in metadata.packages_distributions().items():
+            for package in packages:
+                of_package.setdefault(package.lower().replace("_", "-"), []).append(module)
+    found = {}
+    for name in required:
+        usual = name.replace("-", "_").replace(".", "_")
+        public = [module for module in of_package.get(name, []) if not module.startswith("_")]
+        found[name] = usual if usual in public or not public else sorted(public)[0]
     return found
 
 
