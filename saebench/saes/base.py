@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from saebench.core.codes import SparseCodes
+from saebench.core.errors import UserError
 from saebench.saes.files import save_sae
 from saebench.saes.spec import SaeSpec, SiteWidth
 from saebench_kernels import latent_sums, normalize_rows_, sparse_decode, topk_encode
@@ -120,6 +121,8 @@ class SAE(nn.Module):
 
     def __init__(self, spec: SaeSpec, d_in: int) -> None:
         super().__init__()
+        if spec.sites:
+            self.require_two_dictionaries()
         self.spec = spec
         self.d_in = d_in
         self.d_out = sum(site.width for site in spec.targets) or d_in
@@ -140,6 +143,15 @@ class SAE(nn.Module):
             self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in))
             self.weight_names = (*self.weight_names, "W_skip")  # type: ignore[misc]
         self.register_buffer("tokens_since_fired", torch.zeros(spec.d_sae, dtype=torch.int64))
+
+    @classmethod
+    def require_two_dictionaries(cls) -> None:
+        """Raise a UserError if this architecture cannot be a transcoder or crosscoder."""
+        if cls.tied:
+            raise UserError(
+                f"--sae {cls.Spec.name} has one dictionary that is encoder and decoder, so it can neither "
+                "read one site and write another nor join several; train another architecture"
+            )
 
     @property
     def d_sae(self) -> int:

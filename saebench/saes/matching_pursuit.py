@@ -32,7 +32,6 @@ class MatchingPursuitSpec(AuxSpec):
 
     name: ClassVar[str] = "matching-pursuit"
     repeats: ClassVar[bool] = True
-    tied: ClassVar[bool] = True
 
     selection: Literal["signed", "absolute"] = "signed"
     """Pick the largest r . d_i, or the largest |r . d_i| (codes may then be negative)."""

@@ -27,8 +27,6 @@ class SaeSpec(Settings):
     name: ClassVar[str] = ""
     # Whether a token may choose a latent again: then k may exceed d_sae, though not in training.
     repeats: ClassVar[bool] = False
-    # Whether the decoder is also the encoder.
-    tied: ClassVar[bool] = False
 
     d_sae: Annotated[int, AtLeast(1)] = 4096
     """Number of latents."""
@@ -46,11 +44,6 @@ class SaeSpec(Settings):
         super().__post_init__()
         if not self.repeats:
             self._check_k()
-        if (self.sites or self.targets) and self.tied:
-            raise UserError(
-                f"--sae {self.name} has one dictionary that is encoder and decoder, so it can neither read "
-                "one site and write another nor join several; train another architecture"
-            )
 
     @property
     def is_transcoder(self) -> bool:

@@ -303,6 +303,7 @@ def with_sites(spec: SaeSpec, config: TrainConfig, cache: ActivationCache) -> Sa
     """``spec`` with the sites and targets of a transcoder or crosscoder, and their widths in the cache."""
     if not config.target and not config.crosscoder:
         return spec
+    architecture(spec.name).require_two_dictionaries()
     sites = tuple(SiteWidth(name, cache.d_in(name)) for name in site_names(config, cache))
     names = [cache.resolve_hook(name) for name in config.target]
     targets = tuple(SiteWidth(name, cache.d_in(name)) for name in names) or sites

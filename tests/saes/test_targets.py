@@ -172,7 +172,7 @@ def test_a_transcoder_is_saved_and_loaded(name, tmp_path):
 
 def test_a_tied_dictionary_is_refused():
     with pytest.raises(UserError, match="one dictionary that is encoder and decoder"):
-        architecture("matching-pursuit").Spec(d_sae=8, k=2, sites=SITES, targets=TARGETS)
+        make_transcoder("matching-pursuit")
 
 
 def test_gradient_selection_uses_the_gradient_at_the_target():
