@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -73,12 +74,46 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames inside ``path`` durable."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make the entries of ``path`` durable: what was created, renamed or removed in it.
+
+    Nothing happens where the system does not sync directories, or does not let this one be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
     finally:
         os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Create ``path`` and the directories above it, each with a durable entry in its parent.
+
+    The entry of a directory that exists already is synced too: the process that made it may have been killed
+    before it did that.
+    """
+    path = Path(path).absolute()
+    missing = list(itertools.takewhile(lambda folder: not folder.exists(), (path, *path.parents)))
+    for folder in reversed(missing or [path]):
+        folder.mkdir(exist_ok=True)
+        sync_directory(folder.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line durably. Half a line that a killed writer left before it is ended first."""
+    with sentence_for_os_errors(path), open(path, "a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        broken = file.read() not in (b"", b"\n")
+        file.write((b"\n" if broken else b"") + line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(path.parent)
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
@@ -148,7 +183,7 @@ def require_writable(directory: Path, *, what: str) -> None:
     """Create ``directory`` and check that files can be written in it."""
     directory = Path(directory)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
     except (FileExistsError, NotADirectoryError):
         raise UserError(
             f"{what} {directory} cannot be created because a file has that name; choose another --out"

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from saebench.core.errors import UserError
+from saebench.core.files import sha256_file
 
 
-def read_safetensors(file: Path, *, way_out: str) -> dict[str, Tensor]:
+def read_safetensors(file: Path, *, way_out: str, sha256: str | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, by name.
 
     ``way_out`` is the end of the error sentence: what the user can do when the file cannot be read.
+    ``sha256`` is the checksum that the file must have, if one was recorded.
 
     Raises:
-        UserError: the file does not exist or cannot be read.
+        UserError: the file does not exist, cannot be read, or has another checksum.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
+        seen = sha256 and sha256_file(file)
         tensors: dict[str, Tensor] = load_file(file)
     except FileNotFoundError:
         raise UserError(f"{file} does not exist; {way_out}") from None
@@ -29,7 +34,30 @@ def read_safetensors(file: Path, *, way_out: str) -> dict[str, Tensor]:
         raise UserError(f"{file} cannot be read ({error.strerror or error}); {way_out}") from None
     except (SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{file} is damaged or not a safetensors file ({error}); {way_out}") from None
+    if seen != sha256:
+        raise UserError(
+            f"{file} is damaged: its SHA-256 is {str(seen)[:12]}..., but {str(sha256)[:12]}... is recorded; "
+            f"{way_out}"
+        )
     return tensors
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata in the header of a safetensors file that was just read."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return dict(opened.metadata() or {})
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors on the CPU: of the name, type, shape and bytes of each, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], file: Path) -> None:

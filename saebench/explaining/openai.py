@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from saebench.core.errors import UserError
-from saebench.core.files import read_json, sha256_json, write_json_atomic
+from saebench.core.files import make_directory, read_json, sha256_json, write_json_atomic
 from saebench.explaining.provider import Question, Reply
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class OpenAICompatible:
             return Reply("ok", answer["text"], answer["probability"], tokens=answer["tokens"], kept=True)
         reply = await self._attempts(client, body, question.yes_or_no)
         if reply.status == "ok":
-            self._answers.mkdir(parents=True, exist_ok=True)
+            make_directory(self._answers)
             content = {"text": reply.text, "probability": reply.probability, "tokens": reply.tokens}
             write_json_atomic(kept, content)
         return reply

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from saebench.saes.base import SAE
 
 PREFIX = "sae."
+CHECKSUM = "sha256"
+"""Key of a checkpoint's metadata: `saebench.core.tensors.checksum` of all of its tensors."""
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -43,6 +45,26 @@ def run_of(checkpoint: Path) -> Path:
     return run
 
 
+def read_checkpoint(file: Path, *, way_out: str) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, compared with the checksum that versions from 0.2 on write into it.
+
+    ``way_out`` is the end of the error sentence.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    from saebench.core.tensors import checksum, read_metadata, read_safetensors
+
+    tensors = read_safetensors(file, way_out=way_out)
+    expected = read_metadata(file).get(CHECKSUM)
+    if expected is not None and (seen := checksum(tensors)) != expected:
+        raise UserError(
+            f"{file} is damaged: the SHA-256 of its tensors is {seen[:12]}... where {expected[:12]}... "
+            f"was written; {way_out}"
+        )
+    return tensors
+
+
 def load_checkpoint_sae(file: Path, *, device: str | torch.device = "cpu") -> SAE:
     """The SAE of a checkpoint, with the input scale folded into its weights.
 
@@ -51,7 +73,7 @@ def load_checkpoint_sae(file: Path, *, device: str | torch.device = "cpu") -> SA
     Raises:
         UserError: the file is not a checkpoint of a run, or it is damaged.
     """
-    from saebench.core.tensors import check_tensors, read_safetensors
+    from saebench.core.tensors import check_tensors
     from saebench.saes.scales import Scales
 
     run = run_of(file)
@@ -62,7 +84,7 @@ def load_checkpoint_sae(file: Path, *, device: str | torch.device = "cpu") -> SA
     settings = {name: value for name, value in facts["sae"].items() if name != "name"}
     sae_class = architecture(facts["sae"]["name"])
     spec = from_flat(sae_class.Spec, settings, source=str(run / RUN_FILE))
-    tensors = read_safetensors(file, way_out="name another checkpoint")
+    tensors = read_checkpoint(file, way_out="name another checkpoint")
     d_out = sum(site.width for site in spec.targets) or d_in
     shapes = {name: tuple(t.shape) for name, t in Scales.ones(spec).tensors().items()}
     check_tensors(tensors, {f"{PREFIX}W_dec": (spec.d_sae, d_out), **shapes}, file)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
-from saebench.core.files import read_json, write_bytes_atomic, write_json_atomic
+from saebench.core.files import make_directory, read_json, write_bytes_atomic, write_json_atomic
 from saebench.core.settings import from_flat, to_flat
 from saebench.saes.registry import architecture
 
@@ -21,6 +21,8 @@ SPEC_FILE = "sae.json"
 WEIGHTS_FILE = "sae.safetensors"
 FORMAT_VERSION = 2
 """Of transcoders and crosscoders; an SAE of one site is written as version 1, which earlier readers know."""
+WEIGHTS_SHA256 = "weights_sha256"
+"""Key of the checksum of ``sae.safetensors`` in ``sae.json``; versions before 0.2 did not write it."""
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "sae": str,
     "d_in": int,
@@ -30,6 +32,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "imported": (dict, type(None)),
     "contexts": (dict, type(None)),
     "cache_hash": (str, type(None)),
+    WEIGHTS_SHA256: (str, type(None)),
 }
 """Types of the values of a description that are read again."""
 
@@ -41,15 +44,17 @@ def save_sae(sae: SAE, directory: Path, facts: Mapping[str, object]) -> None:
     """
     from safetensors.torch import save as serialize
 
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     weights = {name: getattr(sae, name).detach().cpu().contiguous() for name in sae.weight_names}
-    write_bytes_atomic(directory / WEIGHTS_FILE, serialize(weights))
+    data = serialize(weights)
+    write_bytes_atomic(directory / WEIGHTS_FILE, data)
     description = {
         "format_version": FORMAT_VERSION if sae.spec.sites else 1,
         "sae": sae.spec.name,
         "d_in": sae.d_in,
         "spec": to_flat(sae.spec),
         **facts,
+        WEIGHTS_SHA256: hashlib.sha256(data).hexdigest(),
     }
     write_json_atomic(directory / SPEC_FILE, description)
 
@@ -58,7 +63,8 @@ def load_sae(directory: Path, *, device: str | torch.device = "cpu") -> SAE:
     """The SAE of a folder with ``sae.json`` and ``sae.safetensors``, in evaluation mode.
 
     Raises:
-        UserError: a file is missing or damaged, or its format is newer.
+        UserError: a file is missing or damaged (the weights do not have the checksum that ``sae.json`` says),
+            or its format is newer.
     """
     from saebench.core.tensors import check_tensors, read_safetensors
 
@@ -66,7 +72,9 @@ def load_sae(directory: Path, *, device: str | torch.device = "cpu") -> SAE:
     sae_class, d_in = architecture(description["sae"]), description["d_in"]
     spec = from_flat(sae_class.Spec, description["spec"], source=str(directory / SPEC_FILE))
     file = directory / WEIGHTS_FILE
-    weights = read_safetensors(file, way_out="train it again or restore a copy")
+    weights = read_safetensors(
+        file, way_out="train it again or restore a copy", sha256=description.get(WEIGHTS_SHA256)
+    )
     d_out = sum(site.width for site in spec.targets) or d_in
     check_tensors(weights, {"W_dec": (spec.d_sae, d_out)}, file)  # before memory of that size is taken
     sae: SAE = sae_class(spec, d_in)

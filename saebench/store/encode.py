@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from saebench.core.errors import UserError
-from saebench.core.files import sha256_file, sha256_json
+from saebench.core.files import make_directory, sha256_file, sha256_json
 from saebench.core.journal import Entry, Journal, read_journal
 from saebench.core.progress import progress
 from saebench.saes.spec import SiteWidth
@@ -120,7 +120,7 @@ def _resume(
     steps = _steps(directory, work)
     if steps is None:
         shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir()
+        make_directory(directory)
         steps = []
     journal = Journal(directory / JOURNAL, [{"work": work}, *steps])
     done, spills = steps[-1]["rows"] if steps else 0, []

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saebench.core.files import sentence_for_os_errors, sync_directory
+from saebench.core.files import make_directory, sentence_for_os_errors, sync_directory
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -80,7 +80,7 @@ class SortedSpill:
     """
 
     def __init__(self, directory: Path, d_sae: int, names: Sequence[str] = ()) -> None:
-        directory.mkdir(exist_ok=True)
+        make_directory(directory)
         self.directory = directory
         self.counts_M = np.zeros(d_sae, dtype=np.int64)
         self.n_waiting = 0

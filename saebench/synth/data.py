@@ -16,7 +16,7 @@ from typing import Any
 from saebench.activations.cache import ActivationCache, open_cache
 from saebench.activations.importing import HELD_OUT_SHARE, import_activations
 from saebench.core.errors import UserError
-from saebench.core.files import read_json, require_disk, write_json_atomic
+from saebench.core.files import make_directory, read_json, require_disk, write_json_atomic
 from saebench.evaluation.synthetic import ReadoutWorld, SuperpositionWorld, TreeWorld, World, ZipfWorld
 from saebench.synth.settings import SyntheticData
 
@@ -108,7 +108,7 @@ def claim_directory(data: DataSet, directory: Path) -> None:
                 f"{directory} was made with {name} {_short(before.get(name))}, but this call has "
                 f"{_short(value)}; choose another --out"
             )
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     write_json_atomic(file, description)
 
 
@@ -129,7 +129,7 @@ def make_cache(data: DataSet, directory: Path, *, quiet: bool) -> ActivationCach
     n_rows = math.ceil(data.tokens * HELD_OUT_SHARE / (HELD_OUT_SHARE - 1))
     n_bytes = 4 * n_rows * data.d_in * (1 + with_gradients)
     require_disk(directory, 2 * n_bytes, what=f"the data {data.name} (the array and its cache)")
-    arrays.mkdir(parents=True, exist_ok=True)
+    make_directory(arrays)
     _write_arrays(data, arrays, n_rows, with_gradients)
     made = import_activations(
         source=arrays / "x.npy",

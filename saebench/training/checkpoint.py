@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from saebench.core.files import write_bytes_atomic
-from saebench.core.tensors import check_tensors, read_safetensors
-from saebench.runs.checkpoints import checkpoint_path, checkpoints_of
+from saebench.core.errors import UserError
+from saebench.core.files import make_directory, write_bytes_atomic
+from saebench.core.tensors import check_tensors, checksum
+from saebench.runs.checkpoints import CHECKSUM, checkpoint_path, checkpoints_of, read_checkpoint
 from saebench.saes.base import SAE
 from saebench.saes.scales import Scales
 
@@ -59,16 +61,48 @@ def save_checkpoint(directory: Path, current: SaeInTraining) -> None:
     from safetensors.torch import save as serialize
 
     path = checkpoint_path(directory, current.step)
-    path.parent.mkdir(exist_ok=True)
-    write_bytes_atomic(path, serialize(current.tensors()))
-    for old in checkpoints_of(directory):
-        if old != path:
-            old.unlink()
+    make_directory(path.parent)
+    tensors = current.tensors()
+    write_bytes_atomic(path, serialize(tensors, metadata={CHECKSUM: checksum(tensors)}))
+    keep_only(path)
+
+
+def keep_only(path: Path) -> None:
+    """Delete the other checkpoints of the run of ``path``."""
+    for other in checkpoints_of(path.parent.parent):
+        if other != path:
+            other.unlink()
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
     """The checkpoint of the highest step, if there is one."""
     return max(checkpoints_of(directory), default=None)
+
+
+def restore_latest(directory: Path, current: SaeInTraining) -> bool:
+    """Fill ``current`` from the newest checkpoint that is whole and delete the others; False without any.
+
+    A process that was killed between a checkpoint and the removal of its predecessor leaves two. Then the
+    older one serves if the newer one is damaged: both lead to the same weights.
+
+    Raises:
+        UserError: every checkpoint is damaged or belongs to other shapes; the error is that of the newest.
+    """
+    newest_first = checkpoints_of(directory)[::-1]
+    first_error: UserError | None = None
+    for path in newest_first:
+        try:
+            restore_checkpoint(path, current)
+        except UserError as error:
+            first_error = first_error or error
+            continue
+        if first_error is not None:
+            print(f"warning: {first_error}; going on from the older {path.name}", file=sys.stderr)
+        keep_only(path)
+        return True
+    if first_error is not None:
+        raise first_error
+    return False
 
 
 def restore_checkpoint(path: Path, current: SaeInTraining) -> None:
@@ -77,7 +111,7 @@ def restore_checkpoint(path: Path, current: SaeInTraining) -> None:
     Raises:
         UserError: the file is damaged or belongs to other shapes.
     """
-    tensors = read_safetensors(path, way_out="delete it to start this run again from zero")
+    tensors = read_checkpoint(path, way_out="delete it to start this run again from zero")
     fresh = current.tensors()
     for name in _ADDED_LATER:
         if name in fresh:

@@ -142,6 +142,7 @@ def train_all(plans: Sequence[Plan]) -> list[Run]:
         unfinished = [(config, spec) for config, spec in plans if not Run(config.out).is_finished]
         for config, _ in plans:
             if Run(config.out).is_finished:
+                state.clean_up(config.out)
                 _say(f"{config.out} is finished: {n_steps:,} steps, nothing left to do", common)
         if unfinished:
             sample = _sample(loader)

@@ -7,11 +7,14 @@ import contextlib
 import csv
 import io
 import json
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from saebench.core.errors import UserError
-from saebench.core.files import atomic_file, finite, sentence_for_os_errors, sha256_json
+from saebench.core.files import atomic_file, finite, sentence_for_os_errors, sha256_json, sync_directory
 from saebench.runs.layout import METRICS_CSV_FILE, METRICS_FILE
 from saebench.training.settings import TrainConfig
 
@@ -21,6 +24,9 @@ Metrics = dict[str, float]
 class Sink(Protocol):
     def write(self, metrics: Metrics) -> None:
         """Write the metrics of one step; ``metrics["step"]`` is its number."""
+
+    def sync(self) -> None:
+        """Bring what was written to the disk: a checkpoint follows, which relies on it."""
 
     def close(self) -> None:
         """Finish writing; nothing is written afterwards."""
@@ -32,9 +38,15 @@ def open_sinks(
     """All sinks of a run that continues after ``step`` (0 at the start), closed with ``stack``.
 
     ``facts`` are those of ``run.json``: the same in every call of the run. Lines of later steps, left by a
-    killed process, are removed first.
+    killed process, are removed first. Lines up to ``step`` that are missing give a warning.
     """
-    sinks: list[Sink] = [Jsonl(directory / METRICS_FILE, step), Csv(directory / METRICS_CSV_FILE, step)]
+    logged = {
+        done for done in range(1, step + 1) if done % config.log_every == 0 or done == facts.get("n_steps")
+    }
+    sinks: list[Sink] = [
+        Jsonl(directory / METRICS_FILE, step, logged),
+        Csv(directory / METRICS_CSV_FILE, step, logged),
+    ]
     if config.tensorboard:
         sinks.append(TensorBoard(directory, step))
     if config.wandb is not None:
@@ -44,45 +56,65 @@ def open_sinks(
     return sinks
 
 
-class Jsonl:
-    """One JSON object per line; null for a number that is not finite."""
+class _LinesFile:
+    """A text file of one line per logged step, which continues after ``step``; ``logged`` are the steps up to
+    it that were logged."""
 
-    def __init__(self, path: Path, step: int) -> None:
-        _keep_lines(path, lambda line: int(json.loads(line)["step"]) <= step)
+    def __init__(self, path: Path, step: int, logged: set[int]) -> None:
+        missing = logged - _keep_lines(path, self._step_of, step)
+        if missing:
+            print(
+                f"warning: {path} has no line for {len(missing)} of the {len(logged)} logged steps up to the "
+                f"checkpoint at step {step:,} (the first is step {min(missing):,}, the last "
+                f"{max(missing):,}); the training goes on, and its curves have a gap there",
+                file=sys.stderr,
+            )
         self._path = path
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._file = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115 - closed by close()
+        sync_directory(path.parent)
 
-    def write(self, metrics: Metrics) -> None:
+    def _write(self, text: str) -> None:
         with sentence_for_os_errors(self._path):
-            self._file.write(json.dumps(finite(metrics)) + "\n")
+            self._file.write(text)
             self._file.flush()
+
+    def sync(self) -> None:
+        with sentence_for_os_errors(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
 
+    @staticmethod
+    def _step_of(line: str) -> int:
+        raise NotImplementedError
 
-class Csv:
+
+class Jsonl(_LinesFile):
+    """One JSON object per line; null for a number that is not finite."""
+
+    def write(self, metrics: Metrics) -> None:
+        self._write(json.dumps(finite(metrics)) + "\n")
+
+    @staticmethod
+    def _step_of(line: str) -> int:
+        return int(json.loads(line)["step"])
+
+
+class Csv(_LinesFile):
     """The same numbers as comma-separated values; the first line names the columns."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        _keep_lines(path, lambda line: line.startswith("step,") or int(line.split(",", 1)[0]) <= step)
-        self._path = path
-        self._empty = not path.exists() or path.stat().st_size == 0
-        self._file = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115 - closed by close()
 
     def write(self, metrics: Metrics) -> None:
         line = io.StringIO()
         writer = csv.DictWriter(line, list(metrics), lineterminator="\n")
-        if self._empty:
+        if os.fstat(self._file.fileno()).st_size == 0:
             writer.writeheader()
-            self._empty = False
         writer.writerow(metrics)
-        with sentence_for_os_errors(self._path):
-            self._file.write(line.getvalue())
-            self._file.flush()
+        self._write(line.getvalue())
 
-    def close(self) -> None:
-        self._file.close()
+    @staticmethod
+    def _step_of(line: str) -> int:
+        return 0 if line.startswith("step,") else int(line.split(",", 1)[0])
 
 
 class TensorBoard:
@@ -101,6 +133,9 @@ class TensorBoard:
         for name, value in metrics.items():
             if name != "step":
                 self._writer.add_scalar(name, value, int(metrics["step"]))
+
+    def sync(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -134,16 +169,29 @@ class WandB:
     def write(self, metrics: Metrics) -> None:
         self._run.log(metrics, step=int(metrics["step"]))
 
+    def sync(self) -> None:
+        """Weights & Biases keeps its own files."""
+
     def close(self) -> None:
         self._run.finish()
 
 
-def _keep_lines(path: Path, wanted: Any) -> None:
-    """Remove the lines of ``path`` that are incomplete or not ``wanted``."""
+def _keep_lines(path: Path, step_of: Callable[[str], int], step: int) -> set[int]:
+    """Remove the lines of ``path`` that are incomplete, damaged or of later steps than ``step``; returns the
+    steps of the others."""
     if not path.exists():
-        return
-    lines = path.read_text("utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and wanted(line)]
+        return set()
+    lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
+    kept, steps = [], set()
+    for line in lines:
+        try:
+            found = step_of(line)
+        except (ValueError, KeyError, TypeError):  # a power failure may leave zeros, or the end of a line
+            continue
+        if line.endswith("\n") and found <= step:
+            kept.append(line)
+            steps.add(found)
     if kept != lines:
         with atomic_file(path, "w") as file:
             file.writelines(kept)
+    return steps

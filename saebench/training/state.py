@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from saebench.activations.loader import Rows
 from saebench.core.errors import UserError
+from saebench.core.files import append_line, remove_leftovers
 from saebench.runs.layout import SESSIONS_FILE
 from saebench.saes.base import SAE, Batch
 from saebench.saes.registry import architecture
@@ -102,6 +104,8 @@ class TrainingState:
                 sink.write(metrics)
             note = f"fvu {metrics['fvu']:.4f}  dead {metrics['dead']}"
         if save:
+            for sink in self.sinks:
+                sink.sync()
             checkpoint.save_checkpoint(config.out, current)
         return note
 
@@ -156,8 +160,7 @@ class TrainingState:
             "torch": torch.__version__,
             "kernels": "fused" if self.current.sae.trains_fused(self.config.batch_size) else "eager",
         }
-        with open(self.config.out / SESSIONS_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(session) + "\n")
+        append_line(self.config.out / SESSIONS_FILE, json.dumps(session))
 
     def _check_finite(self, lr: float) -> None:
         if not self.is_finite:
@@ -206,10 +209,8 @@ def begin(
     """
     current = fresh_sae(config, spec, sample, device)
     facts = resume.begin(config.out, facts)
-    if latest := checkpoint.latest_checkpoint(config.out):
-        checkpoint.restore_checkpoint(latest, current)
-        if device.type == "cuda":
-            current.sae.refresh_dead(reuse=True)
+    if checkpoint.restore_latest(config.out, current) and device.type == "cuda":
+        current.sae.refresh_dead(reuse=True)
     return TrainingState(
         config=config,
         spec=spec,
@@ -221,6 +222,14 @@ def begin(
         n_finite_steps=torch.zeros((), dtype=torch.int64, device=device),
         first_step=current.step,
     )
+
+
+def clean_up(run: Path) -> None:
+    """Delete what the process that finished a run left if it was killed on the way: temporary files, and
+    checkpoints before the last."""
+    remove_leftovers(run)
+    if latest := checkpoint.latest_checkpoint(run):
+        checkpoint.keep_only(latest)
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> str:

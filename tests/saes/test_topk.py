@@ -236,6 +236,11 @@ def test_damaged_folders_end_in_a_sentence(tmp_path):
         load(tmp_path)
     make_sae(d_in=13).save(tmp_path / "other")
     (tmp_path / "sae.safetensors").write_bytes((tmp_path / "other" / "sae.safetensors").read_bytes())
+    with pytest.raises(UserError, match="its SHA-256 is"):
+        load(tmp_path)
+    description = json.loads((tmp_path / "sae.json").read_text())
+    del description["weights_sha256"]  # as earlier versions wrote it
+    (tmp_path / "sae.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match="W_dec has shape"):
         load(tmp_path)
     description = json.loads((tmp_path / "sae.json").read_text())

@@ -129,3 +129,58 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(settings, tmp_path):
     train(**settings | {"resume": True})
     name = "sae.safetensors"
     assert (settings["out"] / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_a_flipped_byte_of_a_checkpoint_is_found_and_the_older_one_is_resumed(settings, tmp_path, capsys):
+    undisturbed = settings | {"out": tmp_path / "undisturbed"}
+    train(**undisturbed)
+    assert run_victim(settings, where="after rename", at=2, signal=KILL) == -KILL
+    older, newer = sorted((settings["out"] / "checkpoints").iterdir())
+    data = bytearray(newer.read_bytes())
+    data[-100] ^= 1
+    newer.write_bytes(data)
+    train(**settings | {"resume": True})
+    told = capsys.readouterr().err
+    assert f"{newer} is damaged" in told and f"going on from the older {older.name}" in told
+    kept = {
+        p.name: p.read_bytes() for p in settings["out"].rglob("*") if p.suffix in (".safetensors", ".csv")
+    }
+    assert kept == {
+        p.name: p.read_bytes() for p in undisturbed["out"].rglob("*") if p.suffix in (".safetensors", ".csv")
+    }
+
+
+def test_a_flipped_byte_of_the_weights_is_found(settings):
+    import saebench as sb
+
+    train(**settings)
+    file = settings["out"] / "sae.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-7] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"sae\.safetensors is damaged: its SHA-256"):
+        sb.load(settings["out"])
+
+
+def test_lost_lines_of_metrics_give_a_warning_on_resume(settings, capsys):
+    assert run_victim(settings, where="step", at=45, signal=KILL) == -KILL
+    (settings["out"] / "metrics.csv").unlink()
+    lines = (settings["out"] / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (settings["out"] / "metrics.jsonl").write_bytes(lines[0] + b"\0" * 40)
+    train(**settings | {"resume": True})
+    told = capsys.readouterr().err
+    assert "metrics.jsonl has no line for 4 of the 5 logged steps up to the checkpoint at step 40" in told
+    assert "metrics.csv has no line for 5 of the 5" in told
+    lines = (settings["out"] / "metrics.jsonl").read_bytes().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == [7, 42, 49, 56, 60]
+
+
+def test_a_run_killed_before_its_last_cleaning_is_cleaned_by_the_next_call(settings, files_of):
+    train(**settings)
+    whole = files_of(settings["out"])
+    (last,) = (settings["out"] / "checkpoints").iterdir()
+    last.with_name("step-000000050.safetensors").write_bytes(last.read_bytes())
+    (settings["out"] / ".sae.json.1.partial").write_bytes(b"half")
+    train(**settings | {"resume": True})
+    assert files_of(settings["out"]) == whole
