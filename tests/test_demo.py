@@ -55,7 +55,7 @@ def test_demo_writes_cache_run_and_store(finished: Path) -> None:
 def test_second_call_changes_no_file_and_shows_summary(
     finished: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.suffix != ".lock"}
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"}
     call = [*words, "--tokens", "5e3", "--out", str(finished)]
     assert main([*call, "--json"]) == 0
     output = capsys.readouterr()

@@ -31,6 +31,7 @@ class HuggingFace:
 
         from saebench.core.device import pick_device
         from saebench.sources.model_info import peek_model
+        from saebench.sources.pretrained import load_pretrained
 
         info = peek_model(model, local_only=True)
         self.model, self.version = shown_name(model), info.hash
@@ -39,18 +40,10 @@ class HuggingFace:
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(info.folder, **local)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                info.folder, use_safetensors=True, output_loading_info=True, **local
-            )
+            lm = load_pretrained(AutoModelForCausalLM, info.folder, model)
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"model {model} cannot be asked ({reason}); give another --model") from None
-        lm, report = loaded
-        if missing := sorted(report["missing_keys"]):  # transformers fills them with random values
-            raise UserError(
-                f"the weights of model {model} lack {len(missing)} tensors that its config.json asks for "
-                f"({missing[0]}); download config.json and the weights again, from the same model"
-            )
         self._lm = lm.to(pick_device(device)).eval()
         self._chat = bool(getattr(self._tokenizer, "chat_template", None))
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,13 +30,21 @@ def load_causal_model(folder: str, name: str, device: torch.device, dtype: torch
     return model.eval().requires_grad_(False)
 
 
-def load_pretrained(model_class: Any, folder: str, name: str, **options: Any) -> Any:
+def load_pretrained(model_class: Any, folder: str | Path, name: str, **options: Any) -> Any:
     """``model_class.from_pretrained`` from safetensors alone, without remote code.
+
+    A model that caps its attention scores is loaded with transformers' own attention: transformers 5.17 gives
+    Gemma 2 torch's scaled_dot_product_attention, which leaves the cap out without a word.
 
     Raises:
         UserError: weights that the files lack; transformers itself fills them with random numbers.
     """
-    safe = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    from transformers import AutoConfig
+
+    safe = {"local_files_only": True, "trust_remote_code": False}
+    if caps_attention(AutoConfig.from_pretrained(folder, **safe)):
+        options["attn_implementation"] = "eager"
+    safe["use_safetensors"] = True
     model, report = model_class.from_pretrained(folder, output_loading_info=True, **{**options, **safe})
     if missing := sorted(report["missing_keys"]):
         raise UserError(
@@ -44,6 +53,17 @@ def load_pretrained(model_class: Any, folder: str, name: str, **options: Any) ->
             "*.safetensors files of one revision of the model into that folder"
         )
     return model
+
+
+def caps_attention(config: Any) -> bool:
+    """Whether a config of transformers, or one that it holds, caps the scores of attention."""
+    values = config.to_dict()
+    nested = [part for part in values.values() if isinstance(part, dict)]
+    return any(
+        part.get(name)
+        for part in (values, *nested)
+        for name in ("attn_logit_softcapping", "attention_logit_cap")
+    )
 
 
 def architecture_of_type(folder: str) -> str | None:

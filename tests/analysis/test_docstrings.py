@@ -39,9 +39,16 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_cache: ActivationCache) -
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, run: Path, tiny_cache: ActivationCache) -> Any:
+def indexed(tmp_path_factory: pytest.TempPathFactory, run: Path, tiny_cache: ActivationCache) -> Path:
     out = tmp_path_factory.mktemp("stores") / "store"
-    with sb.index(run=run, cache=tiny_cache.path, out=out, quiet=True) as opened:
+    sb.index(run=run, cache=tiny_cache.path, out=out, quiet=True).close()
+    return out
+
+
+@pytest.fixture
+def store(indexed: Path) -> Any:
+    """Opened for each example: one that publishes would leave the others an older generation."""
+    with sb.open_store(indexed) as opened:
         yield opened
 
 

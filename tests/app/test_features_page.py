@@ -121,7 +121,7 @@ def test_downloads_hold_the_numbers_of_the_store(rich_store: Path) -> None:
     again = pd.read_parquet(BytesIO(as_parquet(frame)))
     assert again["feature"].tolist() == frame["feature"].tolist()
     assert again["explanation"].tolist()[:5] == frame["explanation"].tolist()[:5]
-    text = pd.read_csv(BytesIO(as_csv(frame)), keep_default_na=False)
+    text = pd.read_csv(BytesIO(as_csv(frame)), keep_default_na=False, float_precision="round_trip")
     assert text["density"].tolist() == frame["density"].tolist()
     assert text["top_token"].fillna("").tolist()[0] == frame["top_token"][0]
 

@@ -29,8 +29,11 @@ SMALLER = {
 PYTHON = defaultdict(str)
 for _block in blocks("python"):
     PYTHON[_block.page] += _block.code  # later blocks of a page continue from earlier ones
-SHELL = [(block.title, line) for block in blocks("sh") for line in command_lines(block.code)]
-RUNNABLE = list(dict.fromkeys(line for title, line in SHELL if not title))
+SHELL = [(block.page, block.title, line) for block in blocks("sh") for line in command_lines(block.code)]
+RUNNABLE: dict[str, list[str]] = defaultdict(list)
+for _page, _title, _line in SHELL:
+    if not _title:
+        RUNNABLE[_page].append(_line)  # later lines of a page use what earlier ones made
 
 
 @functools.cache
@@ -81,19 +84,20 @@ def test_python_of_the_readme_is_part_of_the_quickstart() -> None:
     assert lines and all(line in rest for line in lines)
 
 
-@pytest.mark.parametrize("line", sorted({line for _, line in SHELL}))
+@pytest.mark.parametrize("line", sorted({line for *_, line in SHELL}))
 def test_command_lines_parse(line: str) -> None:
     words = shlex.split(line)
     known = words if words[0] == "train" else words[:1]  # flags of train depend on its architecture
     parser(tuple(known)).parse_args(words, exit_on_error=False, print_error=False)
 
 
-@pytest.mark.parametrize("line", RUNNABLE)
+@pytest.mark.parametrize("page", RUNNABLE)
 def test_command_lines_without_a_title_run(
-    line: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(world)
-    assert main(shlex.split(line)) == 0, capsys.readouterr().err
+    for line in RUNNABLE[page]:
+        assert main(shlex.split(line)) == 0, f"{line}: {capsys.readouterr().err}"
 
 
 def test_command_lines_stand_in_marked_blocks() -> None:

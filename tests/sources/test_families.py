@@ -18,6 +18,7 @@ from saebench.core.errors import UserError
 from saebench.sources import families
 from saebench.sources.families import FAMILIES
 from saebench.sources.models import Model, load_model, peek_model
+from saebench.sources.pretrained import load_pretrained
 from tests.conftest import TINY_VOCABULARY
 
 SIZES = {
@@ -249,6 +250,21 @@ def test_variants_equal_one_run_each(model, name, tokens_BT):
     expected = [model.logits(tokens_BT[:1], edit={hook: lambda _, x=x: x})[0] for x in x_FTD]
     found = model.variants(tokens_BT[:1], hook, x_FTD)
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_capped_attention_is_never_left_to_kernels_without_a_cap(folders, tokens_BT, monkeypatch):
+    """transformers 5.17 chooses scaled_dot_product_attention for Gemma 2, and leaves the cap out."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
+
+    folder = str(folders("gemma2"))
+    expected = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")(tokens_BT).logits
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    assert AutoModelForCausalLM.from_pretrained(folder).config._attn_implementation == "sdpa"
+    torch.testing.assert_close(load_model(folder).logits(tokens_BT), expected, rtol=1e-4, atol=2e-5)
+    for name, chosen in (("gemma2", "eager"), ("llama", "sdpa")):
+        loaded = load_pretrained(AutoModelForCausalLM, str(folders(name)), name)
+        assert loaded.config._attn_implementation == chosen
 
 
 def test_logits_read_from_the_residual_stream_are_the_models(model, name, tokens_BT):
