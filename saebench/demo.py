@@ -16,7 +16,8 @@ import saebench
 from saebench.activations.settings import DEMO_HOOK, HarvestConfig
 from saebench.core.bounds import AtLeast, Seed
 from saebench.core.errors import UserError
-from saebench.core.files import directory_lock, read_json, write_json_atomic
+from saebench.core.files import directory_lock, write_json_atomic
+from saebench.core.reading import read_json
 from saebench.core.settings import Settings, accepts_settings, to_flat
 from saebench.evaluation.settings import EvalConfig
 from saebench.saes.registry import architecture

@@ -25,8 +25,9 @@ import streamlit as st
 
 from saebench.assets import cache_dir
 from saebench.core.errors import UserError
-from saebench.core.files import read_json, sha256_json
+from saebench.core.files import sha256_json
 from saebench.core.progress import Snapshot
+from saebench.core.reading import read_json
 
 if TYPE_CHECKING:
     import pandas as pd

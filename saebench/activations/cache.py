@@ -47,7 +47,8 @@ from saebench.activations.manifest import (
 from saebench.activations.mapping import map_column
 from saebench.activations.shards import TORCH_DTYPES, check_shard, shard_path
 from saebench.core.errors import UserError
-from saebench.core.files import read_json, sha256_file
+from saebench.core.files import sha256_file
+from saebench.core.reading import read_json
 from saebench.sources.base import ColumnType, Site
 from saebench.sources.modality import Modality
 

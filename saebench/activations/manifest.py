@@ -24,15 +24,21 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
+from pydantic import Field
+
+from saebench.activations.diagnosis import NORMS
 from saebench.activations.shards import TORCH_DTYPES
 from saebench.core.errors import UserError
-from saebench.core.files import read_json, sha256_json
+from saebench.core.files import sha256_json
+from saebench.core.reading import check_shape, read_json
+from saebench.core.shapes import Count, ModelFacts, Name, Number, Positive, Sha256, Shape, Text
 from saebench.sources.base import ColumnType, Site, SitePath
 from saebench.sources.modality import TEXT, UNIT, Modality, modality
 
 MANIFEST_NAME = "manifest.json"
+_WAY_OUT = "restore it or make the cache again"
 FORMAT = "saebench activation cache"
 FORMAT_VERSION = 2
 
@@ -53,6 +59,78 @@ def gradient_dtype(dtype: str) -> str:
     magnitude, and most would be below 6e-8, the smallest fp16 number.
     """
     return "bf16" if dtype == "fp16" else dtype
+
+
+class _Shard(Shape):
+    rows: Count
+    sha256: Sha256
+
+
+class _Column(Shape):
+    dtype: Text
+    row_shape: list[Positive]
+    shards: list[_Shard]
+
+
+class _File(Shape):
+    bytes: Count
+    sha256: Sha256
+
+
+class _Site(Shape):
+    axes: list[list[Name | Positive]]
+    dtype: Text
+    path: SitePath | None
+
+
+class _Text(Shape):
+    name: Text | None = None
+
+
+class _MadeFrom(Shape):
+    settings: dict[str, Any]
+    model: ModelFacts | None = None
+    models: list[ModelFacts] = Field(default_factory=list)
+    module: dict[str, Any] | None = None
+    text: _Text | None = None
+
+
+class _SiteDiagnosis(Shape):
+    norm: dict[str, Number | None]
+    top_rows: Number | None
+    top_dimension: Number | None
+    top_10_dimensions: Number | None
+    fvu_floor: Number | None
+
+
+class _Diagnosis(Shape):
+    sites: dict[str, _SiteDiagnosis]
+    sample_rows: dict[str, Count]
+    held_out_rows: Number
+    n_documents: Count = 0
+    held_out_documents: Number = 0
+
+
+class _MaxNorm(Shape):
+    limit: dict[str, Number]
+
+
+class _Manifest(Shape):
+    """What manifest.json must have; how its values must agree is checked by `_contradiction`."""
+
+    kind: Literal["harvest", "import"]
+    n_rows: Positive
+    n_contexts: Count
+    shard_rows: Positive
+    hooks: list[Name]
+    columns: dict[str, _Column]
+    files: dict[str, _File]
+    made_from: _MadeFrom
+    modality: Name = ""
+    sites: dict[str, _Site] = Field(default_factory=dict)
+    diagnosis: _Diagnosis | None = None
+    left_out: dict[str, Count] = Field(default_factory=dict)
+    max_norm: _MaxNorm | None = None
 
 
 @dataclass(frozen=True)
@@ -126,34 +204,34 @@ def read_cache_manifest(cache: Path) -> CacheManifest:
         raise UserError(
             f"{cache} has format {version} but this saebench reads up to {FORMAT_VERSION}; update saebench"
         )
-    if version not in range(1, FORMAT_VERSION + 1):
-        raise UserError(f"{path} is damaged (format_version is {version!r}); make the cache again")
+    if type(version) is not int or version < 1:
+        raise UserError(f"{path} is damaged (format_version is {version!r:.60}); make the cache again")
+    check_shape(raw, _Manifest, source=f"the cache manifest {path}", way_out=_WAY_OUT)
     try:
         manifest = _parse(raw)
         problem = _contradiction(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problem = str(error) if type(error) is ValueError else f"{type(error).__name__} {error}"
+    except ValueError as error:
+        problem = str(error)
     if problem:
-        raise UserError(f"{path} is damaged ({problem}); restore it or make the cache again")
+        raise UserError(f"{path} is damaged ({problem}); {_WAY_OUT}")
     return manifest
 
 
 def _parse(raw: dict[str, Any]) -> CacheManifest:
     columns = {}
     for name, value in raw["columns"].items():
-        shards = tuple(Shard(_count(shard["rows"]), str(shard["sha256"])) for shard in value["shards"])
-        shape = tuple(_count(size) for size in value["row_shape"])
-        columns[name] = CacheColumn(ColumnType(value["dtype"], shape), shards)
+        shards = tuple(Shard(shard["rows"], shard["sha256"]) for shard in value["shards"])
+        columns[name] = CacheColumn(ColumnType(value["dtype"], tuple(value["row_shape"])), shards)
     return CacheManifest(
         raw=raw,
         kind=raw["kind"],
-        n_rows=_count(raw["n_rows"]),
-        n_contexts=_count(raw["n_contexts"]),
-        shard_rows=_count(raw["shard_rows"]),
-        modality=modality(str(raw["modality"]) if "modality" in raw else _modality_of_format_1(raw)),
+        n_rows=raw["n_rows"],
+        n_contexts=raw["n_contexts"],
+        shard_rows=raw["shard_rows"],
+        modality=modality(raw["modality"] if "modality" in raw else _modality_of_format_1(raw)),
         sites=_sites(raw, columns),
         columns=columns,
-        files={name: (_count(value["bytes"]), str(value["sha256"])) for name, value in raw["files"].items()},
+        files={name: (value["bytes"], value["sha256"]) for name, value in raw["files"].items()},
     )
 
 
@@ -168,15 +246,18 @@ def _sites(raw: dict[str, Any], columns: Mapping[str, CacheColumn]) -> dict[str,
             raise ValueError(f"it has no column {HOOK_PREFIX + hook}")
     if raw["format_version"] == 1:
         types = {hook: columns[HOOK_PREFIX + hook].type for hook in raw["hooks"]}
+        if flat := next((hook for hook, kind in types.items() if len(kind.row_shape) != 1), None):
+            raise ValueError(f"column {HOOK_PREFIX + flat} does not have rows of one axis")
         return {hook: Site(hook, (("d", kind.row_shape[0]),), kind.dtype) for hook, kind in types.items()}
     sites = {}
     for name in raw["hooks"]:
-        described = raw["sites"][name]
-        axes = tuple((str(axis), _count(size)) for axis, size in described["axes"])
-        path = described["path"]
-        if path is not None and path not in get_args(SitePath):
-            raise ValueError(f"{path!r} is not a path of a site")
-        sites[name] = Site(name, axes, described["dtype"], path)
+        described = raw.get("sites", {}).get(name)
+        if described is None:
+            raise ValueError(f"it does not describe the site {name}")
+        if not all(list(map(type, axis)) == [str, int] for axis in described["axes"]):
+            raise ValueError(f"the axes of the site {name} are not pairs of a name and a size")
+        axes = tuple((axis, size) for axis, size in described["axes"])
+        sites[name] = Site(name, axes, described["dtype"], described["path"])
     return sites
 
 
@@ -212,18 +293,10 @@ def column_folder(name: str) -> str:
     return name.replace(":", "%3A")
 
 
-def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is not a count")
-    return value
-
-
 def _contradiction(manifest: CacheManifest) -> str | None:
     """What is inconsistent in the manifest, or None."""
-    if manifest.kind not in ("harvest", "import"):
-        return f"kind is {manifest.kind!r}"
-    if not manifest.sites or manifest.n_rows < 1:
-        return "it has no rows"
+    if not manifest.sites:
+        return "it has no site"
     needed = ["held_out"]
     of = manifest.modality
     if manifest.kind == "harvest" or manifest.n_contexts:
@@ -255,11 +328,25 @@ def _contradiction(manifest: CacheManifest) -> str | None:
             hook = manifest.columns.get(HOOK_PREFIX + name.removeprefix(GRADIENT_PREFIX))
             if hook is None or hook.type.row_shape != column.type.row_shape:
                 return f"column {name} does not match an activation column"
-    facts = {"settings", "model"} if manifest.kind == "harvest" and not second else {"settings"}
     made_from = manifest.raw["made_from"]
-    if not all(isinstance(made_from[fact], dict) for fact in facts):
-        return "made_from has no settings or no model"
+    if manifest.kind == "harvest" and not second and made_from.get("model") is None:
+        return "made_from has no model"
+    if not _models_fit(manifest, len(made_from.get("models", []))):
+        return "made_from does not have the models that sites name"
+    if (diagnosis := manifest.raw.get("diagnosis")) is not None:
+        for name in manifest.sites:
+            found = diagnosis["sites"].get(name)
+            if found is None or name not in diagnosis["sample_rows"] or not {*NORMS} <= set(found["norm"]):
+                return f"its diagnosis lacks the site {name}"
     return None
+
+
+def _models_fit(manifest: CacheManifest, n_models: int) -> bool:
+    """Whether the sites of a cache of several models begin with the number of one."""
+    if not n_models or manifest.raw["made_from"].get("model") is not None:
+        return True
+    numbers = (name.partition(":")[0] for name in manifest.sites)
+    return all(number in map(str, range(n_models)) for number in numbers)
 
 
 _PREFIXES = (HOOK_PREFIX, GRADIENT_PREFIX, ROW_PREFIX, UNIT_PREFIX)

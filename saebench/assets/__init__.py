@@ -21,7 +21,6 @@ from typing import Any
 
 from saebench.core.errors import UserError
 from saebench.core.files import (
-    read_json,
     require_disk,
     require_writable,
     sentence_for_os_errors,
@@ -29,6 +28,7 @@ from saebench.core.files import (
     sync_directory,
     write_json_atomic,
 )
+from saebench.core.reading import read_json
 
 MODELS = ("demo", "smollm2")
 TEXTS = ("sotu",)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from saebench.core.errors import UserError
-from saebench.core.files import read_json, write_bytes_atomic
+from saebench.core.files import write_bytes_atomic
+from saebench.core.reading import read_json
 
 RESULTS = Path("kernels/saebench_kernels/results")
 PAGE = Path("docs/performance.md")

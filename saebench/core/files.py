@@ -1,4 +1,7 @@
-"""Atomic file writes (temporary name, fsync, rename), JSON, directory locks, SHA-256, disk space."""
+"""Atomic file writes (temporary name, fsync, rename), JSON, directory locks, SHA-256, disk space.
+
+Files are read by reading.py.
+"""
 
 from __future__ import annotations
 
@@ -134,18 +137,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: finite(item) for name, item in value.items()}
     return [finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def read_json(path: Path, *, what: str) -> Any:
-    """Read a JSON file; ``what`` names it in the error ("the cache manifest")."""
-    try:
-        return json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{what} {path} does not exist; check the path") from None
-    except OSError as error:
-        raise UserError(f"{what} {path} cannot be read ({error.strerror}); check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} {path} is damaged ({error}); make it again") from None
 
 
 def sha256_file(path: Path) -> str:

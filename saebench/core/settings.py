@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import json
 import os
 import textwrap
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -144,9 +145,16 @@ ConfigT = TypeVar("ConfigT")
 
 
 def from_flat(
-    config_class: type[ConfigT], values: Mapping[str, object], *, source: str = "the settings"
+    config_class: type[ConfigT],
+    values: Mapping[str, object],
+    *,
+    source: str = "the settings",
+    strict: bool = False,
 ) -> ConfigT:
     """Make a ``config_class`` from plain values (keyword arguments, TOML, JSON), checked against its types.
+
+    Args:
+        strict: refuse what people may write and files of ours do not have: "12" for 12, or 1 for True.
 
     Raises:
         UserError: an unknown name (the nearest is offered), a missing one, or a value of the wrong type.
@@ -169,17 +177,20 @@ def from_flat(
         for name, v in values.items()
     }
     try:
-        return pydantic.TypeAdapter(config_class).validate_python(values)
+        adapter = pydantic.TypeAdapter(config_class)
+        if strict:  # as JSON, in which a list is a tuple and an object a dataclass
+            return adapter.validate_json(json.dumps(values), strict=True)
+        return adapter.validate_python(values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, UserError):
             raise cause from None
-        where = first["loc"][0] if first["loc"] else config_class.__name__
+        where = str(first["loc"][0])[:60] if first["loc"] else config_class.__name__
         if first["type"] == "missing":
             raise UserError(f"{where!r} is missing from {source}") from None
         reason = first["msg"][:1].lower() + first["msg"][1:]
-        raise UserError(f"{where!r} in {source} is {first['input']!r}: {reason}") from None
+        raise UserError(f"{where!r} in {source} is {first['input']!r:.200}: {reason}") from None
 
 
 def to_flat(config: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saebench.core.errors import UserError
 from saebench.core.files import sha256_file
+from saebench.core.reading import require_file
 
 
 def read_safetensors(file: Path, *, way_out: str, sha256: str | None = None) -> dict[str, Tensor]:
@@ -25,6 +26,7 @@ def read_safetensors(file: Path, *, way_out: str, sha256: str | None = None) -> 
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    require_file(file, what="the file", way_out=way_out)
     try:
         seen = sha256 and sha256_file(file)
         tensors: dict[str, Tensor] = load_file(file)

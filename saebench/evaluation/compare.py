@@ -12,13 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
-from saebench.core.files import (
-    atomic_file,
-    read_json,
-    require_writable,
-    write_bytes_atomic,
-    write_json_atomic,
-)
+from saebench.core.files import atomic_file, require_writable, write_bytes_atomic, write_json_atomic
+from saebench.core.reading import read_json
 from saebench.core.settings import accepts_settings
 from saebench.evaluation.report import inference_label
 from saebench.evaluation.settings import CompareConfig

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from saebench.core.errors import UserError
-from saebench.core.files import make_directory, read_json, sha256_json, write_json_atomic
+from saebench.core.files import make_directory, sha256_json, write_json_atomic
+from saebench.core.reading import read_json
 from saebench.explaining.provider import Question, Reply
 
 if TYPE_CHECKING:

@@ -79,11 +79,11 @@ def load_checkpoint_sae(file: Path, *, device: str | torch.device = "cpu") -> SA
     run = run_of(file)
     facts = read_run(run)
     d_in = facts.get("d_in")
-    if not isinstance(d_in, int) or d_in < 1:
-        raise UserError(f"{run / RUN_FILE} is damaged: d_in is {d_in!r:.60}; restore a copy")
+    if d_in is None:
+        raise UserError(f"{run / RUN_FILE} is damaged: it has no d_in; restore a copy")
     settings = {name: value for name, value in facts["sae"].items() if name != "name"}
     sae_class = architecture(facts["sae"]["name"])
-    spec = from_flat(sae_class.Spec, settings, source=str(run / RUN_FILE))
+    spec = from_flat(sae_class.Spec, settings, source=str(run / RUN_FILE), strict=True)
     tensors = read_checkpoint(file, way_out="name another checkpoint")
     d_out = sum(site.width for site in spec.targets) or d_in
     shapes = {name: tuple(t.shape) for name, t in Scales.ones(spec).tensors().items()}

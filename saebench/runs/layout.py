@@ -14,17 +14,38 @@ from pathlib import Path
 from typing import Any
 
 from saebench.core.errors import UserError
-from saebench.core.files import read_json
+from saebench.core.reading import check_shape, read_json
+from saebench.core.shapes import ContextFacts, ModelFacts, Name, PathText, Positive, Shape, Text
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 METRICS_CSV_FILE = "metrics.csv"
 SESSIONS_FILE = "sessions.jsonl"
 CHECKPOINT_FOLDER = "checkpoints"
+_WAY_OUT = "restore a copy or train the run again"
 FORMAT_VERSION = 2
 """Of transcoders and crosscoders; the run of an SAE of one site is written as version 1."""
-_KINDS: dict[str, type] = {"train": dict, "sae": dict, "cache_hash": str}
-"""Required values of ``run.json`` and their types."""
+
+
+class _Train(Shape):
+    cache: PathText | None = None
+
+
+class _Sae(Shape):
+    name: Name
+
+
+class _Run(Shape):
+    """What run.json must have, where it has it at all; `read_run` knows what it needs."""
+
+    train: _Train = _Train()
+    sae: _Sae = _Sae(name="-")
+    cache_hash: Name = "-"
+    d_in: Positive = 1
+    n_steps: Positive = 1
+    hook_name: Text | None = None
+    model: ModelFacts | None = None
+    contexts: ContextFacts | None = None
 
 
 def eval_file(inference: str | None = None) -> str:
@@ -41,22 +62,14 @@ def read_run(directory: Path, *, needs: tuple[str, ...] = ("train", "sae", "cach
     file = directory / RUN_FILE
     facts = read_json(file, what="the run description")
     version = facts.get("format_version") if isinstance(facts, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int:
         raise UserError(f"{file} is not a run description of saebench; choose another --out")
     if version > FORMAT_VERSION:
         raise UserError(
             f"{file} has format {version}; this saebench reads up to {FORMAT_VERSION}: update saebench"
         )
+    check_shape(facts, _Run, source=str(file), way_out=_WAY_OUT)
     for name in needs:
-        if not isinstance(facts.get(name), _KINDS[name]):
-            raise _damaged(file, name, facts.get(name))
-    for part, name in (("train", "cache"), ("sae", "name")):
-        if part in needs and not isinstance(facts[part].get(name, ""), str):
-            raise _damaged(file, f"{part}.{name}", facts[part][name])
-    if "sae" in needs and "name" not in facts["sae"]:
-        raise _damaged(file, "sae.name", None)
+        if name not in facts:
+            raise UserError(f"{file} is damaged: it has no {name}; {_WAY_OUT}")
     return dict(facts)
-
-
-def _damaged(file: Path, name: str, value: object) -> UserError:
-    return UserError(f"{file} is damaged: {name} is {value!r:.60}; restore a copy or train the run again")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
-from saebench.core.files import read_json
+from saebench.core.reading import read_json
 from saebench.runs.checkpoints import checkpoints_of, load_checkpoint_sae, run_of
 from saebench.runs.layout import METRICS_FILE, RUN_FILE, eval_file, read_run
 from saebench.runs.metrics_log import read_metrics, read_sessions

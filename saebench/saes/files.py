@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
-from saebench.core.files import make_directory, read_json, write_bytes_atomic, write_json_atomic
+from saebench.core.files import make_directory, write_bytes_atomic, write_json_atomic
+from saebench.core.reading import check_shape, read_json
 from saebench.core.settings import from_flat, to_flat
+from saebench.core.shapes import ContextFacts, ModelFacts, Name, Positive, Sha256, Shape, Text
 from saebench.saes.registry import architecture
 
 if TYPE_CHECKING:
@@ -23,18 +25,21 @@ FORMAT_VERSION = 2
 """Of transcoders and crosscoders; an SAE of one site is written as version 1, which earlier readers know."""
 WEIGHTS_SHA256 = "weights_sha256"
 """Key of the checksum of ``sae.safetensors`` in ``sae.json``; versions before 0.2 did not write it."""
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "sae": str,
-    "d_in": int,
-    "spec": dict,
-    "hook_name": (str, type(None)),
-    "model": (dict, type(None)),
-    "imported": (dict, type(None)),
-    "contexts": (dict, type(None)),
-    "cache_hash": (str, type(None)),
-    WEIGHTS_SHA256: (str, type(None)),
-}
-"""Types of the values of a description that are read again."""
+_WAY_OUT = "train it again or restore a copy"
+
+
+class _Description(Shape):
+    """What is read of a description again."""
+
+    sae: Name
+    d_in: Positive
+    spec: dict[str, Any]
+    hook_name: Text | None = None
+    model: ModelFacts | None = None
+    imported: dict[str, Any] | None = None
+    contexts: ContextFacts | None = None
+    cache_hash: Text | None = None
+    weights_sha256: Sha256 | None = None
 
 
 def save_sae(sae: SAE, directory: Path, facts: Mapping[str, object]) -> None:
@@ -70,11 +75,9 @@ def load_sae(directory: Path, *, device: str | torch.device = "cpu") -> SAE:
 
     description = read_description(directory)
     sae_class, d_in = architecture(description["sae"]), description["d_in"]
-    spec = from_flat(sae_class.Spec, description["spec"], source=str(directory / SPEC_FILE))
+    spec = from_flat(sae_class.Spec, description["spec"], source=str(directory / SPEC_FILE), strict=True)
     file = directory / WEIGHTS_FILE
-    weights = read_safetensors(
-        file, way_out="train it again or restore a copy", sha256=description.get(WEIGHTS_SHA256)
-    )
+    weights = read_safetensors(file, way_out=_WAY_OUT, sha256=description.get(WEIGHTS_SHA256))
     d_out = sum(site.width for site in spec.targets) or d_in
     check_tensors(weights, {"W_dec": (spec.d_sae, d_out)}, file)  # before memory of that size is taken
     sae: SAE = sae_class(spec, d_in)
@@ -88,16 +91,13 @@ def read_description(directory: Path) -> dict[str, Any]:
     file = directory / SPEC_FILE
     description = read_json(file, what="the SAE description")
     version = description.get("format_version") if isinstance(description, dict) else None
-    if not isinstance(version, int) or not {"sae", "d_in", "spec"} <= set(description):
+    if type(version) is not int or not {"sae", "d_in", "spec"} <= set(description):
         raise UserError(f"{file} is not the description of an SAE; train it again")
     if version > FORMAT_VERSION:
         raise UserError(
             f"{file} has format {version}; this saebench reads up to {FORMAT_VERSION}: update saebench"
         )
-    for name, kinds in _KINDS.items():
-        value = description.get(name)
-        if not isinstance(value, kinds) or (isinstance(value, int) and value < 1):
-            raise UserError(f"{file} is damaged: {name} is {value!r:.60}; train it again or restore a copy")
+    check_shape(description, _Description, source=str(file), way_out=_WAY_OUT)
     return dict(description)
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
-from saebench.core.files import read_json, write_json_atomic
+from saebench.core.files import write_json_atomic
+from saebench.core.reading import read_json
 from saebench.store.annotation_file import (
     FILE,
     FORMAT,

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from saebench.core.errors import UserError
-from saebench.core.files import read_json, sha256_file, sync_directory, write_json_atomic
+from saebench.core.files import sha256_file, sync_directory, write_json_atomic
+from saebench.core.reading import read_json
 from saebench.store.schema import FORMAT_VERSION
 
 FORMAT = "saebench store"

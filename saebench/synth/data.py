@@ -16,7 +16,8 @@ from typing import Any
 from saebench.activations.cache import ActivationCache, open_cache
 from saebench.activations.importing import HELD_OUT_SHARE, import_activations
 from saebench.core.errors import UserError
-from saebench.core.files import make_directory, read_json, require_disk, write_json_atomic
+from saebench.core.files import make_directory, require_disk, write_json_atomic
+from saebench.core.reading import read_json
 from saebench.evaluation.synthetic import ReadoutWorld, SuperpositionWorld, TreeWorld, World, ZipfWorld
 from saebench.synth.settings import SyntheticData
 

@@ -143,8 +143,8 @@ def test_missing_shard_raises_user_error_with_its_name(cache):
         ({"shard_rows": 65_536}, "unequal"),
         ({"columns": {}}, "it has no column"),
         ({"made_from": {}}, "damaged"),
-        ({"made_from": {"settings": 5}}, "made_from has no settings"),
-        ({"files": {"../outside": {"bytes": 0, "sha256": ""}}}, "not a valid name"),
+        ({"made_from": {"settings": 5}}, "made_from.settings is 5"),
+        ({"files": {"../outside": {"bytes": 0, "sha256": "0" * 64}}}, "not a valid name"),
     ],
 )
 def test_invalid_manifest_raises_user_error(cache, change, message):

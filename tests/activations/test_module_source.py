@@ -334,7 +334,7 @@ def test_units_of_different_lengths_are_numbered_on(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda raw: raw["sites"]["module"].update(axes=[["d", 5]]), "is not what its column holds"),
-        (lambda raw: raw["sites"]["module"].update(path="cloud"), "not a path of a site"),
+        (lambda raw: raw["sites"]["module"].update(path="cloud"), "path is 'cloud'"),
         (lambda raw: raw["sites"].clear(), "damaged"),
         (lambda raw: raw["columns"].pop("unit"), "it has no column unit"),
         (lambda raw: raw.update(n_contexts=3), "instead of 3"),

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from saebench.core import files
 from saebench.core.errors import UserError
+from saebench.core.reading import read_json
 
 ROOT = Path(__file__).parents[1]
 JSON = st.recursive(
@@ -38,7 +39,7 @@ def test_json_round_trips_and_equal_values_give_equal_bytes(
 ) -> None:
     path = tmp_path_factory.mktemp("json") / "value.json"
     files.write_json_atomic(path, value)
-    assert files.read_json(path, what="the value") == value
+    assert read_json(path, what="the value") == value
     once = path.read_bytes()
     files.write_json_atomic(path, json.loads(once))
     assert path.read_bytes() == once
@@ -136,23 +137,6 @@ def test_full_disk_raises_user_error_and_keeps_the_old_file(tmp_path: Path) -> N
     assert full.stdout.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
     assert path.read_bytes() == b"old"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "does not exist"), (b"{", "is damaged"), (b"\xff\xfe", "is damaged"), (b"", "is damaged")],
-)
-def test_unreadable_json_raises_user_error(tmp_path: Path, content: bytes | None, message: str) -> None:
-    path = tmp_path / "x.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=f"the thing .*x.json {message}"):
-        files.read_json(path, what="the thing")
-
-
-def test_directory_instead_of_json_file_raises_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the thing"):
-        files.read_json(tmp_path, what="the thing")
 
 
 def test_second_writer_raises_user_error_until_the_first_ends(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from saebench.core.bounds import AtLeast
 from saebench.core.errors import UserError
-from saebench.core.files import read_json
+from saebench.core.reading import read_json
 from saebench.core.settings import Settings, from_flat
 from saebench.formats import folding
 from saebench.formats.folding import Weights
