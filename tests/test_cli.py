@@ -297,6 +297,36 @@ def test_gpu_out_of_memory_names_settings_to_lower(
     assert "--batch-size or --d-sae" in message
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.EMFILE, "x", "some/file"), "Too many open files; raise the limit"),
+        (OSError(errno.EIO, "x", "some/file"), "some/file: Input/output error"),
+        (OSError(errno.ENAMETOOLONG, "x", "some/file"), "choose a shorter name"),
+        (OSError(errno.EACCES, "x", "some/file"), "cannot open some/file: Permission denied"),
+        (OSError("no number"), "no number"),
+        (MemoryError("Unable to allocate 9 GiB"), "out of memory (Unable to allocate 9 GiB); lower --batch"),
+        (RuntimeError("[enforce fail] . DefaultCPUAllocator: not enough memory: you"), "out of memory"),
+        (UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates not allowed"), "is not UTF-8"),
+    ],
+)
+def test_what_the_system_refuses_is_one_sentence(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands, "train", raising(error))
+    assert message in refused(["train", "--cache", "c", "--out", "o"], capsys)
+
+
+def test_full_memory_of_duckdb_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import duckdb
+
+    error = duckdb.OutOfMemoryException("could not allocate block of size 256 KiB")
+    monkeypatch.setattr(commands, "store_info", raising(error))
+    assert "close other programs" in refused(["store", "info", "s"], capsys)
+
+
 def test_full_disk_is_refused_with_file_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -305,7 +335,7 @@ def test_full_disk_is_refused_with_file_name(
     assert "some/file" in refused(["train", "--cache", "c", "--out", "o"], capsys)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.EIO, "broken"), KeyError("x")])
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), UnicodeError("x"), KeyError("x")])
 def test_bug_raises_its_exception(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "train", raising(error))
     with pytest.raises(type(error)):

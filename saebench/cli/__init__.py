@@ -5,12 +5,13 @@ Heavy packages are imported only when a command runs, so that ``--help`` and ``-
 
 from __future__ import annotations
 
-import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 from saebench.core.errors import UserError
+from saebench.core.refusals import out_of_memory, refusal
 
 USER_MUST_CHANGE_SOMETHING = 2
 INTERRUPTED = 130
@@ -24,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     reader of stdout closed the pipe. A bug raises its exception, which gives a traceback and exit code 1.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that are not UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     if arguments in (["doctor"], ["doctor", "--json"]):
         return _doctor(as_json="--json" in arguments)
     from cyclopts import CycloptsError
@@ -45,15 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of stdout is gone. Without this, Python reports it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        return _refuse(f"no space left on the disk{where}; free some space, then run the same command again")
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        return _refuse(f"{_first_line(error)}; lower {_what_to_lower(arguments)}")
+    except Exception as error:
+        if memory := out_of_memory(error):
+            return _refuse(f"{memory}; {_to_need_less(arguments)}")
+        if sentence := refusal(error):
+            return _refuse(sentence)
+        raise
 
 
 def _doctor(*, as_json: bool) -> int:
@@ -70,27 +70,14 @@ def _refuse(sentence: str) -> int:
     return USER_MUST_CHANGE_SOMETHING
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    torch = sys.modules.get("torch")
-    cpu_allocator = "DefaultCPUAllocator: can't allocate memory" in str(error)
-    return (
-        isinstance(error, MemoryError)
-        or cpu_allocator
-        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    """The first sentence of an out-of-memory error."""
-    text = str(error).split("\n", 1)[0].split(". ", 1)[0].strip().rstrip(".")
-    return f"out of memory ({text})" if text else "out of memory"
-
-
-def _what_to_lower(arguments: Sequence[str]) -> str:
-    """The settings of the command that determine its memory use."""
+def _to_need_less(arguments: Sequence[str]) -> str:
+    """What makes the command need less memory."""
     command = arguments[0] if arguments else ""
     return {
-        "train": "--batch-size or --d-sae",
-        "harvest": "--batch-size or --ctx",
-        "demo": "--d-sae or choose a smaller --model",
-    }.get(command, "--batch-size")
+        "train": "lower --batch-size or --d-sae",
+        "harvest": "lower --batch-size or --ctx",
+        "eval": "lower --batch-size",
+        "index": "lower --batch-size",
+        "bench": "lower --batch-size",
+        "demo": "lower --d-sae or choose a smaller --model",
+    }.get(command, "close other programs or use a machine with more memory")

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -21,8 +22,11 @@ from typing import IO, Any
 import filelock
 
 from saebench.core.errors import UserError
+from saebench.core.refusals import FORBIDDEN, FULL, NO_LOCKS, os_error_sentence
 
 TEMPORARY_SUFFIX = ".partial"
+SURROGATES = "backslashreplace"
+r"""How JSON is encoded: a path that is not UTF-8 has lone surrogates, which become \\udc80 and the like."""
 
 
 @contextlib.contextmanager
@@ -53,15 +57,8 @@ def sentence_for_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(
-                f"no space left while writing {path} ({os.strerror(error.errno)}); "
-                "free some space and run the same command again (a training with --resume), "
-                "or choose another place"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            reason = os.strerror(error.errno)
-            raise UserError(f"cannot write {path}: {reason}; choose another place") from error
+        if error.errno in (*FULL, *FORBIDDEN):
+            raise UserError(os_error_sentence(error, path)) from error
         raise
 
 
@@ -127,7 +124,7 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
 def write_json_atomic(path: Path, value: object) -> None:
     """Write JSON with sorted keys, so that equal values are equal bytes."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_bytes_atomic(path, (text + "\n").encode())
+    write_bytes_atomic(path, (text + "\n").encode("utf-8", SURROGATES))
 
 
 def finite(value: Any) -> Any:
@@ -146,7 +143,8 @@ def sha256_file(path: Path) -> str:
 
 def sha256_json(value: object) -> str:
     """SHA-256 of a value that can be written as JSON, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", SURROGATES)).hexdigest()
 
 
 @contextlib.contextmanager
@@ -154,6 +152,7 @@ def directory_lock(directory: Path, *, what: str) -> Iterator[None]:
     """Lock ``directory`` for one writer; a second writer gets a UserError at once.
 
     The operating system releases the lock when the process ends, so a killed writer does not block the next.
+    On a file system without locks the work goes on without one, with a warning.
     """
     directory = Path(directory)
     require_writable(directory, what=what)
@@ -164,6 +163,14 @@ def directory_lock(directory: Path, *, what: str) -> Iterator[None]:
         raise UserError(
             f"another process is writing {what} {directory}; wait until it ends, or choose another directory"
         ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise UserError(os_error_sentence(error, directory / ".lock")) from None
+        print(
+            f"warning: the file system of {what} {directory} has no locks ({os.strerror(error.errno)}); "
+            "do not write it with two commands at once",
+            file=sys.stderr,
+        )
     try:
         yield
     finally:

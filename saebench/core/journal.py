@@ -16,20 +16,26 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from saebench.core.files import sentence_for_os_errors, write_bytes_atomic
+from saebench.core.files import SURROGATES, sentence_for_os_errors, write_bytes_atomic
+from saebench.core.reading import parse_json, read_bytes
 
 Entry = dict[str, Any]
 
 
 def read_journal(path: Path) -> list[Entry]:
-    """The entries of a journal, up to the first damaged line; empty when there is no file."""
+    """The entries of a journal, up to the first damaged line; empty when there is no file.
+
+    Raises:
+        UserError: it is something else than a file, or cannot be read.
+    """
     entries: list[Entry] = []
-    if not path.is_file():
+    if not path.exists():
         return entries
-    *lines, _unfinished = path.read_bytes().split(b"\n")
+    content = read_bytes(path, what="the journal", way_out="delete it and run the command again")
+    *lines, _unfinished = content.split(b"\n")
     for line in lines:
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError:
             break
         if not isinstance(entry, dict):
@@ -84,4 +90,4 @@ class Journal:
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
-    return json.dumps(entry, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    return json.dumps(entry, ensure_ascii=False, allow_nan=False).encode("utf-8", SURROGATES) + b"\n"

@@ -180,6 +180,7 @@ def check_shape(value: Any, shape: type[Shape], *, source: str, way_out: str = M
 
 def shown(text: str, most: int = 60) -> str:
     """``text`` in one line of at most ``most`` characters, all of which can be printed."""
+    text = text.encode("utf-8", "backslashreplace").decode()
     line = "".join(c if c.isprintable() else " " for c in text)
     line = " ".join(line.split())
     return line if len(line) <= most else line[: most - 3] + "..."

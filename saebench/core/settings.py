@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 
 from saebench.core.bounds import check_bounds
 from saebench.core.errors import UserError
+from saebench.core.refusals import system_refusals
 
 ResultT = TypeVar("ResultT")
 ValueT = TypeVar("ValueT")
@@ -228,10 +229,12 @@ def accepts_settings(config_class: type[Any]) -> Callable[[Callable[[Any], Resul
             if isinstance(first, config_class):
                 if settings:
                     raise TypeError(f"{function.__name__} takes a config or keywords, not both")
-                return function(first)
+                with system_refusals():
+                    return function(first)
             if first is not None:
                 settings = {first_field: first, **settings}
-            return function(from_flat(config_class, settings, source=f"the call of {function.__name__}"))
+            with system_refusals():
+                return function(from_flat(config_class, settings, source=f"the call of {function.__name__}"))
 
         show_settings(call, function, config_class)
         return call

@@ -23,6 +23,7 @@ from saebench.core.device import pick_device
 from saebench.core.errors import UserError
 from saebench.core.files import directory_lock, human_bytes, require_disk
 from saebench.core.progress import progress
+from saebench.core.refusals import resumes
 from saebench.core.settings import show_settings, to_flat
 from saebench.runs.layout import FORMAT_VERSION
 from saebench.runs.provenance import ContextSettings
@@ -104,6 +105,7 @@ def sweep(grid: Mapping[str, Sequence[Any]], /, **settings: Any) -> list[Run]:
     return train_all(plan(settings, grid_of(grid), source="the call of sweep"))
 
 
+@resumes
 def train_all(plans: Sequence[Plan]) -> list[Run]:
     """Train SAEs that read the same batches; see `sweep`."""
     common = plans[0][0]

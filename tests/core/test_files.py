@@ -205,6 +205,31 @@ def test_other_os_errors_are_not_converted(tmp_path: Path) -> None:
         raise OSError(errno.EIO, "refused")
 
 
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOLCK])
+def test_directory_without_locks_gives_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with files.directory_lock(tmp_path, what="the store"):
+        pass
+    assert "has no locks" in capsys.readouterr().err
+
+
+def test_lock_that_may_not_be_opened_raises_user_error(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"\.lock"), files.directory_lock(tmp_path, what="the store"):
+        pass
+
+
+def test_path_that_is_not_utf8_round_trips(tmp_path: Path) -> None:
+    value = {"path": os.fsdecode(b"a\xff"), "text": "\\udcff ü"}
+    files.write_json_atomic(tmp_path / "x", value)
+    assert json.loads((tmp_path / "x").read_text("utf-8")) == value == read_json(tmp_path / "x", what="x")
+
+
 def test_too_little_disk_space_raises_user_error(tmp_path: Path) -> None:
     out = tmp_path / "not" / "yet"
     files.require_disk(out, 1, what="the cache")
