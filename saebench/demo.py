@@ -222,7 +222,7 @@ class _Progress:
         self.seconds: dict[str, float] = {}
         self.peak_memory_bytes = 0
         if self._path.exists():
-            self._take_over(read_json(self._path, what="the record of the demo"), config.out)
+            self._take_over(_read_progress(self._path), config.out)
         self._write()
 
     @contextlib.contextmanager
@@ -258,6 +258,19 @@ class _Progress:
             "peak_memory_bytes": self.peak_memory_bytes,
         }
         write_json_atomic(self._path, value)
+
+
+def _read_progress(path: Path) -> dict[str, Any]:
+    from saebench.core.shapes import Count, Number, Shape
+
+    class Progress(Shape):
+        settings: dict[str, Any]
+        seconds: dict[str, Number]
+        peak_memory_bytes: Count
+
+    way_out = "delete it, and the demo runs again"
+    found: dict[str, Any] = read_json(path, what="the record of the demo", shape=Progress, way_out=way_out)
+    return found
 
 
 def showcase_features(store: FeatureStore, n: int = SHOWN_FEATURES) -> list[ShownFeature]:

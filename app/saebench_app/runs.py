@@ -135,7 +135,7 @@ def _live(run: str, identity: str, stamp: tuple[int, int]) -> Live:
     from saebench.analysis.attach import attach
 
     recorded = Run(run).provenance.model
-    model = "cache" if recorded is None else _model(recorded["name"], recorded["revision"])
+    model = "cache" if recorded is None else _model(recorded["name"], recorded.get("revision"))
     return Live(attach(run, model), identity)
 
 

@@ -24,7 +24,6 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import streamlit as st
 
 from saebench.assets import cache_dir
-from saebench.core.errors import UserError
 from saebench.core.files import sha256_json
 from saebench.core.progress import Snapshot
 from saebench.core.reading import read_json
@@ -175,7 +174,7 @@ def start(task: Task) -> None:
 
 def found(task: Task) -> Found | None:
     """The result of a task; None when there is none, or it cannot be read."""
-    with contextlib.suppress(OSError, UserError):
+    with contextlib.suppress(OSError, ValueError):  # pyarrow raises ValueError for a damaged file
         return _read(str(task.folder), (task.folder / FACTS).stat().st_mtime_ns)
     return None
 

@@ -48,7 +48,7 @@ from saebench.activations.mapping import map_column
 from saebench.activations.shards import TORCH_DTYPES, check_shard, shard_path
 from saebench.core.errors import UserError
 from saebench.core.files import sha256_file
-from saebench.core.reading import read_json
+from saebench.core.reading import read_json, require_file
 from saebench.sources.base import ColumnType, Site
 from saebench.sources.modality import Modality
 
@@ -304,9 +304,10 @@ class ActivationCache:
                 check_shard(shard_path(self.path / column_folder(name), i), column.type.dtype, shape)
         for name, (n_bytes, _) in self._manifest.files.items():
             path = self.path / name
-            if not path.exists():
-                raise UserError(f"{path} is missing from the cache; restore it or make the cache again")
-            if (seen := path.stat().st_size) != n_bytes:
+            seen = require_file(
+                path, what="the file of the cache", way_out="restore it or make the cache again"
+            )
+            if seen != n_bytes:
                 raise UserError(
                     f"{path} has {seen:,} bytes but its manifest says {n_bytes:,}; "
                     "restore it or make the cache again"

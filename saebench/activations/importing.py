@@ -26,6 +26,7 @@ from saebench.activations.writing import warn_of_diagnosis
 from saebench.core.errors import UserError
 from saebench.core.files import directory_lock, require_disk, sha256_file
 from saebench.core.progress import progress
+from saebench.core.reading import require_file, shown
 from saebench.core.settings import accepts_settings
 from saebench.sources.base import ColumnType, Site
 from saebench.sources.modality import UNIT
@@ -221,9 +222,7 @@ def _own_dtype(dtype: torch.dtype) -> str:
 
 
 def _open(path: Path) -> _Source:
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {what}; give a .npy or .safetensors file")
+    require_file(path, what="the array", way_out="give a .npy or .safetensors file")
     if path.suffix == ".npy":
         source = _open_npy(path)
     elif path.suffix == ".safetensors":
@@ -238,9 +237,10 @@ def _open_npy(path: Path) -> _Source:
 
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # NumPy evaluates the header as a literal, which raises many kinds
+        reason = shown(f"{type(error).__name__}: {error}", 200)
         raise UserError(
-            f"{path} is not an array that can be read ({error}); save it with numpy.save"
+            f"{path} is not an array that can be read ({reason}); save it with numpy.save"
         ) from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} is an archive of several arrays; save one array with numpy.save")
@@ -265,8 +265,9 @@ def _open_safetensors(path: Path) -> _Source:
             tensors = {name: file.get_slice(name) for name in names}
             shapes = {name: tuple(piece.get_shape()) for name, piece in tensors.items()}
             dtypes = {name: piece.get_dtype() for name, piece in tensors.items()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}); save it again") from None
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        reason = shown(str(error), 200)
+        raise UserError(f"{path} is not a readable safetensors file ({reason}); save it again") from None
     if len(names) != 1:
         found = ", ".join(names[:5])
         raise UserError(f"{path} holds {len(names)} tensors ({found}); save a file with one [n, d_in] tensor")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from saebench.activations.manifest import CacheColumn, column_folder
 from saebench.activations.shards import DATA_START, TORCH_DTYPES, row_bytes, shard_path
+from saebench.core.errors import UserError
 
 _MAP_FIXED = 0x10  # the same on Linux and macOS; Python's mmap module does not name it
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -104,7 +105,7 @@ def _map(files: Sequence[Path], n_bytes: Sequence[int]) -> ctypes.Array[ctypes.c
     try:
         address = base
         for path, size in zip(files, n_bytes, strict=True):
-            with _descriptor(path) as file:
+            with _descriptor(path, DATA_START + size) as file:
                 _mmap(libc, address, size, mmap.PROT_READ | mmap.PROT_WRITE, private | _MAP_FIXED, file)
             address += size
     except BaseException:
@@ -117,9 +118,14 @@ def _map(files: Sequence[Path], n_bytes: Sequence[int]) -> ctypes.Array[ctypes.c
 
 
 @contextlib.contextmanager
-def _descriptor(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
+def _descriptor(path: Path, n_bytes: int) -> Iterator[int]:
+    """A descriptor of a file that has at least ``n_bytes``: access beyond the end would kill the process."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
+        if (seen := os.fstat(descriptor).st_size) < n_bytes:
+            raise UserError(
+                f"{path} has {seen:,} bytes instead of {n_bytes:,}; restore it or make the cache again"
+            )
         yield descriptor
     finally:
         os.close(descriptor)
@@ -131,6 +137,7 @@ def _read(files: Sequence[Path], n_bytes: Sequence[int]) -> bytearray:
     for path, size in zip(files, n_bytes, strict=True):
         with open(path, "rb") as file:
             file.seek(DATA_START)
-            file.readinto(view[start : start + size])
+            if file.readinto(view[start : start + size]) != size:
+                raise UserError(f"{path} is too short; restore it or make the cache again")
         start += size
     return buffer

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from saebench.core.errors import UserError
 from saebench.core.files import atomic_file
+from saebench.core.reading import open_file
 
 DATA_START = 65_536
 TENSOR_NAME = "data"
@@ -73,12 +75,9 @@ def check_shard(path: Path, dtype: str, shape: tuple[int, ...]) -> None:
     Does not read its data.
     """
     expected = DATA_START + row_bytes(dtype, shape)
-    try:
-        seen = path.stat().st_size
-        with open(path, "rb") as file:
-            header = file.read(DATA_START)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing from the cache; restore it or make the cache again") from None
+    with open_file(path, what="the shard", way_out="restore it or make the cache again") as file:
+        seen = os.fstat(file.fileno()).st_size
+        header = file.read(DATA_START)
     if seen != expected:
         raise UserError(
             f"{path} has {seen:,} bytes instead of {expected:,}; restore it or make the cache again"

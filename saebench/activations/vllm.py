@@ -21,10 +21,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from saebench.activations.cache import ActivationCache, vocab_bytes
@@ -37,6 +38,8 @@ from saebench.activations.writing import Target, warn_of_held_out, write_cache
 from saebench.core.device import pick_device
 from saebench.core.errors import UserError
 from saebench.core.files import free_memory, require_disk, sha256_file
+from saebench.core.reading import check_shape, parse_json, shown
+from saebench.core.shapes import Count, Name, Shape
 from saebench.sources.base import ColumnType, Site, UnitBatch
 from saebench.sources.modality import TEXT
 from saebench.sources.models import Model, load_model, peek_model
@@ -52,6 +55,14 @@ TOLERANCE = 0.1
 _SUFFIXES = (".safetensors", ".safetensors.zst")
 _DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _INTEGERS = {"I64", "I32", "U32", "U16", "I16"}
+
+
+class _Tensor(Shape):
+    """An entry of the header of a safetensors file."""
+
+    dtype: Name
+    shape: list[Count]
+    data_offsets: Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
 @dataclass(frozen=True)
@@ -74,8 +85,12 @@ class _File:
                 return [tensors[name] for name in names]
             with safe_open(self.path, framework="pt") as opened:
                 return [opened.get_tensor(name) for name in names]
-        except (SafetensorError, OSError, KeyError) as error:
-            raise UserError(f"{self.path} is damaged ({error}); write or copy it again") from None
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{self.path} is damaged ({shown(str(error), 200)}); write or copy it again"
+            ) from None
 
 
 def import_vllm(config: ImportConfig) -> ActivationCache:
@@ -317,11 +332,11 @@ def read_header(path: Path) -> dict[str, Any]:
         with open_bytes(path) as file:
             (n_bytes,) = struct.unpack("<Q", file.read(8))
             text = file.read(n_bytes) if n_bytes < 2**27 else b""
-        tensors: dict[str, Any] = json.loads(text)
+        tensors: dict[str, Any] = parse_json(text)
         tensors.pop("__metadata__", None)
-        end = max(int(tensor["data_offsets"][1]) for tensor in tensors.values())
-        if not all(isinstance(tensor["shape"], list) and tensor["dtype"] for tensor in tensors.values()):
-            raise ValueError("a tensor has no shape or type")
+        for name, tensor in tensors.items():
+            check_shape(tensor, _Tensor, source=f"its tensor {name!r:.60}")
+        end = max(tensor["data_offsets"][1] for tensor in tensors.values())
         if path.suffix != ".zst" and path.stat().st_size != 8 + n_bytes + end:
             raise ValueError(f"it has {path.stat().st_size:,} bytes instead of {8 + n_bytes + end:,}")
     except (ValueError, KeyError, TypeError, AttributeError, OSError, struct.error) as error:

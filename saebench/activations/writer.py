@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from saebench.activations.diagnosis import diagnose, largest_norm
@@ -41,6 +42,8 @@ from saebench.core.files import (
     write_json_atomic,
 )
 from saebench.core.journal import Entry, Journal, read_journal
+from saebench.core.reading import check_shape
+from saebench.core.shapes import Number, Sha256, Shape
 from saebench.sources.base import ColumnType, Site
 from saebench.sources.modality import modality as find_modality
 
@@ -48,6 +51,32 @@ JOURNAL_NAME = "journal.json"
 LOCK_NAME = ".lock"
 
 Types = Mapping[str, ColumnType]
+
+
+class _Note(Shape):
+    """A line of the journal on a finished shard of all columns of a group."""
+
+    group: Literal["rows", "contexts"]
+    sha256: dict[str, Sha256]
+    norms: dict[str, Number] = Field(default_factory=dict)
+
+
+class _MaxNorm(Shape):
+    limit: dict[str, Number]
+
+
+class _Found(Shape):
+    max_norm: _MaxNorm | None = None
+
+
+class _Facts(Shape):
+    facts: _Found
+
+
+class _Begun(Shape):
+    identity: dict[str, Any]
+
+
 State = Literal["empty", "unfinished", "complete"]
 
 
@@ -217,11 +246,17 @@ class CacheWriter:
         notes = _read_journal(self.path)[1] if (self.path / JOURNAL_NAME).exists() else []
         kept: list[Entry] = []
         for note in notes:
+            try:
+                check_shape(note, _Facts if "facts" in note else _Note, source="the note")
+            except UserError:
+                break
             if "facts" in note:
                 self.facts = note["facts"]
                 kept.append(note)
                 continue
             group, sums = note["group"], note["sha256"]
+            if not sums.keys() <= columns.keys():
+                break
             try:
                 for name in sums:
                     shape = (shard_rows, *columns[name].row_shape)
@@ -301,11 +336,8 @@ class ColumnGroup:
 def _read_journal(path: Path) -> tuple[Any, list[Entry]]:
     """The identity of an unfinished cache, and its finished shards in the order they were written."""
     first, *notes = read_journal(path / JOURNAL_NAME) or [{}]
-    if "identity" not in first:
-        raise UserError(
-            f"{path / JOURNAL_NAME} is damaged (its first line does not say what the cache is made from); "
-            f"delete {path} and run the command again"
-        )
+    way_out = f"delete {path} and run the command again"
+    check_shape(first, _Begun, source=str(path / JOURNAL_NAME), way_out=way_out)
     return first["identity"], notes
 
 

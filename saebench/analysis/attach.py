@@ -148,7 +148,7 @@ def attach(
                 raise UserError(
                     "the model that this SAE was trained on is not recorded; give it with model=..."
                 )
-            name, revision = recorded["name"], recorded["revision"]
+            name, revision = recorded["name"], recorded.get("revision")
         info = peek_model(name, revision=revision)
     else:
         info = model.info

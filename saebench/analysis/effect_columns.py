@@ -56,7 +56,7 @@ def index_effects(config: EffectsConfig) -> LossEffects:
     assert cache.model is not None, "contexts without the model that read them"
     named, revision = config.model, None
     if named == "cache":
-        named, revision = cache.model["name"], cache.model["revision"]
+        named, revision = cache.model["name"], cache.model.get("revision")
     model = load_model(named, revision=revision, device=device)
     found = loss_effects(
         sae, cache, model, info["hook_name"], contexts=config.contexts, sample=config.sample,

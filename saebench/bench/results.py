@@ -72,7 +72,7 @@ def main(words: list[str]) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     report: dict[str, Any] = read_json(path, what="results of saebench bench")
-    if not {"date", "rows", "ratios", "sizes"} <= report.keys():
+    if not isinstance(report, dict) or not {"date", "rows", "ratios", "sizes"} <= report.keys():
         raise UserError(f"{path} has no results of saebench bench on a GPU; make one with --out")
     return report
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -112,8 +111,10 @@ def train(settings: Mapping[str, Any], source: str) -> Result:
 
 
 def _trained(run: Run) -> dict[str, Any]:
-    lines = run.metrics_file.read_text(encoding="utf-8").splitlines()
-    last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    from saebench.runs.metrics_log import MetricsLog
+
+    log = MetricsLog(run)
+    last = log.lines[-1] if log.update() else {}
     spec = run.spec
     return {"path": str(run.path), "sae": spec.name, "d_sae": spec.d_sae, "k": spec.k, **last}
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from cyclopts import Group, Parameter
 
 from saebench.core.errors import UserError
+from saebench.core.reading import read_text, shown
 from saebench.core.settings import field_docs, named_as_fields, nearest_setting, shown_name, whole_number
 
 CONFIG_FLAG = "--config"
@@ -118,13 +119,15 @@ def read_settings(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, is not TOML, or has tables.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        raw = tomllib.loads(
+            read_text(path, what="the settings file", way_out=f"check {CONFIG_FLAG}", at_most=2**24)
+        )
+    except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
+        if isinstance(error, UserError):
+            raise
         raise UserError(
-            f"cannot read the settings file {path}: {error.strerror}; check {CONFIG_FLAG}"
+            f"the settings file {path} is not TOML: {shown(str(error), 200)}; correct it"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"the settings file {path} is not TOML: {error}; correct it") from None
     for name, value in raw.items():
         if isinstance(value, dict):
             raise UserError(
@@ -155,5 +158,7 @@ def check_settings(settings: Mapping[str, Any], types: Mapping[str, Any], path: 
             checked[name] = pydantic.TypeAdapter(types[name]).validate_python(value)
         except pydantic.ValidationError as error:
             reason = error.errors()[0]["msg"]
-            raise UserError(f"{name!r} in {path} is {value!r}: {reason[:1].lower()}{reason[1:]}") from None
+            raise UserError(
+                f"{name!r} in {path} is {shown(repr(value))}: {reason[:1].lower()}{reason[1:]}"
+            ) from None
     return checked

@@ -22,6 +22,7 @@ from typing import IO, Any
 import filelock
 
 from saebench.core.errors import UserError
+from saebench.core.reading import open_file
 from saebench.core.refusals import FORBIDDEN, FULL, NO_LOCKS, os_error_sentence
 
 TEMPORARY_SUFFIX = ".partial"
@@ -137,7 +138,7 @@ def finite(value: Any) -> Any:
 
 
 def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_file(path, what="the file") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

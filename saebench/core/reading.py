@@ -12,8 +12,9 @@ import math
 import os
 import stat
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
 
@@ -49,7 +50,7 @@ def require_file(path: Path, *, what: str, way_out: str = "check the path") -> i
     return _size(status, path, what, way_out)
 
 
-def open_file(path: Path, *, what: str, way_out: str = "check the path") -> IO[bytes]:
+def open_file(path: Path, *, what: str, way_out: str = "check the path") -> BufferedReader:
     """Open the regular file ``path`` to read its bytes.
 
     Raises:
@@ -85,14 +86,14 @@ def read_bytes(path: Path, *, what: str, way_out: str = "check the path", at_mos
     return content
 
 
-def read_text(path: Path, *, what: str, way_out: str = "check the path") -> str:
+def read_text(path: Path, *, what: str, way_out: str = "check the path", at_most: int = MOST_BYTES) -> str:
     """The content of a file of UTF-8.
 
     Raises:
         UserError: as `read_bytes`, or it is not UTF-8.
     """
     try:
-        return read_bytes(path, what=what, way_out=way_out).decode()
+        return read_bytes(path, what=what, way_out=way_out, at_most=at_most).decode()
     except UnicodeDecodeError as error:
         raise UserError(
             f"{what} {path} is not UTF-8 ({error.reason} at byte {error.start}); {way_out}"
@@ -172,6 +173,7 @@ def check_shape(value: Any, shape: type[Shape], *, source: str, way_out: str = M
             raise UserError(f"{source} is damaged: it has no {name}; {way_out}") from None
         reason = first["msg"][:1].lower() + first["msg"][1:]
         reason = reason.removeprefix("value error, ").removeprefix("input ")
+        reason = reason.partition(" or instance of")[0]
         found = shown(repr(first["input"]))
         raise UserError(
             f"{source} is damaged: {name} is {found} and {shown(reason, 200)}; {way_out}"

@@ -36,12 +36,18 @@ PathText = Annotated[Any, AfterValidator(_path)]
 """A path as a string. One that is not UTF-8 has lone surrogates, as `os.fsdecode` makes them."""
 
 
-class ModelFacts(Shape):
-    """A language model, as caches and runs record it."""
+class ModelName(Shape):
+    """A language model, as folders of SAEs from elsewhere may name it."""
 
     name: Name
-    hash: Name
     revision: Text | None = None
+    hash: Name | None = None
+
+
+class ModelFacts(ModelName):
+    """A language model, as caches and runs record it."""
+
+    hash: Name
 
 
 class ContextFacts(Shape):

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
 from saebench.core.files import atomic_file, require_writable, write_bytes_atomic, write_json_atomic
-from saebench.core.reading import read_json
 from saebench.core.settings import accepts_settings
 from saebench.evaluation.report import inference_label
 from saebench.evaluation.settings import CompareConfig
+from saebench.runs.layout import read_evaluation
 from saebench.runs.run import Run
 
 if TYPE_CHECKING:
@@ -157,16 +157,13 @@ def _reports(run: Path) -> list[tuple[Path, dict[str, Any]]]:
     files = sorted(Path(run).glob("eval*.json"))
     if not files:
         raise UserError(f"{run} has no evaluation; run saebench eval {run} --model cache first")
-    reports = [(Path(run), read_json(file, what="the evaluation")) for file in files]
+    reports = [(Path(run), read_evaluation(file)) for file in files]
     for file, (_, report) in zip(files, reports, strict=True):
-        numbers = ("d_sae", "k", "n_tokens", "l0", "fvu")
-        if (
-            not isinstance(report, dict)
-            or not isinstance(report.get("sae"), str)
-            or not all(isinstance(report.get(name), int | float) for name in numbers)
-            or not all(isinstance(report.get(name), int | float | None) for name in MEASURES)
-        ):
-            raise UserError(f"{file} is not an evaluation; run saebench eval {run} again")
+        for name in ("sae", "d_sae", "k", "n_tokens", "l0", "fvu"):
+            if report.get(name) is None:
+                raise UserError(
+                    f"{file} is not an evaluation: it has no {name}; run saebench eval {run} again"
+                )
     return reports
 
 

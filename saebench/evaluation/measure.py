@@ -150,7 +150,7 @@ def _on_text(config: EvalConfig, mode: InferenceMode, run: Run, device: torch.de
     model = _load_model(config, recorded, splice, device)
     made = run.contexts() if config.cache is None or cache is None else ContextSettings.of_cache(cache)
     contexts = text_contexts(config, model, made, keep_last=not mode.needs_gradients)
-    fits = cache is not None and recorded is not None and recorded["hash"] == model.hash
+    fits = cache is not None and recorded is not None and recorded.get("hash") == model.hash
     beside = _beside(config, model, cache if fits else None, device)
 
     mean_E = None
@@ -265,7 +265,7 @@ def _load_model(
             raise UserError(
                 "--model cache: neither the cache nor the run records a model; name the model itself"
             )
-        name, revision = recorded["name"], recorded["revision"]
+        name, revision = recorded["name"], recorded.get("revision")
     assert name is not None
     info = peek_model(name, revision=revision)
     must_match = config.text is None or config.model == "cache"

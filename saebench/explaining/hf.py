@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from saebench.core.errors import UserError
+from saebench.core.reading import shown
 from saebench.explaining.provider import Question, Reply, shown_name
 
 BATCH = 8
@@ -25,7 +26,6 @@ class HuggingFace:
     name = "hf"
 
     def __init__(self, model: str, device: str) -> None:
-        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
@@ -41,8 +41,8 @@ class HuggingFace:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(info.folder, **local)
             lm = load_pretrained(AutoModelForCausalLM, info.folder, model)
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
+        except Exception as error:  # each class of model raises errors of its own
+            reason = shown(str(error) or type(error).__name__, 200)
             raise UserError(f"model {model} cannot be asked ({reason}); give another --model") from None
         self._lm = lm.to(pick_device(device)).eval()
         self._chat = bool(getattr(self._tokenizer, "chat_template", None))

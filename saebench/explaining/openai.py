@@ -253,10 +253,15 @@ def _kept(path: Path) -> dict[str, Any] | None:
     """A cached answer; None when there is none or it cannot be read."""
     if not path.exists():
         return None
+    from saebench.core.shapes import Count, Number, Shape, Text
+
+    class Answer(Shape):
+        text: Text
+        tokens: Count
+        probability: Number | None
+
     try:
-        answer = read_json(path, what="the kept answer")
-        assert isinstance(answer["text"], str) and isinstance(answer["tokens"], int)
-        assert answer["probability"] is None or 0 <= answer["probability"] <= 1
-        return dict(answer)
-    except (UserError, KeyError, TypeError, AssertionError):
+        answer: dict[str, Any] = read_json(path, what="the kept answer", shape=Answer)
+    except UserError:
         return None
+    return answer if 0 <= (answer["probability"] or 0) <= 1 else None

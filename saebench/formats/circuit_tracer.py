@@ -22,6 +22,7 @@ import yaml
 
 from saebench.core.errors import UserError
 from saebench.core.files import write_bytes_atomic
+from saebench.core.reading import read_bytes
 from saebench.core.tensors import read_safetensors
 from saebench.formats import folding
 from saebench.formats.folding import Weights
@@ -163,13 +164,16 @@ def read_set(directory: Path, *, k: int | None) -> Iterator[tuple[str, Foreign]]
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(file.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist; name the folder of a transcoder set") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); {_WAY_OUT}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise UserError(f"{file} is damaged or not YAML; {_WAY_OUT}") from None
+        config = yaml.safe_load(
+            read_bytes(
+                file, what="the description", way_out="name the folder of a transcoder set", at_most=2**24
+            )
+        )
+    except UserError:
+        raise
+    except Exception as error:  # PyYAML raises many kinds for dates, numbers and nesting
+        reason = type(error).__name__
+        raise UserError(f"{file} is damaged or not YAML ({reason}); {_WAY_OUT}") from None
     if not isinstance(config, dict) or not all(isinstance(config.get(name), str) for name in _HOOKS):
         raise UserError(f"{file} has no {' or '.join(_HOOKS)}; name the folder of a transcoder set")
     if config.get("model_kind") != KIND:

@@ -15,7 +15,7 @@ from typing import Any
 
 from saebench.core.errors import UserError
 from saebench.core.reading import check_shape, read_json
-from saebench.core.shapes import ContextFacts, ModelFacts, Name, PathText, Positive, Shape, Text
+from saebench.core.shapes import ContextFacts, ModelFacts, Name, Number, PathText, Positive, Shape, Text
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -48,6 +48,24 @@ class _Run(Shape):
     contexts: ContextFacts | None = None
 
 
+class Evaluation(Shape):
+    """The numbers of eval.json that comparisons, exports and stores use; see saebench/evaluation."""
+
+    sae: Text | None = None
+    inference: Text | None = None
+    d_sae: Positive | None = None
+    k: Positive | None = None
+    n_tokens: Positive | None = None
+    l0: Number | None = None
+    fvu: Number | None = None
+    explained_variance: Number | None = None
+    ce_loss_score: Number | None = None
+    ce_delta: Number | None = None
+    kl: Number | None = None
+    dead_fraction: Number | None = None
+    picks_changed: Number | None = None
+
+
 def eval_file(inference: str | None = None) -> str:
     """Name of the evaluation in one inference mode; None for the default mode."""
     return f"eval-{inference}.json" if inference else "eval.json"
@@ -73,3 +91,14 @@ def read_run(directory: Path, *, needs: tuple[str, ...] = ("train", "sae", "cach
         if name not in facts:
             raise UserError(f"{file} is damaged: it has no {name}; {_WAY_OUT}")
     return dict(facts)
+
+
+def read_evaluation(file: Path) -> dict[str, Any]:
+    """The contents of an ``eval.json``; values may be missing or None.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    way_out = f"run saebench eval {file.parent} again"
+    report: dict[str, Any] = read_json(file, what="the evaluation", shape=Evaluation, way_out=way_out)
+    return report

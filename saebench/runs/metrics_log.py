@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import os
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
+from saebench.core.reading import check_shape, open_file, parse_json, read_text
+from saebench.core.shapes import Count, Number, Shape, Text
 from saebench.runs.layout import METRICS_FILE, SESSIONS_FILE
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+class _Session(Shape):
+    first_step: Count = 0
+    last_step: Count = 0
+    seconds: Number = 0
+    tokens_per_second: Number = 0
+    device: Text = ""
+    torch: Text = ""
+    kernels: Text = ""
+
+
+def metrics_of(line: bytes | str) -> dict[str, Any] | None:
+    """The metrics of one line of metrics.jsonl, or None if it is damaged.
+
+    ``step`` is a whole number, and every other value a number or None.
+    """
+    try:
+        found = parse_json(line, nonfinite=True)
+        if not isinstance(found, dict) or type(found.get("step")) is not int:
+            return None
+        usable = all(value is None or float(value) is not None for value in found.values())
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return found if usable and 0 <= found["step"] < 2**63 else None
 
 
 class MetricsLog:
@@ -38,26 +64,22 @@ class MetricsLog:
             UserError: there is no metrics.jsonl.
         """
         path = self.directory / METRICS_FILE
+        if not path.exists():
+            raise UserError(f"{self.directory} has no {METRICS_FILE}; name a run directory of saebench train")
         try:
-            with open(path, "rb") as file:
+            with open_file(path, what="the metrics") as file:
                 status = os.fstat(file.fileno())
                 identity = (status.st_dev, status.st_ino)
                 if identity != self._identity or status.st_size < self._read:
                     self.lines, self._read, self._identity = [], 0, identity
                 file.seek(self._read)
                 text = file.read()
-        except OSError:
-            raise UserError(
-                f"{self.directory} has no {METRICS_FILE}; name a run directory of saebench train"
-            ) from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
         before = len(self.lines)
         for line in text[: text.rfind(b"\n") + 1].splitlines(keepends=True):
-            try:
-                found = json.loads(line)
-            except ValueError:
-                found = None
             self._read += len(line)
-            if isinstance(found, dict):
+            if (found := metrics_of(line)) is not None:
                 self.lines.append(found)
         return len(self.lines) - before
 
@@ -84,18 +106,19 @@ def read_metrics(directory: str | PathLike[str]) -> pd.DataFrame:
 def read_sessions(directory: str | PathLike[str]) -> list[dict[str, Any]]:
     """The processes that trained a run, oldest first; empty until the first one has ended.
 
-    Keys first_step, last_step, seconds, tokens_per_second, device, torch, kernels.
+    Keys first_step, last_step, seconds, tokens_per_second, device, torch, kernels. Damaged lines are left
+    out.
     """
+    found: list[dict[str, Any]] = []
     try:
-        text = (Path(directory) / SESSIONS_FILE).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return []
-    found = []
+        text = read_text(Path(directory) / SESSIONS_FILE, what="the sessions")
+    except UserError:
+        return found
     for line in text.splitlines():
         try:
-            session = json.loads(line)
+            session = parse_json(line)
+            check_shape(session, _Session, source="the session")
         except ValueError:
             continue
-        if isinstance(session, dict):
-            found.append(session)
+        found.append(session)
     return found

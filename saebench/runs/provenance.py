@@ -58,13 +58,15 @@ class ContextSettings:
         """The inverse of ``to_json``; values of an unexpected type count as not known."""
         ctx, text = values.get("ctx"), values.get("text")
         tokens, norms = values.get("exclude_tokens"), values.get("max_norms")
+        tokens = tokens if isinstance(tokens, list | tuple) else ()
+        norms = norms if isinstance(norms, Mapping) else {}
         flags = {name: values.get(name) for name in ("bos", "keep_first")}
         return cls(
             ctx=ctx if isinstance(ctx, int) and not isinstance(ctx, bool) and ctx >= 2 else None,
             keep_last=values.get("keep_last") is not False,
             text=text if isinstance(text, str) else None,
-            exclude_tokens=tuple(tokens) if isinstance(tokens, list | tuple) else (),
-            max_norms=dict(norms) if isinstance(norms, Mapping) else {},
+            exclude_tokens=tuple(token for token in tokens if type(token) is int),
+            max_norms={hook: norm for hook, norm in norms.items() if type(norm) in (int, float)},
             **{name: flag if isinstance(flag, bool) else None for name, flag in flags.items()},
         )
 
@@ -116,8 +118,9 @@ def require_same_model(
     Raises:
         UserError: the hashes differ.
     """
-    if recorded is not None and info.hash != recorded["hash"]:
+    known = None if recorded is None else recorded.get("hash")
+    if known is not None and info.hash != known:
         raise UserError(
             f"the model {info.name} is not the one that {made} (its hash is {info.hash[:12]}..., {says} "
-            f"{recorded['hash'][:12]}...); {way_out}"
+            f"{known[:12]}...); {way_out}"
         )

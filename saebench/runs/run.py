@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
-from saebench.core.reading import read_json
 from saebench.runs.checkpoints import checkpoints_of, load_checkpoint_sae, run_of
-from saebench.runs.layout import METRICS_FILE, RUN_FILE, eval_file, read_run
+from saebench.runs.layout import METRICS_FILE, RUN_FILE, eval_file, read_evaluation, read_run
 from saebench.runs.metrics_log import read_metrics, read_sessions
 from saebench.runs.provenance import ContextSettings, Provenance, contexts_of_import
 from saebench.saes.files import SPEC_FILE, WEIGHTS_FILE, load_sae, read_description, weights_hash
@@ -76,7 +75,7 @@ class Run:
     def evaluation(self, inference: str | None = None) -> dict[str, Any] | None:
         """The results of ``saebench eval`` in one inference mode; None if it was not run."""
         file = self.eval_file(inference)
-        return read_json(file, what="the evaluation") if file.exists() else None
+        return read_evaluation(file) if file.exists() else None
 
     def metrics(self) -> pd.DataFrame:
         """One row per logged step, one column per metric; see `read_metrics`."""
@@ -260,7 +259,9 @@ class Run:
     def warn_of_other_model(self, cache: ActivationCache) -> None:
         """Print a warning if ``cache`` was made with another model than the SAE's training cache."""
         own, theirs = self.provenance.model, cache.model
-        if own is not None and theirs is not None and own["hash"] != theirs["hash"]:
+        if own is None or theirs is None or own.get("hash") is None:
+            return
+        if own["hash"] != theirs["hash"]:
             print(
                 f"warning: {cache.path} holds activations of {theirs['name']} ({theirs['hash'][:12]}...), "
                 f"but {self} was trained on those of {own['name']} ({own['hash'][:12]}...)",

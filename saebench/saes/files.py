@@ -11,7 +11,7 @@ from saebench.core.errors import UserError
 from saebench.core.files import make_directory, write_bytes_atomic, write_json_atomic
 from saebench.core.reading import check_shape, read_json
 from saebench.core.settings import from_flat, to_flat
-from saebench.core.shapes import ContextFacts, ModelFacts, Name, Positive, Sha256, Shape, Text
+from saebench.core.shapes import ContextFacts, ModelName, Name, Positive, Sha256, Shape, Text
 from saebench.saes.registry import architecture
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class _Description(Shape):
     d_in: Positive
     spec: dict[str, Any]
     hook_name: Text | None = None
-    model: ModelFacts | None = None
+    model: ModelName | None = None
     imported: dict[str, Any] | None = None
     contexts: ContextFacts | None = None
     cache_hash: Text | None = None

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from saebench.core.errors import UserError
 from saebench.core.files import sha256_file
+from saebench.core.reading import read_json, require_file
 from saebench.sources.base import Axes
 from saebench.sources.families import Family, family_of
 from saebench.sources.family_sites import has_site
@@ -20,6 +21,9 @@ from saebench.sources.pretrained import module_paths
 _DESCRIPTION_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _WEIGHT_FILES = ["*.safetensors"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_MOST = 2**27
+_MOST_LAYERS = 10_000
+"""Limits of the sizes of models: a library that is asked for more runs until memory is full."""
 _PER_HEAD = re.compile(r"\.attn\.hook_[qkvz]$")
 _HASHED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
 
@@ -133,6 +137,7 @@ def peek_model(
     else:
         folder = fetch(source, revision, _DESCRIPTION_FILES)
         commit = folder.name
+    _require_files(folder)
     try:
         # Without an explicit False the library asks on the terminal whether to run the folder's own code.
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -141,6 +146,10 @@ def peek_model(
         d_head = int(getattr(config, "head_dim", None) or d_model // heads)
         sizes = (getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_dim"))
         d_mlp = next((size for size in sizes if size), 4 * d_model)
+        if not 0 < config.num_hidden_layers < _MOST_LAYERS:
+            raise ValueError(f"it has {config.num_hidden_layers} layers")
+        if not all(0 < size < _MOST for size in (d_model, heads, d_head, d_mlp, config.vocab_size)):
+            raise ValueError(f"a size is not between 1 and {_MOST - 1}")
         n_ctx = getattr(config, "max_position_embeddings", None)
         return ModelInfo(
             name=name,
@@ -225,6 +234,16 @@ def _require_weights(folder: Path, name: str) -> None:
         raise UserError(
             f"model {name} has no *.safetensors in {folder}; convert its weights to safetensors first"
         )
+
+
+def _require_files(folder: Path) -> None:
+    """Refuse pipes and devices in a model's folder, which libraries would wait for, and JSON that is none."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _HASHED_SUFFIXES and not path.is_dir():
+            require_file(path, what="the model's file", way_out="download it again")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            read_json(folder / name, what="the model's", nonfinite=True, way_out="download it again")
 
 
 def _hash_folder(folder: Path) -> str:

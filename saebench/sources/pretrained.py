@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from saebench.core.errors import UserError
+from saebench.core.reading import shown
 
 
 def load_causal_model(folder: str, name: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -106,13 +107,13 @@ def errors_of_loading(folder: str, name: str) -> Iterator[None]:
         raise
     except torch.cuda.OutOfMemoryError:
         raise UserError(f"model {name} does not fit into the GPU's memory; use --device cpu") from None
-    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model {name} cannot be loaded ({reason})") from None
-    except Exception as error:
-        if type(error).__module__.startswith(("safetensors", "builtins")) and "afetensor" in repr(error):
+    except Exception as error:  # each class of model raises errors of its own
+        reason = shown(str(error) or type(error).__name__, 300)
+        if "afetensor" in repr(error):
             raise UserError(
-                f"the weights of model {name} in {folder} are damaged ({error}); download the *.safetensors "
+                f"the weights of model {name} in {folder} are damaged ({reason}); download the *.safetensors "
                 "files again"
             ) from None
-        raise
+        raise UserError(
+            f"model {name} cannot be loaded ({reason}); download all its files again, of one revision"
+        ) from None

@@ -14,6 +14,7 @@ import numpy as np
 
 from saebench.core.errors import UserError
 from saebench.core.files import sha256_file
+from saebench.core.reading import require_file
 from saebench.sources.text_files import (
     document_files,
     is_plain_text,
@@ -113,6 +114,8 @@ def read_documents(
     local = source if isinstance(source, Path) else None
     files = document_files(local) if local is not None and local.is_dir() else None
     is_file = local is not None and local.is_file()
+    if local is not None and not is_file and not local.is_dir():
+        require_file(local, what="the text")
     is_plain = local is not None and is_file and is_plain_text(local)
     has_columns = name != "sotu" and files is None and not is_plain
     if column != "text" and not has_columns:

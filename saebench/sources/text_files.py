@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
-import json
 import shutil
 import tempfile
 import zlib
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from saebench.core.errors import UserError
+from saebench.core.reading import parse_json, require_file, shown
 
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Suffix of a file of rows -> the reader of `datasets`."""
@@ -52,7 +52,12 @@ def open_text(path: Path) -> Iterator[io.TextIOBase]:
 
 
 def open_bytes(path: Path) -> Any:
-    """A binary file, opened for reading; .gz and .zst are decompressed."""
+    """A binary file, opened for reading; .gz and .zst are decompressed.
+
+    Raises:
+        UserError: it does not exist, or is something else than a file.
+    """
+    require_file(path, what="the file")
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
@@ -96,9 +101,10 @@ def _json_lines(path: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line, nonfinite=True)
             except ValueError as error:
-                raise UserError(f"{path}, line {number} is not JSON ({error}); correct it") from None
+                reason = shown(str(error))
+                raise UserError(f"{path}, line {number} is not JSON ({reason}); correct it") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number} is not an object; write one object per line")
             yield row

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from saebench.core.errors import UserError
+from saebench.core.reading import shown
 from saebench.sources.model_info import ModelInfo, has_tokenizer
 from saebench.sources.text import Document
 
@@ -33,15 +34,10 @@ class ModelTokenizer:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
                 info.folder, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            reason = " ".join(str(error).split())[:200]
+        except Exception as error:  # the tokenizers library raises bare Exception
+            reason = shown(str(error) or type(error).__name__, 200)
             raise UserError(
                 f"the tokenizer of model {info.name} in {info.folder} cannot be read ({reason}); "
-                "download its tokenizer files again"
-            ) from None
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise UserError(
-                f"the tokenizer of model {info.name} in {info.folder} cannot be read ({error}); "
                 "download its tokenizer files again"
             ) from None
         ids = self.tokenizer.get_vocab().values()

@@ -15,16 +15,19 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 
 from saebench.core.errors import UserError
 from saebench.core.files import make_directory, sha256_file, sha256_json
 from saebench.core.journal import Entry, Journal, read_journal
 from saebench.core.progress import progress
+from saebench.core.reading import check_shape
+from saebench.core.shapes import Count, Positive, Sha256, Shape, Text
 from saebench.saes.spec import SiteWidth
 from saebench.store import sorted_spill
 from saebench.store.sites import cache_rows
@@ -36,6 +39,17 @@ if TYPE_CHECKING:
 
 ENCODED = ".encoded"
 JOURNAL = "journal.jsonl"
+
+
+class _File(Shape):
+    name: Annotated[Text, Field(pattern=r"^run-[0-9]+\.parquet$")]
+    bytes: Count
+    sha256: Sha256
+
+
+class _Step(Shape):
+    rows: Positive
+    files: list[_File | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +76,7 @@ def encode(
     Raises:
         UserError: an activation or a code is not finite.
     """
-    journal, done, spills = _resume(directory, encoders, _work(encoders, cache, batch_size))
+    journal, done, spills = _resume(directory, encoders, _work(encoders, cache, batch_size), cache.n_rows)
     with (
         contextlib.closing(journal),
         progress("encode", total=cache.n_rows, unit="tok", initial=done, quiet=quiet) as bar,
@@ -114,10 +128,10 @@ def _work(encoders: Sequence[Encoder], cache: ActivationCache, batch_size: int) 
 
 
 def _resume(
-    directory: Path, encoders: Sequence[Encoder], work: str
+    directory: Path, encoders: Sequence[Encoder], work: str, n_rows: int
 ) -> tuple[Journal, int, list[SortedSpill]]:
     """``(journal, rows done, spills)``: where a killed pass over the same work stopped, or an empty start."""
-    steps = _steps(directory, work)
+    steps = _steps(directory, work, len(encoders), n_rows)
     if steps is None:
         shutil.rmtree(directory, ignore_errors=True)
         make_directory(directory)
@@ -135,17 +149,21 @@ def _resume(
     return journal, done, spills
 
 
-def _steps(directory: Path, work: str) -> list[Entry] | None:
+def _steps(directory: Path, work: str, n_saes: int, n_rows: int) -> list[Entry] | None:
     """The steps that the journal lists, up to the first whose files are not intact; None for other work."""
     entries = read_journal(directory / JOURNAL)
     if not entries or entries[0] != {"work": work}:
         return None
-    steps = []
+    steps: list[Entry] = []
     for entry in entries[1:]:
         try:
-            if not all(_is_intact(directory / str(n), file) for n, file in enumerate(entry["files"])):
-                break
-        except (ValueError, KeyError, TypeError):
+            check_shape(entry, _Step, source="the entry")
+        except UserError:
+            break
+        later = not steps or entry["rows"] > steps[-1]["rows"]
+        if not later or len(entry["files"]) != n_saes or entry["rows"] > n_rows:
+            break
+        if not all(_is_intact(directory / str(n), file) for n, file in enumerate(entry["files"])):
             break
         steps.append(entry)
     return steps
@@ -160,5 +178,7 @@ def _described(path: Path | None) -> dict[str, Any] | None:
 def _is_intact(folder: Path, file: dict[str, Any] | None) -> bool:
     if file is None:
         return True
-    path, size = folder / file["name"], int(file["bytes"])
-    return path.is_file() and path.stat().st_size == size and sha256_file(path) == str(file["sha256"])
+    path = folder / file["name"]
+    return bool(
+        path.is_file() and path.stat().st_size == file["bytes"] and sha256_file(path) == file["sha256"]
+    )

@@ -21,18 +21,40 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
+
+from pydantic import Field
 
 from saebench.core.errors import UserError
 from saebench.core.files import sha256_file, sync_directory, write_json_atomic
-from saebench.core.reading import read_json
+from saebench.core.reading import MAKE_AGAIN, check_shape, read_json
+from saebench.core.shapes import Count, Name, Positive, Sha256, Shape, Text
 from saebench.store.schema import FORMAT_VERSION
 
 FORMAT = "saebench store"
 MANIFEST = "manifest.json"
 BUILDING = ".building"
-_INSIDE = re.compile(r"gen-\d{6,}/\w[\w.-]*\.duckdb")
+_INSIDE = r"^gen-[0-9]{6,}/\w[\w.-]*\.duckdb$"
 """Paths that a manifest may name: a store that came from elsewhere must not open files outside it."""
+
+
+class _File(Shape):
+    path: Annotated[Text, Field(pattern=_INSIDE)]
+    bytes: Count
+    sha256: Sha256
+
+
+class _Sae(Shape):
+    name: Name
+    text: Name | None
+    file: _File
+    extras: dict[str, _File] = Field(default_factory=dict)
+
+
+class _Manifest(Shape):
+    generation: Positive
+    saes: list[_Sae]
+    texts: dict[str, _File]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,29 +133,40 @@ def parse_manifest(path: Path) -> Manifest:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of a feature store; check the path")
     version = content.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or version > FORMAT_VERSION:
         raise UserError(
-            f"the store {path.parent} has format {version} and this saebench reads up to {FORMAT_VERSION}; "
-            "install a newer saebench, or run saebench index into another directory"
+            f"the store {path.parent} has format {version!r:.60} and this saebench reads up to "
+            f"{FORMAT_VERSION}; install a newer saebench, or run saebench index into another directory"
         )
     try:
+        check_shape(content, _Manifest, source="it")
         saes = tuple(
             StoredSae(
                 name=sae["name"],
                 text=sae["text"],
-                file=StoredFile(**sae["file"]),
-                extras={name: StoredFile(**file) for name, file in sae.get("extras", {}).items()},
+                file=_file(sae["file"]),
+                extras={name: _file(file) for name, file in sae.get("extras", {}).items()},
             )
             for sae in content["saes"]
         )
-        texts = {key: StoredFile(**file) for key, file in content["texts"].items()}
-        manifest = Manifest(generation=int(content["generation"]), saes=saes, texts=texts)
-        for file in manifest.files():
-            if not _INSIDE.fullmatch(file.path):
-                raise ValueError(f"{file.path!r} is not a file of a generation")
+        manifest = Manifest(
+            generation=content["generation"],
+            saes=saes,
+            texts={key: _file(file) for key, file in content["texts"].items()},
+        )
+        names = [sae.name for sae in saes]
+        if len({*names}) < len(names) or not saes:
+            raise UserError("its SAEs do not have different names")
+        if lost := {sae.text for sae in saes} - {None, *manifest.texts}:
+            raise UserError(f"it has no text {lost.pop()!r:.60}")
         return manifest
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(path, f"{type(error).__name__} {error}") from None
+    except UserError as error:
+        reason = str(error).removeprefix("it is damaged: ").removesuffix(f"; {MAKE_AGAIN}")
+        raise _damaged(path, reason) from None
+
+
+def _file(content: dict[str, Any]) -> StoredFile:
+    return StoredFile(**{name: content[name] for name in ("path", "bytes", "sha256")})
 
 
 def _damaged(path: Path, reason: str) -> UserError:

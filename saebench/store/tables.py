@@ -8,7 +8,6 @@ encoding and for those of the act table of an older file. Directions, logits and
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor
 
 from saebench.core.progress import progress
+from saebench.core.reading import read_bytes
+from saebench.runs.metrics_log import metrics_of
 from saebench.store import schema
 from saebench.store.coactivation import CoactivationCounter
 from saebench.store.corpus import Corpus
@@ -42,7 +43,8 @@ from saebench.store.tokens import TokenFeatures, label_rows, token_statistics
 if TYPE_CHECKING:
     import duckdb
 
-    from saebench.saes.base import SAE
+    from saebench.runs.metrics_log import metrics_of
+from saebench.saes.base import SAE
 
 ItemT = TypeVar("ItemT")
 
@@ -238,13 +240,12 @@ def static_data(
 def metric_rows(path: Path) -> dict[str, Any]:
     """Rows of train_metric from a run's metrics.jsonl: every number of every line except the step."""
     rows: list[tuple[int, str, float]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:  # the last line of a run that is being written
+    for line in read_bytes(path, what="the metrics").splitlines():
+        values = metrics_of(line)
+        if values is None:  # the last line of a run that is being written
             continue
         rows += [
-            (int(values["step"]), name, float(value))
+            (values["step"], name, float(value))
             for name, value in values.items()
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
         ]

@@ -103,6 +103,8 @@ def claim_directory(data: DataSet, directory: Path) -> None:
     """
     description, file = data.describe(), directory / DESCRIPTION
     before = read_json(file, what="the description of the data") if file.exists() else description
+    if not isinstance(before, dict):
+        raise UserError(f"{file} is damaged: it is not an object; choose another --out")
     for name, value in description.items():
         if before.get(name) != value:
             raise UserError(

@@ -15,7 +15,9 @@ from typing import Any, Protocol
 
 from saebench.core.errors import UserError
 from saebench.core.files import atomic_file, finite, sentence_for_os_errors, sha256_json, sync_directory
+from saebench.core.reading import read_bytes
 from saebench.runs.layout import METRICS_CSV_FILE, METRICS_FILE
+from saebench.runs.metrics_log import metrics_of
 from saebench.training.settings import TrainConfig
 
 Metrics = dict[str, float]
@@ -98,7 +100,9 @@ class Jsonl(_LinesFile):
 
     @staticmethod
     def _step_of(line: str) -> int:
-        return int(json.loads(line)["step"])
+        if (metrics := metrics_of(line)) is None:
+            raise ValueError("a damaged line")
+        return int(metrics["step"])
 
 
 class Csv(_LinesFile):
@@ -181,7 +185,8 @@ def _keep_lines(path: Path, step_of: Callable[[str], int], step: int) -> set[int
     steps of the others."""
     if not path.exists():
         return set()
-    lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
+    content = read_bytes(path, what="the metrics", way_out="move it away")
+    lines = content.decode("utf-8", errors="replace").splitlines(keepends=True)
     kept, steps = [], set()
     for line in lines:
         try:

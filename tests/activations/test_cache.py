@@ -124,7 +124,7 @@ def test_verify_finds_a_flipped_byte(cache):
 def test_missing_shard_raises_user_error_with_its_name(cache):
     victim = shards_of(cache)[2]
     victim.unlink()
-    with pytest.raises(UserError, match=f"{victim} is missing"):
+    with pytest.raises(UserError, match=f"{victim} does not exist"):
         sb.open_cache(cache.path)
 
 

@@ -196,7 +196,7 @@ def test_other_and_damaged_files_are_refused(model: Model, write: Write, tmp_pat
         {name: {"dtype": "F32", "data_offsets": [0, 0]} for name in ("token_ids", "hidden_states")}
     )
     victim.write_bytes(struct.pack("<Q", len(header)) + header.encode())
-    refused("is not a whole safetensors file \\('shape'\\)")
+    refused("is not a whole safetensors file .*has no shape")
     victim.write_bytes(b"nonsense, and more of it")
     refused("is not a whole safetensors file")
     save_file({"weights": torch.zeros(3)}, victim)

@@ -126,7 +126,7 @@ def test_manifest_with_path_outside_store_is_refused(tmp_path, path):
     content = json.loads((store / "manifest.json").read_text())
     content["saes"][0]["file"]["path"] = path
     (store / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="is not a file of a generation"):
+    with pytest.raises(UserError, match=r"path is .* should match pattern"):
         open_store(store)
 
 

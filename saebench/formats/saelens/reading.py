@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from saebench.core.bounds import AtLeast
 from saebench.core.errors import UserError
 from saebench.core.reading import read_json
 from saebench.core.settings import Settings, from_flat
+from saebench.core.shapes import Number, Shape
 from saebench.formats import folding
 from saebench.formats.folding import Weights
 from saebench.formats.foreign import Foreign, assumed_k, read_tensors
@@ -46,6 +48,10 @@ _ORIGIN = (
     "hook_name", "hook_name_out", "hook_head_index", "model_name", "context_size", "prepend_bos",
     "seqpos_slice", "dataset_path", "sae_lens_version", "training_architecture", "l0",
 )  # fmt: skip
+
+
+class _Scale(Shape):
+    scaling_factor: Annotated[Number, Field(gt=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +207,7 @@ def _active(config: _Config, k: int | None, notes: list[str]) -> int:
 
 def _read_config(file: Path) -> _Config:
     """The settings in ``cfg.json`` under the names of 6.x, with checked types."""
-    raw = read_json(file, what="the SAELens description")
+    raw = read_json(file, what="the SAELens description", nonfinite=True, way_out="copy it again")
     if not isinstance(raw, dict) or not isinstance(raw.get("metadata", {}), dict):
         raise UserError(f"{file} is not the description of an SAE; name a folder that SAELens wrote")
     version = raw.get("metadata", {}).get("sae_lens_version") or raw.get("sae_lens_version")
@@ -209,7 +215,7 @@ def _read_config(file: Path) -> _Config:
         raw = _since_6(raw, file)
     if not isinstance(raw.get("architecture"), str) or raw["architecture"] not in _READABLE:
         raise UserError(
-            f"{file} has architecture {raw.get('architecture')!r}; saebench reads {', '.join(_READABLE)}"
+            f"{file} has architecture {raw.get('architecture')!r:.60}; saebench reads {', '.join(_READABLE)}"
         )
     known = {f.name for f in dataclasses.fields(_Config)}
     config = from_flat(_Config, {name: v for name, v in raw.items() if name in known}, source=str(file))
@@ -229,7 +235,7 @@ def _since_6(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     if kind == "topk" and isinstance(arguments, dict) and "k" in arguments:
         new |= {"architecture": "topk", "k": arguments["k"]}
     elif kind != "relu":
-        raise UserError(f"{file} has activation function {kind!r}; saebench reads relu and topk")
+        raise UserError(f"{file} has activation function {kind!r:.60}; saebench reads relu and topk")
     scaled = new.get("normalize_activations") or "none"
     new["normalize_activations"] = "expected_average_only_in" if scaled is True else scaled
     hook = raw.get("hook_name", raw.get("hook_point"))
@@ -276,8 +282,7 @@ def _input_scale(config: _Config, directory: Path) -> float:
             f"the SAE in {directory} scales its inputs, but {SCALE_FILE} with the factor is missing; "
             "copy it from the checkpoint"
         )
-    scaler = read_json(directory / SCALE_FILE, what="the scale of the inputs")
-    scale = scaler.get("scaling_factor") if isinstance(scaler, dict) else None
-    if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
-        raise UserError(f"{directory / SCALE_FILE} has no positive scaling_factor; copy it again")
-    return float(scale)
+    scaler = read_json(
+        directory / SCALE_FILE, what="the scale of the inputs", shape=_Scale, way_out="copy it again"
+    )
+    return float(scaler["scaling_factor"])

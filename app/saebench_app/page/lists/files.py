@@ -7,6 +7,7 @@ import json
 import streamlit as st
 
 from saebench.core.errors import UserError
+from saebench.core.reading import parse_json
 from saebench_app.components.notice import notice
 from saebench_app.session import Here, attempt
 
@@ -30,8 +31,8 @@ def show_files(here: Here) -> None:
 
     def take_in() -> None:
         try:
-            content = json.loads(file.getvalue())
-        except (ValueError, RecursionError):
+            content = parse_json(file.getvalue())
+        except ValueError:
             raise UserError("the file is not JSON; export one here or with export_json") from None
         if not isinstance(content, dict):
             raise UserError("the file is not an export of annotations; make one with export_json")
