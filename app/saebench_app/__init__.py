@@ -2,6 +2,10 @@
 
     launch      starts the server for one store
     serve       the process of the server
+    access      the names that the server answers to, the token, read-only
+    guard       the gate in front of the server
+    offline     what keeps its processes from connecting to other machines
+    lifeline    what ends a process with the one that started it
     main        the script that the server runs for every page
     url         how parameters are declared, read from a URL and written to it
     view        the parameters that all pages share: which features, in which order, how examples are shown
@@ -16,7 +20,7 @@
     components  the parts that several pages are made of; static/ has their scripts and style sheets
 
 A page is a module with PATH, TITLE, SECTION and ``show(here)``, listed in main; parameters of its own are a
-`url.Query`. Nothing here runs SQL or leaves the machine, and pages that run no model need none. Text from a
-store (tokens, labels, names) may be hostile: it reaches the page only through the components of ``static/``,
-as text nodes.
+`url.Query`. Nothing here runs SQL of its own or leaves the machine, and pages that run no model need none.
+Text from a store (tokens, labels, names) may be hostile: it reaches the page only through the components of
+``static/``, as text nodes.
 """

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -10,31 +13,14 @@ import sys
 import time
 import webbrowser
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from saebench.core.errors import UserError
+from saebench_app.access import EVERY_ADDRESS, READ_ONLY, Access, is_loopback
 
-MAIN = Path(__file__).with_name("main.py")
 START_SECONDS = 60
 STOP_SECONDS = 5
-
-SETTINGS = {
-    "browser.gatherUsageStats": "false",
-    "server.headless": "true",
-    "server.fileWatcherType": "none",
-    "server.runOnSave": "false",
-    "server.showEmailPrompt": "false",
-    "client.toolbarMode": "viewer",
-    "client.showErrorLinks": "false",
-    "global.disableWidgetStateDuplicationWarning": "true",
-    "logger.level": "warning",
-    "theme.light.primaryColor": "#1f6fb2",
-    "theme.dark.primaryColor": "#5aa9e6",
-    "theme.baseFontSize": "15",
-    "theme.paddingTop": "2.2rem",
-    "theme.headingFontSizes": '["1.7rem", "1.35rem", "1.1rem", "1rem", "1rem", "1rem"]',
-}
-"""Nothing is sent anywhere, no files are watched, and all pages have the same style."""
 
 
 def explore(
@@ -43,11 +29,15 @@ def explore(
     runs: Sequence[Path] = (),
     port: int = 8501,
     host: str = "127.0.0.1",
+    token: bool | None = None,
+    read_only: bool = False,
     open_browser: bool = True,
 ) -> int:
     """Serve the explorer for ``store`` until it is interrupted; the exit code of the server.
 
-    ``runs`` are run directories that its SAEs came from, for the pages that run the model.
+    ``runs`` are run directories that its SAEs came from, for the pages that run the model. With ``token``,
+    only those who have the printed URL get in; None: if other machines can reach ``host``. ``read_only``
+    switches annotations, jobs and SQL off.
 
     Raises:
         UserError: ``store`` or a run cannot be opened, or ``port`` is in use.
@@ -59,17 +49,15 @@ def explore(
     if runs:
         _require_runs(runs)
     require_free_port(host, port)
-    # In a session of its own, so that only this process stops it and not the terminal's Ctrl-C as well.
-    server = subprocess.Popen(
-        command(store, host=host, port=port, runs=runs), stdout=subprocess.DEVNULL, start_new_session=True
-    )
-    url = f"http://{host}:{port}/features"
+    wanted = not is_loopback(host) if token is None else token
+    access = Access(host, port, secrets.token_urlsafe(32) if wanted else None)
+    server = start_server(store, access, runs=runs, read_only=read_only)
     try:
         with _sigterm_interrupts():
-            if _wait_until_up(server, host, port):
-                print(f"exploring {store} at {url} (Ctrl-C ends)", flush=True)
-                if open_browser:
-                    webbrowser.open(url)
+            if wait_until_up(server, access):
+                print(_greeting(store, access), flush=True)
+                if open_browser and not access.token:  # the browser's arguments would show it to all users
+                    webbrowser.open(access.url)
             return server.wait()
     except KeyboardInterrupt:
         return 0
@@ -77,12 +65,31 @@ def explore(
         stop(server)
 
 
-def command(store: Path, *, host: str, port: int, runs: Sequence[Path] = ()) -> list[str]:
-    """The server's command line; the store and its runs follow ``--``, where no URL reaches."""
-    flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
-    flags += [f"--server.address={host}", f"--server.port={port}"]
-    program = ["-m", "saebench_app.serve", "run", str(MAIN)]
-    return [sys.executable, *program, *flags, "--", str(store), *map(str, runs)]
+def start_server(
+    store: Path, access: Access, *, runs: Sequence[Path] = (), read_only: bool = False
+) -> subprocess.Popen[bytes]:
+    """The process of the server, which ends at the latest when this process does.
+
+    It is in a session of its own, so that only this process stops it and not the terminal's Ctrl-C as well.
+    The store and its runs are arguments, where no URL reaches.
+    """
+    server = subprocess.Popen(
+        [sys.executable, "-m", "saebench_app.serve", str(store), *map(str, runs)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, READ_ONLY: str(int(read_only))},
+        start_new_session=True,
+    )
+    assert server.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it has ended, which the caller will see
+        server.stdin.write(json.dumps(asdict(access)).encode() + b"\n")
+        server.stdin.flush()
+    return server
+
+
+def _greeting(store: Path, access: Access) -> str:
+    others = "with the address of this machine from others; " if access.host in EVERY_ADDRESS else ""
+    return f"exploring {store} at {access.url} ({others}Ctrl-C ends)"
 
 
 def require_free_port(host: str, port: int) -> None:
@@ -122,10 +129,11 @@ def stop(server: subprocess.Popen[bytes]) -> None:
             server.wait()
 
 
-def _wait_until_up(server: subprocess.Popen[bytes], host: str, port: int) -> bool:
+def wait_until_up(server: subprocess.Popen[bytes], access: Access) -> bool:
+    """Whether the server accepts connections; False when it has ended, or takes too long."""
     deadline = time.monotonic() + START_SECONDS
     while server.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
+        with contextlib.suppress(OSError), socket.create_connection((access.host, access.port), timeout=1):
             return True
         time.sleep(0.05)
     return False

@@ -19,6 +19,7 @@ from saebench.core.errors import UserError
 from saebench.store.annotations import Annotations
 from saebench.store.publish import read_manifest
 from saebench.store.query import FeatureStore, open_store
+from saebench_app.access import read_only
 from saebench_app.url import Query
 from saebench_app.view import Focus, View
 
@@ -85,9 +86,10 @@ class Here:
     @functools.cached_property
     def annotations(self) -> Annotations:
         """The annotations of the SAE's features; new ones get the author of this session."""
-        notes = self.store.annotations
-        notes.author = st.session_state.get(AUTHOR, "")
-        return notes
+        info, author = self.store.info(), st.session_state.get(AUTHOR, "")
+        return Annotations(
+            self.store.path, info["sae_hash"], d_sae=info["d_sae"], author=author, read_only=read_only()
+        )
 
     @functools.cached_property
     def names(self) -> dict[int, str]:

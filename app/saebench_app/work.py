@@ -27,6 +27,7 @@ from saebench.assets import cache_dir
 from saebench.core.files import sha256_json
 from saebench.core.progress import Snapshot
 from saebench.core.reading import read_json
+from saebench_app.access import refuse_if_read_only
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -158,7 +159,12 @@ def work_on(task: Task) -> Work | None:
 
 
 def start(task: Task) -> None:
-    """Start a task, unless it is running."""
+    """Start a task, unless it is running.
+
+    Raises:
+        UserError: the explorer is read-only.
+    """
+    refuse_if_read_only("jobs")
     works = _works()
     if (work := works.get(task.key)) and work.state() == "running":
         return

@@ -2,7 +2,7 @@
 
 SERVER is the id of the process that wants it, and ARGUMENTS are JSON. The result appears whole in FOLDER, or
 not at all. Standard output carries nothing but events (`saebench.core.progress.Events`): progress, one error,
-or the result. The process ends when its server has ended.
+or the result. Once its server has ended, the process is interrupted, as by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import os
 import shutil
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
 from saebench.core.files import sync_directory, write_json_atomic
 from saebench.core.progress import Events, send_events
+from saebench_app.lifeline import end_after, until_orphaned
+from saebench_app.offline import stay_offline
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,7 +113,8 @@ FUNCTIONS: dict[str, Callable[..., tuple[dict[str, Any], Tables]]] = {
 
 def main(server: str, kind: str, arguments: str, folder: str) -> int:
     """Do one task; the exit code: 0 done, 2 a person must change something, 130 interrupted."""
-    threading.Thread(target=_end_with, args=(int(server),), daemon=True).start()
+    stay_offline()
+    end_after(partial(until_orphaned, int(server), SECONDS_BETWEEN_CHECKS), signal.SIGINT)
     events, given = _open_events(), json.loads(arguments)
     try:
         if kind == "explain":
@@ -156,13 +158,6 @@ def keep(folder: Path, facts: Mapping[str, Any], tables: Tables) -> None:
         sync_directory(folder.parent)
     finally:
         shutil.rmtree(making, ignore_errors=True)
-
-
-def _end_with(server: int) -> None:
-    """Interrupt this process, as Ctrl-C does, once its server has ended."""
-    while os.getppid() == server:
-        time.sleep(SECONDS_BETWEEN_CHECKS)
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 if __name__ == "__main__":

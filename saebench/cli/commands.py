@@ -261,13 +261,38 @@ def explore(
         ),
     ] = (),
     port: Annotated[int, Parameter(help="Port to listen on.", group=SETTINGS)] = 8501,
-    host: Annotated[str, Parameter(help="Address to listen on.", group=SETTINGS)] = "127.0.0.1",
-    browser: Annotated[bool, Parameter(help="Open a browser window.", group=SETTINGS)] = True,
+    host: Annotated[
+        str,
+        Parameter(
+            help="Address to listen on: 0.0.0.0 for all of this machine's, or a name that others know it by.",
+            group=SETTINGS,
+        ),
+    ] = "127.0.0.1",
+    token: Annotated[
+        bool | None,
+        Parameter(
+            help="Let in only those who open the printed URL, which has a random token. By default, if other "
+            "machines can reach --host.",
+            show_default=False,
+            group=SETTINGS,
+        ),
+    ] = None,
+    read_only: Annotated[
+        bool,
+        Parameter(
+            help="Switch annotations, jobs and SQL off.", negative="", show_default=False, group=SETTINGS
+        ),
+    ] = False,
+    browser: Annotated[
+        bool, Parameter(help="Open a browser window, unless there is a token.", group=SETTINGS)
+    ] = True,
 ) -> int:
     """Open a feature store in the explorer, a web app on this machine."""
     from saebench_app.launch import explore as serve
 
-    return serve(store, runs=run, port=port, host=host, open_browser=browser)
+    return serve(
+        store, runs=run, port=port, host=host, token=token, read_only=read_only, open_browser=browser
+    )
 
 
 def export(config: ExportConfig) -> Result:

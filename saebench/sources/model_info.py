@@ -195,6 +195,7 @@ def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
         UserError: the model or revision does not exist, access is restricted, or the hub cannot be reached.
     """
     from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -211,6 +212,11 @@ def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
             f"model {name!r} is neither a local folder nor a model on the hub; check the name"
         ) from None
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        if HF_HUB_OFFLINE:
+            raise UserError(
+                f"model {name!r} is neither a local folder nor downloaded yet, and this process downloads "
+                f"nothing (HF_HUB_OFFLINE is set); run `hf download {name}` first"
+            ) from None
         raise UserError(
             f"model {name!r} is not a local folder, and the hub cannot be reached ({type(error).__name__}); "
             "check the name and the network, or use --model demo"

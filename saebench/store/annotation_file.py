@@ -62,8 +62,9 @@ MAY_BE_EMPTY = {"author", "query"}
 class AnnotationFile:
     """``user.sqlite`` of the store ``path.parent``; each use opens it, does one transaction and closes it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
+        self._read_only = read_only
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection | None]:
@@ -78,6 +79,8 @@ class AnnotationFile:
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """A write transaction, one at a time; it is committed on a clean exit and rolled back otherwise."""
+        if self._read_only:
+            raise UserError(f"{self.path} was opened read-only; open it without read_only to change it")
         with self._sentences():
             if not self.path.exists():
                 self._make()

@@ -50,13 +50,21 @@ class Annotations:
         path: the file, which may not exist yet.
         sae_hash: hash of the weights whose annotations these are.
         author: the author of calls that do not name one; may be empty.
+
+    With ``read_only``, methods that would change the file raise UserError.
     """
 
     def __init__(
-        self, store: str | Path, sae_hash: str, *, d_sae: int | None = None, author: str = ""
+        self,
+        store: str | Path,
+        sae_hash: str,
+        *,
+        d_sae: int | None = None,
+        author: str = "",
+        read_only: bool = False,
     ) -> None:
         self.path = Path(store) / FILE
-        self._file = AnnotationFile(self.path)
+        self._file = AnnotationFile(self.path, read_only=read_only)
         self.sae_hash = sae_hash
         self.author = author
         self._d_sae = d_sae

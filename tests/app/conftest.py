@@ -11,7 +11,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
-import saebench_app.launch
+import saebench_app.serve
 from saebench.activations.cache import ActivationCache
 from tests.app.live_world import World, build_world
 from tests.app.two_saes import build_two
@@ -70,7 +70,7 @@ def visit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AppTest]:
 
     def open_page(store: Path, page: str = "store", **query: object) -> AppTest:
         monkeypatch.setattr(sys, "argv", ["main.py", str(store)])
-        app = AppTest.from_file(saebench_app.launch.MAIN, default_timeout=30)
+        app = AppTest.from_file(saebench_app.serve.MAIN, default_timeout=30)
         app._page_hash = calc_hash(page)  # what switch_page does for pages that are files
         for name, value in query.items():
             app.query_params[name] = str(value)

@@ -13,7 +13,7 @@ from streamlit.testing.v1 import AppTest
 from saebench.core.errors import UserError
 from saebench.runs.run import load
 from saebench.store.query import FeatureStore, open_store
-from saebench_app.launch import command, explore
+from saebench_app.launch import explore
 from saebench_app.runs import TURN, attached, known_runs, live, run_of, turn
 from saebench_app.session import Here
 from saebench_app.view import View
@@ -72,15 +72,6 @@ def test_a_run_with_other_weights_is_not_found(at: At, world: World, tmp_path: P
 def test_a_run_without_an_sae_is_refused_at_once(world: World, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no SAE .*; name a run directory"):
         explore(world.store, runs=[tmp_path], port=1, open_browser=False)
-
-
-def test_runs_follow_the_store_on_the_command_line() -> None:
-    assert command(Path("/s"), host="h", port=1, runs=[Path("/a"), Path("/b")])[-4:] == [
-        "--",
-        "/s",
-        "/a",
-        "/b",
-    ]
 
 
 def test_one_page_at_a_time_runs_the_model() -> None:

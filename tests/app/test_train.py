@@ -9,7 +9,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
-import saebench_app.launch
+import saebench_app.serve
 from tests.app.conftest import column, shown, url
 from tests.app.two_saes import METRICS, SESSION, build_two, write_metrics
 
@@ -50,7 +50,7 @@ def test_a_run_in_training_is_read_again(two: Path, tmp_path: Path, monkeypatch:
     run = tmp_path / "now"
     write_metrics(run, 0)
     monkeypatch.setattr(sys, "argv", ["main.py", str(two), str(run)])
-    app = AppTest.from_file(saebench_app.launch.MAIN, default_timeout=30)
+    app = AppTest.from_file(saebench_app.serve.MAIN, default_timeout=30)
     app._page_hash = calc_hash("train")
     app.run()
     assert column(app, "state", "last") == ["running"]

@@ -104,12 +104,14 @@ def test_a_job_that_is_stopped_ends(tmp_path: Path) -> None:
         assert gone(process.pid)
 
 
-def test_a_worker_ends_with_its_server() -> None:
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_worker_ends_with_its_server(deaf: bool) -> None:
+    """Also when it is in a call that no signal interrupts."""
     child = (
-        "import signal, sys, threading, time; from saebench_app import worker\n"
-        "worker.SECONDS_BETWEEN_CHECKS = 0.05\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's job may be born without
-        "threading.Thread(target=worker._end_with, args=(int(sys.argv[1]),), daemon=True).start()\n"
+        "import os, signal, sys, time; from functools import partial; from saebench_app import lifeline\n"
+        "lifeline.SECONDS_TO_END = 0.2\n"  # a shell's job may be born without the handler
+        f"signal.signal(signal.SIGINT, {'signal.SIG_IGN' if deaf else 'signal.default_int_handler'})\n"
+        "lifeline.end_after(partial(lifeline.until_orphaned, int(sys.argv[1]), 0.05), signal.SIGINT)\n"
         "time.sleep(60)"
     )
     parent = (

@@ -6,13 +6,12 @@ import contextlib
 import os
 import shutil
 import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from saebench_app.launch import command, stop
+from saebench_app.access import Access
+from saebench_app.launch import start_server, stop, wait_until_up
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -43,18 +42,15 @@ QUIET = """() => new Promise((done, fail) => {
 
 
 @contextlib.contextmanager
-def served(store: Path) -> Iterator[str]:
-    """The address at which the explorer shows ``store``."""
+def served(store: Path, **settings: Any) -> Iterator[str]:
+    """The address at which the explorer shows ``store``; ``settings`` are those of ``start_server``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen(command(store, host="127.0.0.1", port=port), stdout=subprocess.DEVNULL)
+    access = Access("127.0.0.1", port)
+    server = start_server(store, access, **settings)
     try:
-        for _ in range(600):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                break
-            assert server.poll() is None, "the server ended"
-            time.sleep(0.1)
+        assert wait_until_up(server, access), "the server ended"
         yield f"http://127.0.0.1:{port}"
     finally:
         stop(server)

@@ -13,6 +13,7 @@ from saebench.core.formatting import visible
 from saebench.store.query import FeatureStore
 from saebench.store.schema import EXTRA_TABLES, SAE_TABLES, TEXT_TABLES, UNIT, Table
 from saebench.store.sql import LONGEST_QUERY
+from saebench_app.access import refuse_if_read_only
 from saebench_app.components.notice import notice
 from saebench_app.components.table import Cell, Heading, table
 from saebench_app.session import Here
@@ -48,6 +49,7 @@ class Asked(Query):
 def show(here: Here) -> None:
     asked = here.read(Asked)
     st.title("SQL")
+    refuse_if_read_only("SQL queries")
     left, right = st.columns([13, 7], gap="medium")
     with left:
         _ask(here, asked)
@@ -113,6 +115,7 @@ def _answer(here: Here, asked: Asked) -> None:
     hash_funcs={FeatureStore: lambda store: (str(store.path), store.sae, store.generation)},
 )
 def _answer_of(store: FeatureStore, query: str, rows: int) -> pd.DataFrame:
+    refuse_if_read_only("SQL queries")
     return store.sql(query, limit=rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
+from saebench_app.access import read_only
 from saebench_app.page.feature.comments import comments
 from saebench_app.session import AUTHOR, Here, attempt
 
@@ -11,6 +12,9 @@ LONGEST_LABEL, LONGEST_COMMENT, LONGEST_NAME = 200, 10_000, 100
 
 
 def notes(here: Here, feature: int) -> None:
+    if read_only():
+        _comments(here, feature)
+        return
     marked = feature in here.bookmarks
     st.session_state["label"] = here.names.get(feature, "")
 
@@ -79,6 +83,8 @@ def _comments(here: Here, feature: int) -> None:
         return
     with popover:
         comments(said.to_dict("records"), key="comments-list")
+        if read_only():
+            return
         st.text_area("Comment", key="comment", max_chars=LONGEST_COMMENT, height=90)
         st.session_state.setdefault("author-name", st.session_state.get(AUTHOR, ""))
         st.text_input(

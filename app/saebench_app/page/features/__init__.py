@@ -13,6 +13,7 @@ import streamlit as st
 
 from saebench.core.errors import UserError
 from saebench.core.formatting import count, is_absent, number, share, visible
+from saebench_app.access import read_only
 from saebench_app.components.notice import notice
 from saebench_app.components.table import Cell, Heading, table, text_cell, token_cell
 from saebench_app.page.features.columns import SORTABLE, Column, Kind, choose_columns, shown_columns
@@ -125,7 +126,8 @@ def _actions(here: Here, selected: dict[str, list[int]], found: int) -> None:
             if st.button("Show only these", type="tertiary"):
                 here.show(only)
                 st.rerun()  # all of the page, of which this is a part
-            _add_to_list(here, ticked)
+            if not read_only():
+                _add_to_list(here, ticked)
             st.button("Clear selection", on_click=selected.clear, type="tertiary")
         else:
             st.caption(f"{found:,} features; select some to add them to a list", width="content")
@@ -199,6 +201,8 @@ def _views(here: Here) -> None:
             table([Heading("view", align="left")], rows, name="Saved views", key="views")
         else:
             st.caption("None yet. A saved view keeps filters, order and columns under a name.")
+        if read_only():
+            return
         st.text_input("Name of this view", key="view-name", max_chars=100)
 
         def save() -> None:

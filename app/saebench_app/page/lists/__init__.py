@@ -9,6 +9,7 @@ from typing import Any
 import streamlit as st
 
 from saebench.core.formatting import share, visible
+from saebench_app.access import read_only
 from saebench_app.components.head import Choice as Links
 from saebench_app.components.head import Head, Option, heading
 from saebench_app.components.notice import notice
@@ -101,7 +102,8 @@ def _one_list(here: Here, name: str) -> None:
 
     st.session_state["new-name"] = name
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
-        st.text_input("Name", key="new-name", on_change=rename, max_chars=LONGEST_NAME, width=280)
+        if not read_only():
+            st.text_input("Name", key="new-name", on_change=rename, max_chars=LONGEST_NAME, width=280)
         st.download_button(
             "Save as one HTML page",
             lambda: _page(here, features),
@@ -111,9 +113,10 @@ def _one_list(here: Here, name: str) -> None:
             help="The features of the list as one self-contained HTML file.",
             disabled=len(features) > _most(),
         )
-        with st.popover("Remove the list"):
-            st.caption(f"Removes the list of {len(features)} features. Their labels and comments stay.")
-            st.button("Remove it", on_click=remove, type="primary")
+        if not read_only():
+            with st.popover("Remove the list"):
+                st.caption(f"Removes the list of {len(features)} features. Their labels and comments stay.")
+                st.button("Remove it", on_click=remove, type="primary")
     if len(features) > _most():
         st.caption(f"An HTML page holds up to {_most()} features; for more, use saebench store export.")
     _entries(
@@ -188,7 +191,7 @@ def _take_off(part: str, ticked: list[int], remove: Callable[[int], object]) -> 
         for one in ticked:
             remove(one)
 
-    if ticked:
+    if ticked and not read_only():
         st.button(f"Remove selected ({len(ticked)})", on_click=attempt, args=(take,))
 
 

@@ -8,6 +8,7 @@ import streamlit as st
 
 from saebench.core.errors import UserError
 from saebench.core.reading import parse_json
+from saebench_app.access import read_only
 from saebench_app.components.notice import notice
 from saebench_app.session import Here, attempt
 
@@ -25,6 +26,8 @@ def show_files(here: Here) -> None:
         mime="application/json",
         on_click="ignore",
     )
+    if read_only():
+        return
     file = st.file_uploader("Import from JSON", type="json", key="import", max_upload_size=50)
     if file is None:
         return
