@@ -70,6 +70,13 @@ def one_in(value: Any) -> str:
     return f"1 token in {every:,.0f}" if every >= 10 else f"1 token in {every:.1f}"
 
 
+def as_text(value: Any) -> str:
+    """A value of a table as text: bytes are decoded, arrays are written as lists."""
+    if isinstance(value, bytes | bytearray):
+        return bytes(value).decode("utf-8", "backslashreplace")
+    return value if isinstance(value, str) else str(value.tolist() if hasattr(value, "tolist") else value)
+
+
 def visible(text: str, *, spaces: Literal["kept", "alone", "edges", "all"] = "alone") -> str:
     """``text`` with a sign for each line break, tab and control character, and names for bidi controls.
 

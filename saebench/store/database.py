@@ -62,6 +62,14 @@ def memory_instance(memory: str) -> duckdb.DuckDBPyConnection:
     return duckdb.connect(":memory:", config=_offline(memory) | {"python_enable_replacements": "false"})
 
 
+def damaged(store: Path, reason: str) -> UserError:
+    """What to say about a store of which something cannot be read."""
+    return UserError(
+        f"the store {store} is damaged ({reason}); see saebench store check {store}, "
+        "then run saebench index again"
+    )
+
+
 def attach(connection: duckdb.DuckDBPyConnection, path: Path, alias: str) -> None:
     """Attach a store file for reading.
 
@@ -164,6 +172,8 @@ def _offline(memory: str) -> dict[str, Any]:
         "memory_limit": memory,
         "autoinstall_known_extensions": "false",
         "autoload_known_extensions": "false",
+        "allow_community_extensions": "false",
+        "allow_persistent_secrets": "false",
     }
 
 

@@ -40,12 +40,16 @@ def time_limit(cursor: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[No
     try:
         yield
     except duckdb.InterruptException:
-        raise TimeLimitError(
-            f"the question took longer than {seconds:g} s and was stopped; ask for less, "
-            "or set the store's time_limit to more"
-        ) from None
+        raise too_slow(seconds) from None
     finally:
         timer.cancel()
+
+
+def too_slow(seconds: float) -> TimeLimitError:
+    return TimeLimitError(
+        f"the question took longer than {seconds:g} s and was stopped; ask for less, "
+        "or set the store's time_limit to more"
+    )
 
 
 @functools.lru_cache(maxsize=256)

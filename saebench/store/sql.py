@@ -1,167 +1,121 @@
-"""A user's own SQL: one read-only query, limited in rows and seconds, on its own connection.
+"""A user's own SQL: one read-only query, limited in rows, bytes, time and memory, in a process of its own.
 
-There are three defenses, each of which stops most attacks. The files are attached read-only to an instance
-that cannot open other files or change settings. DuckDB's own parser determines the kind of statement. The
-parsed query may contain known table functions only, and no statement that writes.
+There are three defenses, each of which stops most attacks. The query may name only what the catalog of the
+store's files lists (sql_rules.py). The process that runs it attaches the files read-only and can neither open
+others nor change settings; it has no environment, secrets or extensions (sql_process.py). The operating
+system limits its memory and its processor time, and it is killed when its time is over, which costs that
+query only (sql_pool.py).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
 from saebench.store import publish
-from saebench.store.database import attach, first_line, lock_down, memory_instance
+from saebench.store.database import memory_instance
 from saebench.store.extras import extras_of
-from saebench.store.limits import time_limit
+from saebench.store.sql_pool import release, sql_process
+from saebench.store.sql_process import SQL_MEMORY
 
 if TYPE_CHECKING:
-    import duckdb
     import pandas as pd
-
-LONGEST_QUERY = 20_000
-SQL_MEMORY = "1GiB"
-KINDS = "SELECT, WITH, DESCRIBE, SHOW or SUMMARIZE"
-TABLE_FUNCTIONS = {
-    "range", "generate_series", "unnest", "repeat", "json_each", "json_tree", "duckdb_columns",
-    "duckdb_tables", "duckdb_functions", "pragma_table_info", "pragma_storage_info",
-}  # fmt: skip
-"""Table functions that read only the database, or nothing; all others are refused."""
-REFUSED_FUNCTIONS = {
-    "repeat", "lpad", "rpad", "bar", "format", "printf", "range", "generate_series", "list_resize",
-    "array_resize", "sleep_ms", "write_log", "getenv", "current_setting",
-}  # fmt: skip
-"""Functions that make one value of any size, which neither limit stops, or read outside the database.
-
-``range`` and ``generate_series`` are fine after FROM, where they make rows. This guards against accidents:
-who may run SQL here may still use up memory on purpose.
-"""
 
 
 class SqlConsole:
     """The query of `FeatureStore.sql`. ``sae`` is the open SAE, ``sae1``, ``sae2``, ... are all of the store.
 
     Names without a prefix are looked up in the open SAE, then in its text, ``txt``, and in its extras.
-
-    Raises:
-        UserError: a file is missing or damaged.
     """
 
     def __init__(self, store: Path, manifest: publish.Manifest, sae: str) -> None:
-        self.path = store
         chosen = manifest.sae(sae)
-        text = manifest.texts[chosen.text] if chosen.text else None
-        self._connection = memory_instance(SQL_MEMORY)
-        try:
-            attach(self._connection, store / chosen.file.path, "sae")
-            if text:
-                attach(self._connection, store / text.path, "txt")
-            for number, stored in enumerate(manifest.saes, 1):
-                if stored.name != sae:
-                    attach(self._connection, store / stored.file.path, f"sae{number}")
-            extras = extras_of(chosen)
-            for name, file in extras.items():
-                attach(self._connection, store / file.path, name)
-            names = ["sae", *(["txt"] if text else []), *extras]
-            self._search_path = ",".join(f"{name}.main" for name in names)
-            lock_down(self._connection)
-        except BaseException:
-            self._connection.close()
-            raise
+        own = {"sae": chosen.file}
+        if chosen.text:
+            own["txt"] = manifest.texts[chosen.text]
+        own |= extras_of(chosen)
+        numbered = enumerate(manifest.saes, 1)
+        files = own | {f"sae{number}": stored.file for number, stored in numbered if stored.name != sae}
+        self._opening = {
+            "store": str(store),
+            "files": {alias: [str((store / f.path).absolute()), f.sha256] for alias, f in files.items()},
+            "search_path": ",".join(f"{alias}.main" for alias in own),
+        }
+        self._lock = threading.Lock()
+        self._frames: Any = None
 
     def close(self) -> None:
-        self._connection.close()
+        release(self._opening)
+        with self._lock:
+            if self._frames:
+                self._frames.close()
 
     def ask(self, query: str, values: Sequence[object], *, limit: int, seconds: float) -> pd.DataFrame:
         """At most ``limit`` rows; ``.attrs["more"]`` says whether there were more.
 
         Raises:
-            UserError: it is not one question, or not allowed, or wrong, or took too long.
+            UserError: it is not one question, or not allowed, or wrong, or needed too much time or memory.
         """
-        import duckdb
-        import pandas as pd
-
-        with self._connection.cursor() as cursor:
-            cursor.execute(f"SET search_path = '{self._search_path}'")  # each cursor has its own
-            try:
-                statement = _one_question(cursor, query)
-                with time_limit(cursor, seconds):
-                    cursor.execute(statement, list(values))
-                    frames = [cursor.fetch_df_chunk()]
-                    while len(frames[-1]) and sum(map(len, frames)) <= limit:
-                        frames.append(cursor.fetch_df_chunk())
-            except (duckdb.Error, UnicodeEncodeError, RuntimeError) as error:
-                raise UserError(f"the query was not answered: {first_line(error)}") from None
-        filled = [frame for frame in frames if len(frame)] or frames[:1]
-        found = pd.concat(filled, ignore_index=True)
-        answer = _signed(found.head(limit))
-        answer.attrs["more"] = len(found) > limit
+        request, given = {"query": query, "limit": limit, "seconds": seconds}, _stream(values)
+        with sql_process(self._opening) as process:
+            reply, rows = process.ask(request, given, seconds=seconds)
+        answer = _signed(self._frame(rows))
+        answer.attrs["more"] = reply["more"]
         return answer
 
+    def _frame(self, rows: bytes) -> pd.DataFrame:
+        """The rows with the types that DuckDB gives to pandas."""
+        import pyarrow
 
-def _one_question(cursor: duckdb.DuckDBPyConnection, query: str) -> Any:
-    """The one statement of ``query``, known to be a harmless question."""
-    import duckdb
-
-    if len(query) > LONGEST_QUERY:
-        raise UserError(f"the query has {len(query):,} characters; it may have {LONGEST_QUERY:,} at most")
-    try:
-        query.encode()
-    except UnicodeEncodeError:
-        raise UserError("the query holds half a character (a lone surrogate); take it out") from None
-    statements = cursor.extract_statements(query)
-    if len(statements) != 1:
-        what = "holds no statement" if not statements else f"holds {len(statements)} statements"
-        raise UserError(f"the query {what}; write one {KINDS}")
-    if statements[0].type != duckdb.StatementType.SELECT:
-        kind = str(statements[0].type).rpartition(".")[2]
-        raise UserError(f"a store answers questions only, and {kind} is none; write {KINDS}")
-    parsed = json.loads(cursor.execute("SELECT json_serialize_sql(?)", [query]).fetchall()[0][0])
-    if parsed.get("error"):
-        raise UserError(f"the query cannot be checked ({parsed.get('error_message')}); write {KINDS}")
-    for node in _nodes(parsed):
-        _refuse(node)
-    return statements[0]
+        table = pyarrow.ipc.open_stream(rows).read_all()
+        table.validate(full=True)
+        with self._lock:
+            if self._frames is None:
+                self._frames = memory_instance(SQL_MEMORY)
+            frame: pd.DataFrame = self._frames.from_arrow(table).df()
+        frame.columns = table.schema.names  # two columns may have one name
+        return frame
 
 
-def _refuse(node: dict[str, Any]) -> None:
-    kind = str(node.get("type"))
-    if kind.endswith("_QUERY_NODE"):
-        verb = kind.removesuffix("_QUERY_NODE")
-        raise UserError(f"a store answers questions only, and {verb} is none; write {KINDS}")
-    if kind == "TABLE_FUNCTION":
-        name = str((node.get("function") or {}).get("function_name")).lower()
-        if name not in TABLE_FUNCTIONS:
+def _stream(values: Sequence[object]) -> bytes:
+    """``values`` as an Arrow stream of one row.
+
+    Raises:
+        UserError: one has a type that Arrow does not have.
+    """
+    import pyarrow
+
+    if not values:
+        return b""
+    columns = {}
+    for number, value in enumerate(values):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            value = Decimal(value)
+        try:
+            columns[str(number)] = pyarrow.array([value])
+        except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
             raise UserError(
-                f"the table function {name!r} is not for stores; SHOW ALL TABLES lists what can be queried"
-            )
-    elif node.get("class") == "FUNCTION":
-        name = str(node.get("function_name")).lower()
-        if name in REFUSED_FUNCTIONS:
-            raise UserError(f"the function {name!r} is not for stores; leave it out of the query")
-
-
-def _nodes(tree: Any, table_function: bool = False) -> Iterator[dict[str, Any]]:
-    """All objects of a parsed query; not the call inside a table function, which is judged with it."""
-    if isinstance(tree, dict):
-        if not table_function:
-            yield tree
-        for name, value in tree.items():
-            yield from _nodes(value, tree.get("type") == "TABLE_FUNCTION" and name == "function")
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from _nodes(value)
+                f"value {number + 1} of the query, a {type(value).__name__}, cannot be bound ({error}); "
+                "give a number, a text, bytes, a time, or a list of these"
+            ) from None
+    table, sink = pyarrow.table(columns), pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
 
 
 def _signed(frame: pd.DataFrame) -> pd.DataFrame:
     """``frame`` with signed integers for unsigned ones: differences of positions must not wrap around."""
     kinds = {
-        name: "Int64" if str(kind).startswith("U") else "int64"
-        for name, kind in frame.dtypes.items()
+        place: "Int64" if str(kind).startswith("U") else "int64"
+        for place, kind in enumerate(frame.dtypes)
         if str(kind).lower().startswith("uint")
     }
-    made: pd.DataFrame = frame.astype(kinds)
-    return made
+    for place, kind in kinds.items():
+        frame.isetitem(place, frame.iloc[:, place].astype(kind))
+    return frame

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from saebench.core.csv_text import as_csv
 from saebench.store.query import open_store
-from saebench_app.page.features import as_csv, as_parquet
+from saebench_app.page.features import as_parquet
 from saebench_app.page.features.columns import COLUMNS
 from saebench_app.page.features.filters import PILLS, press, pressed
 from saebench_app.view import View

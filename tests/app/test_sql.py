@@ -50,12 +50,42 @@ def digest(store: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def ask(app: AppTest, query: str) -> AppTest:
+    """Type a query and run it."""
+    return app.text_area(key="query").set_value(query).run()
+
+
+def run(app: AppTest) -> AppTest:
+    """Run the query of the link, as a person does."""
+    next(button for button in app.button if button.label == "Run").click()
+    return app.run()
+
+
+def test_a_link_carries_a_query_but_does_not_run_it(visit: Visit, small_store: Path) -> None:
+    app = visit(small_store, "sql", query="SELECT 1 AS one")
+    for query in ("SELECT 1 AS one", "SELECT 2 AS two", "DROP TABLE act"):
+        app.query_params["query"] = query
+        app.run()
+        assert shown(app, "waiting") is not None
+        assert shown(app, "refused") is None
+        assert not app.dataframe
+        assert app.text_area(key="query").value == query
+        app.selectbox(key="rows").set_value(100).run()  # this is not Run
+        assert not app.dataframe
+    app.query_params["query"] = "SELECT 1 AS one"
+    assert run(app.run()).dataframe[0].value["one"].tolist() == [1]
+    app.query_params["query"] = "SELECT 2 AS two"
+    assert not app.run().dataframe
+    app.query_params["query"] = "SELECT 1 AS one"  # Back, to what was run before
+    assert app.run().dataframe[0].value["one"].tolist() == [1]
+    assert not visit(small_store, "sql", query="SELECT 1 AS one").dataframe  # another session
+
+
 def test_every_forbidden_query_gives_an_error_and_changes_nothing(visit: Visit, small_store: Path) -> None:
     before = digest(small_store)
-    app = visit(small_store, "sql", query=ATTACKS[0])
+    app = visit(small_store, "sql")
     for attack in ATTACKS:
-        app.query_params["query"] = attack
-        app.run()
+        ask(app, attack)
         assert not app.exception, attack
         refused = shown(app, "refused")
         assert refused is not None, attack
@@ -68,7 +98,7 @@ def test_every_forbidden_query_gives_an_error_and_changes_nothing(visit: Visit, 
 
 def test_a_query_shows_the_rows_of_the_store(visit: Visit, small_store: Path) -> None:
     query = "SELECT feature, n_act FROM feature ORDER BY n_act DESC, feature"
-    app = visit(small_store, "sql", query=query)
+    app = run(visit(small_store, "sql", query=query))
     assert not app.exception
     with open_store(small_store) as store:
         expected = store.features(["feature", "n_act"], order_by="n_act", descending=True)
@@ -92,7 +122,7 @@ def test_a_query_goes_into_the_url_and_its_rows_are_limited(visit: Visit, small_
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_example_query_runs(visit: Visit, small_store: Path, name: str) -> None:
-    app = visit(small_store, "sql", query=EXAMPLES[name])
+    app = run(visit(small_store, "sql", query=EXAMPLES[name]))
     assert not app.exception
     assert shown(app, "refused") is None
     assert len(app.dataframe) == 1
@@ -104,7 +134,7 @@ def test_columns_of_every_type_are_shown(visit: Visit, small_store: Path) -> Non
         "'<img src=x onerror=alert(1)>' AS \"<b>\", 1::HUGEINT AS h, 'nan'::DOUBLE AS f, true AS b, "
         "INTERVAL 1 DAY AS i FROM token"
     )
-    app = visit(small_store, "sql", query=query)
+    app = run(visit(small_store, "sql", query=query))
     assert not app.exception
     shown_rows = app.dataframe[0].value
     assert len(shown_rows.columns) == 12
@@ -117,7 +147,7 @@ def test_a_query_that_takes_too_long_is_stopped(
 ) -> None:
     monkeypatch.setattr("saebench.store.connection.StoreConnection.time_limit", 0.2)
     query = "SELECT count(*) FROM range(100000000) a, range(100000) b WHERE hash(a.range + b.range) = 1"
-    app = visit(small_store, "sql", query=query)
+    app = run(visit(small_store, "sql", query=query))
     refused = shown(app, "refused")
     assert refused is not None
     assert "took longer than 0.2 s" in refused["text"]

@@ -1,18 +1,18 @@
-"""SQL: a read-only query of the store; the query is in the URL."""
+"""SQL: a read-only query of the store. The query is in the URL, but only the person runs it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import streamlit as st
 
+from saebench.core.csv_text import as_csv
 from saebench.core.errors import UserError
-from saebench.core.formatting import visible
+from saebench.core.formatting import as_text, is_absent, visible
 from saebench.store.query import FeatureStore
 from saebench.store.schema import EXTRA_TABLES, SAE_TABLES, TEXT_TABLES, UNIT, Table
-from saebench.store.sql import LONGEST_QUERY
+from saebench.store.sql_rules import LONGEST_QUERY
 from saebench_app.access import refuse_if_read_only
 from saebench_app.components.notice import notice
 from saebench_app.components.table import Cell, Heading, table
@@ -53,20 +53,32 @@ def show(here: Here) -> None:
     left, right = st.columns([13, 7], gap="medium")
     with left:
         _ask(here, asked)
-        if asked.sql.strip():
-            _answer(here, asked)
-        else:
+        if not asked.sql.strip():
             notice("Enter a query, or use one of the examples.", key="empty")
+        elif asked.sql not in _run_here():
+            notice("This query came with the link. Read it, then click Run.", key="waiting")
+        else:
+            _answer(here, asked)
     with right:
         _examples(here)
         _tables(here)
 
 
+def _run_here() -> set[str]:
+    """The queries that the person has run in this session; a link cannot add to them."""
+    queries: set[str] = st.session_state.setdefault("run queries", set())
+    return queries
+
+
 def _ask(here: Here, asked: Asked) -> None:
     st.session_state.update({"query": asked.sql, "rows": asked.rows})
 
-    def run() -> None:
+    def limit() -> None:
         here.show(here.view, Asked(sql=st.session_state["query"], rows=st.session_state["rows"]))
+
+    def run() -> None:
+        _run_here().add(st.session_state["query"])
+        limit()
 
     st.text_area(
         "Query",
@@ -80,7 +92,7 @@ def _ask(here: Here, asked: Asked) -> None:
     )
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.button("Run", type="primary", on_click=run)
-        st.selectbox("Row limit", LIMITS, key="rows", on_change=run, width=130, format_func="{:,}".format)
+        st.selectbox("Row limit", LIMITS, key="rows", on_change=limit, width=130, format_func="{:,}".format)
 
 
 def _answer(here: Here, asked: Asked) -> None:
@@ -97,7 +109,7 @@ def _answer(here: Here, asked: Asked) -> None:
         st.caption(rows, width="content")
         st.download_button(
             "CSV",
-            lambda: _csv(answer),
+            lambda: as_csv(answer),
             file_name="answer.csv",
             mime="text/csv",
             on_click="ignore",
@@ -123,17 +135,13 @@ def _counted(n: int) -> str:
     return "0 rows." if n == 0 else f"{n:,} row{'' if n == 1 else 's'}."
 
 
-def _csv(answer: pd.DataFrame) -> bytes:
-    return str(answer.to_csv(index=False)).encode("utf-8", "backslashreplace")
-
-
 def _shown(answer: pd.DataFrame) -> pd.DataFrame:
     """What the browser's table can show: visible texts, and lists and bytes as text."""
     shown = answer.copy()
     shown.columns = _distinct([visible(str(name)) for name in answer.columns])
     for name in shown.columns:
         if not (pd.api.types.is_numeric_dtype(shown[name]) or pd.api.types.is_bool_dtype(shown[name])):
-            shown[name] = [None if _is_null(value) else visible(_text(value)) for value in shown[name]]
+            shown[name] = [None if is_absent(value) else visible(as_text(value)) for value in shown[name]]
     return shown
 
 
@@ -145,16 +153,6 @@ def _distinct(names: list[str]) -> list[str]:
         seen[name] = seen.get(name, 0) + 1
         made.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
     return made
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bytes | bytearray):
-        return bytes(value).decode("utf-8", "backslashreplace")
-    return value if isinstance(value, str) else str(value.tolist() if hasattr(value, "tolist") else value)
-
-
-def _is_null(value: Any) -> bool:
-    return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
 
 
 def _examples(here: Here) -> None:

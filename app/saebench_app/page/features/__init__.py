@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl
 
 import streamlit as st
 
+from saebench.core.csv_text import as_csv
 from saebench.core.errors import UserError
 from saebench.core.formatting import count, is_absent, number, share, visible
 from saebench_app.access import read_only
@@ -158,11 +159,6 @@ def _frame(here: Here, selected: dict[str, list[int]]) -> pd.DataFrame:
     frame = here.store.features(**wanted, **here.view.order())
     frame.insert(1, LABEL, [here.names.get(feature) for feature in frame["feature"]])
     return frame
-
-
-def as_csv(frame: pd.DataFrame) -> bytes:
-    text: str = frame.to_csv(index=False)
-    return text.encode()
 
 
 def as_parquet(frame: pd.DataFrame) -> bytes:
