@@ -4,8 +4,6 @@ request."""
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
 import os
 import sys
@@ -13,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from saebench.core.csv_text import csv_line
 from saebench.core.errors import UserError
 from saebench.core.files import atomic_file, finite, sentence_for_os_errors, sha256_json, sync_directory
 from saebench.core.reading import read_bytes
@@ -109,12 +108,8 @@ class Csv(_LinesFile):
     """The same numbers as comma-separated values; the first line names the columns."""
 
     def write(self, metrics: Metrics) -> None:
-        line = io.StringIO()
-        writer = csv.DictWriter(line, list(metrics), lineterminator="\n")
-        if os.fstat(self._file.fileno()).st_size == 0:
-            writer.writeheader()
-        writer.writerow(metrics)
-        self._write(line.getvalue())
+        is_first = os.fstat(self._file.fileno()).st_size == 0
+        self._write(csv_line(metrics) * is_first + csv_line(metrics.values()))
 
     @staticmethod
     def _step_of(line: str) -> int:
