@@ -75,6 +75,8 @@ def take(store: Path, out: Path, feature: int | None = None, *, docs: bool = Fal
                 page = context.new_page()
                 for name, path in pages(feature).items():
                     page.goto(f"{address}/{path}")
+                    if name == "sql":  # a link does not run its query
+                        page.get_by_role("button", name="Run", exact=True).click()
                     draw(page, BUTTONS.get(name))
                     taken.append(out / f"{name}{suffix}{'-dark' if scheme == 'dark' else ''}.png")
                     page.screenshot(path=taken[-1])
