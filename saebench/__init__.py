@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,10 @@ sys.meta_path.append(MovedModules())
 def __getattr__(name: str) -> Any:
     """Load a public name when it is first used: ``import saebench`` itself costs nothing."""
     if name not in _HOMES:
+        place = f"saebench.{name}"
+        # `import saebench` of version 0.1 had loaded its modules, so scripts use saebench.config as it is.
+        if not name.startswith("_") and importlib.util.find_spec(place) is not None:
+            return importlib.import_module(place)
         raise AttributeError(f"module 'saebench' has no attribute {name!r}")
     home = importlib.import_module(_HOMES[name])
     value = home if name in _MODULES else getattr(home, name)

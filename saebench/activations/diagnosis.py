@@ -6,6 +6,8 @@ For the rows x_i of a sample, with their mean m and V = sum_i |x_i - m|^2, of ea
     top_rows         share of V in the 0.1% of rows that are farthest from m (at least one row)
     top_dimension    share of V in the dimension of largest variance
     top_10_dimensions  and in the ten dimensions of largest variance
+    massive_rows     share of the rows whose norm is above 10 times the median norm (attention sinks)
+    massive_variance  share of V that is there because of these rows: 1 - (V of the other rows) / V
     fvu_floor        sum over all values x of ulp(x)^2 / 12, divided by V
 
 ulp(x) = 2^(floor(log2 |x|) - b) is the distance of neighboring numbers of the stored type, which has b bits
@@ -40,6 +42,10 @@ NORMS = (*QUANTILES, "max")
 TOP_ROWS = 0.001
 MOST_IN_TOP_ROWS = 0.2
 HIGHEST_FLOOR = 1e-3
+MASSIVE = 10.0
+"""Multiple of the median norm above which a row is massive."""
+MOST_MASSIVE_ROWS = 0.05
+"""Share of the rows above which massive rows are no outliers: norms vary that much."""
 FEWEST_ROWS = 1000
 """Rows of a sample that an advice on its top rows needs."""
 _CHUNK_VALUES = 2**22
@@ -83,19 +89,43 @@ def largest_norm(x_ND: Tensor) -> float:
     return max((float(_norms(chunk_MD).max()) for chunk_MD in _chunks(x_ND)), default=0.0)
 
 
+def has_massive_rows(found: Mapping[str, Any]) -> bool:
+    """Whether the massive rows of a site, by its diagnosis, are few and hold much of its variance."""
+    return (found["massive_variance"] or 0) > MOST_IN_TOP_ROWS and found["massive_rows"] <= MOST_MASSIVE_ROWS
+
+
+def about_massive_rows(site: str, found: Mapping[str, Any]) -> str:
+    """What a warning says about them, with numbers."""
+    norm = found["norm"]
+    share = f"{found['massive_rows']:.2%}" if found["massive_rows"] else "a few"
+    return (
+        f"{share} of the rows at {site} have a norm above {MASSIVE:g} times the "
+        f"median (largest {norm['max']:.3g}, median {norm['50%']:.3g}) and hold "
+        f"{found['massive_variance']:.1%} of the variance"
+    )
+
+
 def advice(diagnosis: Mapping[str, Any], *, of_text: bool) -> list[str]:
     """A sentence for each thing that is off; empty where all is well."""
     sentences = []
     for site, found in diagnosis["sites"].items():
         top, floor = found["top_rows"] or 0, found["fvu_floor"] or 0
-        if top > MOST_IN_TOP_ROWS and diagnosis["sample_rows"][site] >= FEWEST_ROWS:
-            way_out = "remove rows of huge norm before importing"
-            if of_text:
-                way_out = "harvest with --max-norm 10, and without --keep-first"
-            sentences.append(
-                f"0.1% of the rows at {site} hold {top:.0%} of the variance, and an SAE would learn little "
-                f"else; {way_out}"
-            )
+        if diagnosis["sample_rows"][site] >= FEWEST_ROWS:
+            if has_massive_rows(found):
+                way_out = "harvest --max-norm 10 leaves them out" if of_text else "or remove them"
+                sentences.append(
+                    f"{about_massive_rows(site, found)}, and an SAE would learn little else; train scales "
+                    f"them down unless --clip-norm is 0, {way_out}"
+                )
+            elif top > MOST_IN_TOP_ROWS:
+                multiple = found["norm"]["99.9%"] / found["norm"]["50%"] if found["norm"]["50%"] else 0
+                way_out = "remove rows of huge norm before importing"
+                if of_text:
+                    way_out = f"harvest with --max-norm {max(2, round(multiple))}, and without --keep-first"
+                sentences.append(
+                    f"0.1% of the rows at {site} hold {top:.0%} of the variance, and an SAE would learn "
+                    f"little else; {way_out}"
+                )
         if floor > HIGHEST_FLOOR:
             sentences.append(
                 f"rounding to the stored type alone gives an FVU of {floor:.2g} at {site}; use --dtype fp32"
@@ -115,10 +145,16 @@ def _diagnose_site(x_ND: Tensor, max_norm: float) -> dict[str, Any]:
         total_D += chunk_MD.sum(dim=0, dtype=torch.float64)
         rounding += float((_norms(_ulp(stored_MD)).numpy().astype(np.float64) ** 2).sum()) / 12
     mean_D = (total_D / len(index_M)).float()
+    with np.errstate(invalid="ignore"):  # infinite norms
+        quantiles = np.quantile(norm_M, list(QUANTILES.values()))
+        massive_M = norm_M > MASSIVE * np.median(norm_M)
+    massive_total_D = torch.zeros(d, dtype=torch.float64)
     distance_M = np.empty(len(index_M))
     variance_D = torch.zeros(d, dtype=torch.float64)
     for at, stored_MD in _sampled(x_ND, index_M):
-        square_MD = (stored_MD.float() - mean_D).square_()
+        chunk_MD = stored_MD.float()
+        massive_total_D += chunk_MD[torch.from_numpy(massive_M[at])].sum(dim=0, dtype=torch.float64)
+        square_MD = (chunk_MD - mean_D).square_()
         distance_M[at] = square_MD.sum(dim=1).numpy()
         variance_D += square_MD.sum(dim=0, dtype=torch.float64)
     total = float(variance_D.numpy().sum())
@@ -128,8 +164,14 @@ def _diagnose_site(x_ND: Tensor, max_norm: float) -> dict[str, Any]:
     def share(part: float) -> float | None:
         return _rounded(part / total) if total > 0 else None  # None too where squares are infinite
 
-    with np.errstate(invalid="ignore"):  # infinite norms
-        quantiles = np.quantile(norm_M, list(QUANTILES.values()))
+    n_other = max(1, int((~massive_M).sum()))
+    offset = float(((total_D - massive_total_D) / n_other - mean_D.double()).square().sum())
+    massive = max(0.0, total - (float(distance_M[~massive_M].sum()) - n_other * offset))
+    if not massive_M.any() and MASSIVE * quantiles[2] < max_norm < math.inf:  # the sample has missed them
+        most = (max_norm - float(mean_D.double().norm())) ** 2 * len(index_M) / len(x_ND)
+        massive, total_with = most, total + most
+    else:
+        total_with = total
     return {
         "norm": {
             **{name: _rounded(value) for name, value in zip(QUANTILES, quantiles, strict=True)},
@@ -139,6 +181,8 @@ def _diagnose_site(x_ND: Tensor, max_norm: float) -> dict[str, Any]:
         "top_dimension": share(by_dimension[0]),
         "top_10_dimensions": share(by_dimension[:10].sum()),
         "fvu_floor": share(rounding),
+        "massive_rows": _rounded(float(massive_M.mean())),
+        "massive_variance": _rounded(massive / total_with) if total_with > 0 else None,
     }
 
 

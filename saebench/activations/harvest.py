@@ -17,6 +17,8 @@ from saebench.core.settings import from_flat
 
 @functools.wraps(harvest_text)
 def harvest(first: Any = None, /, *, source: ModuleSource | None = None, **settings: Any) -> ActivationCache:
+    if source is None and isinstance(first, ModuleSource):
+        first, source = None, first
     if source is None:
         return harvest_text(first, **settings)
     if first is not None:

@@ -126,7 +126,8 @@ def evaluate(config: EvalConfig) -> Result:
     data = measure(config).to_dict()
     shown = {name: value for name, value in data.items() if not isinstance(value, dict | list)}
     shown["inference"] = inference_label(data["inference"])
-    return Result(data, pairs(shown))
+    warnings = [f"warning: {sentence}" for sentence in data.get("warnings", ())]
+    return Result(data, "\n\n".join([pairs(shown), *warnings]))
 
 
 def compare(config: CompareConfig) -> Result:

@@ -232,6 +232,8 @@ def accepts_settings(config_class: type[Any]) -> Callable[[Callable[[Any], Resul
                 with system_refusals():
                     return function(first)
             if first is not None:
+                if first_field in settings:
+                    raise TypeError(f"{function.__name__} got two values for {first_field}; give one")
                 settings = {first_field: first, **settings}
             with system_refusals():
                 return function(from_flat(config_class, settings, source=f"the call of {function.__name__}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from saebench.evaluation.samples import (
 )
 from saebench.evaluation.settings import EvalConfig
 from saebench.evaluation.splice import Splice
+from saebench.evaluation.warnings import warnings_of
 from saebench.runs.provenance import ContextSettings, require_same_model
 from saebench.runs.run import Run
 from saebench.saes.spec import SiteWidth
@@ -334,6 +336,10 @@ def _report(
         names = ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "ce_delta", "ce_loss_score", "kl")
         behavior = {name: getattr(faithfulness, name) for name in names}
         behavior["n_tokens_model"] = faithfulness.n_tokens
+    ordinary = reconstruction.fvu_ordinary
+    found = [*Run(config.run).warnings(), *warnings_of(reconstruction, mode.sae, faithfulness)]
+    for sentence in found:
+        print(f"warning: {config.run}: {sentence}", file=sys.stderr)
     return EvalReport(
         sae=mode.sae.spec.name,
         inference=mode.inference,
@@ -354,6 +360,10 @@ def _report(
         dead_fraction=reconstruction.dead_fraction,
         cosine_similarity=reconstruction.cosine_similarity,
         density_histogram=reconstruction.density_histogram(),
+        massive_rows=reconstruction.massive_rows or None,
+        fvu_ordinary=ordinary,
+        explained_variance_ordinary=None if ordinary is None else 1 - ordinary,
+        warnings=found or None,
         picks_changed=mode.picks_changed,
         model=model,
         **behavior,

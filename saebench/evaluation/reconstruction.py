@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from saebench.activations.diagnosis import MASSIVE
 from saebench.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from saebench.saes.base import SAE
 
 BINS_PER_DECADE = 4
+MEDIAN_ROWS = 1024
+"""Rows whose median norm decides which rows are massive."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ class ReconstructionMetrics:
     - ``cosine_similarity`` = mean_i of x_i . xh_i / (||x_i|| ||xh_i||), taken as 0 where either is zero.
     - ``density`` [M] float64 = share of rows on which each latent is nonzero; it sums to l0.
     - ``fvu_by_site``: the same fraction as ``fvu`` at each site alone, if several are reconstructed.
+    - ``massive_rows``: the number of rows whose norm is above 10 times the median norm of the first 1,024
+      rows. Where there are any, ``fvu_ordinary`` is the same fraction as ``fvu`` over the other rows alone
+      (with their own mean): a few massive rows can make up nearly all of the variance.
     """
 
     n_tokens: int
@@ -60,6 +66,8 @@ class ReconstructionMetrics:
     cosine_similarity: float
     density: Tensor
     fvu_by_site: dict[str, float] | None = None
+    massive_rows: int = 0
+    fvu_ordinary: float | None = None
 
     def density_histogram(self) -> DensityHistogram:
         lowest = -math.ceil(math.log10(self.n_tokens))
@@ -88,6 +96,7 @@ class ReconstructionMeter:
         """Squared error and squared deviation at each target."""
         self._fires_M = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self._origin_D: Tensor | None = None
+        self._ordinary = _OrdinaryRows(sae.d_out, device)
 
     @torch.no_grad()
     def update(
@@ -118,9 +127,11 @@ class ReconstructionMeter:
         # Sums are taken relative to the first row. The variance stays the same, without the cancellation
         # that occurs if the mean is much larger than the standard deviation.
         shifted = x - self._origin_D
+        error_N = (x - x_hat).square().sum(1)
         self._squares += shifted.square().sum()
         self._sum_D += shifted.sum(0)
         self._error += (x - x_hat).square().sum()
+        self._ordinary.add(x.norm(dim=1), shifted, error_N)
         norms = x.norm(dim=-1) * x_hat.norm(dim=-1)
         self._cosine += torch.where(norms > 0, (x * x_hat).sum(-1) / norms, 0.0).sum()
         if self.sae.spec.targets:
@@ -149,7 +160,7 @@ class ReconstructionMeter:
                 f"the {n} measured rows are all equal, so there is no variance to explain; "
                 "evaluate on more tokens or check the cache"
             )
-        fvu = self._error.item() / variance
+        fvu, fvu_ordinary = self._error.item() / variance, self._ordinary.fvu()
         density_M = self._fires_M.double().cpu() / n
         return ReconstructionMetrics(
             n_tokens=n,
@@ -160,6 +171,8 @@ class ReconstructionMeter:
             cosine_similarity=self._cosine.item() / n,
             density=density_M,
             fvu_by_site=self._fvu_by_site(),
+            massive_rows=self._ordinary.n_massive,
+            fvu_ordinary=fvu_ordinary,
         )
 
     def _fvu_by_site(self) -> dict[str, float] | None:
@@ -177,6 +190,45 @@ class ReconstructionMeter:
         if not finite_N.all():
             row = self.n_tokens + int((~finite_N).nonzero()[0])
             raise UserError(f"the {what} of evaluated row {row} is NaN or infinite; {way_out}")
+
+
+class _OrdinaryRows:
+    """Sums over the rows that are not massive; see `ReconstructionMetrics`."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.n_massive, self._n = 0, 0
+        self._sum_D = torch.zeros(width, dtype=torch.float64, device=device)
+        self._squares, self._error = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+        self._limit: Tensor | None = None
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        """The first rows, until there are enough of them for a median that no batch size changes."""
+
+    def add(self, norm_N: Tensor, shifted_ND: Tensor, error_N: Tensor) -> None:
+        """Rows, by their norm, their difference from the meter's origin, and their squared error."""
+        self._waiting.append((norm_N, shifted_ND, error_N))
+        if self._limit is not None or sum(len(rows[0]) for rows in self._waiting) >= MEDIAN_ROWS:
+            self._count()
+
+    def fvu(self) -> float | None:
+        """None where all rows, or none but equal ones, are ordinary."""
+        self._count()
+        variance = (self._squares - self._sum_D.square().sum() / max(self._n, 1)).item()
+        return self._error.item() / variance if self.n_massive and variance > 0 else None
+
+    def _count(self) -> None:
+        if self._limit is None and self._waiting:
+            first_N = torch.cat([rows[0] for rows in self._waiting])[:MEDIAN_ROWS]
+            self._limit = MASSIVE * first_N.median()
+        for norm_N, shifted_ND, error_N in self._waiting:
+            ordinary_N = norm_N <= self._limit
+            n_ordinary = int(ordinary_N.sum())
+            self._n += n_ordinary
+            self.n_massive += len(norm_N) - n_ordinary
+            weight_N = ordinary_N.double()
+            self._sum_D += weight_N @ shifted_ND
+            self._squares += weight_N @ shifted_ND.square().sum(1)
+            self._error += weight_N @ error_N
+        self._waiting.clear()
 
 
 def fires(codes: SparseCodes) -> Tensor:

@@ -8,7 +8,10 @@ from typing import Any, Literal
 
 from saebench.evaluation.reconstruction import DensityHistogram
 
-_OF_SEVERAL_SITES = ("sites", "targets", "fvu_by_site", "together")
+_WHERE_KNOWN = (
+    "sites", "targets", "fvu_by_site", "together", "massive_rows", "fvu_ordinary",
+    "explained_variance_ordinary", "warnings",
+)  # fmt: skip
 
 
 def inference_label(inference: str | None) -> str | None:
@@ -52,6 +55,14 @@ class EvalReport:
     """fvu at each of several targets."""
     together: list[str] | None = None
     """The runs that were in the model in the same passes."""
+    massive_rows: int | None = None
+    """Rows whose norm is above 10 times the median; None without any."""
+    fvu_ordinary: float | None = None
+    """fvu over the other rows alone."""
+    explained_variance_ordinary: float | None = None
+    """1 - fvu_ordinary."""
+    warnings: list[str] | None = None
+    """What is wrong with the SAE or the numbers, one sentence each; None where all is well."""
     picks_changed: float | None = None
     """Share of active latents that the default inference mode does not select; None in that mode."""
     model: str | None = None
@@ -68,6 +79,6 @@ class EvalReport:
     kl: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, the contents of eval.json; what only several sites have is left out for one."""
+        """Plain JSON values, the contents of eval.json; what only some SAEs have is left out for others."""
         values = dataclasses.asdict(self)
-        return {name: v for name, v in values.items() if v is not None or name not in _OF_SEVERAL_SITES}
+        return {name: v for name, v in values.items() if v is not None or name not in _WHERE_KNOWN}

@@ -5,6 +5,7 @@ checkpoints/step-NNNNNNNNN.safetensors   the complete training state at a step
 metrics.jsonl, metrics.csv          the metrics of each logged step
 sessions.jsonl                      the processes that ran the training, with their speed
 sae.safetensors, sae.json           the trained SAE; sae.json is written last
+warnings.json                       what is wrong with the result, if anything is
 eval.json, eval-proxy.json, ...     evaluations, one per inference mode
 """
 
@@ -21,6 +22,7 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 METRICS_CSV_FILE = "metrics.csv"
 SESSIONS_FILE = "sessions.jsonl"
+WARNINGS_FILE = "warnings.json"
 CHECKPOINT_FOLDER = "checkpoints"
 _WAY_OUT = "restore a copy or train the run again"
 FORMAT_VERSION = 2

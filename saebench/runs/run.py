@@ -13,6 +13,7 @@ from saebench.runs.checkpoints import checkpoints_of, load_checkpoint_sae, run_o
 from saebench.runs.layout import METRICS_FILE, RUN_FILE, eval_file, read_evaluation, read_run
 from saebench.runs.metrics_log import read_metrics, read_sessions
 from saebench.runs.provenance import ContextSettings, Provenance, contexts_of_import
+from saebench.runs.warnings import read_warnings
 from saebench.saes.files import SPEC_FILE, WEIGHTS_FILE, load_sae, read_description, weights_hash
 
 if TYPE_CHECKING:
@@ -84,6 +85,10 @@ class Run:
     def sessions(self) -> list[dict[str, Any]]:
         """The processes that ran the training; see `read_sessions`."""
         return read_sessions(self.path)
+
+    def warnings(self) -> list[str]:
+        """What is wrong with the result of the training, one sentence each; [] where all is well."""
+        return read_warnings(self.path)
 
     def checkpoints(self) -> list[Path]:
         """The existing checkpoints, in the order of steps."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,10 +58,58 @@ class Scales:
         return cls(tuple(tensors[SCALE].reshape(-1).tolist()), tuple(targets))
 
 
-class Scaler:
-    """Scales rows of activations on a device."""
+class NormLimit(NamedTuple):
+    """Rows of a site whose norm is above ``limit`` are scaled to the norm ``target``."""
 
-    def __init__(self, scales: Scales, spec: SaeSpec, device: torch.device) -> None:
+    limit: float
+    target: float
+
+
+@dataclass(frozen=True)
+class NormClip:
+    """Scales massive rows down, so that they weigh no more in a training than other rows do.
+
+    One `NormLimit` or None for each site, and for each target of a transcoder. The direction of a row is
+    kept: an SAE whose activation function is homogeneous reconstructs s x nearly s times as x, where x is
+    large beside the biases, so it learns a massive row from its scaled copy.
+    """
+
+    sites: tuple[NormLimit | None, ...] = (None,)
+    targets: tuple[NormLimit | None, ...] = ()
+
+    def __bool__(self) -> bool:
+        return any((*self.sites, *self.targets))
+
+    def batch(self, rows: Batch, spec: SaeSpec) -> Batch:
+        """Unscaled rows, with massive ones scaled down; in float32 where that can be."""
+        target_NE = rows.target_NE
+        if target_NE is not None and any(self.targets):
+            target_NE = _clipped(target_NE, self.targets, spec.targets)
+        x_ND = self.rows(rows.x_ND, spec)
+        return Batch(x_ND, rows.gradient_ND, rows.progress, target_NE=target_NE)
+
+    def rows(self, x_ND: Tensor, spec: SaeSpec) -> Tensor:
+        """The same for the rows of the sites alone."""
+        return _clipped(x_ND, self.sites, spec.sites) if any(self.sites) else x_ND
+
+
+def _clipped(x_ND: Tensor, limits: Sequence[NormLimit | None], sites: Sequence[SiteWidth]) -> Tensor:
+    parts = []
+    for (part_Nd, _), at in zip(_parts(x_ND.float(), sites), limits, strict=True):
+        if at is not None:
+            norm_N1 = torch.linalg.vector_norm(part_Nd, dim=1, keepdim=True)
+            part_Nd = torch.where(norm_N1 > at.limit, part_Nd * (at.target / norm_N1), part_Nd)
+        parts.append(part_Nd)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class Scaler:
+    """Scales rows of activations on a device, after massive rows among them were scaled down by ``clip``."""
+
+    def __init__(
+        self, scales: Scales, spec: SaeSpec, device: torch.device, clip: NormClip | None = None
+    ) -> None:
+        self._spec, self._clip = spec, clip
         targets, of = (scales.targets, spec.targets) if scales.targets else (scales.sites, spec.sites)
         self._site = _factor(scales.sites, spec.sites, device)
         self._target = _factor(targets, of, device)
@@ -68,6 +117,8 @@ class Scaler:
 
     def sites(self, x_ND: Tensor) -> Tensor:
         """Rows [N, D] of any float type, each site times its scale, float32."""
+        if self._clip:
+            x_ND = self._clip.rows(x_ND, self._spec)
         return _times(x_ND, self._site)
 
     def batch(self, rows: Batch) -> Batch:
@@ -76,12 +127,15 @@ class Scaler:
         Gradients are those of the loss for the unscaled targets. Where targets have several scales s_i, they
         are multiplied by s_0 / s_i, so that a latent's effect W_dec g does not depend on the scales.
         """
+        if self._clip:
+            rows = self._clip.batch(rows, self._spec)
         gradient_NE, target_NE = rows.gradient_ND, rows.target_NE
         if gradient_NE is not None:
             gradient_NE = _times(gradient_NE, self._gradient)
         if target_NE is not None:
             target_NE = _times(target_NE, self._target)
-        return Batch(self.sites(rows.x_ND), gradient_NE, rows.progress, target_NE=target_NE)
+        x_ND = _times(rows.x_ND, self._site)
+        return Batch(x_ND, gradient_NE, rows.progress, target_NE=target_NE)
 
 
 def _factor(values: Sequence[float], of: Sequence[SiteWidth], device: torch.device) -> float | Tensor:

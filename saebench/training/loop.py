@@ -15,7 +15,6 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from saebench.activations.cache import ActivationCache, open_cache
 from saebench.activations.loader import Loader, side_by_side
@@ -34,6 +33,7 @@ from saebench.saes.spec import SaeSpec, SiteWidth
 from saebench.training import resume, state
 from saebench.training.grid import Plan, grid_of, plan
 from saebench.training.interrupts import StopRequest
+from saebench.training.massive import norm_clip, warn
 from saebench.training.settings import TrainConfig
 from saebench.training.state import TrainingState, compute_dtype
 
@@ -134,7 +134,10 @@ def train_all(plans: Sequence[Plan]) -> list[Run]:
 
     with contextlib.ExitStack() as stack:
         provenance = _provenance(cache, sites[0])
-        facts = {config.out: _facts(config, spec, d_in, provenance, n_steps) for config, spec in plans}
+        clip, clipped, about_rows = norm_clip(common, cache, sites)
+        facts = {
+            config.out: _facts(config, spec, d_in, provenance, n_steps) | clipped for config, spec in plans
+        }
         for config, _ in plans:
             stack.enter_context(directory_lock(config.out, what="the run directory"))
         stop = stack.enter_context(StopRequest())
@@ -147,11 +150,13 @@ def train_all(plans: Sequence[Plan]) -> list[Run]:
                 state.clean_up(config.out)
                 _say(f"{config.out} is finished: {n_steps:,} steps, nothing left to do", common)
         if unfinished:
+            warn(about_rows)
             sample = _sample(loader)
         for config, spec in unfinished:
             made = state.begin(
-                config, spec, facts[config.out], sample, n_steps=n_steps, device=device, stack=stack
-            )
+                config, spec, facts[config.out], sample, n_steps=n_steps, clip=clip, device=device,
+                stack=stack,
+            )  # fmt: skip
             if config.resume:
                 _say(f"resuming {config.out} at step {made.current.step:,} of {n_steps:,}", common)
             trainings.append(made)
@@ -160,9 +165,9 @@ def train_all(plans: Sequence[Plan]) -> list[Run]:
         failed = _steps(trainings, loader, stop, device)
         finished = [training for training in trainings if training.finished]
         if finished:
-            unseen_ND = _unseen_rows(cache, sites, loader)
+            unseen = _unseen_rows(cache, sites, common.target, loader)
         for training in finished:
-            training.finish(unseen_ND, provenance)
+            training.finish(unseen, provenance, about_rows)
     if failed:
         others = "" if len(plans) == len(failed) else f" ({len(plans) - len(failed)} others finished)"
         more = f"; {len(failed) - 1} more diverged" if len(failed) > 1 else ""
@@ -245,22 +250,31 @@ def _sample(loader: Loader) -> Batch:
     return Batch(x_ND, gradient_ND, target_NE=target_NE)
 
 
-def _unseen_rows(cache: ActivationCache, sites: Sequence[str], loader: Loader) -> Tensor:
+def _unseen_rows(
+    cache: ActivationCache, sites: Sequence[str], targets: Sequence[str], loader: Loader
+) -> Batch:
     """Held-out rows spread evenly over the cache, at most as many as `_sample` takes, on the device.
 
     Where no rows are held out, they are rows of the training order, with a warning.
     """
     row_N = cache.held_out.nonzero()[:, 0]
-    n_rows = min(SAMPLE_ROWS, max(1, SAMPLE_BYTES // (4 * sum(cache.d_in(site) for site in sites))))
+    width = sum(cache.d_in(site) for site in sites)
+    n_rows = min(SAMPLE_ROWS, max(1, SAMPLE_BYTES // (4 * width)))
     if len(row_N) == 0:
         print(
             f"warning: {cache.path} has no held-out rows, so inference is calibrated on training rows",
             file=sys.stderr,
         )
-        return loader.batch(0).activations
+        rows = loader.batch(0)
+        return Batch(rows.activations, target_NE=rows.targets)
     if len(row_N) > n_rows:
         row_N = row_N[torch.arange(n_rows) * len(row_N) // n_rows]
-    return side_by_side([cache.activations(site) for site in sites], row_N).to(loader.device)
+    x_ND, target_NE = (
+        side_by_side([cache.activations(site) for site in names], row_N).to(loader.device) if names else None
+        for names in (sites, targets)
+    )
+    assert x_ND is not None
+    return Batch(x_ND, target_NE=target_NE)
 
 
 def _forecast(

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saebench.saes.base import SAE, LossTerms
+from saebench.saes.base import SAE, Batch, LossTerms
+
+MISSED_L0 = 0.05
+"""Relative difference between the mean L0 at inference and k above which there is a warning."""
+FINAL_ROWS = 4096
+"""Most held-out rows on which the result of a training is checked."""
+MOST_DEAD = 0.9
 
 
 def step_metrics(
@@ -39,3 +45,41 @@ def step_metrics(
         "lr": lr,
         **dict(zip(terms.extra, extra, strict=True)),
     }
+
+
+@torch.no_grad()
+def result_warnings(sae: SAE, unseen: Batch, *, l0: float | None, lr: float) -> list[str]:
+    """What is wrong with a trained SAE, one sentence each, to be read after its name; [] where all is well.
+
+    Args:
+        unseen: scaled rows that it was not trained on.
+        l0: what `SAE.calibrate` returned.
+        lr: the peak learning rate.
+    """
+    found = []
+    rows = unseen[:: max(1, -(-len(unseen.x_ND) // FINAL_ROWS))]
+    y_NE = rows.y_NE
+    codes = sae.encode(rows.x_ND)
+    error = (y_NE - sae.decode(codes, rows.x_ND)).double().square().sum()
+    variance = (y_NE - y_NE.mean(0)).double().square().sum()
+    fvu = float(error / variance) if variance > 0 else 0.0
+    on = f"on {len(y_NE):,} held-out rows"
+    if not fvu < 1:
+        found.append(
+            f"reconstructs worse than the mean activation does: its fraction of variance unexplained is "
+            f"{fvu:.3g} {on}, that of the mean is 1; lower --lr (now {lr:.2g}) or train on more tokens"
+        )
+    n_firing = int((codes.firings() > 0).sum())
+    if n_firing == 0:
+        found.append(f"has no latent that is active {on}; lower --lr (now {lr:.2g}) or raise --k")
+    n_dead = int((sae.tokens_since_fired >= sae.dead_after).sum())
+    if n_firing and n_dead > MOST_DEAD * sae.d_sae:
+        found.append(
+            f"has {n_dead:,} dead latents of {sae.d_sae:,} (none of them was active in the last "
+            f"{sae.dead_after:,} tokens); lower --lr (now {lr:.2g}) or --d-sae"
+        )
+    if l0 is not None and abs(l0 / sae.k - 1) > MISSED_L0:
+        found.append(
+            f"has a mean L0 of {l0:.4g}, the target is k = {sae.k}: thresholds cannot reach it; lower --k"
+        )
+    return found

@@ -46,6 +46,9 @@ class TrainConfig(Settings):
     """Largest norm of the gradient of all parameters; 0 disables clipping."""
     normalize: bool = True
     """Scale inputs to a mean variance of 1 per dimension; the scale is folded into the saved weights."""
+    clip_norm: Annotated[float | Literal["auto"], AtLeast(0)] = field(default="auto", metadata=ADDED_LATER)
+    """Scale rows whose norm is above this multiple of the median norm down to the median norm, in training
+    only; 0 leaves all rows as they are; 'auto' is 10 where few such rows hold much of the variance."""
     seed: Seed = 0
     """Seed of the initial weights, and of the order of the rows unless order_seed is given."""
     order_seed: Seed | None = None
@@ -84,6 +87,11 @@ class TrainConfig(Settings):
             raise UserError(
                 f"tokens is {self.tokens:,} but one step takes batch_size = {self.batch_size:,}; "
                 "lower --batch-size or raise --tokens"
+            )
+        if isinstance(self.clip_norm, float | int) and 0 < self.clip_norm < 1:
+            raise UserError(
+                f"--clip-norm is {self.clip_norm:g} times the median norm, so it would change ordinary rows; "
+                "give 0 or a multiple of at least 1"
             )
         if self.warmup + self.decay > 1:
             raise UserError(

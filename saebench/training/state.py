@@ -23,20 +23,19 @@ from saebench.activations.loader import Rows
 from saebench.core.errors import UserError
 from saebench.core.files import append_line, remove_leftovers
 from saebench.runs.layout import SESSIONS_FILE
+from saebench.runs.warnings import write_warnings
 from saebench.saes.base import SAE, Batch
 from saebench.saes.registry import architecture
-from saebench.saes.scales import Scaler, Scales
+from saebench.saes.scales import NormClip, Scaler, Scales
 from saebench.saes.spec import SaeSpec
 from saebench.training import checkpoint, resume
 from saebench.training.checkpoint import SaeInTraining
 from saebench.training.cuda_graph import GraphedStep, StepOutput
-from saebench.training.metrics import step_metrics
+from saebench.training.metrics import result_warnings, step_metrics
 from saebench.training.optimizer import learning_rate, make_optimizer, optimizer_step, peak_learning_rate
 from saebench.training.settings import TrainConfig
 from saebench.training.sinks import Sink, open_sinks
 
-MISSED_L0 = 0.05
-"""Relative difference between the mean L0 at inference and k above which a warning is printed."""
 STEPS_BETWEEN_REFRESHES = 32
 """Steps between two calls of `SAE.refresh_dead` on a GPU."""
 
@@ -56,13 +55,14 @@ class TrainingState:
     n_finite_steps: Tensor
     """Scalar int64 on the device: number of steps of this session before the first that was not finite."""
     first_step: int
+    clip: NormClip = field(default_factory=NormClip)
     graphed_step: GraphedStep = field(init=False)
     scaler: Scaler = field(init=False)
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.graphed_step = GraphedStep(self.update, self.current.sae.graph_key)
-        self.scaler = Scaler(self.current.scales, self.spec, self.is_finite.device)
+        self.scaler = Scaler(self.current.scales, self.spec, self.is_finite.device, self.clip)
 
     @property
     def finished(self) -> bool:
@@ -128,22 +128,24 @@ class TrainingState:
         # Without its autograd graph, whose nodes would tie a later capture to the current stream.
         return StepOutput(batch, dataclasses.replace(terms, total=terms.total.detach()), grad_norm)
 
-    def finish(self, unseen_ND: Tensor, provenance: dict[str, Any]) -> None:
-        """Calibrate on held-out rows of the cache, undo the scaling of the input, and save the SAE."""
+    def finish(self, unseen: Batch, provenance: dict[str, Any], about_rows: list[str]) -> None:
+        """Calibrate on held-out rows of the cache, undo the scaling of the input, and save the SAE.
+
+        ``about_rows``: what was said of the rows before the training, which warnings.json keeps.
+        """
         current, config = self.current, self.config
         # As inference computes: thresholds found from rounded products would be those of other codes.
         current.sae.compute_dtype = torch.float32
+        unseen = self.scaler.batch(unseen)
         with torch.no_grad():
-            l0 = current.sae.calibrate(self.scaler.sites(unseen_ND))
-        if l0 is not None and abs(l0 / self.spec.k - 1) > MISSED_L0:
-            print(
-                f"warning: {config.out} has a mean L0 of {l0:.4g}, the target is k = {self.spec.k}: "
-                "thresholds cannot reach it; lower --k",
-                file=sys.stderr,
-            )
+            l0 = current.sae.calibrate(unseen.x_ND)
+        found = result_warnings(current.sae, unseen, l0=l0, lr=peak_learning_rate(config, self.spec.d_sae))
+        for sentence in found:
+            print(f"warning: {config.out} {sentence}", file=sys.stderr)
         # On the CPU, where checkpoints are folded too: a GPU divides by a scalar with other rounding.
         current.sae.to("cpu").fold_scales(current.scales.sites, current.scales.targets)
         tokens = self.n_steps * config.batch_size
+        write_warnings(config.out, [*found, *about_rows])
         current.sae.save(config.out, **provenance, tokens=tokens, seed=config.seed)
 
     def log_session(self, device: torch.device) -> None:
@@ -199,6 +201,7 @@ def begin(
     sample: Batch,
     *,
     n_steps: int,
+    clip: NormClip,
     device: torch.device,
     stack: contextlib.ExitStack,
 ) -> TrainingState:
@@ -207,7 +210,7 @@ def begin(
 
     ``sample`` holds unscaled rows of the cache. Sinks are closed with ``stack``.
     """
-    current = fresh_sae(config, spec, sample, device)
+    current = fresh_sae(config, spec, clip.batch(sample, spec), device)
     facts = resume.begin(config.out, facts)
     if checkpoint.restore_latest(config.out, current) and device.type == "cuda":
         current.sae.refresh_dead(reuse=True)
@@ -221,6 +224,7 @@ def begin(
         is_finite=torch.ones((), dtype=torch.bool, device=device),
         n_finite_steps=torch.zeros((), dtype=torch.int64, device=device),
         first_step=current.step,
+        clip=clip,
     )
 
 

@@ -157,3 +157,17 @@ def test_sae_with_nan_weights_is_refused() -> None:
 def test_rows_without_variance_are_refused(batches: list[torch.Tensor]) -> None:
     with pytest.raises(UserError, match="no variance to explain"):
         reconstruction_metrics(identity(3), batches)
+
+
+@pytest.mark.parametrize("step", [1, 7, 400, 5000])
+def test_ordinary_rows_are_measured_apart_whatever_the_batch_size(step: int) -> None:
+    sae = random_sae(6, 9)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(3000, 6, generator=generator) + 3
+    massive = torch.rand(3000, generator=generator) < 0.02
+    x[massive] += 4000.0
+    found = reconstruction_metrics(sae, torch.split(x, step) if step > 1 else [x[:1], x[1:2], x[2:]])
+    alone = reconstruction_metrics(sae, [x[~massive]])
+    assert found.massive_rows == int(massive.sum()) and alone.massive_rows == 0
+    assert found.fvu_ordinary == pytest.approx(alone.fvu, rel=1e-6) and alone.fvu_ordinary is None
+    assert found.fvu != pytest.approx(alone.fvu, rel=0.01)
