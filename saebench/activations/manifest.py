@@ -36,6 +36,7 @@ from saebench.core.reading import check_shape, read_json
 from saebench.core.shapes import Count, ModelFacts, Name, Number, Positive, Sha256, Shape, Text
 from saebench.sources.base import ColumnType, Site, SitePath
 from saebench.sources.modality import TEXT, UNIT, Modality, modality
+from saebench.sources.model_identity import IDENTITY
 
 MANIFEST_NAME = "manifest.json"
 _WAY_OUT = "restore it or make the cache again"
@@ -174,9 +175,20 @@ class CacheManifest:
     def hash(self) -> str:
         """SHA-256 of the manifest's content, which holds the checksum of every file.
 
-        The diagnosis follows from the files and is left out, so that its numbers may change.
+        The diagnosis follows from the files and is left out, so that its numbers may change. So is the
+        ``identity`` of a model beside its ``hash``, so that a cache has the hash that version 0.1 gives it.
         """
-        return sha256_json({name: value for name, value in self.raw.items() if name != "diagnosis"})
+        content = {name: value for name, value in self.raw.items() if name != "diagnosis"}
+        made_from = dict(content["made_from"])
+        if isinstance(made_from.get("model"), dict):
+            made_from["model"] = _without_identity(made_from["model"])
+        if isinstance(made_from.get("models"), list):
+            made_from["models"] = [_without_identity(model) for model in made_from["models"]]
+        return sha256_json({**content, "made_from": made_from})
+
+
+def _without_identity(model: Any) -> Any:
+    return {k: v for k, v in model.items() if k != IDENTITY} if isinstance(model, dict) else model
 
 
 def read_cache_manifest(cache: Path) -> CacheManifest:

@@ -46,6 +46,7 @@ from saebench.core.reading import check_shape
 from saebench.core.shapes import Number, Sha256, Shape
 from saebench.sources.base import ColumnType, Site
 from saebench.sources.modality import modality as find_modality
+from saebench.sources.model_identity import IDENTITY, same_model
 
 JOURNAL_NAME = "journal.json"
 LOCK_NAME = ".lock"
@@ -342,7 +343,8 @@ def _read_journal(path: Path) -> tuple[Any, list[Entry]]:
 
 
 def _require_same(path: Path, seen: Any, wanted: Mapping[str, Any], *, unfinished: bool = True) -> None:
-    (seen, seen_paths), (wanted, paths) = _without_paths(seen), _without_paths(json.loads(json.dumps(wanted)))
+    wanted = _with_hashes_of(seen, json.loads(json.dumps(wanted)))
+    (seen, seen_paths), (wanted, paths) = _without_paths(seen), _without_paths(wanted)
     difference = _difference(seen, wanted)
     if difference:
         raise UserError(f"{path} holds a different cache ({difference}); choose another --out or delete it")
@@ -352,6 +354,17 @@ def _require_same(path: Path, seen: Any, wanted: Mapping[str, Any], *, unfinishe
             f"{path} is unfinished and was begun by a version of saebench that read {hook} in another way; "
             "finish it with that version, or delete it and begin again"
         )
+
+
+def _with_hashes_of(seen: Any, wanted: dict[str, Any]) -> dict[str, Any]:
+    """``wanted`` with the hashes in ``seen`` of models that are the same, by whatever rule they were made."""
+    for key, models in (("model", [wanted.get("model")]), ("models", wanted.get("models", []))):
+        before = seen.get(key) if isinstance(seen, dict) else None
+        for one, other in zip(models, before if isinstance(before, list) else [before], strict=False):
+            if isinstance(one, dict) and isinstance(other, dict) and same_model(one, other):
+                one.pop(IDENTITY, None)
+                one.update({name: other[name] for name in ("hash", IDENTITY) if name in other})
+    return wanted
 
 
 def _without_paths(identity: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

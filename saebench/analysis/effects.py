@@ -24,6 +24,7 @@ from saebench.core.progress import progress
 from saebench.core.settings import takes_shown_names
 from saebench.saes.base import SAE
 from saebench.sources.gradients import contexts_at_once, summed_cross_entropy
+from saebench.sources.model_identity import same_model
 from saebench_kernels import gathered_dots
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def loss_effects(
             raise UserError(f"{name} is {value!r:.60}; give a whole number, at least {least}")
     opened = open_for(sae, cache=cache)
     attached = attach(sae, model, hook)
-    if opened.model is not None and opened.model["hash"] != attached.model.hash:
+    if opened.model is not None and not same_model(opened.model, attached.model.info.to_json()):
         raise UserError(
             f"the cache {opened.path} was made by model {opened.model['name']}, but model is "
             f"{attached.model.name} (their hashes differ); give model={opened.model['name']!r}"

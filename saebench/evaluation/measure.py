@@ -34,6 +34,7 @@ from saebench.runs.provenance import ContextSettings, require_same_model
 from saebench.runs.run import Run
 from saebench.saes.spec import SiteWidth
 from saebench.sources.hook_names import is_residual
+from saebench.sources.model_identity import same_model
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
@@ -152,7 +153,7 @@ def _on_text(config: EvalConfig, mode: InferenceMode, run: Run, device: torch.de
     model = _load_model(config, recorded, splice, device)
     made = run.contexts() if config.cache is None or cache is None else ContextSettings.of_cache(cache)
     contexts = text_contexts(config, model, made, keep_last=not mode.needs_gradients)
-    fits = cache is not None and recorded is not None and recorded.get("hash") == model.hash
+    fits = cache is not None and recorded is not None and same_model(recorded, model.info.to_json())
     beside = _beside(config, model, cache if fits else None, device)
 
     mean_E = None

@@ -220,6 +220,7 @@ class _OrdinaryRows:
             first_N = torch.cat([rows[0] for rows in self._waiting])[:MEDIAN_ROWS]
             self._limit = MASSIVE * first_N.median()
         for norm_N, shifted_ND, error_N in self._waiting:
+            assert self._limit is not None
             ordinary_N = norm_N <= self._limit
             n_ordinary = int(ordinary_N.sum())
             self._n += n_ordinary

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
+from saebench.sources.model_identity import same_model
 
 if TYPE_CHECKING:
     from saebench.activations.cache import ActivationCache
@@ -116,10 +117,10 @@ def require_same_model(
         way_out: what the user can do.
 
     Raises:
-        UserError: the hashes differ.
+        UserError: they differ.
     """
     known = None if recorded is None else recorded.get("hash")
-    if known is not None and info.hash != known:
+    if recorded is not None and known is not None and not same_model(info.to_json(), recorded):
         raise UserError(
             f"the model {info.name} is not the one that {made} (its hash is {info.hash[:12]}..., {says} "
             f"{known[:12]}...); {way_out}"

@@ -15,6 +15,7 @@ from saebench.runs.metrics_log import read_metrics, read_sessions
 from saebench.runs.provenance import ContextSettings, Provenance, contexts_of_import
 from saebench.runs.warnings import read_warnings
 from saebench.saes.files import SPEC_FILE, WEIGHTS_FILE, load_sae, read_description, weights_hash
+from saebench.sources.model_identity import same_model
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -266,7 +267,7 @@ class Run:
         own, theirs = self.provenance.model, cache.model
         if own is None or theirs is None or own.get("hash") is None:
             return
-        if own["hash"] != theirs["hash"]:
+        if not same_model(own, theirs):
             print(
                 f"warning: {cache.path} holds activations of {theirs['name']} ({theirs['hash'][:12]}...), "
                 f"but {self} was trained on those of {own['name']} ({own['hash'][:12]}...)",

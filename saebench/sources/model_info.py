@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saebench.core.errors import UserError
-from saebench.core.files import sha256_file
 from saebench.core.reading import read_json, require_file
 from saebench.sources.base import Axes
 from saebench.sources.families import Family, family_of
 from saebench.sources.family_sites import has_site
 from saebench.sources.hook_names import is_rare, layer_of, unknown_hook
+from saebench.sources.model_identity import HASHED_SUFFIXES, IDENTITY, hashes_of_folder
 from saebench.sources.native import parse_site
 from saebench.sources.pretrained import module_paths
 
@@ -25,7 +25,6 @@ _MOST = 2**27
 _MOST_LAYERS = 10_000
 """Limits of the sizes of models: a library that is asked for more runs until memory is full."""
 _PER_HEAD = re.compile(r"\.attn\.hook_[qkvz]$")
-_HASHED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,10 @@ class ModelInfo:
 
     ``folder`` holds its files; the folder of a hub model may have no weights yet. ``hash`` is the SHA-256
     over the names and contents of the weight, config and tokenizer files of a local folder, or over the name
-    and commit of a hub model. ``revision`` is that commit, and None for a local folder. ``family`` says where
-    the modules of its architecture are; None when only TransformerLens knows.
+    and commit of a hub model. ``identity`` is that over the weights by tensor, the config and the tokenizer,
+    which other files in the folder do not change; None for a hub model (see model_identity.py).
+    ``revision`` is that commit, and None for a local folder. ``family`` says where the modules of its
+    architecture are; None when only TransformerLens knows.
     """
 
     name: str
@@ -51,10 +52,12 @@ class ModelInfo:
     vocab_size: int
     n_ctx: int | None
     family: Family | None = field(repr=False, compare=False, default=None)
+    identity: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What manifests record: enough to load the same model again and to check that it is the same."""
-        return {"name": self.name, "revision": self.revision, "hash": self.hash}
+        known = {} if self.identity is None else {IDENTITY: self.identity}
+        return {"name": self.name, "revision": self.revision, "hash": self.hash, **known}
 
     def usual_hooks(self) -> dict[str, int]:
         """Names and widths of the hooks that most models have, computed from the config."""
@@ -138,6 +141,10 @@ def peek_model(
         folder = fetch(source, revision, _DESCRIPTION_FILES)
         commit = folder.name
     _require_files(folder)
+    if commit is None:
+        hashed, identity = hashes_of_folder(folder)
+    else:
+        hashed, identity = hashlib.sha256(f"{source}@{commit}".encode()).hexdigest(), None
     try:
         # Without an explicit False the library asks on the terminal whether to run the folder's own code.
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -155,7 +162,8 @@ def peek_model(
             name=name,
             folder=folder,
             revision=commit,
-            hash=_hash_folder(folder) if commit is None else _sha256(f"{source}@{commit}"),
+            hash=hashed,
+            identity=identity,
             n_layers=int(config.num_hidden_layers),
             d_model=d_model,
             d_mlp=int(d_mlp),
@@ -245,17 +253,8 @@ def _require_weights(folder: Path, name: str) -> None:
 def _require_files(folder: Path) -> None:
     """Refuse pipes and devices in a model's folder, which libraries would wait for, and JSON that is none."""
     for path in sorted(folder.iterdir()):
-        if path.suffix in _HASHED_SUFFIXES and not path.is_dir():
+        if path.suffix in HASHED_SUFFIXES and not path.is_dir():
             require_file(path, what="the model's file", way_out="download it again")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         if (folder / name).exists():
             read_json(folder / name, what="the model's", nonfinite=True, way_out="download it again")
-
-
-def _hash_folder(folder: Path) -> str:
-    files = sorted(path for path in folder.iterdir() if path.suffix in _HASHED_SUFFIXES and path.is_file())
-    return _sha256("".join(f"{path.name} {sha256_file(path)}\n" for path in files))
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from saebench.core.errors import UserError
 from saebench.saes.spec import SiteWidth
+from saebench.sources.model_identity import same_model
 from saebench.store.schema import LOGITS_PER_SIGN
 
 if TYPE_CHECKING:
@@ -117,11 +118,11 @@ def _unembedding(
     from saebench.sources.models import load_model
 
     model = load_model(name, revision=revision)
-    expected = _made_by(cache, targets).get("hash")
-    if expected and model.hash != expected:
+    made_by = _made_by(cache, targets)
+    if made_by.get("hash") and not same_model(made_by, model.info.to_json()):
         raise UserError(
             f"the model {name} is not the one that made the cache {cache.path}: its hash is "
-            f"{model.hash[:12]}, the cache's {expected[:12]}; pass that model, or --model none"
+            f"{model.hash[:12]}, the cache's {made_by['hash'][:12]}; pass that model, or --model none"
         )
     hooks = {site.name: site.name if cache.model else cache.hook_of(site.name) for site in targets}
     site = next((site for site in reversed(targets) if model.residual_hook(hooks[site.name])), None)
