@@ -32,6 +32,7 @@ from saebench.activations.diagnosis import NORMS
 from saebench.activations.shards import TORCH_DTYPES
 from saebench.core.errors import UserError
 from saebench.core.files import sha256_json
+from saebench.core.heads import head_of
 from saebench.core.reading import check_shape, read_json
 from saebench.core.shapes import Count, ModelFacts, Name, Number, Positive, Sha256, Shape, Text
 from saebench.sources.base import ColumnType, Site, SitePath
@@ -322,6 +323,7 @@ def _contradiction(manifest: CacheManifest) -> str | None:
     second = manifest.raw["format_version"] > 1
     for name in [*manifest.columns, *manifest.files]:
         plain = name.split("/", 1)[1] if name.startswith(_PREFIXES) else name
+        plain = head_of(plain)[0] if name in manifest.columns else plain
         if not (is_site_name(plain) if second and name in manifest.columns else is_plain_name(plain)):
             return f"{name!r} is not a valid name"
     for name, site in manifest.sites.items():

@@ -258,6 +258,8 @@ def _nothing() -> None:
 
 
 def _check_strengths(strength: float | Iterable[float]) -> list[float]:
+    if hasattr(strength, "tolist"):  # tensors and numpy arrays, also of no axis
+        strength = strength.tolist()
     listed = list(strength) if isinstance(strength, Iterable) else [strength]
     try:
         values = [float(value) for value in listed]

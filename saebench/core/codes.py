@@ -34,6 +34,8 @@ class SparseCodes:
     leading_shape: tuple[int, ...]
     k: int | None = None
     offsets: Tensor | None = None
+    row_norm: tuple[Tensor, Tensor] | None = None
+    """Mean and scale [n_rows, 1] of each encoded row, for an SAE that normalizes rows; see input_norm.py."""
     _sorted: list[LatentGroups] = field(default_factory=list)
     """At most one item: the groups, after the first use of `groups`."""
 
@@ -145,6 +147,6 @@ class SparseCodes:
 
     def to(self, device: torch.device | str) -> SparseCodes:
         offsets = None if self.offsets is None else self.offsets.to(device)
-        return SparseCodes(
-            self.indices.to(device), self.values.to(device), self.d_sae, self.leading_shape, self.k, offsets
-        )
+        norm = None if self.row_norm is None else (self.row_norm[0].to(device), self.row_norm[1].to(device))
+        indices, values = self.indices.to(device), self.values.to(device)
+        return SparseCodes(indices, values, self.d_sae, self.leading_shape, self.k, offsets, norm)

@@ -42,6 +42,7 @@ class ModelName(Shape):
     name: Name
     revision: Text | None = None
     hash: Name | None = None
+    identity: Name | None = None
 
 
 class ModelFacts(ModelName):

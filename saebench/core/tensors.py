@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +73,28 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[in
             raise UserError(f"{file}: {name} has shape {tuple(tensor.shape)} where {shape} is expected")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{file}: {name} holds values that are not finite; restore an earlier copy")
+
+
+def as_rows(value: Any, name: str, *, width: int, device: torch.device) -> Tensor:
+    """``value`` as a float32 tensor on ``device``, its last axis ``width`` wide; a tensor keeps its graph.
+
+    It may be a tensor of any real type, a numpy array, or a list of numbers.
+
+    Raises:
+        UserError: it is none of these, or of another width.
+    """
+    try:
+        x = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(
+            f"{name} is a {type(value).__name__}; give a tensor, a numpy array or a list of numbers with a "
+            f"last axis of {width}"
+        ) from None
+    if x.is_complex() or x.is_sparse:
+        raise UserError(f"{name} is a {'complex' if x.is_complex() else 'sparse'} tensor; give real numbers")
+    if x.ndim == 0 or x.shape[-1] != width:
+        raise UserError(f"{name} has shape {tuple(x.shape)}; its last axis must be {width} wide")
+    return x.to(device, torch.float32)
 
 
 def _first(names: Iterable[str]) -> str | None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saebench.core.errors import UserError
-from saebench.core.files import read_json, write_json_atomic
+from saebench.core.files import write_json_atomic
+from saebench.core.reading import read_json
 from saebench.runs.layout import WARNINGS_FILE
 
 

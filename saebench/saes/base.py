@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
+from saebench.core.tensors import as_rows
 from saebench.saes.files import save_sae
+from saebench.saes.input_norm import normalized
 from saebench.saes.spec import SaeSpec, SiteWidth
 from saebench_kernels import latent_sums, normalize_rows_, sparse_decode, topk_encode
 
@@ -177,12 +179,18 @@ class SAE(nn.Module):
         ``of=sae.spec.targets`` gives those of a reconstruction [..., d_out]. An SAE of one site has no parts.
 
         Raises:
-            ValueError: the last axis is not as wide as the sites together.
+            UserError: the last axis is not as wide as the sites together, or the SAE has one site.
         """
         sites = self.spec.sites if of is None else of
+        if not sites:
+            raise UserError("this SAE reads one site, so its input has no parts to split into")
+        x = x if isinstance(x, Tensor) else torch.as_tensor(x)
         widths = [site.width for site in sites]
-        if sum(widths) != x.shape[-1]:
-            raise ValueError(f"x has shape {tuple(x.shape)}, but the sites are {sum(widths)} wide together")
+        if x.ndim == 0 or sum(widths) != x.shape[-1]:
+            raise UserError(
+                f"x has shape {tuple(x.shape)}; its last axis must be {sum(widths)} wide, as the sites "
+                f"{', '.join(site.name for site in sites)} together"
+            )
         return {site.name: part for site, part in zip(sites, torch.split(x, widths, dim=-1), strict=True)}
 
     @property
@@ -246,43 +254,81 @@ class SAE(nn.Module):
     # What all architectures share
     # -------------------------------------------------------------------------------
 
-    def encode(self, x: Tensor, **how: Any) -> SparseCodes:
-        """Codes of ``x`` of shape [d_in], [N, d_in] or [B, T, d_in], of any float type.
+    def encode(self, x: Tensor | Any, **how: Any) -> SparseCodes:
+        """Codes of ``x`` of shape [d_in], [N, d_in] or [B, T, d_in].
+
+        ``x`` is a tensor of any real type on any device, a numpy array or a list.
 
         Keywords depend on the architecture (``k``, ``tolerance``, ``inference``); see its ``encode_rows``.
 
         Raises:
-            ValueError: the last axis is not d_in.
+            UserError: x is something else, or its last axis is not d_in.
         """
-        if x.ndim == 0 or x.shape[-1] != self.d_in:
-            raise ValueError(f"x has shape {tuple(x.shape)}; the last axis must be d_in = {self.d_in}")
-        codes = self.encode_rows(x.reshape(-1, self.d_in).float(), **how)
+        x = as_rows(x, "x", width=self.d_in, device=self.W_dec.device)
+        x_ND = x.reshape(-1, self.d_in)
+        norm = None
+        if self.spec.input_norm != "none":
+            x_ND, norm = normalized(x_ND, self.spec.input_norm)
+        codes = self.encode_rows(x_ND, **how)
+        values_S = codes.values
+        if norm is not None:  # in the units of x; see input_norm.py
+            values_S = values_S * norm.scale_N1[:, 0][codes.rows()]
         leading = tuple(x.shape[:-1])
-        return SparseCodes(codes.indices, codes.values, codes.d_sae, leading, codes.k, codes.offsets)
+        return SparseCodes(
+            codes.indices, values_S, codes.d_sae, leading, codes.k, codes.offsets, row_norm=norm
+        )
 
-    def decode(self, codes: SparseCodes, x: Tensor | None = None) -> Tensor:
+    def decode(self, codes: SparseCodes | Tensor | Any, x: Tensor | Any = None) -> Tensor:
         """Reconstruction [*leading_shape, d_out] in float32.
 
-        A transcoder with a skip connection also needs ``x`` [*leading_shape, d_in], what was encoded.
+        ``codes`` are those of ``encode``, or dense ones [..., d_sae]: a tensor, a numpy array or a list.
+        ``x`` [*leading_shape, d_in], what was encoded, is needed by a transcoder with a skip connection, and
+        for dense codes of an SAE that normalizes each row.
 
         Raises:
-            ValueError: it is missing.
+            UserError: codes or x are something else or of another width, or x is missing.
         """
-        y_hat_NE = sparse_decode(codes.values, codes.entries, self.W_dec, self.b_dec)
-        y_hat = y_hat_NE.view(*codes.leading_shape, self.d_out)
-        if not self.spec.skip:
-            return y_hat
-        if x is None:
-            raise ValueError("this transcoder has a skip connection: decode(codes, x) needs the encoded x")
-        return y_hat + self.skipped(x)
+        if isinstance(codes, SparseCodes):
+            if codes.d_sae != self.d_sae:
+                raise UserError(
+                    f"codes are of {codes.d_sae:,} latents and this SAE has {self.d_sae:,}; decode them with "
+                    "the SAE that made them"
+                )
+            codes = codes if codes.values.device == self.W_dec.device else codes.to(self.W_dec.device)
+            leading, norm = codes.leading_shape, codes.row_norm
+        else:
+            codes = as_rows(codes, "codes", width=self.d_sae, device=self.W_dec.device)
+            leading, norm = tuple(codes.shape[:-1]), None
+        if x is not None and (self.spec.skip or self.spec.input_norm != "none"):
+            x = as_rows(x, "x", width=self.d_in, device=self.W_dec.device)
+            if tuple(x.shape[:-1]) != leading:
+                raise UserError(
+                    f"x has shape {tuple(x.shape)} and the codes are of {list(leading)} rows; give what was "
+                    "encoded"
+                )
+        normalizes = self.spec.input_norm != "none"
+        if x is None and (self.spec.skip or (normalizes and norm is None)):
+            why = "normalizes each row" if normalizes else "has a skip connection"
+            raise UserError(f"this {self.spec.kind} {why}: decode(codes, x) needs the encoded x")
+        bias_E = torch.zeros_like(self.b_dec) if normalizes else self.b_dec
+        if isinstance(codes, SparseCodes):
+            y_hat_NE = sparse_decode(codes.values, codes.entries, self.W_dec, bias_E)
+        else:
+            y_hat_NE = codes.reshape(-1, self.d_sae) @ self.W_dec + bias_E
+        if normalizes:
+            norm = norm or normalized(x.reshape(-1, self.d_in), self.spec.input_norm)[1]
+            y_hat_NE = y_hat_NE + norm[1] * self.b_dec + norm[0]
+        y_hat = y_hat_NE.view(*leading, self.d_out)
+        return y_hat + self.skipped(x) if self.spec.skip else y_hat
 
     def skipped(self, x: Tensor) -> Tensor:
         """W_skip (x - b_in) [..., d_out], float32: what the skip connection of a transcoder adds."""
         centered = (x.float() - self.b_in).to(self.compute_dtype)
         return (centered @ self.W_skip.to(self.compute_dtype).T).float()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Any) -> Tensor:
         """Reconstruction [..., d_out] from ``x`` [..., d_in], float32."""
+        x = as_rows(x, "x", width=self.d_in, device=self.W_dec.device)
         return self.decode(self.encode(x), x)
 
     @torch.no_grad()

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 SPEC_FILE = "sae.json"
 WEIGHTS_FILE = "sae.safetensors"
 FORMAT_VERSION = 2
-"""Of transcoders and crosscoders; an SAE of one site is written as version 1, which earlier readers know."""
+"""Of transcoders, crosscoders and SAEs that normalize rows. Other SAEs of one site are written as version 1,
+which earlier readers know."""
 WEIGHTS_SHA256 = "weights_sha256"
 """Key of the checksum of ``sae.safetensors`` in ``sae.json``; versions before 0.2 did not write it."""
 _WAY_OUT = "train it again or restore a copy"
@@ -54,7 +55,7 @@ def save_sae(sae: SAE, directory: Path, facts: Mapping[str, object]) -> None:
     data = serialize(weights)
     write_bytes_atomic(directory / WEIGHTS_FILE, data)
     description = {
-        "format_version": FORMAT_VERSION if sae.spec.sites else 1,
+        "format_version": FORMAT_VERSION if sae.spec.sites or sae.spec.input_norm != "none" else 1,
         "sae": sae.spec.name,
         "d_in": sae.d_in,
         "spec": to_flat(sae.spec),
@@ -104,6 +105,8 @@ def read_description(directory: Path) -> dict[str, Any]:
 def weights_hash(sae: SAE) -> str:
     """SHA-256 of the architecture's name and the float32 weights: what identifies an SAE in a store."""
     digest = hashlib.sha256(sae.spec.name.encode())
+    if sae.spec.input_norm != "none":
+        digest.update(f"input_norm {sae.spec.input_norm}".encode())
     for name in sae.weight_names:
         weight: torch.Tensor = getattr(sae, name)
         digest.update(f"{name} {tuple(weight.shape)}".encode())

@@ -17,6 +17,7 @@ from torch import Tensor
 from saebench.core.bounds import AtLeast
 from saebench.core.codes import SparseCodes
 from saebench.core.errors import UserError
+from saebench.core.tensors import as_rows
 from saebench.saes.aux_k import AuxKSAE, AuxSpec
 from saebench.saes.base import Batch, LossTerms
 from saebench.saes.spec import SaeSpec
@@ -155,13 +156,17 @@ class GradientSAE(AuxKSAE):
         """Codes of ``x`` [..., d_in]; ``inference`` and ``gradient`` as the class describes them.
 
         Raises:
-            ValueError: the last axis is not d_in, an unknown ``inference``, or a ``gradient`` that is
+            UserError: the last axis is not d_in, an unknown ``inference``, or a ``gradient`` that is
                 missing, of another shape than ``x``, not finite, or given although only ``oracle`` reads it.
         """
         gradient = how.get("gradient")
-        wanted = (*x.shape[:-1], self.d_out)
-        if gradient is not None and gradient.shape != wanted:
-            raise ValueError(f"gradient has shape {tuple(gradient.shape)}; it must be {wanted}")
+        if gradient is not None:
+            x = as_rows(x, "x", width=self.d_in, device=self.W_dec.device)
+            wanted = (*x.shape[:-1], self.d_out)
+            gradient = as_rows(gradient, "gradient", width=self.d_out, device=self.W_dec.device)
+            how["gradient"] = gradient
+            if gradient.shape != wanted:
+                raise UserError(f"gradient has shape {tuple(gradient.shape)}; it must be {wanted}")
         if gradient is not None and not gradient.isfinite().all():
             raise UserError(
                 "gradient holds NaN or infinity, so latents cannot be chosen by it; "
@@ -174,9 +179,11 @@ class GradientSAE(AuxKSAE):
     ) -> SparseCodes:
         """Codes of rows [N, D], chosen as ``inference`` says."""
         if inference not in self.inferences:
-            raise ValueError(f"inference is {inference!r}; there is {', '.join(self.inferences)}")
+            raise UserError(f"inference is {inference!r}; give one of {', '.join(self.inferences)}")
         if (gradient is not None) != self.needs_gradients(inference):
-            raise ValueError("inference='oracle' needs gradient=..., and it alone")
+            raise UserError(
+                "inference='oracle' needs gradient=..., the model's gradient at x; the other modes take none"
+            )
         with torch.no_grad():
             if gradient is not None:
                 chosen = self._by_gradient(self.centered(x_ND), gradient.reshape(-1, self.d_out).to(x_ND))

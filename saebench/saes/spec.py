@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from saebench.core.bounds import AtLeast
 from saebench.core.errors import UserError
@@ -40,6 +40,9 @@ class SaeSpec(Settings):
     """What it reconstructs, side by side along d_out; () for an SAE of one site, ``sites`` for a
     crosscoder."""
 
+    input_norm: Literal["none", "layer_norm", "constant_norm"] = field(default="none", metadata=DERIVED)
+    """How each row is normalized before the encoder, and its reconstruction brought back: SAEs of SAELens."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.repeats:
@@ -49,6 +52,11 @@ class SaeSpec(Settings):
     def is_transcoder(self) -> bool:
         """Whether the target is something else than the input."""
         return self.targets != self.sites
+
+    @property
+    def kind(self) -> str:
+        """'SAE', 'transcoder' or 'crosscoder', for people."""
+        return "crosscoder" if self.is_crosscoder else "transcoder" if self.is_transcoder else "SAE"
 
     @property
     def is_crosscoder(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from typing import Any
 
 from saebench.assets import cache_dir
 from saebench.core.errors import UserError
-from saebench.core.files import read_json, sha256_json, write_json_atomic
+from saebench.core.files import sha256_json, write_json_atomic
+from saebench.core.reading import read_json
 
 IDENTITY = "identity"
 """Key of a model in manifests, run.json and sae.json; versions before 0.2 wrote ``hash`` alone."""
@@ -54,7 +56,7 @@ def hashes_of_folder(folder: Path) -> tuple[str, str]:
     weights: dict[str, Any] = {}
     for name in _weight_files(folder):
         if name in read:
-            weights |= read[name].tensors or {name: read[name].sha256}
+            weights.update(read[name].tensors or {name: [read[name].sha256]})
     parts: dict[str, Any] = {"weights": weights, "config": _plain(folder / "config.json", read)}
     for name in _TOKENIZER:
         if name in read:
@@ -92,8 +94,9 @@ def _plain(file: Path, read: Mapping[str, _FileHash]) -> Any:
 def _hash_file(path: Path) -> _FileHash:
     """Read the file once, for its hash and those of its tensors; or what is kept of this version of it."""
     status = path.stat()
-    version = [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino]
-    kept = cache_dir() / "hashes" / f"{hashlib.sha256(version[0].encode()).hexdigest()[:32]}.json"
+    place = str(path.resolve())
+    version = [place, status.st_size, status.st_mtime_ns, status.st_ino]
+    kept = cache_dir() / "hashes" / f"{hashlib.sha256(os.fsencode(place)).hexdigest()[:32]}.json"
     worth_keeping = status.st_size >= _KEPT_BYTES
     if worth_keeping:
         with contextlib.suppress(UserError, KeyError, TypeError):

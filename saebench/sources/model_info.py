@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saebench.core.errors import UserError
+from saebench.core.heads import head_of
 from saebench.core.reading import read_json, require_file
 from saebench.sources.base import Axes
 from saebench.sources.families import Family, family_of
@@ -78,6 +79,8 @@ class ModelInfo:
 
     def axes_of(self, hook: str, width: int) -> Axes:
         """The axes of one row of ``hook``: heads x d_head for queries, keys, values and z, else one axis."""
+        if head_of(hook)[1] is not None:
+            return (("d_head", width),)
         if _PER_HEAD.search(hook) and width % self.d_head == 0:
             return ("head", width // self.d_head), ("d_head", self.d_head)
         return (("d", width),)
@@ -90,6 +93,13 @@ class ModelInfo:
         """
         usual = self.usual_hooks()
         layer = layer_of(hook)
+        whole, head = head_of(hook)
+        n_heads = usual.get(whole, 0) // self.d_head
+        if head is not None and 0 < n_heads <= head:
+            raise UserError(
+                f"--site {hook}: {self.name} has {n_heads} heads at {whole}; give one from 0 to {n_heads - 1}"
+            )
+        hook = whole
         if layer is not None and layer >= self.n_layers:
             raise UserError(
                 f"--site {hook} is beyond the {self.n_layers} layers of {self.name}; "
@@ -104,6 +114,7 @@ class ModelInfo:
 
     def path_of(self, hook: str) -> Literal["native", "bridge"]:
         """What `Model.path_of` says of a hook that the model has, known before it is loaded."""
+        hook, _ = head_of(hook)
         in_table = self.family is not None and has_site(self.family, hook) is True
         return "native" if in_table or self._has_module(hook) else "bridge"
 

@@ -9,7 +9,7 @@ Shapes: B contexts, T positions, D width of a hook, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from saebench.core.errors import UserError
+from saebench.core.heads import head_of
 from saebench.sources.bridge import BridgePath, load_bridge, share_with_bridge
 from saebench.sources.dispatch import Dispatcher, PathName
 from saebench.sources.gradients import contexts_at_once, gradients_of, summed_cross_entropy
@@ -39,7 +40,7 @@ class Model:
 
     Hooks have TransformerLens names (blocks.2.hook_resid_post), or are module paths (model.layers.2.mlp, and
     model.layers.2.mlp:in for its input). The activations of several heads (attn.hook_z) are flattened to
-    [B, T, n_heads * d_head].
+    [B, T, n_heads * d_head]; blocks.2.attn.hook_z[3] are those of head 3 alone.
     """
 
     def __init__(
@@ -104,7 +105,8 @@ class Model:
         Raises:
             UserError: a hook that the model does not have.
         """
-        return self._dispatcher.path_of(hook)
+        self.info.check_hook(hook)
+        return self._dispatcher.path_of(head_of(hook)[0])
 
     def hook_dim(self, hook: str) -> int:
         """Width of the activations at ``hook``, measured by running the model on two tokens."""
@@ -112,6 +114,8 @@ class Model:
 
     def residual_hook(self, hook: str) -> bool:
         """True when ``hook`` is the residual stream, or what is added to it: what the unembedding reads."""
+        if head_of(hook)[1] is not None:
+            return False
         hook = self._native.hook_name(hook)
         if self.info.family is not None and self.info.family.post_norm:  # later blocks normalize the stream
             return hook.endswith("hook_resid_post") and layer_of(hook) == self.n_layers - 1
@@ -126,9 +130,9 @@ class Model:
         """
         found: dict[str, Tensor] = {}
         with self._on_device(tokens_BT) as tokens_BT:
-            for path, own in self._dispatcher.by_path(hooks):
+            for path, own in self._dispatcher.by_path(self._whole(hooks)):
                 found |= path.read(tokens_BT, own)
-        return {hook: self._per_token(hook, found.get(hook), tokens_BT) for hook in hooks}
+        return {hook: self._per_token(hook, found, tokens_BT) for hook in hooks}
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor, *, edit: Mapping[str, EditFunction] | None = None) -> Tensor:
@@ -144,7 +148,14 @@ class Model:
 
             return edited
 
-        edits = {hook: flat(function) for hook, function in (edit or {}).items()}
+        whole: dict[str, EditFunction] = {}
+        for hook, function in (edit or {}).items():
+            place, head = head_of(hook)
+            if head is not None:
+                function = _of_head(function, self._columns(hook), before=whole.get(place))
+            whole[place] = function
+        self._whole(edit or ())
+        edits = {hook: flat(function) for hook, function in whole.items()}
         with self._on_device(tokens_BT) as tokens_BT:
             return self._dispatcher.path_for(list(edits)).logits(tokens_BT, edits)
 
@@ -154,10 +165,11 @@ class Model:
 
         At a residual stream hook between blocks the model runs once up to the hook, and F times after it.
         """
-        with self._on_device(tokens_1T) as tokens_1T:
-            logits_FTV = self._dispatcher.path_for([hook]).variants(tokens_1T, hook, x_FTD)
-        if logits_FTV is not None:
-            return logits_FTV
+        if head_of(hook)[1] is None:
+            with self._on_device(tokens_1T) as tokens_1T:
+                logits_FTV = self._dispatcher.path_for([hook]).variants(tokens_1T, hook, x_FTD)
+            if logits_FTV is not None:
+                return logits_FTV
         return self.logits(tokens_1T.expand(len(x_FTD), -1), edit={hook: lambda _: x_FTD})
 
     def gradients(
@@ -207,26 +219,43 @@ class Model:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         activations: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
-        for path, own in self._dispatcher.by_path(hooks):
+        for path, own in self._dispatcher.by_path(self._whole(hooks)):
             with torch.enable_grad(), self._on_device(tokens_BT) as moved_BT:
                 logits_BTV, found = path.tracked_logits(moved_BT, own)
-                activations |= {hook: self._per_token(hook, found.get(hook), tokens_BT) for hook in own}
+                activations |= {hook: self._per_token(hook, found, tokens_BT) for hook in own}
                 loss = summed_cross_entropy(logits_BTV, tokens_BT, length_B) if of is None else of(logits_BTV)
                 del logits_BTV
                 gradients |= gradients_of(loss, found)
-        for hook in hooks:
+        for hook in self._whole(hooks):
             if hook not in gradients:
                 raise UserError(
                     f"the predictions of {self.name} do not depend on --site {hook}, so it has no gradient; "
                     "choose another hook"
                 )
         return (
-            {hook: activations[hook].detach() for hook in hooks},
-            {hook: _flat(gradients[hook], tokens_BT) for hook in hooks},
+            {hook: self._per_token(hook, activations, tokens_BT).detach() for hook in hooks},
+            {hook: self._per_token(hook, gradients, tokens_BT) for hook in hooks},
         )
 
-    def _per_token(self, hook: str, value: Tensor | None, tokens_BT: Tensor) -> Tensor:
+    def _whole(self, hooks: Iterable[str]) -> list[str]:
+        """The hooks of all heads for those of one; raises a UserError for a head that there is not."""
+        for hook in hooks:
+            if head_of(hook)[1] is not None:
+                self.info.check_hook(hook)
+        return list(dict.fromkeys(head_of(hook)[0] for hook in hooks))
+
+    def _columns(self, hook: str) -> slice:
+        """The columns of the head that ``hook`` names among those of all heads."""
+        _, head = head_of(hook)
+        assert head is not None
+        return slice(head * self.info.d_head, (head + 1) * self.info.d_head)
+
+    def _per_token(self, hook: str, values: Mapping[str, Tensor], tokens_BT: Tensor) -> Tensor:
         """The value at ``hook`` as [B, T, D]; raises a UserError when it is not one vector per token."""
+        whole, head = head_of(hook)
+        if head is not None:
+            return self._per_token(whole, values, tokens_BT)[..., self._columns(hook)]
+        value = values.get(hook)
         if value is None:
             raise UserError(f"--site {hook} was not reached in a forward pass of {self.name}; choose another")
         if not _is_per_token(value, tokens_BT):
@@ -342,6 +371,17 @@ def _is_per_token(value: Tensor, tokens_BT: Tensor) -> bool:
     """True for [B, T, ...] and for [B * T, D], which OPT's MLP reads."""
     fits = value.ndim >= 3 and value.shape[:2] == tokens_BT.shape
     return value.is_floating_point() and (fits or (value.ndim == 2 and len(value) == tokens_BT.numel()))
+
+
+def _of_head(function: EditFunction, columns: slice, before: EditFunction | None) -> EditFunction:
+    """An edit of all heads [B, T, D] that is ``before`` and then ``function`` of the columns of one head."""
+
+    def edited(value_BTD: Tensor) -> Tensor:
+        value_BTD = value_BTD.clone() if before is None else before(value_BTD).clone()
+        value_BTD[..., columns] = function(value_BTD[..., columns]).to(value_BTD)
+        return value_BTD
+
+    return edited
 
 
 def _flat(value: Tensor, tokens_BT: Tensor) -> Tensor:

@@ -55,7 +55,8 @@ def setting(**settings):
         (with_tensor("scaling_factor", torch.full((D_IN,), 2.0)), "fine-tuned factor"),
         (setting(architecture="temporal"), "'temporal'; saebench reads topk, "),
         (setting(architecture=None), "architecture None"),
-        (setting(normalize_activations="layer_norm"), "'layer_norm', which cannot be folded"),
+        (setting(normalize_activations="covariance_whitening"), "'covariance_whitening'; saebench reads"),
+        (setting(normalize_activations="constant_scalar_rescale"), "'constant_scalar_rescale'; saebench re"),
         (
             setting(normalize_activations="expected_average_only_in"),
             "activation_scaler.json with the factor is missing",

@@ -270,7 +270,8 @@ def test_damaged_sets_are_refused_with_one_sentence(change, sentence, tmp_path):
     ("changed", "sentence"),
     [
         ({"apply_b_dec_to_input": True}, "which SAELens refuses for a transcoder"),
-        ({"normalize_activations": "expected_average_only_in"}, "cannot be folded"),
+        ({"normalize_activations": "expected_average_only_in"}, "saebench reads 'none' and, of SAEs"),
+        ({"normalize_activations": "layer_norm"}, "saebench reads 'none' and, of SAEs"),
         ({"d_out": 5}, "W_dec has shape"),
         (
             {"metadata": {"sae_lens_version": "6.54.12", "hook_name": "a"}},

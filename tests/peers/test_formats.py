@@ -37,7 +37,10 @@ def by_saelens(saelens, folder, data, **how):
 
 def assert_agree(sae, theirs, x_ND, *, at_least=0.999):
     codes_NM, x_hat_ND = theirs
-    ours_NM, ours_ND = sae.encode(x_ND).to_dense(), sae(x_ND).detach()
+    codes, ours_ND = sae.encode(x_ND), sae(x_ND).detach()
+    ours_NM = codes.to_dense()
+    if codes.row_norm is not None:  # SAELens's codes are those of normalized rows
+        ours_NM = ours_NM / codes.row_norm[1]
     agree_N = ((codes_NM != 0) == (ours_NM != 0)).all(1)
     assert agree_N.float().mean() >= at_least
     assert (codes_NM != 0).sum(1).float().mean() > 2
@@ -66,6 +69,11 @@ THEIRS = {
     "standard raw": {"apply_b_dec_to_input": False},
     "gated": {},
     "gated raw": {"apply_b_dec_to_input": False},
+    **{
+        f"{name} {how}": {"normalize_activations": how, **({"k": K} if name == "topk" else {})}
+        for name in ("standard", "topk", "jumprelu", "gated")
+        for how in ("layer_norm", "constant_norm_rescale")
+    },
     "matching_pursuit": {"max_iterations": K, "residual_threshold": 0.0, "stop_on_duplicate_support": False},
     "matching_pursuit until": {"residual_threshold": 5.0, "stop_on_duplicate_support": False},
     "matching_pursuit by default": {},
@@ -94,6 +102,11 @@ def test_imported_random_sae_computes_what_saelens_computes(case, training, sael
 @pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka_batchtopk", "matching_pursuit"])
 def test_imported_trained_sae_computes_what_saelens_computes(name, saelens, data, tmp_path):
     settings = {
+        **{
+            f"{name} {how}": {"normalize_activations": how, **({"k": K} if name == "topk" else {})}
+            for name in ("standard", "topk", "jumprelu", "gated")
+            for how in ("layer_norm", "constant_norm_rescale")
+        },
         "matching_pursuit": {"max_iterations": K, "stop_on_duplicate_support": False},
         "matryoshka_batchtopk": {"k": K, "matryoshka_widths": [D_SAE // 4, D_SAE]},
     }.get(name, {"k": K})

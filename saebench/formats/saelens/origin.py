@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from saebench.core.errors import UserError
+from saebench.core.heads import head_of
 from saebench.runs.run import Run
 
 _OF_AN_IMPORT = ("model_name", "context_size", "prepend_bos", "seqpos_slice", "dataset_path", "l0")
@@ -29,7 +30,8 @@ def origin_of(run: Run) -> dict[str, Any]:
     hook_name, spec = facts.get("hook_name"), facts["spec"]
     if spec.get("targets"):
         hook_name, known["hook_name_out"] = spec["sites"][0]["name"], spec["targets"][0]["name"]
-    return {"hook_name": hook_name, "hook_head_index": None, **known}
+    whole, head = head_of(hook_name) if isinstance(hook_name, str) else (hook_name, None)
+    return {"hook_name": whole, "hook_head_index": head, **known}
 
 
 def _contexts(run: Run) -> dict[str, Any]:

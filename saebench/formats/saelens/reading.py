@@ -16,6 +16,7 @@ from pydantic import Field
 
 from saebench.core.bounds import AtLeast
 from saebench.core.errors import UserError
+from saebench.core.heads import head_of
 from saebench.core.reading import read_json
 from saebench.core.settings import Settings, from_flat
 from saebench.core.shapes import Number, Shape
@@ -44,6 +45,8 @@ _READABLE = {
 }
 """Architecture of SAELens -> (architecture of saebench, tensors of SAELens besides W_dec and b_dec).
 BatchTopK and its Matryoshka variant occur only in checkpoints."""
+_INPUT_NORMS = {"layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
+"""Normalization of each row in SAELens -> that of saebench; see saes/input_norm.py."""
 _ORIGIN = (
     "hook_name", "hook_name_out", "hook_head_index", "model_name", "context_size", "prepend_bos",
     "seqpos_slice", "dataset_path", "sae_lens_version", "training_architecture", "l0",
@@ -100,6 +103,7 @@ def read(directory: Path, *, k: int | None = None) -> Foreign:
     ours, encoder = _READABLE[config.architecture]
     weights = _read_weights(directory / WEIGHTS_FILE, encoder, config)
     scale = _input_scale(config, directory)
+    input_norm = _INPUT_NORMS.get(config.normalize_activations)
     notes: list[str] = []
     if ours == "matching-pursuit":
         settings = _pursuit_settings(weights, config, scale)
@@ -113,6 +117,14 @@ def read(directory: Path, *, k: int | None = None) -> Foreign:
         settings |= _sites(config, skip="W_skip" in weights)
         weights["b_in"] = torch.zeros(config.d_in)
     facts = {name: config.metadata[name] for name in _ORIGIN if _is_plain(config.metadata.get(name))}
+    if (head := config.metadata.get("hook_head_index")) is not None:
+        facts["hook_name"] = _of_head(config, head, directory / CONFIG_FILE)
+    if input_norm is not None:
+        settings["input_norm"] = input_norm
+        notes.append(
+            f"each row is normalized ({config.normalize_activations}); codes are in the units of the "
+            "activations: those of SAELens times the scale of the row"
+        )
     return Foreign(
         sae=ours,
         d_in=config.d_in,
@@ -149,6 +161,17 @@ def _fold_encoder(weights: Weights, config: _Config, notes: list[str]) -> Weight
         return folding.fold_decoder_norms(weights)
     notes.append("decoder rows keep norms other than 1, because this top-k SAE selects latents without them")
     return weights
+
+
+def _of_head(config: _Config, head: object, file: Path) -> str:
+    """The site of an SAE of one attention head."""
+    site = f"{config.metadata.get('hook_name')}[{head}]"
+    if config.is_transcoder or type(head) is not int or head_of(site)[1] is None:
+        raise UserError(
+            f"{file} has hook_head_index {head!r:.60} at {config.metadata.get('hook_name')!r:.60}; saebench "
+            "reads SAEs of single heads at attn.hook_q, hook_k, hook_v and hook_z"
+        )
+    return site
 
 
 def _sites(config: _Config, *, skip: bool) -> dict[str, Any]:
@@ -270,12 +293,13 @@ def _input_scale(config: _Config, directory: Path) -> float:
         UserError: the factor is not recorded, or inputs are normalized in another way.
     """
     how = config.normalize_activations
-    if how == "none":
+    if how == "none" or (how in _INPUT_NORMS and not config.is_transcoder):
         return 1.0
     if how != "expected_average_only_in" or config.is_transcoder:
+        readable = ", ".join(map(repr, ("expected_average_only_in", *_INPUT_NORMS)))
         raise UserError(
-            f"{directory / CONFIG_FILE} has normalize_activations {how!r}, which cannot be folded into the "
-            "weights; saebench reads 'none' and, of SAEs, 'expected_average_only_in'"
+            f"{directory / CONFIG_FILE} has normalize_activations {how!r}; saebench reads 'none' and, of "
+            f"SAEs, {readable}"
         )
     if not (directory / SCALE_FILE).exists():
         raise UserError(

@@ -23,6 +23,9 @@ from saebench.formats.transcoders import check_transcoder, without_b_in
 from saebench.runs.run import Run
 from saebench.saes.base import SAE
 
+_INPUT_NORMS = {"none": "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}
+"""Normalization of each row in saebench -> that of SAELens."""
+
 
 @dataclass(frozen=True)
 class Written:
@@ -62,7 +65,7 @@ def write(written: Written, directory: Path, sae: SAE, run: Run) -> None:
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
+        "normalize_activations": _INPUT_NORMS[sae.spec.input_norm],
         "reshape_activations": "none",
         **written.settings,
         "metadata": {
