@@ -66,7 +66,7 @@ def test_codes_have_the_shape_of_the_input_and_decode_to_the_reconstruction(name
     torch.testing.assert_close(sae(x.view(2, 3, D_IN))[1, 2], sae(x[5]), rtol=1e-4, atol=1e-5)
     dense = sae.encode(x).to_dense()
     torch.testing.assert_close(sae(x), dense @ sae.W_dec + sae.b_dec, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="d_in = 12"):
+    with pytest.raises(UserError, match="must be 12 wide"):
         sae.encode(torch.zeros(3, 11, device=device))
 
 

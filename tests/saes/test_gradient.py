@@ -216,9 +216,9 @@ def test_plain_proxy_and_oracle_choose_by_their_scores():
     ("how", "message"),
     [
         ({"inference": "oracle"}, "needs gradient"),
-        ({"inference": "proxy", "gradient": rows()}, "and it alone"),
-        ({"gradient": rows()}, "and it alone"),
-        ({"inference": "best"}, "there is plain, proxy, oracle"),
+        ({"inference": "proxy", "gradient": rows()}, "the other modes take none"),
+        ({"gradient": rows()}, "the other modes take none"),
+        ({"inference": "best"}, "give one of plain, proxy, oracle"),
         ({"inference": "oracle", "gradient": rows() / 0}, "gradient holds NaN or infinity"),
         (
             {"inference": "oracle", "gradient": rows(29)},
