@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +37,7 @@ from saebench.activations.shards import TORCH_DTYPES, check_shard, shard_path, w
 from saebench.core.errors import UserError
 from saebench.core.files import (
     TEMPORARY_SUFFIX,
+    finite,
     require_writable,
     sentence_for_os_errors,
     write_bytes_atomic,
@@ -59,7 +61,8 @@ class _Note(Shape):
 
     group: Literal["rows", "contexts"]
     sha256: dict[str, Sha256]
-    norms: dict[str, Number] = Field(default_factory=dict)
+    norms: dict[str, Number | None] = Field(default_factory=dict)
+    """The largest norm of each site; None if it is beyond float32."""
 
 
 class _MaxNorm(Shape):
@@ -231,11 +234,13 @@ class CacheWriter:
         n_rows = len(next(iter(rows.values())))
         owner.shards.append({name: Shard(n_rows, sha256) for name, sha256 in sums.items()})
         if n_rows == self._shard_rows:
-            self._journal.append({"group": group, "sha256": sums, **({"norms": norms} if norms else {})})
+            known = {"norms": finite(norms)} if norms else {}
+            self._journal.append({"group": group, "sha256": sums, **known})
         self._note_norms(norms)
 
-    def _note_norms(self, norms: Mapping[str, float]) -> None:
-        for name, norm in norms.items():
+    def _note_norms(self, norms: Mapping[str, float | None]) -> None:
+        for name, known in norms.items():
+            norm = math.inf if known is None else known
             self._norms[name] = max(norm, self._norms.get(name, 0.0))
 
     def _take_over(self, columns: Types, shard_rows: int) -> dict[str, list[dict[str, Shard]]]:

@@ -389,7 +389,7 @@ def _diagnosis_text(hooks: Sequence[str], diagnosis: Mapping[str, Any]) -> str:
         variance = [share(found[name]) for name in ("top_rows", "top_dimension", "top_10_dimensions")]
         shares.append((site, *variance, measure(found["fvu_floor"])))
     head = [f"held-out rows: {diagnosis['held_out_rows']:.2%}"]
-    if "n_documents" in diagnosis:
+    if {"n_documents", "held_out_documents"} <= diagnosis.keys():
         held_out = f"{diagnosis['held_out_documents']:.2%} held out"
         head.append(f"documents: {diagnosis['n_documents']:,} ({held_out})")
     parts = [

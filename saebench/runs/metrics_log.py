@@ -35,10 +35,13 @@ def metrics_of(line: bytes | str) -> dict[str, Any] | None:
         found = parse_json(line, nonfinite=True)
         if not isinstance(found, dict) or type(found.get("step")) is not int:
             return None
-        usable = all(value is None or float(value) is not None for value in found.values())
+        for name, value in found.items():
+            if not name.isprintable() or isinstance(value, str):
+                return None
+            float(value or 0)
     except (ValueError, TypeError, OverflowError):
         return None
-    return found if usable and 0 <= found["step"] < 2**63 else None
+    return found if 0 <= found["step"] < 2**63 else None
 
 
 class MetricsLog:

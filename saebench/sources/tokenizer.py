@@ -34,13 +34,15 @@ class ModelTokenizer:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
                 info.folder, local_files_only=True, trust_remote_code=False
             )
+            self.encode("a")
+            ids = self.tokenizer.get_vocab().values()
+            self._special_ids()
         except Exception as error:  # the tokenizers library raises bare Exception
             reason = shown(str(error) or type(error).__name__, 200)
             raise UserError(
                 f"the tokenizer of model {info.name} in {info.folder} cannot be read ({reason}); "
                 "download its tokenizer files again"
             ) from None
-        ids = self.tokenizer.get_vocab().values()
         largest = max(ids, default=-1)
         if largest < 0:
             raise UserError(

@@ -34,27 +34,35 @@ from saebench.store.schema import FORMAT_VERSION
 FORMAT = "saebench store"
 MANIFEST = "manifest.json"
 BUILDING = ".building"
-_INSIDE = r"^gen-[0-9]{6,}/\w[\w.-]*\.duckdb$"
+_INSIDE = r"^gen-[0-9]{6,}/%s\w[\w.-]*\.duckdb$"
 """Paths that a manifest may name: a store that came from elsewhere must not open files outside it."""
 
 
 class _File(Shape):
-    path: Annotated[Text, Field(pattern=_INSIDE)]
+    path: Annotated[Text, Field(pattern=_INSIDE % "")]
     bytes: Count
     sha256: Sha256
+
+
+class _SaeFile(_File):
+    path: Annotated[Text, Field(pattern=_INSIDE % "sae-")]
+
+
+class _TextFile(_File):
+    path: Annotated[Text, Field(pattern=_INSIDE % "text-")]
 
 
 class _Sae(Shape):
     name: Name
     text: Name | None
-    file: _File
+    file: _SaeFile
     extras: dict[str, _File] = Field(default_factory=dict)
 
 
 class _Manifest(Shape):
     generation: Positive
     saes: list[_Sae]
-    texts: dict[str, _File]
+    texts: dict[str, _TextFile]
 
 
 @dataclass(frozen=True, kw_only=True)
