@@ -137,11 +137,11 @@ class CacheWriter:
         """True for unfinished work whose journal has no norms."""
         self.facts: dict[str, Any] = {}
         """What was found out before the first row, by its key in the manifest; see `note`."""
-        done = self._take_over(columns, shard_rows)
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
         groups: dict[str, list[str]] = {"rows": [], "contexts": []}
         for name in columns:
             groups["contexts" if is_unit_column(name, of) else "rows"].append(name)
+        done = self._take_over(columns, groups, shard_rows)
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
         self.rows, self.contexts = (
             ColumnGroup(self, group, {name: columns[name] for name in names}, shard_rows, done[group])
             for group, names in groups.items()
@@ -243,7 +243,9 @@ class CacheWriter:
             norm = math.inf if known is None else known
             self._norms[name] = max(norm, self._norms.get(name, 0.0))
 
-    def _take_over(self, columns: Types, shard_rows: int) -> dict[str, list[dict[str, Shard]]]:
+    def _take_over(
+        self, columns: Types, groups: Mapping[str, list[str]], shard_rows: int
+    ) -> dict[str, list[dict[str, Shard]]]:
         """Clear away what a killed writer left half done; return the shards that it finished."""
         for leftover in self.path.rglob(f".*{TEMPORARY_SUFFIX}"):
             leftover.unlink()
@@ -261,7 +263,7 @@ class CacheWriter:
                 kept.append(note)
                 continue
             group, sums = note["group"], note["sha256"]
-            if not sums.keys() <= columns.keys():
+            if sums.keys() != {*groups[group]}:
                 break
             try:
                 for name in sums:

@@ -23,7 +23,7 @@ import filelock
 
 from saebench.core.errors import UserError
 from saebench.core.reading import open_file
-from saebench.core.refusals import FORBIDDEN, FULL, NO_LOCKS, os_error_sentence
+from saebench.core.refusals import FORBIDDEN, FULL, NO_LOCKS, os_error_sentence, system_error
 
 TEMPORARY_SUFFIX = ".partial"
 SURROGATES = "backslashreplace"
@@ -54,12 +54,13 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def sentence_for_os_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of a full disk or a refused write into a UserError about ``path``."""
+    """Turn the error of a full disk or a refused write into a UserError about ``path``."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (*FULL, *FORBIDDEN):
-            raise UserError(os_error_sentence(error, path)) from error
+    except Exception as error:
+        cause = system_error(error)
+        if cause is not None and cause.errno in (*FULL, *FORBIDDEN):
+            raise UserError(os_error_sentence(cause, path)) from error
         raise
 
 

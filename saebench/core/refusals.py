@@ -24,6 +24,7 @@ RUN_AGAIN = "run the same command again"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_LIBRARIES = ("safetensors", "duckdb", "_duckdb", "sqlite3", "pyarrow")
 _ADVICE = {
     errno.EMFILE: "raise the limit of open files with ulimit -n",
     errno.ENFILE: "close other programs",
@@ -54,10 +55,30 @@ def os_error_sentence(error: OSError, path: str | Path | None = None) -> str:
     return f"the system refuses{named or ' an operation'}: {reason}; {advice}"
 
 
-def refusal(error: BaseException) -> str | None:
-    """The sentence for an error that the system or a full memory causes; None for any other error."""
+def system_error(error: BaseException) -> OSError | None:
+    """``error`` as an OSError; None if the system did not cause it.
+
+    safetensors, DuckDB, SQLite and pyarrow raise errors of their own for a full disk, with its name in their
+    text.
+    """
     if isinstance(error, OSError):
-        return os_error_sentence(error)
+        if error.errno is not None:
+            return error
+    elif not type(error).__module__.startswith(_LIBRARIES):
+        return None
+    text = str(error)
+    for number in FULL:
+        if os.strerror(number) in text:
+            return OSError(number, os.strerror(number))
+    if "disk is full" in text:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return error if isinstance(error, OSError) else None
+
+
+def refusal(error: BaseException) -> str | None:
+    """The sentence for an error that the system causes; None for any other error."""
+    if (cause := system_error(error)) is not None:
+        return os_error_sentence(cause)
     if isinstance(error, UnicodeEncodeError) and "\ud800" <= error.object[error.start] <= "\udfff":
         return (
             f"the name {_shown(error.object[:400])} is not UTF-8, which a library that reads it needs; "
@@ -90,7 +111,7 @@ def system_refusals() -> Iterator[None]:
     """Raise a UserError for what the system refuses."""
     try:
         yield
-    except (OSError, UnicodeEncodeError) as error:
+    except Exception as error:
         if isinstance(error, BrokenPipeError) or (sentence := refusal(error)) is None:
             raise
         raise UserError(sentence) from error

@@ -72,11 +72,10 @@ def run(folder: Path, seed: int, seconds: float) -> Outcome:
 
 
 def fuzz(folder: Path, seed: int, seconds: float, report: Path | None = None) -> Outcome:
-    """Damage and read files in this process for about ``seconds``."""
+    """Damage and read the files of the world in ``folder``, in this process, for about ``seconds``."""
     rng, outcome = random.Random(seed), Outcome("reads of damaged files", "read")
-    folder.mkdir(parents=True, exist_ok=True)
     world = folder / "world"
-    targets = [(t, p) for t in make_world(world) for p in sorted(world.glob(t.pattern)) if p.is_file()]
+    targets = [(t, p) for t in TARGETS for p in sorted(world.glob(t.pattern)) if p.is_file()]
     assert {t.pattern for t, _ in targets} == {t.pattern for t in TARGETS}, "a file is missing"
     per_pattern: dict[str, int] = {}
     for target, _ in targets:
@@ -236,7 +235,7 @@ def loaded_sae(path: Path) -> Any:
 
     sae = sb.load(above(path, "run"))
     x_ND = torch.linspace(-1, 1, 4 * sae.d_in).view(4, -1)
-    return float(sae(x_ND).double().sum())
+    return float(sae(x_ND).detach().double().sum())
 
 
 def provenance(path: Path) -> Any:
@@ -276,7 +275,7 @@ def exported_saelens(path: Path) -> Any:
 def checkpoint(path: Path) -> Any:
     import saebench as sb
 
-    return float(sb.load(path).W_dec.double().sum())
+    return float(sb.load(path).W_dec.detach().double().sum())
 
 
 def checkpoint_of_run(path: Path) -> Any:
@@ -289,7 +288,7 @@ def resumed_training(path: Path) -> Any:
     copy = spare(path, "unfinished")
     shutil.copytree(above(path, "unfinished"), copy, symlinks=True, copy_function=copy_any)
     run = sb.train(**{**training(above(path, "world")), "out": copy}, resume=True)
-    return float(run.sae.W_dec.double().sum())
+    return float(run.sae.W_dec.detach().double().sum())
 
 
 def training(world: Path) -> dict[str, Any]:
@@ -353,7 +352,7 @@ def imported_sae(path: Path) -> Any:
 
     out = spare(path, "ours")
     sb.import_sae(path.parent, out=out)
-    return float(sb.load(out).W_dec.double().sum())
+    return float(sb.load(out).W_dec.detach().double().sum())
 
 
 def imported_set(path: Path) -> Any:
@@ -361,7 +360,7 @@ def imported_set(path: Path) -> Any:
 
     out = spare(path, "ours")
     sb.import_sae(path.parent, out=out, format="circuit-tracer")
-    return float(sb.load(out / "layer_0").W_dec.double().sum())
+    return float(sb.load(out / "layer_0").W_dec.detach().double().sum())
 
 
 def imported_array(path: Path) -> Any:
@@ -492,7 +491,7 @@ TARGETS = [
 # The world: one small file or folder of each kind -----------------------------------------------------
 
 
-def make_world(world: Path) -> list[Target]:
+def make_world(world: Path) -> None:
     """Make the files of all `TARGETS` in ``world``."""
     import gzip
 
@@ -592,7 +591,6 @@ def make_world(world: Path) -> list[Target]:
     Journal(world / "encoded" / JOURNAL, [{"work": "the work"}, *steps]).close()
     (world / "explain").mkdir()
     Journal(world / "explain" / "finished.jsonl", [explanation(n) for n in range(3)]).close()
-    return TARGETS
 
 
 def fail(written: Any, *_: object, **__: object) -> None:
@@ -623,4 +621,5 @@ def explanation(feature: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     place, seed, seconds, report = sys.argv[1:]
+    make_world(Path(place) / "world")
     fuzz(Path(place), int(seed), float(seconds), Path(report))

@@ -1,4 +1,4 @@
-"""A few seconds of the campaign of damaged files; `make torture` runs more of it."""
+"""Some seconds of the campaigns of damaged files and full disks; `make torture` runs more of them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ from pathlib import Path
 
 import pytest
 
+from saebench.core.errors import UserError
 from tests.torture.damaged_files import fuzz
+from tests.torture.full_disks import meet
 
 
-def test_damaged_files_are_read_equally_or_refused_in_one_line(tmp_path: Path) -> None:
-    outcome = fuzz(tmp_path, seed=0, seconds=2)
+def test_damaged_files_are_read_equally_or_refused_in_one_line(folder: Path) -> None:
+    outcome = fuzz(folder, seed=0, seconds=2)
     assert outcome.attempts > 20
     assert not outcome.failures, "\n".join(outcome.failures)
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_names_and_values_of_files_cannot_break_a_sentence(number: int) -> None:
-    from saebench.core.errors import UserError
+def test_commands_on_full_disks_are_refused_in_one_line_and_run_again(folder: Path) -> None:
+    outcome = meet(folder, seed=0, seconds=2, names=["import", "train", "store export delphi"])
+    assert outcome.attempts >= 3
+    assert not outcome.failures, "\n".join(outcome.failures)
 
-    hostile = ["a\nb\x1b[31m\ud800\u202ec", "x" * 10_000][number]
+
+@pytest.mark.parametrize("hostile", ["a\nb\x1b[31m\ud800\u202ec", "x" * 10_000])
+def test_values_of_files_cannot_break_a_sentence(hostile: str) -> None:
     text = str(UserError(f"the value {hostile} is wrong"))
     assert "\n" not in text and text.encode() and len(text) < 4000
