@@ -6,13 +6,16 @@ import contextlib
 import datetime
 import fcntl
 import os
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from saebench.core.errors import UserError
 from saebench.core.files import TEMPORARY_SUFFIX, sync_directory
+from saebench.core.refusals import FORBIDDEN
 
 FILE = "user.sqlite"
 FORMAT = "saebench annotations"
@@ -72,7 +75,16 @@ class AnnotationFile:
         if not self.path.exists():
             yield None
             return
-        with self._sentences(), contextlib.closing(self._connect()) as connection:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._sentences())
+            log, index = (self.path.with_name(f"{FILE}{end}") for end in ("-wal", "-shm"))
+            place = self.path
+            if log.exists() and not index.exists() and not os.access(self.path.parent, os.W_OK):
+                # SQLite cannot make the index of the log there, and the newest entries are in the log.
+                place = Path(stack.enter_context(tempfile.TemporaryDirectory())) / FILE
+                shutil.copyfile(self.path, place)
+                shutil.copyfile(log, place.with_name(log.name))
+            connection = stack.enter_context(contextlib.closing(self._connect(place)))
             connection.execute("BEGIN")
             yield connection
 
@@ -84,7 +96,7 @@ class AnnotationFile:
         with self._sentences():
             if not self.path.exists():
                 self._make()
-            with contextlib.closing(self._connect()) as connection:
+            with contextlib.closing(self._connect(self.path)) as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 try:
                     yield connection
@@ -94,8 +106,9 @@ class AnnotationFile:
                         connection.execute("ROLLBACK")
                     raise
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = self._open("rw" if os.access(self.path, os.W_OK) else "ro")
+    def _connect(self, place: Path) -> sqlite3.Connection:
+        """A connection to ``place``, which is this file or a copy of it."""
+        connection = self._open(place)
         try:
             (application,) = connection.execute("PRAGMA application_id").fetchone()
             (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -114,10 +127,12 @@ class AnnotationFile:
             raise
         return connection
 
-    def _open(self, mode: str) -> sqlite3.Connection:
-        address = f"{self.path.absolute().as_uri()}?mode={mode}"
-        directory_is_fixed = not os.access(self.path.parent, os.W_OK)
-        if directory_is_fixed and not self.path.with_name(f"{FILE}-wal").exists():
+    @staticmethod
+    def _open(place: Path) -> sqlite3.Connection:
+        mode = "rw" if os.access(place, os.W_OK) else "ro"
+        address = f"{place.absolute().as_uri()}?mode={mode}"
+        directory_is_fixed = not os.access(place.parent, os.W_OK)
+        if directory_is_fixed and not place.with_name(f"{FILE}-wal").exists():
             address += (
                 "&immutable=1"  # SQLite cannot make the index of its log there, and no other process writes
             )
@@ -145,9 +160,9 @@ class AnnotationFile:
             os.replace(temporary, self.path)
             sync_directory(self.path.parent)
         finally:
+            os.close(directory)  # first: a lock that is kept would block the next call for ever
             for left in (temporary, *(Path(f"{temporary}{end}") for end in ("-wal", "-shm"))):
                 left.unlink(missing_ok=True)
-            os.close(directory)
 
     @contextlib.contextmanager
     def _sentences(self) -> Iterator[None]:
@@ -155,12 +170,19 @@ class AnnotationFile:
             yield
         except FileNotFoundError:
             raise UserError(f"the store {self.path.parent} is not there; check the path") from None
-        except (sqlite3.OperationalError, PermissionError) as error:
+        except (sqlite3.OperationalError, OSError) as error:
+            is_forbidden = isinstance(error, OSError) and error.errno in FORBIDDEN
+            if isinstance(error, OSError) and not is_forbidden:
+                raise
             if "locked" in str(error):
                 reason = f"another process has been writing for {BUSY_SECONDS:g} s; try again"
             elif "full" in str(error):
                 reason = "the disk is full; free some space and try again"
-            elif isinstance(error, PermissionError) or "readonly" in str(error):
+            elif (
+                is_forbidden
+                or "readonly" in str(error)
+                or ("unable to open" in str(error) and not os.access(self.path.parent, os.W_OK))
+            ):
                 reason = "it may not be written; ask for write access to the store"
             else:
                 reason = f"{error}; check the store's directory"

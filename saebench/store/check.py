@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import sqlite3
+import json
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from saebench.core.files import sha256_file
 from saebench.core.progress import Progress, progress
 from saebench.sources.modality import TEXT
 from saebench.store import publish
-from saebench.store.annotation_file import FILE
+from saebench.store.annotation_file import FILE, AnnotationFile
 from saebench.store.database import first_line, open_reader, read_meta, tables_of
 from saebench.store.extra_integrity import EXTRA_RULES
 from saebench.store.extras import extras_of, origin
@@ -128,15 +127,10 @@ def _steps(manifest: publish.Manifest) -> int:
 
 def _check_annotations(store: Path) -> Iterator[Finding]:
     """Annotations are only read; they are never repaired or removed."""
-    path = store / FILE
-    if not path.is_file():
-        return
     try:
-        with contextlib.closing(
-            sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
-        ) as connection:
-            said = connection.execute("PRAGMA quick_check(1)").fetchall()[0][0]
-    except sqlite3.Error as error:
+        with AnnotationFile(store / FILE).reading() as connection:
+            said = connection.execute("PRAGMA quick_check(1)").fetchone()[0] if connection else "ok"
+    except UserError as error:
         said = str(error)
     if said != "ok":
         yield Finding(FILE, f"people's labels, comments and lists cannot be read ({said}); keep a copy of it")
@@ -202,7 +196,7 @@ def _check_tables(
                 within = present | tables_of(connection, name)
                 rules = EXTRA_RULES[name]
                 yield from _check_rules(connection, file.path, rules, within, parameters, every, few, bar)
-        except (duckdb.Error, KeyError) as error:
+        except (duckdb.Error, KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
             yield Finding(sae.file.path, f"the tables cannot be read ({first_line(error)})")
 
 

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
 from saebench.store import publish
-from saebench.store.database import first_line, open_reader, read_meta, tables_of
+from saebench.store.database import open_reader, read_meta, reading, tables_of
 from saebench.store.extras import extras_of
 from saebench.store.limits import time_limit
 from saebench.store.schema import FORMAT_VERSION, nearest
@@ -67,10 +67,11 @@ class StoreConnection:
             {name: path / file.path for name, file in extras.items()},
         )
         try:
-            self.tables = {
-                table for alias in ("sae", "txt", *extras) for table in tables_of(self._connection, alias)
-            }
-            self.meta = self.read_meta("sae")
+            with reading(path, opening=True):
+                self.tables = {
+                    table for alias in ("sae", "txt", *extras) for table in tables_of(self._connection, alias)
+                }
+                self.meta = self.read_meta("sae")
             version = self.meta.get("format_version")
             if version != FORMAT_VERSION:
                 raise UserError(
@@ -153,20 +154,13 @@ class StoreConnection:
     @contextlib.contextmanager
     def _cursor(self, timed: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
         """A cursor for one query; DuckDB's errors about damaged blocks become a UserError."""
-        import duckdb
-
         with contextlib.ExitStack() as stack:
-            try:
-                with self._opening:
-                    cursor = stack.enter_context(self._connection.cursor())
-                if timed:
-                    stack.enter_context(time_limit(cursor, self.time_limit))
-                yield cursor
-            except (duckdb.IOException, duckdb.SerializationException, duckdb.InternalException) as error:
-                raise UserError(
-                    f"the store {self.path} is damaged ({first_line(error)}); "
-                    f"see saebench store check {self.path}, then run saebench index again"
-                ) from error
+            stack.enter_context(reading(self.path))
+            with self._opening:
+                cursor = stack.enter_context(self._connection.cursor())
+            if timed:
+                stack.enter_context(time_limit(cursor, self.time_limit))
+            yield cursor
 
     # What exists
 

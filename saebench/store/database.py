@@ -15,6 +15,8 @@ from saebench.store.schema import EXTRA_TABLES, Table
 if TYPE_CHECKING:
     import duckdb
 
+CORRUPT = "Corrupt database file"
+"""In the message of DuckDB, and of Arrow that reads from it, when the checksum of a block is wrong."""
 READER_MEMORY = "2GiB"
 WRITER_MEMORY = "1GiB"
 
@@ -68,6 +70,30 @@ def damaged(store: Path, reason: str) -> UserError:
         f"the store {store} is damaged ({reason}); see saebench store check {store}, "
         "then run saebench index again"
     )
+
+
+@contextlib.contextmanager
+def reading(store: Path, *, opening: bool = False) -> Iterator[None]:
+    """Turn what the damaged file of a store makes DuckDB raise into one sentence.
+
+    While a store is ``opening``, this includes missing tables; later, the query is wrong that names them.
+    """
+    import duckdb
+
+    try:
+        yield
+    except (duckdb.OutOfMemoryException, duckdb.InterruptException):
+        raise
+    except duckdb.ProgrammingError as error:
+        if not opening:
+            raise
+        raise damaged(store, first_line(error)) from error
+    except (duckdb.Error, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise damaged(store, first_line(error)) from error
+    except (OSError, ValueError) as error:  # from Arrow, which reads on while the rows are used
+        if CORRUPT not in str(error):
+            raise
+        raise damaged(store, first_line(error)) from error
 
 
 def attach(connection: duckdb.DuckDBPyConnection, path: Path, alias: str) -> None:

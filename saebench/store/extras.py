@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from saebench.core.errors import UserError
 from saebench.core.files import directory_lock
 from saebench.store import publish
-from saebench.store.database import insert_meta, new_database, open_reader, read_meta
+from saebench.store.database import insert_meta, new_database, open_reader, read_meta, reading
 from saebench.store.schema import EXTRA_TABLES, FORMAT_VERSION, SAE_META, nearest
 
 if TYPE_CHECKING:
@@ -103,5 +103,5 @@ def origin(meta: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def meta_of(path: Path) -> dict[str, Any]:
     """The meta table of an SAE file or of an extra."""
-    with open_reader(path) as connection:
+    with reading(path.parent.parent, opening=True), open_reader(path) as connection:
         return read_meta(connection)

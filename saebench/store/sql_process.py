@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
-from saebench.store.database import attach, damaged, first_line, lock_down, memory_instance, n_threads
+from saebench.store.database import (
+    CORRUPT,
+    attach,
+    damaged,
+    first_line,
+    lock_down,
+    memory_instance,
+    n_threads,
+)
 from saebench.store.sql_rules import SqlRules
 
 if TYPE_CHECKING:
@@ -167,7 +175,7 @@ class Console:
         kind = message.partition(" Error:")[0]
         if kind == "Out of Memory":
             return {"memory": True, "last": True}
-        if kind in ("IO", "Serialization"):
+        if kind in ("IO", "Serialization") or CORRUPT in message:
             return {"error": str(damaged(self._store, message)), "last": True}
         return {"error": f"the query was not answered: {message}", "last": kind in ("INTERNAL", "FATAL")}
 
