@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
-from saebench.core.files import sync_directory, write_json_atomic
+from saebench.core.files import hold, remove_dead, sync_directory, write_json_atomic
 from saebench.core.progress import Events, send_events
 from saebench_app.lifeline import end_after, until_orphaned
 from saebench_app.offline import stay_offline
@@ -147,7 +147,10 @@ def _open_events() -> Events:
 def keep(folder: Path, facts: Mapping[str, Any], tables: Tables) -> None:
     """Put a result where `saebench_app.work.found` looks for it."""
     making = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    remove_dead(folder.parent, folder.name)
     making.mkdir(parents=True)
+    descriptor = os.open(making, os.O_RDONLY)
+    hold(descriptor)
     try:
         for name, table in tables.items():
             table.to_parquet(making / f"{name}.parquet")
@@ -157,6 +160,7 @@ def keep(folder: Path, facts: Mapping[str, Any], tables: Tables) -> None:
         os.rename(making, folder)
         sync_directory(folder.parent)
     finally:
+        os.close(descriptor)
         shutil.rmtree(making, ignore_errors=True)
 
 

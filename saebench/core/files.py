@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -42,6 +43,7 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     try:
         with sentence_for_os_errors(path):
             with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+                hold(file.fileno())
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -67,6 +69,32 @@ def sentence_for_os_errors(path: Path) -> Iterator[None]:
 def is_leftover(path: Path) -> bool:
     """Whether ``path`` is the temporary file of a writer that was killed."""
     return path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)
+
+
+def hold(descriptor: int) -> None:
+    """Mark a temporary file or directory as being written until ``descriptor`` is closed or the process ends.
+
+    Nothing happens on a file system without locks, where leftovers are kept.
+    """
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def remove_dead(directory: Path, name: str | None = None) -> None:
+    """Delete what killed writers left in ``directory``, or what those of ``directory / name`` left.
+
+    A writer that still runs holds its temporary file or directory, see `hold`; that is kept.
+    """
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.\d+{re.escape(TEMPORARY_SUFFIX)}")
+    with contextlib.suppress(OSError):
+        for path in [path for path in Path(directory).iterdir() if pattern.fullmatch(path.name)]:
+            with contextlib.suppress(OSError):
+                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                finally:
+                    os.close(descriptor)
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
-from saebench.core.files import atomic_file, require_writable, write_bytes_atomic, write_json_atomic
+from saebench.core.files import (
+    atomic_file,
+    remove_dead,
+    require_writable,
+    write_bytes_atomic,
+    write_json_atomic,
+)
 from saebench.core.settings import accepts_settings
 from saebench.evaluation.report import inference_label
 from saebench.evaluation.settings import CompareConfig
@@ -233,6 +239,7 @@ def _warnings(reports: Iterable[dict[str, Any]]) -> list[str]:
 
 def _write(comparison: Comparison, out: Path) -> None:
     require_writable(out, what="the comparison")
+    remove_dead(out)
     write_json_atomic(out / "compare.json", dataclasses.asdict(comparison))
     figure = comparison.figure()
     with atomic_file(out / "compare.html", "w") as file:

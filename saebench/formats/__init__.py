@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from saebench.core.errors import UserError
-from saebench.core.files import is_leftover, require_writable
+from saebench.core.files import is_leftover, remove_dead, require_writable
 from saebench.core.settings import accepts_settings
 from saebench.formats.registry import Format, SetFormat, formats
 from saebench.formats.settings import ExportConfig, ImportSaeConfig
@@ -119,6 +119,7 @@ def _joined(names: Iterable[str]) -> str:
 
 def _make_empty(directory: Path) -> None:
     require_writable(directory, what="the folder")
+    remove_dead(directory)
     unexpected = sorted(path.name for path in directory.iterdir() if not is_leftover(path))
     if unexpected:
         raise UserError(f"{directory} is not empty (it holds {unexpected[0]}); choose another folder")

@@ -148,7 +148,8 @@ class AnnotationFile:
             fcntl.flock(directory, fcntl.LOCK_EX)
             if self.path.exists():
                 return
-            temporary.unlink(missing_ok=True)
+            for left in self.path.parent.glob(f".{FILE}.*{TEMPORARY_SUFFIX}*"):
+                left.unlink(missing_ok=True)
             with contextlib.closing(sqlite3.connect(temporary, isolation_level=None)) as connection:
                 connection.execute("PRAGMA journal_mode = WAL")
                 for table, columns in TABLES.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
-from saebench.core.files import write_json_atomic
+from saebench.core.files import remove_dead, write_json_atomic
 from saebench.core.reading import read_json
 from saebench.store.annotation_file import (
     FILE,
@@ -213,6 +213,7 @@ class Annotations:
             }
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **tables}
         if path is not None:
+            remove_dead(Path(path).parent, Path(path).name)
             write_json_atomic(Path(path), content)
         return content
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from saebench.core import files
 from saebench.core.errors import UserError
 from saebench.core.reading import read_json
+from saebench.store.exports import new_directory
 
 ROOT = Path(__file__).parents[1]
 JSON = st.recursive(
@@ -254,3 +255,29 @@ def test_nonfinite_numbers_become_none_at_any_depth() -> None:
         "b": [1, 2.5, [None, "x"]],
         "c": {"d": None, "e": None, "f": True},
     }
+
+
+def test_leftovers_of_killed_writers_are_removed_and_those_of_running_ones_kept(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, time; from pathlib import Path; from saebench.core.files import atomic_file\n"
+        "from saebench.store.exports import new_directory; out = Path(sys.argv[1])\n"
+        "with atomic_file(out / 'a.json') as file, new_directory(out / 'b') as folder:\n"
+        "    (folder / 'x').write_text('x'); print('ready', flush=True); sys.stdin.read()\n"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert writer.stdout is not None and writer.stdin is not None
+    writer.stdout.readline()
+    left = {f".a.json.{writer.pid}.partial", f".b.{writer.pid}.partial"}
+    (tmp_path / ".a.json.partial.txt").touch()
+    (tmp_path / ".aajson.1.partial").touch()
+    files.remove_dead(tmp_path, "a.json")
+    files.remove_dead(tmp_path, "b")
+    assert left <= {path.name for path in tmp_path.iterdir()}
+    writer.kill()
+    writer.communicate()
+    with new_directory(tmp_path / "b") as folder:
+        (folder / "y").touch()
+    files.remove_dead(tmp_path, "a.json")
+    assert {path.name for path in tmp_path.iterdir()} == {"b", ".a.json.partial.txt", ".aajson.1.partial"}

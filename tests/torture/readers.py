@@ -1,8 +1,8 @@
 """Readers of a store that is published again and again by processes that are killed, and hostile SQL.
 
 Every generation has its own number in all rows of one table. What a reader is given, through Python and
-through the process that answers SQL, must be the number of the generation that it opened. Hostile SQL must end within
-its limits of time and memory, with rows or one sentence, and leave no process behind.
+through the process that answers SQL, must be the number of the generation that it opened. Hostile SQL must
+end within its limits of time and memory, with rows or one sentence, and leave no process behind.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def publish(path):
 
     publish_extra(store.path, store.sae, "effects", fill, made_from=info)
 
-for _ in range(int(sys.argv[2])):
+publish(sys.argv[1])  # which imports what it needs
+print("ready", flush=True)
+for _ in range(int(sys.argv[2]) - 1):
     publish(sys.argv[1])
 """
 
@@ -98,9 +100,13 @@ def read_while_published(
     ]  # fmt: skip
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        process = subprocess.Popen([*publisher, "1000000"], stderr=subprocess.PIPE, env=environment)
+        process = subprocess.Popen(
+            [*publisher, "1000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
         try:
-            _, error = process.communicate(timeout=rng.uniform(0.5, 4))
+            _, error = process.communicate(timeout=rng.uniform(0.05, 2))
             outcome.failures.append(f"seed {seed}: the publisher ended: {error.decode()[-300:]}")
         except subprocess.TimeoutExpired:
             process.kill()

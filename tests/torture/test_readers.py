@@ -12,6 +12,7 @@ def test_readers_see_one_generation_while_publishers_are_killed(tmp_path: Path) 
     outcome = Outcome("readers", "answer")
     read_while_published(tmp_path, 0, 6, outcome, readers=2)
     assert outcome.attempts > 0
+    assert outcome.notes["generations"] > 2
     assert not outcome.failures, "\n".join(outcome.failures)
 
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from saebench.core.errors import UserError
 from saebench.core.files import (
     TEMPORARY_SUFFIX,
+    hold,
     is_leftover,
+    remove_dead,
     require_writable,
     sentence_for_os_errors,
     sync_directory,
@@ -110,11 +112,16 @@ def new_directory(out: Path) -> Iterator[Path]:
         if unexpected:
             raise UserError(f"{out} is not empty (it holds {unexpected[0]}); choose another --out")
     require_writable(out.parent, what="the folder")
+    remove_dead(out.parent, out.name)
     temporary = out.with_name(f".{out.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with sentence_for_os_errors(out):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(sentence_for_os_errors(out))
             temporary.mkdir()
+            descriptor = os.open(temporary, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            hold(descriptor)
             yield temporary
             for path in temporary.rglob("*"):
                 if path.is_dir():

@@ -17,7 +17,7 @@ from saebench.core import formatting
 from saebench.core.errors import UserError
 from saebench.core.files import write_bytes_atomic
 from saebench.core.formatting import visible
-from saebench.store.exports.markup import bar, short, table, token
+from saebench.store.exports.markup import bar, short, shown, table, token
 from saebench.store.exports.style import STYLE
 from saebench.store.readers.sae import sites_text
 from saebench.store.schema import DECILES
@@ -74,7 +74,7 @@ def page(store: FeatureStore, features: Sequence[int]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">\n'
         '<meta name="referrer" content="no-referrer">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(f'{title} of {store.sae}')}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n",
+        f"<title>{shown(f'{title} of {store.sae}')}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n",
         _header(info),
         _index(rows, labels) if len(rows) > 1 else "",
         *(_article(store, row, labels.get(feature), rows) for feature, row in rows.items()),
@@ -90,9 +90,7 @@ def _header(info: dict[str, Any]) -> str:
         f"{sites} of {info['model']}" if info["model"] else sites,
         f"{info['n_tokens']:,} tokens" + (f" of {info['text']}" if info["text"] else ""),
     ]
-    return (
-        f'<header><h1>{escape(info["name"])}</h1><p class="facts">{escape(" · ".join(facts))}</p></header>\n'
-    )
+    return f'<header><h1>{shown(info["name"])}</h1><p class="facts">{shown(" · ".join(facts))}</p></header>\n'
 
 
 def _index(rows: dict[int, dict[str, Any]], labels: dict[int, str]) -> str:
@@ -102,7 +100,7 @@ def _index(rows: dict[int, dict[str, Any]], labels: dict[int, str]) -> str:
             token(row["top_token"]),
             share(row["density"]),
             number(row["max_act"]),
-            escape(labels.get(feature, "")),
+            shown(labels.get(feature, "")),
         )
         for feature, row in rows.items()
     ]
@@ -114,8 +112,8 @@ def _article(
 ) -> str:
     feature = row["feature"]
     badges = "".join(f'<span class="badge">{flag}</span>' for flag in ("dead", "dense") if row[flag])
-    name = f'<span class="label">{escape(label)}</span>' if label else ""
-    explained = f'<p class="facts">{escape(row["explanation"])}</p>' if row.get("explanation") else ""
+    name = f'<span class="label">{shown(label)}</span>' if label else ""
+    explained = f'<p class="facts">{shown(row["explanation"])}</p>' if row.get("explanation") else ""
     return (
         f'<article id="f{feature}"><div class="title"><h2>Feature {feature}</h2>{badges}{name}</div>\n'
         f'{explained}{_statistics(store, row)}<div class="columns"><div>{_examples(store, row)}</div>\n'
@@ -152,11 +150,11 @@ def _examples(store: FeatureStore, row: dict[str, Any]) -> str:
     frame = store.examples(row["feature"])
     parts = []
     for group, heading in HEADINGS.items():
-        shown = frame[frame["group"] == group].to_dict("records")
-        items = "".join(_example(example, row["max_act"]) for example in shown)
+        chosen = frame[frame["group"] == group].to_dict("records")
+        items = "".join(_example(example, row["max_act"]) for example in chosen)
         if group == "top":
             parts.append(f"<h3>{heading}</h3><ol>{items}</ol>\n")
-        elif shown:
+        elif chosen:
             parts.append(f"<details><summary>{heading}</summary><ol>{items}</ol></details>\n")
     return "".join(parts)
 
@@ -165,7 +163,7 @@ def _example(example: dict[str, Any], scale: float) -> str:
     peak = example["pos"] - example["start"]
     spans = []
     for at, (piece, act) in enumerate(zip(example["pieces"], example["acts"], strict=True)):
-        text = escape(visible(piece, spaces="kept"))
+        text = shown(piece)
         if act:
             level = min(abs(act) / scale, 1) if scale > 0 else 0.0
             kind = "t" + (" cold" if act < 0 else "") + (" peak" if at == peak else "")
@@ -288,4 +286,4 @@ def _neighbor(
 
 def _missing(title: str, store: FeatureStore, table: str) -> str:
     reason = store.why_missing(table)
-    return f'<h3>{title}</h3><p class="note">{escape(reason[:1].upper() + reason[1:])}.</p>\n'
+    return f'<h3>{title}</h3><p class="note">{shown(reason[:1].upper() + reason[1:])}.</p>\n'

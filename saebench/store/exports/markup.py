@@ -30,6 +30,11 @@ def table(
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def shown(words: str) -> str:
+    """What people, models or files said, escaped and with every character visible."""
+    return escape(visible(words, spaces="kept"))
+
+
 def token(text: Any) -> str:
     """A token by itself, its outer spaces shown."""
     return f"<code>{escape(visible(text, spaces='edges'))}</code>" if isinstance(text, str) else ""
