@@ -9,6 +9,7 @@ import streamlit as st
 from streamlit.navigation.page import Page
 
 from saebench.core.errors import UserError
+from saebench.core.refusals import system_refusals
 from saebench_app.components.notice import notice
 from saebench_app.components.sidebar import sidebar
 from saebench_app.components.web import STATIC
@@ -68,15 +69,16 @@ def sections() -> dict[str, list[str]]:
 
 
 def show(module: ModuleType, pages: dict[str, Page]) -> None:
-    """One page inside its frame. A UserError is shown as a sentence."""
+    """One page inside its frame. A UserError, or what the system refuses, is shown as a sentence."""
     try:
-        store = open_session_store(st.query_params.get("sae"))
-        view = View.from_query(url_parameters(), sae=store.sae, columns=SORTABLE)
-        here = Here(store, view, pages)
-        sidebar(here, sections(), module.PATH)
-        if said := st.session_state.pop(SAID, None):
-            notice(said, key="said", kind="error")
-        module.show(here)
+        with system_refusals():
+            store = open_session_store(st.query_params.get("sae"))
+            view = View.from_query(url_parameters(), sae=store.sae, columns=SORTABLE)
+            here = Here(store, view, pages)
+            sidebar(here, sections(), module.PATH)
+            if said := st.session_state.pop(SAID, None):
+                notice(said, key="said", kind="error")
+            module.show(here)
     except UserError as error:
         notice(str(error), key="error", kind="error")
 

@@ -16,6 +16,7 @@ import streamlit as st
 from streamlit.navigation.page import Page
 
 from saebench.core.errors import UserError
+from saebench.core.refusals import system_refusals
 from saebench.store.annotations import Annotations
 from saebench.store.publish import read_manifest
 from saebench.store.query import FeatureStore, open_store
@@ -130,7 +131,8 @@ class Here:
 def attempt(do: Callable[[], object], then: Callable[[], object] | None = None) -> None:
     """Call ``do``, then ``then``, in the callback of a widget; the next page shows what is wrong with it."""
     try:
-        do()
+        with system_refusals():
+            do()
     except UserError as error:
         st.session_state[SAID] = str(error)
     else:

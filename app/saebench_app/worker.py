@@ -7,7 +7,6 @@ or the result. Once its server has ended, the process is interrupted, as by Ctrl
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from saebench.core.errors import UserError
 from saebench.core.files import hold, remove_dead, sync_directory, write_json_atomic
 from saebench.core.progress import Events, send_events
+from saebench.core.refusals import refusal
 from saebench_app.lifeline import end_after, until_orphaned
 from saebench_app.offline import stay_offline
 
@@ -125,13 +125,13 @@ def main(server: str, kind: str, arguments: str, folder: str) -> int:
     except UserError as error:
         events.send("error", message=str(error))
         return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        events.send("error", message="no space is left on the disk; free some space and begin again")
-        return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if (sentence := refusal(error)) is None:
+            raise
+        events.send("error", message=sentence)
+        return 2
     return 0
 
 

@@ -49,6 +49,7 @@ from saebench.activations.shards import TORCH_DTYPES, check_shard, shard_path
 from saebench.core.errors import UserError
 from saebench.core.files import sha256_file
 from saebench.core.reading import read_json, require_file
+from saebench.core.refusals import system_refusals
 from saebench.sources.base import ColumnType, Site
 from saebench.sources.modality import Modality
 
@@ -335,6 +336,7 @@ class ActivationCache:
         return self._tensors[name]
 
 
+@system_refusals()
 def open_cache(path: str | Path) -> ActivationCache:
     """Open the activation cache in directory ``path``.
 

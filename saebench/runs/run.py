@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saebench.core.errors import UserError
+from saebench.core.refusals import system_refusals
 from saebench.runs.checkpoints import checkpoints_of, load_checkpoint_sae, run_of
 from saebench.runs.layout import METRICS_FILE, RUN_FILE, eval_file, read_evaluation, read_run
 from saebench.runs.metrics_log import read_metrics, read_sessions
@@ -280,6 +281,7 @@ def find_run(runs: Iterable[Run], info: Mapping[str, Any]) -> Run | None:
     return next((run for run in runs if run.is_indexed_as(info)), None)
 
 
+@system_refusals()
 def load(path: Path | str, *, device: str | torch.device = "cpu") -> SAE:
     """Load a trained SAE from a run directory or any folder with ``sae.json`` and ``sae.safetensors``.
 

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Concatenate, ParamSpec, TypeVar
 
 from saebench.core.deprecation import renamed
+from saebench.core.refusals import system_refusals
 from saebench.store import publish
 from saebench.store.annotations import Annotations
 from saebench.store.connection import StoreConnection
@@ -26,6 +27,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@system_refusals()
 def open_store(path: str | Path, sae: str | None = None) -> FeatureStore:
     """Open one SAE of a feature store for reading; by default the first.
 
