@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,16 +52,16 @@ def export_sae(config: ExportConfig) -> Translation:
     sae = runs[0].load()
     if isinstance(form, SetFormat):
         converted = form.convert_set(runs)
-        _make_empty(config.directory)
-        form.write_set(converted, config.directory)
+        with _filling(config.directory):
+            form.write_set(converted, config.directory)
     elif len(runs) > 1:
         raise UserError(
             f"--format {config.format} holds one SAE, and {len(runs)} runs are named; export them one by one"
         )
     else:
         converted = form.convert(sae)
-        _make_empty(config.directory)
-        form.write(converted, config.directory, sae, runs[0])
+        with _filling(config.directory):
+            form.write(converted, config.directory, sae, runs[0])
     return Translation(
         path=config.directory,
         sae=_joined(run.description()["sae"] for run in runs),
@@ -90,23 +92,24 @@ def import_sae(config: ImportSaeConfig) -> Translation:
     else:
         named = [("", form.read(config.source, k=config.k))]
     made: list[Translation] = []
-    for name, foreign in named:  # one in memory at a time
-        sae = foreign.build(source=str(config.source))
-        if not made:
-            _make_empty(config.out)
-        origin = {"format": config.format, **foreign.facts}
-        sae.save(config.out / name, hook_name=origin.pop("hook_name", None), imported=origin)
-        made.append(
-            Translation(
-                path=config.out / name,
-                sae=sae.spec.name,
-                architecture=origin["architecture"],
-                d_in=sae.d_in,
-                d_sae=sae.d_sae,
-                k=sae.k,
-                notes=foreign.notes,
+    with contextlib.ExitStack() as stack:
+        for name, foreign in named:  # one in memory at a time
+            sae = foreign.build(source=str(config.source))
+            if not made:
+                stack.enter_context(_filling(config.out))
+            origin = {"format": config.format, **foreign.facts}
+            sae.save(config.out / name, hook_name=origin.pop("hook_name", None), imported=origin)
+            made.append(
+                Translation(
+                    path=config.out / name,
+                    sae=sae.spec.name,
+                    architecture=origin["architecture"],
+                    d_in=sae.d_in,
+                    d_sae=sae.d_sae,
+                    k=sae.k,
+                    notes=foreign.notes,
+                )
             )
-        )
     notes = dict.fromkeys(note for one in made for note in one.notes)
     folders = tuple(one.path for one in made) if made[0].path != config.out else ()
     names = _joined(one.sae for one in made)
@@ -117,9 +120,24 @@ def _joined(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def _make_empty(directory: Path) -> None:
+@contextlib.contextmanager
+def _filling(directory: Path) -> Iterator[None]:
+    """Fill an empty directory. It is empty again if that fails, so that the same command can be run again.
+
+    Raises:
+        UserError: the directory is not empty, or cannot be made.
+    """
     require_writable(directory, what="the folder")
     remove_dead(directory)
     unexpected = sorted(path.name for path in directory.iterdir() if not is_leftover(path))
     if unexpected:
         raise UserError(f"{directory} is not empty (it holds {unexpected[0]}); choose another folder")
+    try:
+        yield
+    except BaseException:
+        for path in directory.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        raise

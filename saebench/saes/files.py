@@ -53,7 +53,6 @@ def save_sae(sae: SAE, directory: Path, facts: Mapping[str, object]) -> None:
     make_directory(directory)
     weights = {name: getattr(sae, name).detach().cpu().contiguous() for name in sae.weight_names}
     data = serialize(weights)
-    is_new = not (directory / WEIGHTS_FILE).exists()
     write_bytes_atomic(directory / WEIGHTS_FILE, data)
     description = {
         "format_version": FORMAT_VERSION if sae.spec.sites or sae.spec.input_norm != "none" else 1,
@@ -63,12 +62,7 @@ def save_sae(sae: SAE, directory: Path, facts: Mapping[str, object]) -> None:
         **facts,
         WEIGHTS_SHA256: hashlib.sha256(data).hexdigest(),
     }
-    try:
-        write_json_atomic(directory / SPEC_FILE, description)
-    except BaseException:
-        if is_new:  # a folder with weights alone would be refused by the next call
-            (directory / WEIGHTS_FILE).unlink(missing_ok=True)
-        raise
+    write_json_atomic(directory / SPEC_FILE, description)
 
 
 def load_sae(directory: Path, *, device: str | torch.device = "cpu") -> SAE:

@@ -61,7 +61,7 @@ def meet(folder: Path, seed: int, seconds: float, names: list[str]) -> Outcome:
         usual = {name: undisturbed(WRITERS[name], world, disk) for name in names}
         rng.shuffle(names)
         number = 0
-        while time.monotonic() < deadline:
+        while number < len(names) or time.monotonic() < deadline:
             name = names[number % len(names)]
             number += 1
             result, state, used, largest = usual[name]
