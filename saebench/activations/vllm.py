@@ -21,11 +21,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from saebench.activations.cache import ActivationCache, vocab_bytes
@@ -39,7 +38,7 @@ from saebench.core.device import pick_device
 from saebench.core.errors import UserError
 from saebench.core.files import free_memory, require_disk, sha256_file
 from saebench.core.reading import check_shape, parse_json, shown
-from saebench.core.shapes import Count, Name, Shape
+from saebench.core.shapes import TensorEntry
 from saebench.sources.base import ColumnType, Site, UnitBatch
 from saebench.sources.modality import TEXT
 from saebench.sources.models import Model, load_model, peek_model
@@ -55,14 +54,6 @@ TOLERANCE = 0.1
 _SUFFIXES = (".safetensors", ".safetensors.zst")
 _DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _INTEGERS = {"I64", "I32", "U32", "U16", "I16"}
-
-
-class _Tensor(Shape):
-    """An entry of the header of a safetensors file."""
-
-    dtype: Name
-    shape: list[Count]
-    data_offsets: Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
 @dataclass(frozen=True)
@@ -335,7 +326,7 @@ def read_header(path: Path) -> dict[str, Any]:
         tensors: dict[str, Any] = parse_json(text)
         tensors.pop("__metadata__", None)
         for name, tensor in tensors.items():
-            check_shape(tensor, _Tensor, source=f"its tensor {name!r:.60}")
+            check_shape(tensor, TensorEntry, source=f"its tensor {name!r:.60}")
         end = max(tensor["data_offsets"][1] for tensor in tensors.values())
         if path.suffix != ".zst" and path.stat().st_size != 8 + n_bytes + end:
             raise ValueError(f"it has {path.stat().st_size:,} bytes instead of {8 + n_bytes + end:,}")

@@ -61,3 +61,11 @@ class ContextFacts(Shape):
     text: Text | None = None
     exclude_tokens: list[Count] = Field(default_factory=list)
     max_norms: dict[str, Number] = Field(default_factory=dict)
+
+
+class TensorEntry(Shape):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: Name
+    shape: list[Count]
+    data_offsets: Annotated[list[Count], Field(min_length=2, max_length=2)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,8 @@ from typing import Any
 from saebench.assets import cache_dir
 from saebench.core.errors import UserError
 from saebench.core.files import sha256_json, write_json_atomic
-from saebench.core.reading import read_json
+from saebench.core.reading import check_shape, parse_json, read_json
+from saebench.core.shapes import TensorEntry
 
 IDENTITY = "identity"
 """Key of a model in manifests, run.json and sae.json; versions before 0.2 wrote ``hash`` alone."""
@@ -141,19 +141,12 @@ def _read_hashes(path: Path) -> _FileHash:
 def _layout(header: bytes) -> list[tuple[int, int, str, str, list[int]]] | None:
     """The tensors of a safetensors header in the order of their bytes; None where it is damaged."""
     try:
-        values = json.loads(header)
-        return sorted(
-            (
-                int(of["data_offsets"][0]),
-                int(of["data_offsets"][1]),
-                name,
-                str(of["dtype"]),
-                list(of["shape"]),
-            )
-            for name, of in values.items()
-            if name != "__metadata__"
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        values = parse_json(header)
+        values.pop("__metadata__", None)
+        for of in values.values():
+            check_shape(of, TensorEntry, source="the tensor")
+        return sorted((*of["data_offsets"], name, of["dtype"], of["shape"]) for name, of in values.items())
+    except (ValueError, TypeError, AttributeError):
         return None
 
 

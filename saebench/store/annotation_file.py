@@ -188,7 +188,7 @@ class AnnotationFile:
             else:
                 reason = f"{error}; check the store's directory"
             raise UserError(f"the annotations {self.path} cannot be used: {reason}") from error
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise UserError(
                 f"the annotations {self.path} are damaged ({error}); move the file away (nothing in it was "
                 "changed), or put a copy in its place"

@@ -465,6 +465,8 @@ TARGETS = [
     Target("unfinished/checkpoints/*.safetensors", resumed_training, weight=0.3, checked=True),
     Target("store/manifest.json", queried_store, weight=2),
     Target("store/manifest.json", store_commands, weight=0.3),
+    Target("store/*/*.duckdb", queried_store, checked=True),
+    Target("store/*/*.duckdb", store_commands, checked=True, weight=0.3),
     Target("store/user.sqlite", notes),
     Target("notes.json", imported_notes, weight=2),
     Target("explain/finished.jsonl", finished_features),
