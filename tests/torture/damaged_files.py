@@ -71,8 +71,12 @@ def run(folder: Path, seed: int, seconds: float) -> Outcome:
     return outcome
 
 
+FEWEST = 60
+
+
 def fuzz(folder: Path, seed: int, seconds: float, report: Path | None = None) -> Outcome:
-    """Damage and read the files of the world in ``folder``, in this process, for about ``seconds``."""
+    """Damage and read the files of the world in ``folder``, in this process, for about ``seconds``, but at
+    least `FEWEST` times."""
     rng, outcome = random.Random(seed), Outcome("reads of damaged files", "read")
     world = folder / "world"
     targets = [(t, p) for t in TARGETS for p in sorted(world.glob(t.pattern)) if p.is_file()]
@@ -87,7 +91,7 @@ def fuzz(folder: Path, seed: int, seconds: float, report: Path | None = None) ->
     weights = [target.weight / per_pattern[target.pattern] for target, _ in targets]
     deadline = time.monotonic() + seconds
     written = 0.0
-    while time.monotonic() < deadline:
+    while outcome.attempts < FEWEST or time.monotonic() < deadline:
         (number,) = rng.choices(range(len(targets)), weights)
         target, path = targets[number]
         content, name = path.read_bytes(), path.relative_to(world)
