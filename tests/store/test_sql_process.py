@@ -69,7 +69,7 @@ def test_functions_that_may_be_called_know_no_path_setting_or_variable(path: Pat
         if name not in functions or not name.replace("_", "").isalnum():
             continue
         kinds = [str(kind or "ANY") for kind in types] + [varargs] * bool(varargs)
-        for at in range(3):
+        for at in range(2):
             given = [samples.get(kind, (f"'1'::{kind}",)) for kind in kinds]
             words = ", ".join(choices[at % len(choices)] for choices in given)
             called += 1
@@ -80,7 +80,7 @@ def test_functions_that_may_be_called_know_no_path_setting_or_variable(path: Pat
             else:
                 ran.add(name)
             assert not [word for word in outside if word in said], (name, words, said)
-    assert called > 2000
+    assert called > 1500
     assert len(ran) > 0.7 * len(functions)
     console.answer({"open": {"store": "", "files": {}, "search_path": ""}}, b"")
 
