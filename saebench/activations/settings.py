@@ -30,7 +30,7 @@ class HarvestConfig(Settings):
     """'demo', 'smollm2', a local Hugging Face folder, or a hub name; repeat for several models that read the
     same tokens, whose sites are then named 0:SITE, 1:SITE."""
     text: str = "sotu"
-    """'sotu'; a local file (.txt, .jsonl, .json, .parquet or .csv, also with .gz or .zst); a folder
+    """'sotu'; a local file (.txt, .jsonl, .json, .parquet, .csv or .tsv, also with .gz or .zst); a folder
     (one document per file, a data set, or one written by save_to_disk); or the hub name of a data set."""
     hook: tuple[str, ...] = (DEMO_HOOK,)
     """Hook where activations are read, by its TransformerLens name, or module path; repeat for several in one

@@ -20,6 +20,7 @@ from saebench.sources.text_files import (
     is_plain_text,
     is_saved_data_set,
     open_text,
+    require_readable,
     rows_of_file,
     rows_of_saved_data_set,
 )
@@ -90,7 +91,7 @@ def read_documents(
     ``name`` is one of
 
     - 'sotu': State of the Union addresses, shuffled by hash, so that the first few are a sample;
-    - a local .jsonl, .json, .parquet or .csv file: one document per row, in ``column``;
+    - a local .jsonl, .ndjson, .json, .parquet, .csv or .tsv file: one document per row, in ``column``;
     - any other local file: plain UTF-8 text, cut at blank lines into documents of at least 4,000 characters
       (a document is held out as a whole, so a text needs several);
     - a local folder without such tables: one document per file, whose label is its path in the folder;
@@ -116,6 +117,8 @@ def read_documents(
     is_file = local is not None and local.is_file()
     if local is not None and not is_file and not local.is_dir():
         require_file(local, what="the text")
+    if local is not None and is_file:
+        require_readable(local, name)
     is_plain = local is not None and is_file and is_plain_text(local)
     has_columns = name != "sotu" and files is None and not is_plain
     if column != "text" and not has_columns:
@@ -302,6 +305,7 @@ def _cut_at_blank_lines(path: Path) -> Iterator[Document]:
 
 
 def _whole_file(path: Path, label: str) -> Document:
+    require_readable(path, str(path))
     with open_text(path) as file:
         return Document(file.read(), label)
 

@@ -15,22 +15,44 @@ from typing import IO, Any, cast
 from saebench.core.errors import UserError
 from saebench.core.reading import parse_json, require_file, shown
 
-TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+TABLES = {
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv",
+}  # fmt: skip
 """Suffix of a file of rows -> the reader of `datasets`."""
 COMPRESSIONS = (".gz", ".zst")
-_OTHER_TABLES = {*TABLES, ".arrow", ".tsv", ".ndjson"}
+_OTHER_TABLES = {*TABLES, ".arrow"}
+_JSON_LINES = (".jsonl", ".ndjson")
+_NOT_TEXT = {
+    ".arrow": "give its folder, as save_to_disk wrote it", ".pdf": "convert it to text",
+    ".docx": "convert it to text", ".doc": "convert it to text", ".epub": "convert it to text",
+    ".zip": "unpack it and give the folder", ".tar": "unpack it and give the folder",
+    ".tgz": "unpack it and give the folder", ".7z": "unpack it and give the folder",
+    ".bz2": "decompress it", ".xz": "decompress it", ".xlsx": "save it as .csv", ".xls": "save it as .csv",
+    ".pkl": "save it as .jsonl or .parquet", ".npy": "save it as .parquet with a column of token ids",
+    ".bin": "save it as .parquet with a column of token ids",
+}  # fmt: skip
+"""Suffix of files that are neither text nor rows -> what to do with one."""
 
 Row = Mapping[str, Any]
 
 
 def kind_of(path: Path) -> str:
     """The suffix of a file without that of its compression: ``.jsonl`` for ``texts.jsonl.zst``."""
-    return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix.lower()
 
 
 def is_plain_text(path: Path) -> bool:
     """True for a file that is read as text; False for a file of rows."""
     return kind_of(path) not in TABLES
+
+
+def require_readable(path: Path, name: str) -> None:
+    """Raise a UserError for a file of a kind that is neither text nor rows, by its suffix."""
+    kind = kind_of(path)
+    if kind in _NOT_TEXT:
+        raise UserError(
+            f"--text {name} is a {kind} file, which is neither text nor a table; {_NOT_TEXT[kind]}"
+        )
 
 
 @contextlib.contextmanager
@@ -76,13 +98,13 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 def rows_of_file(path: Path) -> Iterator[Row]:
-    """The rows of a .jsonl, .json, .parquet or .csv file.
+    """The rows of a .jsonl, .ndjson, .json, .parquet, .csv or .tsv file.
 
     Compressed JSON lines are decompressed while they are read, other compressed files into a temporary file.
     """
     import datasets
 
-    if path.suffix in COMPRESSIONS and kind_of(path) == ".jsonl":
+    if path.suffix in COMPRESSIONS and kind_of(path) in _JSON_LINES:
         yield from _json_lines(path)
         return
     with contextlib.ExitStack() as stack:
@@ -90,8 +112,9 @@ def rows_of_file(path: Path) -> Iterator[Row]:
         if path.suffix in COMPRESSIONS:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             plain = _unpack(path, Path(folder))
+        how = {"sep": "\t"} if kind_of(path) == ".tsv" else {}
         yield from datasets.load_dataset(
-            TABLES[kind_of(path)], data_files=str(plain), split="train", streaming=True
+            TABLES[kind_of(path)], data_files=str(plain), split="train", streaming=True, **how
         )
 
 

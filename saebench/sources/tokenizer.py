@@ -49,12 +49,17 @@ class ModelTokenizer:
                 f"the tokenizer of model {info.name} has no tokens; put the model's tokenizer.json into "
                 f"{info.folder}"
             )
-        if largest >= info.vocab_size:
+        added = set(self.tokenizer.added_tokens_decoder)
+        beyond = [id for id in ids if id >= info.vocab_size]
+        if any(id not in added for id in beyond):
             raise UserError(
                 f"the tokenizer of model {info.name} has token {largest}, but the model's vocabulary ends at "
                 f"{info.vocab_size - 1}; download tokenizer and config of one revision of it"
             )
         self._info = info
+        self._has_tokens_beyond = bool(beyond)
+        """Tokens that were added without a row of the embedding (<image_soft_token>, [PAD]): a text has them
+        only if it spells one out."""
         self.bos = self.tokenizer.bos_token_id
         if self.bos is None:
             self.bos = self.tokenizer.cls_token_id  # the first token of an encoder's input
@@ -65,11 +70,25 @@ class ModelTokenizer:
                 f"the tokenizer of model {info.name} has neither an eos_token nor a bos_token; set "
                 "eos_token in its tokenizer_config.json"
             )
+        for id in (self.bos, separator):
+            if id is not None and id >= info.vocab_size:
+                raise UserError(
+                    f"the tokenizer of model {info.name} puts token {id} between texts, but the model's "
+                    f"vocabulary ends at {info.vocab_size - 1}; download tokenizer and config of one "
+                    "revision of it"
+                )
         self.separator = separator
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, without special tokens around them."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if self._has_tokens_beyond and max(ids, default=0) >= self._info.vocab_size:
+            spelled = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise UserError(
+                f"a text holds {spelled!r}, token {max(ids)}, which was added to the tokenizer of "
+                f"{self._info.name} and for which the model has no embedding (its vocabulary ends at "
+                f"{self._info.vocab_size - 1}); remove it from the text"
+            )
         return ids
 
     def encode_document(self, document: Document) -> list[int]:
@@ -154,11 +173,13 @@ class ModelTokenizer:
         vocabularies. A special token stands for its own name.
         """
         table: list[bytes] = [b""] * self._info.vocab_size
-        added = set(self.tokenizer.added_tokens_decoder)
+        added = self.tokenizer.added_tokens_decoder
         byte_level = self._is_byte_level()
         for piece, id in self.tokenizer.get_vocab().items():
+            if id >= len(table):
+                continue
             if id in added:
-                table[id] = piece.encode("utf-8")
+                table[id] = self._added_text(id, piece, added[id].special).encode("utf-8")
             elif byte_level:
                 table[id] = b"".join(_BYTES.get(char, char.encode("utf-8")) for char in piece)
             elif found := _BYTE_TOKEN.fullmatch(piece):
@@ -166,6 +187,22 @@ class ModelTokenizer:
             else:
                 table[id] = piece.replace("\u2581", " ").encode("utf-8")
         return table
+
+    def _added_text(self, id: int, piece: str, special: bool) -> str:
+        """What an added token stands for: its name if it is special, otherwise what it is decoded to.
+
+        Some are runs of spaces, written with U+2581 as the pieces of SentencePiece are (Gemma).
+        """
+        if special or "\u2581" not in piece:
+            return piece
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        decoder = getattr(backend, "decoder", None)
+        # Decoded between other tokens: some decoders take a space from the beginning of a text.
+        around = "a"
+        text = decoder.decode([around, piece, around]) if decoder is not None else None
+        if text is not None and text.startswith(around) and text.endswith(around) and len(text) > 2:
+            return str(text[1:-1])
+        return piece.replace("\u2581", " ")
 
     def _is_byte_level(self) -> bool:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)

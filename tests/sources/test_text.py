@@ -24,11 +24,14 @@ def offline(monkeypatch):
 
 def write(path: Path, texts: list[object], column: str = "text") -> Path:
     rows = [{column: text, "title": f"t{i}"} for i, text in enumerate(texts)]
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".csv":
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix.lower() in (".csv", ".tsv"):
         with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, [column, "title"])
+            separator = "\t" if path.suffix == ".tsv" else ","
+            writer = csv.DictWriter(file, [column, "title"], delimiter=separator)
             writer.writeheader()
             writer.writerows(rows)
     else:
@@ -39,7 +42,9 @@ def write(path: Path, texts: list[object], column: str = "text") -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
+@pytest.mark.parametrize(
+    "suffix", [".jsonl", ".parquet", ".csv", ".tsv", ".ndjson", ".json", ".JSONL", ".CSV"]
+)
 def test_rows_become_documents(tmp_path, suffix):
     path = write(tmp_path / f"texts{suffix}", TEXTS, column="body")
     documents = list(read_documents(str(path), column="body"))
@@ -293,3 +298,27 @@ def test_column_or_split_of_a_text_without_any_is_refused(tmp_path, monkeypatch,
     with pytest.raises(UserError, match=f"has no {flag}s, but --{flag} is"):
         list(read_documents(name, **wrong))
     assert len(list(read_documents(name))) > 0
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".json"])
+def test_compressed_tables_and_folders_of_them_are_tables_too(tmp_path, suffix):
+    plain = write(tmp_path / f"texts{suffix}", TEXTS)
+    packed = tmp_path / f"packed{suffix}.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert [d.text for d in read_documents(str(packed))] == TEXTS
+    (tmp_path / "folder").mkdir()
+    plain.rename(tmp_path / "folder" / f"train{suffix}")
+    assert [d.text for d in read_documents(str(tmp_path / "folder"))] == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a.PDF", "a.docx.gz", "a.zip", "a.npy", "a.arrow", "a.xlsx"])
+def test_files_that_are_neither_text_nor_tables_are_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_bytes(b"readable, as it happens")
+    with pytest.raises(UserError, match="neither text nor a table; "):
+        list(read_documents(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["a.md", "a.html", "a.py", "README"])
+def test_any_other_file_is_read_as_text(tmp_path, name):
+    (tmp_path / name).write_text("# one\n")
+    assert [d.text for d in read_documents(str(tmp_path / name))] == ["# one\n"]
