@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from saebench.activations.settings import SourceConfig
 from saebench.activations.writing import split_column
 from saebench.core.errors import UserError
 from saebench.sources.base import Axes, ColumnType, Site, UnitBatch
+from saebench.sources.modality import MODALITIES
 from saebench.sources.modality import modality as find_modality
 from saebench.sources.native import ModuleSites, parse_site
 from saebench.sources.text import is_held_out
@@ -121,6 +123,12 @@ class ModuleSource:
     ) -> None:
         if not isinstance(module, nn.Module):
             raise UserError(f"module is {type(module).__name__}; ModuleSource takes a torch.nn.Module")
+        if modality not in MODALITIES.names():
+            print(
+                f"warning: modality {modality!r} is not installed, so its rows are shown as units; there is "
+                f"{', '.join(MODALITIES.names())}",
+                file=sys.stderr,
+            )
         self.modality = modality
         self._module, self._batches = module, batches
         self._forward: Callable[[Any, Any], object] = forward or run_module
@@ -235,8 +243,8 @@ class ModuleSource:
         of = find_modality(self.modality)
         place = of.place(*(int(batch.rows[name][row]) for name in (of.unit_column, of.position_column)))
         way_out = "check the module and its input, or choose another site"
-        if self._dtype != "fp32":
-            way_out = "try dtype fp32"
+        if self._dtype == "fp16":  # the other types hold all numbers that a module computes in float32
+            way_out = "if the module's own numbers are finite, fp16 is too small: try dtype bf16 or fp32"
         return f"{what} at {site} of {self._name} hold NaN or infinity ({place}); {way_out}"
 
     @property

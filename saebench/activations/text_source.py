@@ -270,7 +270,7 @@ class TextSource:
     def nonfinite(self, column: str, batch: UnitBatch, row: int) -> str:
         what, hook = split_column(column)
         way_out = "the model computes such values itself, so choose another hook"
-        if self._config.dtype != "fp32":
+        if self._config.dtype == "fp16" or self._compute != "fp32":
             way_out = "try --dtype fp32"
         place = TEXT.place(int(batch.rows["ctx"][row]), int(batch.rows["pos"][row]))
         return f"{what} at {hook} hold NaN or infinity ({place}); {way_out}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from os import PathLike
@@ -24,6 +25,8 @@ from saebench.evaluation.splice import Splice
 from saebench.runs.provenance import Provenance, require_same_model
 from saebench.runs.run import Run
 from saebench.saes.base import SAE
+from saebench.sources.encoder import require_causal
+from saebench.store.sites import comparable_rows, site_std
 from saebench.store.text import token_text
 
 if TYPE_CHECKING:
@@ -161,6 +164,7 @@ def attach(
     device = pick_device("auto") if isinstance(model, str) else model.device
     loaded = sae if isinstance(sae, SAE) else Run(sae).load(device=device)
     splice = Splice.of(loaded, hook)
+    require_causal(info)
     require_fit_of_info(splice, info)
     if isinstance(model, str):
         model = load_model(info.name, revision=info.revision, device=device)
@@ -178,6 +182,26 @@ def read_sae(sae: SAE | str | PathLike[str], name: str) -> tuple[SAE, Provenance
         return sae, Provenance()
     run = Run(run_folder(sae, name))
     return run.load(device=pick_device("auto")), run.provenance
+
+
+def decoder_rows(sae: SAE | str | PathLike[str], loaded: SAE) -> Tensor:
+    """[M, d_out]: the decoder rows of ``loaded``, as they are compared by cosine.
+
+    Those of a crosscoder are in units in which every site varies alike, as in its training: else the site
+    with the largest activations would decide alone. They need the cache of its run; of an SAE in memory, or
+    without its cache, the rows are as they are, with a warning.
+    """
+    if not loaded.spec.is_crosscoder:
+        return loaded.W_dec
+    run = None if isinstance(sae, SAE) else Run(run_folder(sae))
+    if run is None or run.find_cache() is None:
+        print(
+            "warning: without the cache that this crosscoder was trained on, decoder rows are compared in "
+            "the units of its sites, and the site with the largest activations decides; name its run",
+            file=sys.stderr,
+        )
+        return loaded.W_dec
+    return comparable_rows(loaded, site_std(run.open_cache(), loaded.spec.sites))[1]
 
 
 def open_for(

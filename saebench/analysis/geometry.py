@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saebench.analysis.attach import read_sae
+from saebench.analysis.attach import decoder_rows, read_sae
 from saebench.analysis.umap import principal_layout, umap_layout
 from saebench.core.deprecation import renamed_arguments
 from saebench.core.errors import UserError
@@ -161,7 +161,7 @@ def redundancy(sae: SAE | str | PathLike[str], *, threshold: float = 0.9) -> Red
 def _directions(sae: SAE | str | PathLike[str]) -> Tensor:
     """[M, D] float32 on the CPU, rows of unit norm."""
     loaded, _ = read_sae(sae, "sae")
-    W_MD = loaded.W_dec.detach().float().cpu()
+    W_MD = decoder_rows(sae, loaded).detach().float().cpu()
     if not W_MD.isfinite().all():
         raise UserError("the decoder of the SAE holds NaN or infinity; train it again or restore a copy")
     return torch.nn.functional.normalize(W_MD)

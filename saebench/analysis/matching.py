@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saebench.analysis.attach import open_for, read_sae
+from saebench.analysis.attach import decoder_rows, open_for, read_sae
 from saebench.analysis.correlations import BLOCK_BYTES, Correlations
 from saebench.core.errors import UserError
 from saebench.core.progress import progress
@@ -127,7 +127,7 @@ def match(
     n_rows = None
     if by == "decoder":
         _require_same_width(sae_a, sae_b)
-        similarity_AB = absolute_cosines(sae_a.W_dec, sae_b.W_dec).clamp_max_(1)
+        similarity_AB = absolute_cosines(decoder_rows(a, sae_a), decoder_rows(b, sae_b)).clamp_max_(1)
     else:
         similarity_AB, n_rows = _correlations(sides, open_for(a, b, cache=cache), hook, rows, quiet)
     return _matching(similarity_AB, by, threshold, n_rows)
@@ -166,7 +166,7 @@ def splits(
         raise UserError(
             f"a has {narrow.d_sae:,} latents and b only {wide.d_sae:,}; give the narrower SAE first"
         )
-    cosine_B, parent_B = _nearest(wide.W_dec, narrow.W_dec)
+    cosine_B, parent_B = _nearest(decoder_rows(b, wide), decoder_rows(a, narrow))
     frame = pd.DataFrame(
         {"feature_a": parent_B.numpy(), "feature_b": range(wide.d_sae), "cosine": cosine_B.numpy()}
     )

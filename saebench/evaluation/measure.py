@@ -108,8 +108,11 @@ def _on_cache(config: EvalConfig, mode: InferenceMode, run: Run, device: torch.d
     gradients = [cache.gradients(site.name) for site in splice.targets] if mode.needs_gradients else None
     row_N = choose_rows(cache, rows=config.rows, tokens=config.tokens)
     contexts = cache_contexts(cache, row_N) if config.model is not None else None
-    model = _load_model(config, cache.model, splice, device) if config.model is not None else None
-    beside = _beside(config, model, cache, device) if model is not None else []
+    model, beside = None, []
+    if config.model is not None:
+        info = _model_info(config, cache.model, splice)
+        beside = _beside(config, info, cache, device)
+        model = _load_model(info, splice, beside, device)
 
     size = max(1, min(MOST_ROWS, WORKING_BYTES // (4 * sae.d_sae)))
     meter = ReconstructionMeter(sae)
@@ -150,11 +153,12 @@ def _on_text(config: EvalConfig, mode: InferenceMode, run: Run, device: torch.de
     # With a text, the run's cache may have been deleted: it is used only for the mean activation.
     cache = _open_cache(config, run) if config.cache is not None or run.find_cache() is not None else None
     recorded = origin.model if cache is None else cache.model
-    model = _load_model(config, recorded, splice, device)
+    info = _model_info(config, recorded, splice)
+    fits = cache is not None and recorded is not None and same_model(recorded, info.to_json())
+    beside = _beside(config, info, cache if fits else None, device)
+    model = _load_model(info, splice, beside, device)
     made = run.contexts() if config.cache is None or cache is None else ContextSettings.of_cache(cache)
     contexts = text_contexts(config, model, made, keep_last=not mode.needs_gradients)
-    fits = cache is not None and recorded is not None and same_model(recorded, model.info.to_json())
-    beside = _beside(config, model, cache if fits else None, device)
 
     mean_E = None
     if cache is not None and fits and splice.target_names <= set(cache.hooks):
@@ -218,9 +222,9 @@ def _mean_at(splice: Splice, cache: ActivationCache) -> Tensor | None:
 
 
 def _beside(
-    config: EvalConfig, model: Model, cache: ActivationCache | None, device: torch.device
+    config: EvalConfig, info: ModelInfo, cache: ActivationCache | None, device: torch.device
 ) -> list[Spliced]:
-    """The SAEs of ``config.together``."""
+    """The SAEs of ``config.together``, checked as far as that is possible before the model is loaded."""
     made = []
     for path in config.together:
         run = Run(path)
@@ -229,10 +233,10 @@ def _beside(
             raise UserError(f"{path} does not record the hook that its SAE was trained on; leave it out")
         splice = Splice.of(sae, hook)
         require_same_model(
-            model.info, run.provenance.model, made=f"{path} was trained on", says="the run says",
+            info, run.provenance.model, made=f"{path} was trained on", says="the run says",
             way_out="leave it out of --together",
         )  # fmt: skip
-        require_fit(splice, model)
+        require_fit_of_info(splice, info)
         places = [run.open_cache()] if run.find_cache() is not None else []
         fitting = [c for c in (cache, *places) if c is not None and splice.target_names <= set(c.hooks)]
         mean_E = _mean_at(splice, fitting[0]) if fitting else None
@@ -256,11 +260,10 @@ def _open_cache(config: EvalConfig, run: Run) -> ActivationCache:
     return cache
 
 
-def _load_model(
-    config: EvalConfig, recorded: dict[str, Any] | None, splice: Splice, device: torch.device
-) -> Model:
+def _model_info(config: EvalConfig, recorded: dict[str, Any] | None, splice: Splice) -> ModelInfo:
     """The model to splice the SAE into; without a text, it must be the model that made the cache."""
-    from saebench.sources.models import load_model, peek_model
+    from saebench.sources.encoder import require_causal
+    from saebench.sources.models import peek_model
 
     name, revision = config.model, config.revision
     if name == "cache":
@@ -277,9 +280,17 @@ def _load_model(
             info, recorded, made="made the cache", says="the cache says",
             way_out="name that model, or name a text with --text",
         )  # fmt: skip
+    require_causal(info)
     require_fit_of_info(splice, info)
-    model = load_model(name, revision=revision, device=device)
-    require_fit(splice, model)
+    return info
+
+
+def _load_model(info: ModelInfo, splice: Splice, beside: list[Spliced], device: torch.device) -> Model:
+    from saebench.sources.models import load_model
+
+    model = load_model(info.name, revision=info.revision, device=device)
+    for one in (splice, *(other.splice for other in beside)):
+        require_fit(one, model)
     return model
 
 

@@ -47,6 +47,16 @@ def is_encoder(info: ModelInfo) -> bool:
     return not is_decoder and (config.model_type in masked or config.model_type not in causal)
 
 
+def require_causal(info: ModelInfo) -> None:
+    """Raise a UserError for a model without predictions: an encoder, or a base model without its head."""
+    if is_encoder(info):
+        raise UserError(
+            f"model {info.name} is not a causal language model with an unembedding, so it has no predictions "
+            "and no logits; leave the model out (eval without --model measures the reconstruction of a "
+            "cache, index takes --model none)"
+        )
+
+
 def check_encoder_site(info: ModelInfo, site: str) -> None:
     """Raise a UserError, with the nearest paths, when the encoder has no module ``site``."""
     paths = [path for path, _ in _skeleton(str(info.folder)).named_modules()]

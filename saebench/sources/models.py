@@ -21,6 +21,7 @@ from saebench.core.errors import UserError
 from saebench.core.heads import head_of
 from saebench.sources.bridge import BridgePath, load_bridge, share_with_bridge
 from saebench.sources.dispatch import Dispatcher, PathName
+from saebench.sources.encoder import require_causal
 from saebench.sources.gradients import contexts_at_once, gradients_of, summed_cross_entropy
 from saebench.sources.hook_names import is_residual, layer_of
 from saebench.sources.model_info import ModelInfo, fetch_weights, peek_model
@@ -350,6 +351,7 @@ def load_model(
             memory.
     """
     info = peek_model(name, revision=revision)
+    require_causal(info)
     tokens = open_tokenizer(info)
     folder, place, type_ = str(fetch_weights(info)), torch.device(device), _DTYPES[dtype]
     native = NativePath(name, info.family, lambda: load_causal_model(folder, name, place, type_))

@@ -109,6 +109,12 @@ def read_documents(
     """
     from saebench.assets import resolve_text
 
+    nulls: list[None] = []
+
+    def count_null() -> None:
+        nulls.append(None)
+        on_null()
+
     source = resolve_text(name)
     _require_data_set(source, name, config)
     documents: Iterable[Document]
@@ -132,8 +138,8 @@ def read_documents(
     elif local is not None and is_plain:
         documents = _cut_at_blank_lines(local)
     else:
-        documents = _documents(_rows(source, name, split, config), name, column, on_null)
-    return _non_empty(documents, name)
+        documents = _documents(_rows(source, name, split, config), name, column, count_null)
+    return _non_empty(documents, name, nulls)
 
 
 def text_fingerprint(
@@ -310,11 +316,16 @@ def _whole_file(path: Path, label: str) -> Document:
         return Document(file.read(), label)
 
 
-def _non_empty(documents: Iterable[Document], name: str) -> Iterator[Document]:
+def _non_empty(documents: Iterable[Document], name: str, nulls: Sequence[None]) -> Iterator[Document]:
     found = False
     for document in documents:
         if not document.is_empty:
             found = True
             yield document
     if not found:
+        if nulls:
+            raise UserError(
+                f"--text {name} has no document with text in it: {len(nulls):,} of its rows are null in that "
+                "column; pass another --column"
+            )
         raise UserError(f"--text {name} has no document with text in it; give a text that is not empty")

@@ -353,8 +353,11 @@ def test_damaged_manifest_of_format_2_raises_user_error(
         sb.open_cache(cache.path)
 
 
-def test_a_modality_that_is_not_installed_is_read_like_units(tmp_path: Path) -> None:
+def test_a_modality_that_is_not_installed_is_read_like_units(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = sb.ModuleSource(nn.ReLU(), [""], [torch.randn(4, 6)], modality="spectrum")
+    assert "modality 'spectrum' is not installed" in capsys.readouterr().err
     cache = harvest(source, tmp_path / "cache")
     moved = sb.open_cache(shutil.copytree(cache.path, tmp_path / "moved"))
     assert moved.modality.name == "spectrum" and moved.unit.tolist() == [0, 1, 2, 3]
