@@ -192,6 +192,11 @@ def read_columns(
         values[name], dtype = _plain_column(name, value)
         per_unit = len(values[name]) == n_units if known is None else known[name].per_unit
         wanted = n_units if per_unit else n_rows
+        if len(values[name]) != wanted and per_unit and len(values[name]) == n_rows:
+            raise UserError(
+                f"the column {name} has one value per row here, but in the first batch, of one position per "
+                "unit, it was read as one per unit; begin with a batch of several positions"
+            )
         if len(values[name]) != wanted:
             raise UserError(
                 f"the column {name} has {len(values[name])} values for a batch of {n_units} units and "

@@ -353,6 +353,15 @@ def test_damaged_manifest_of_format_2_raises_user_error(
         sb.open_cache(cache.path)
 
 
+def test_a_column_that_was_taken_for_one_per_unit_is_named_with_the_way_out(tmp_path: Path) -> None:
+    batches = [torch.randn(3, 1, 4), torch.randn(3, 5, 4)]
+    source = sb.ModuleSource(
+        nn.ReLU(), [""], batches, columns=lambda batch: {"a": torch.arange(batch.shape[0] * batch.shape[1])}
+    )
+    with pytest.raises(UserError, match="begin with a batch of several positions"):
+        harvest(source, tmp_path / "cache")
+
+
 def test_a_modality_that_is_not_installed_is_read_like_units(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -185,7 +185,13 @@ def _health(here: Here) -> None:
 
 
 def _missing(here: Here, info: dict[str, Any]) -> None:
-    """What the store does not have for the SAE that is shown, and the commands that add it."""
+    """What its evaluation warns of, what the store does not have for the SAE that is shown, and the commands
+    that add it."""
+    warnings = (info.get("eval") or {}).get("warnings") or []
+    if warnings:
+        st.subheader(f"Warnings for {here.store.sae}")
+        found = [[Cell(str(sentence), kind="sentence")] for sentence in warnings]
+        table([Heading("warning", align="left")], found, name="Warnings", key="warnings")
     rows = [
         [Cell(what, kind="sentence"), Cell(why, kind="sentence"), Cell(how, kind="sentence")]
         for what, why, how in absent(here, info)
