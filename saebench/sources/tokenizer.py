@@ -30,6 +30,10 @@ class ModelTokenizer:
     def __init__(self, info: ModelInfo) -> None:
         from transformers import AutoTokenizer
 
+        self._info = info
+        self._has_tokens_beyond = False
+        """Tokens that were added without a row of the embedding (<image_soft_token>, [PAD]): a text has them
+        only if it spells one out."""
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
                 info.folder, local_files_only=True, trust_remote_code=False
@@ -56,10 +60,7 @@ class ModelTokenizer:
                 f"the tokenizer of model {info.name} has token {largest}, but the model's vocabulary ends at "
                 f"{info.vocab_size - 1}; download tokenizer and config of one revision of it"
             )
-        self._info = info
         self._has_tokens_beyond = bool(beyond)
-        """Tokens that were added without a row of the embedding (<image_soft_token>, [PAD]): a text has them
-        only if it spells one out."""
         self.bos = self.tokenizer.bos_token_id
         if self.bos is None:
             self.bos = self.tokenizer.cls_token_id  # the first token of an encoder's input
