@@ -57,10 +57,11 @@ def served(store: Path, **settings: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def browser() -> Iterator[Browser]:
+def browser(*more: str) -> Iterator[Browser]:
+    """Chromium, with ``more`` flags."""
     from playwright.sync_api import sync_playwright
 
-    flags = [*FLAGS, "--no-sandbox"] if os.geteuid() == 0 else list(FLAGS)
+    flags = [*FLAGS, *more, *(["--no-sandbox"] if os.geteuid() == 0 else [])]
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
         try:
