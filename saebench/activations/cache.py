@@ -44,10 +44,9 @@ from saebench.activations.manifest import (
     column_folder,
     read_cache_manifest,
 )
-from saebench.activations.mapping import map_column
 from saebench.activations.shards import TORCH_DTYPES, check_shard, shard_path
+from saebench.activations.verifying import VerifiedColumn, check_sha256
 from saebench.core.errors import UserError
-from saebench.core.files import sha256_file
 from saebench.core.reading import read_json, require_file
 from saebench.core.refusals import system_refusals
 from saebench.sources.base import ColumnType, Site
@@ -58,13 +57,15 @@ class ActivationCache:
     """A finished cache, opened for reading. Made by `open_cache`.
 
     Tensors are memory-mapped on first use: they need no memory of their own, and writing to one does not
-    change a file. They stay valid as long as they are referenced.
+    change a file. They stay valid as long as they are referenced. Rows are compared with their checksums,
+    once per process, before they are given: `activations`, `gradients` and the other columns verify all rows
+    of a column, `verified` only those that are read.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._manifest = read_cache_manifest(self.path)
-        self._tensors: dict[str, Tensor] = {}
+        self._columns: dict[str, VerifiedColumn] = {}
         self._diagnosis: dict[str, Any] | None = None
         self._check_files()
 
@@ -151,16 +152,27 @@ class ActivationCache:
         """Width of a row of ``hook``, the first hook by default."""
         return self._type(hook).row_shape[0]
 
-    def activations(self, hook: str | None = None, *, native: bool = False) -> Tensor:
-        """All rows of ``hook`` (the first hook by default), [n, d_in], mapped from disk.
-
-        With ``native`` a row has the axes of the site, such as [n, head, d_head].
+    def verified(self, hook: str | None = None) -> VerifiedColumn:
+        """The rows of ``hook`` for reading some of them: ``cache.verified(hook)[rows]`` verifies only these.
 
         Raises:
-            UserError: the cache has no such hook; the sentence gives the nearest name.
+            UserError: the cache has no such hook. Reading raises one for rows that are damaged on disk.
+        """
+        return self._verified_column(HOOK_PREFIX + self.resolve_hook(hook))
+
+    def activations(self, hook: str | None = None, *, native: bool = False, verify: bool = True) -> Tensor:
+        """All rows of ``hook`` (the first hook by default), [n, d_in], mapped from disk.
+
+        With ``native`` a row has the axes of the site, such as [n, head, d_head]. The first call in a process
+        reads the whole column to verify it; ``verify=False`` leaves that out, and `verified` verifies the
+        rows that are used.
+
+        Raises:
+            UserError: the cache has no such hook (the sentence gives the nearest name), or a damaged shard.
         """
         hook = self.resolve_hook(hook)
-        rows_ND = self._column(HOOK_PREFIX + hook)
+        column = self.verified(hook)
+        rows_ND = column.all() if verify else column.tensor
         return rows_ND.view(-1, *self._manifest.sites[hook].shape) if native else rows_ND
 
     def has_gradients(self, hook: str | None = None) -> bool:
@@ -168,6 +180,10 @@ class ActivationCache:
         return GRADIENT_PREFIX + self.resolve_hook(hook) in self._manifest.columns
 
     def gradients(self, hook: str | None = None) -> Tensor:
+        """All gradients, verified; see `verified_gradients`."""
+        return self.verified_gradients(hook).all()
+
+    def verified_gradients(self, hook: str | None = None) -> VerifiedColumn:
         """The gradient of the model's loss at each row of ``hook``, [n, d_in], mapped from disk.
 
         In nats per unit of activation: the derivative of the summed next-token cross entropy of the whole
@@ -183,7 +199,7 @@ class ActivationCache:
             raise UserError(
                 f"the cache {self.path} has no gradients at {hook}; make a cache with gradients by {way_out}"
             )
-        return self._column(GRADIENT_PREFIX + hook)
+        return self._verified_column(GRADIENT_PREFIX + hook)
 
     def resolve_hook(self, hook: str | None) -> str:
         """``hook`` if the cache has it, the first hook for None."""
@@ -297,7 +313,7 @@ class ActivationCache:
         self._check_files()
         for name, column in self._manifest.columns.items():
             for i, shard in enumerate(column.shards):
-                _check_sha256(shard_path(self.path / column_folder(name), i), shard.sha256)
+                check_sha256(shard_path(self.path / column_folder(name), i), shard.sha256)
         for name in self._manifest.files:
             self._verified(name)
 
@@ -321,7 +337,7 @@ class ActivationCache:
     def _verified(self, name: str) -> Path:
         """The path of a file that is not a column, after a check of its checksum; these files are small."""
         path = self.path / name
-        _check_sha256(path, self._manifest.files[name][1])
+        check_sha256(path, self._manifest.files[name][1])
         return path
 
     def _type(self, hook: str | None) -> ColumnType:
@@ -331,17 +347,20 @@ class ActivationCache:
         return self._column(name) if name in self._manifest.columns else None
 
     def _column(self, name: str) -> Tensor:
-        if name not in self._tensors:
-            self._tensors[name] = map_column(self.path, name, self._manifest.columns[name])
-        return self._tensors[name]
+        return self._verified_column(name).all()
+
+    def _verified_column(self, name: str) -> VerifiedColumn:
+        if name not in self._columns:
+            self._columns[name] = VerifiedColumn(self.path, name, self._manifest.columns[name])
+        return self._columns[name]
 
 
 @system_refusals()
 def open_cache(path: str | Path) -> ActivationCache:
     """Open the activation cache in directory ``path``.
 
-    Reads the manifest and checks that every file exists with the right size and header;
-    `ActivationCache.verify` also checks the checksums.
+    Reads the manifest and checks that every file exists with the right size and header. Checksums are
+    compared when rows are first read; `ActivationCache.verify` compares all of them.
 
     >>> cache = sb.open_cache(cache)
     >>> len(cache.tokens) == len(cache.activations())
@@ -370,12 +389,3 @@ def read_vocab(path: Path) -> list[bytes]:
     tensors = load_file(path)
     text, offsets = tensors["bytes"].numpy().tobytes(), tensors["offsets"].tolist()
     return [text[start:end] for start, end in itertools.pairwise(offsets)]
-
-
-def _check_sha256(path: Path, expected: str) -> None:
-    seen = sha256_file(path)
-    if seen != expected:
-        raise UserError(
-            f"{path} is damaged: its SHA-256 is {seen[:12]}... but the manifest says {expected[:12]}...; "
-            "restore it or make the cache again"
-        )

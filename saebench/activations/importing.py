@@ -138,7 +138,8 @@ def import_activations(config: ImportConfig) -> ActivationCache:
     n_bytes = first.n_rows * (sum(row_bytes(t.dtype, t.row_shape) for t in types.values()) + 9)
     require_disk(config.out, n_bytes + 4 * DATA_START, what="the activation cache")
     with directory_lock(config.out, what="the activation cache"):
-        inspect_target(config.out, identity)
+        if inspect_target(config.out, identity) == "complete":  # by another process, in the meantime
+            return open_cache(config.out)
         with CacheWriter(
             config.out,
             kind="import",

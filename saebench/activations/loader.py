@@ -2,7 +2,8 @@
 
 Rows are gathered directly from the memory-mapped files, so the activations stay in the page cache, which the
 operating system can reclaim. The order in shuffle.py reads one window of the cache at a time, and a thread
-reads the next window into the page cache while the current one is used.
+reads the next window into the page cache and verifies its checksums while the current one is used. A row of
+a block that is not verified is in no batch.
 
 Shapes: N = batch_size rows, D = d_in.
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 from saebench.activations.cache import ActivationCache
 from saebench.activations.mapping import populate
 from saebench.activations.shuffle import RowOrder, Span
+from saebench.activations.verifying import VerifiedColumn
 from saebench.core.errors import UserError
 from saebench.core.files import human_bytes
 from saebench.core.prefetch import prefetch
@@ -83,14 +85,14 @@ class Loader:
         self.batch_size = batch_size
         self.device = torch.device(device)
         self._prefetch = prefetch
-        self._read = [cache.activations(name) for name in sites]
-        self._gradients = [cache.gradients(name) for name in targets or sites] if gradients else []
-        self._targets = [cache.activations(name) for name in targets]
+        self._read = [cache.verified(name) for name in sites]
+        self._gradients = [cache.verified_gradients(name) for name in targets or sites] if gradients else []
+        self._targets = [cache.verified(name) for name in targets]
         self._columns = [*self._read, *self._gradients, *self._targets]
         self._order = RowOrder(
             cache.held_out.numpy(),
             seed=seed,
-            row_bytes=sum(column_ND[0].nbytes for column_ND in self._read),
+            row_bytes=sum(column.row_bytes for column in self._read),
             block_rows=block_rows,
             window_blocks=window_blocks,
         )
@@ -100,7 +102,7 @@ class Loader:
                 "harvest more documents"
             )
         batches = prefetch + 3 + _BATCHES_HELD_BACK
-        row_bytes = sum(column_ND[0].nbytes for column_ND in self._columns)
+        row_bytes = sum(column.row_bytes for column in self._columns)
         needed = self._order.memory_bytes + batches * batch_size * row_bytes
         if needed > memory_bytes:
             raise UserError(
@@ -165,28 +167,34 @@ class Loader:
         """A batch in host memory, pinned when ``device`` is a GPU."""
         pinned = self.device.type == "cuda"
 
-        def gather(columns: Sequence[Tensor]) -> Tensor | None:
+        def gather(columns: Sequence[VerifiedColumn]) -> Tensor | None:
             return side_by_side(columns, rows_N, pinned=pinned) if columns else None
 
         activations_ND = side_by_side(self._read, rows_N, pinned=pinned)
         return Rows(activations_ND, gather(self._gradients), gather(self._targets))
 
 
-def side_by_side(columns: Sequence[Tensor], rows_N: Tensor, *, pinned: bool = False) -> Tensor:
-    """[N, sum of widths] the rows ``rows_N`` of each column, in the type of the first, next to each other."""
-    widths = [column_ND.shape[1] for column_ND in columns]
+def side_by_side(columns: Sequence[VerifiedColumn], rows_N: Tensor, *, pinned: bool = False) -> Tensor:
+    """[N, sum of widths] the rows ``rows_N`` of each column, in the type of the first, next to each other.
+
+    Raises:
+        UserError: a row is in a block that does not match its checksum.
+    """
+    for column in columns:
+        column.require(rows_N)
+    widths = [column.width for column in columns]
     batch_ND = torch.empty(len(rows_N), sum(widths), dtype=columns[0].dtype, pin_memory=pinned)
     if len(columns) == 1:
-        return torch.index_select(columns[0], 0, rows_N, out=batch_ND)
-    for column_ND, part_ND in zip(columns, torch.split(batch_ND, widths, dim=1), strict=True):
-        part_ND.copy_(torch.index_select(column_ND, 0, rows_N))
+        return torch.index_select(columns[0].tensor, 0, rows_N, out=batch_ND)
+    for column, part_ND in zip(columns, torch.split(batch_ND, widths, dim=1), strict=True):
+        part_ND.copy_(torch.index_select(column.tensor, 0, rows_N))
     return batch_ND
 
 
 class _Readahead:
-    """Reads windows of the order into the page cache, one window ahead of their use."""
+    """Reads windows of the order into the page cache and verifies them, one window ahead of their use."""
 
-    def __init__(self, order: RowOrder, columns: Sequence[Tensor]) -> None:
+    def __init__(self, order: RowOrder, columns: Sequence[VerifiedColumn]) -> None:
         self._order, self._columns = order, columns
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="readahead")
         self._ready: dict[int, Future[None]] = {}
@@ -215,7 +223,8 @@ class _Readahead:
         ranges = self._order.prepare(span)
         if self._order.n_windows == 1 and self._populated:
             return
-        for column_ND in self._columns:
+        for column in self._columns:
+            column.require_ranges(ranges)
             for first, end in ranges:
-                populate(column_ND[first:end])
+                populate(column.tensor[first:end])
         self._populated = True

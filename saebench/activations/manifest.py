@@ -14,6 +14,8 @@ the names that the user gave, so that equal harvests make equal bytes:
     hooks            names of the sites, in the order in which they were given
     columns          name -> dtype, row_shape, shards [{rows, sha256}]
     files            other files, name -> bytes, sha256
+    block_checksums  algorithm ("crc32"), bytes of a block, columns: name -> a string for each shard. The hash
+                     of a cache leaves it out; caches of saebench 0.1 lack it
     diagnosis        norms, variance and documents; see diagnosis.py. The hash of a cache leaves it out
     made_from        settings, model and text that it was made from; see the sources
 """
@@ -22,14 +24,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from saebench.activations.diagnosis import NORMS
-from saebench.activations.shards import TORCH_DTYPES
+from saebench.activations.shards import BLOCK_BYTES, TORCH_DTYPES, row_bytes
 from saebench.core.errors import UserError
 from saebench.core.files import sha256_json
 from saebench.core.heads import head_of
@@ -43,6 +45,8 @@ MANIFEST_NAME = "manifest.json"
 _WAY_OUT = "restore it or make the cache again"
 FORMAT = "saebench activation cache"
 FORMAT_VERSION = 2
+_FOLLOWS = ("diagnosis", "block_checksums")
+"""Keys whose values follow from the files of the cache."""
 
 HOOK_PREFIX = "hook/"
 GRADIENT_PREFIX = "gradient/"
@@ -113,6 +117,12 @@ class _Diagnosis(Shape):
     held_out_documents: Number = 0
 
 
+class _BlockChecksums(Shape):
+    algorithm: Text
+    bytes: Positive
+    columns: dict[str, list[Annotated[str, Field(pattern="^([0-9a-f]{8})*$")]]]
+
+
 class _MaxNorm(Shape):
     limit: dict[str, Number]
 
@@ -130,6 +140,7 @@ class _Manifest(Shape):
     made_from: _MadeFrom
     modality: Name = ""
     sites: dict[str, _Site] = Field(default_factory=dict)
+    block_checksums: _BlockChecksums | None = None
     diagnosis: _Diagnosis | None = None
     left_out: dict[str, Count] = Field(default_factory=dict)
     max_norm: _MaxNorm | None = None
@@ -137,8 +148,11 @@ class _Manifest(Shape):
 
 @dataclass(frozen=True)
 class Shard:
+    """``blocks`` are the checksums of its blocks, see `Sums`; None in a cache that has none."""
+
     rows: int
     sha256: str
+    blocks: str | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +168,7 @@ class CacheColumn:
         return {
             "dtype": self.type.dtype,
             "row_shape": list(self.type.row_shape),
-            "shards": [asdict(shard) for shard in self.shards],
+            "shards": [{"rows": shard.rows, "sha256": shard.sha256} for shard in self.shards],
         }
 
 
@@ -176,10 +190,11 @@ class CacheManifest:
     def hash(self) -> str:
         """SHA-256 of the manifest's content, which holds the checksum of every file.
 
-        The diagnosis follows from the files and is left out, so that its numbers may change. So is the
-        ``identity`` of a model beside its ``hash``, so that a cache has the hash that version 0.1 gives it.
+        The diagnosis and the checksums of blocks follow from the files and are left out, so that caches of
+        equal files have equal hashes whichever version wrote them. So is the ``identity`` of a model beside its
+        ``hash``: a cache has the hash that version 0.1 gives it.
         """
-        content = {name: value for name, value in self.raw.items() if name != "diagnosis"}
+        content = {name: value for name, value in self.raw.items() if name not in _FOLLOWS}
         made_from = dict(content["made_from"])
         if isinstance(made_from.get("model"), dict):
             made_from["model"] = _without_identity(made_from["model"])
@@ -190,6 +205,12 @@ class CacheManifest:
 
 def _without_identity(model: Any) -> Any:
     return {k: v for k, v in model.items() if k != IDENTITY} if isinstance(model, dict) else model
+
+
+def block_checksums(columns: Mapping[str, CacheColumn]) -> dict[str, Any]:
+    """The value of ``block_checksums`` in a manifest."""
+    sums = {name: [shard.blocks for shard in column.shards] for name, column in columns.items()}
+    return {"algorithm": "crc32", "bytes": BLOCK_BYTES, "columns": sums}
 
 
 def read_cache_manifest(cache: Path) -> CacheManifest:
@@ -230,10 +251,25 @@ def read_cache_manifest(cache: Path) -> CacheManifest:
     return manifest
 
 
+def _blocks(raw: dict[str, Any]) -> Mapping[str, list[str | None]]:
+    """The checksums of blocks by column and shard; empty without any that this version can compute."""
+    blocks = raw.get("block_checksums") or {}
+    known = blocks.get("algorithm") == "crc32" and blocks.get("bytes") == BLOCK_BYTES
+    columns: Mapping[str, list[str | None]] = blocks["columns"] if known else {}
+    return columns
+
+
 def _parse(raw: dict[str, Any]) -> CacheManifest:
     columns = {}
+    blocks = _blocks(raw)
     for name, value in raw["columns"].items():
-        shards = tuple(Shard(shard["rows"], shard["sha256"]) for shard in value["shards"])
+        listed = value["shards"]
+        sums = blocks.get(name, [None] * len(listed))
+        if len(sums) != len(listed):
+            raise ValueError(f"column {name} has checksums of the blocks of {len(sums)} shards")
+        shards = tuple(
+            Shard(shard["rows"], shard["sha256"], own) for shard, own in zip(listed, sums, strict=True)
+        )
         columns[name] = CacheColumn(ColumnType(value["dtype"], tuple(value["row_shape"])), shards)
     return CacheManifest(
         raw=raw,
@@ -334,6 +370,10 @@ def _contradiction(manifest: CacheManifest) -> str | None:
         if column.type.dtype not in TORCH_DTYPES:
             return f"column {name} has type {column.type.dtype!r}"
         rows = manifest.n_contexts if is_unit_column(name, of) else manifest.n_rows
+        n_bytes = row_bytes(column.type.dtype, column.type.row_shape)
+        for shard in column.shards:
+            if shard.blocks is not None and len(shard.blocks) != 8 * -(-shard.rows * n_bytes // BLOCK_BYTES):
+                return f"column {name} has another number of blocks than of their checksums"
         if column.n_rows != rows:
             return f"column {name} has {column.n_rows} rows instead of {rows}"
         if any(shard.rows != manifest.shard_rows for shard in column.shards[:-1]):

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +23,17 @@ from saebench.core.reading import open_file
 
 DATA_START = 65_536
 TENSOR_NAME = "data"
+BLOCK_BYTES = 131_072
+"""Data of a shard that has one CRC-32, from the first byte after the header; the last block is shorter."""
+
+
+class Sums(NamedTuple):
+    """Checksums of a shard: SHA-256 of the file, and the CRC-32 of each block of its data, 8 hexadecimal
+    digits each, one after the other."""
+
+    sha256: str
+    blocks: str
+
 
 TORCH_DTYPES = {
     "bf16": torch.bfloat16,
@@ -52,21 +65,27 @@ def shard_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return (DATA_START - 8).to_bytes(8, "little") + text.ljust(DATA_START - 8)
 
 
-def write_shard(path: Path, rows: Tensor, dtype: str) -> str:
-    """Write ``rows`` [n, ...] as one shard, atomically; returns the SHA-256 of the file.
+def sums_of(header: bytes, data: memoryview) -> Sums:
+    """The checksums of a shard with this header and this data."""
+    digest = hashlib.sha256(header)
+    digest.update(data)
+    blocks = (data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES))
+    return Sums(digest.hexdigest(), "".join(f"{zlib.crc32(block):08x}" for block in blocks))
+
+
+def write_shard(path: Path, rows: Tensor, dtype: str) -> Sums:
+    """Write ``rows`` [n, ...] as one shard, atomically; returns its checksums.
 
     Raises:
         UserError: the disk is full or not writable.
     """
     assert rows.dtype == TORCH_DTYPES[dtype], rows.dtype
     header = shard_header(dtype, tuple(rows.shape))
-    data = rows.contiguous().view(torch.uint8).numpy().data
-    digest = hashlib.sha256(header)
-    digest.update(data)
+    data = rows.contiguous().reshape(-1).view(torch.uint8).numpy().data
     with atomic_file(path) as file:
         file.write(header)
         file.write(data)
-    return digest.hexdigest()
+    return sums_of(header, data)
 
 
 def check_shard(path: Path, dtype: str, shape: tuple[int, ...]) -> None:

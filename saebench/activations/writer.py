@@ -8,6 +8,7 @@ may `skip` those below `keeps`. manifest.json is written last.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -27,17 +28,26 @@ from saebench.activations.manifest import (
     MANIFEST_NAME,
     CacheColumn,
     Shard,
+    block_checksums,
     column_folder,
     head_of_manifest,
     is_unit_column,
     read_cache_manifest,
 )
 from saebench.activations.mapping import map_column
-from saebench.activations.shards import TORCH_DTYPES, check_shard, shard_path, write_shard
+from saebench.activations.shards import (
+    DATA_START,
+    TORCH_DTYPES,
+    check_shard,
+    shard_path,
+    sums_of,
+    write_shard,
+)
 from saebench.core.errors import UserError
 from saebench.core.files import (
     TEMPORARY_SUFFIX,
     finite,
+    make_directory,
     require_writable,
     sentence_for_os_errors,
     write_bytes_atomic,
@@ -86,7 +96,7 @@ State = Literal["empty", "unfinished", "complete"]
 
 def inspect_target(path: Path, identity: Mapping[str, Any]) -> State:
     """Whether directory ``path`` holds nothing, an unfinished or the complete cache described by
-    ``identity``.
+    ``identity``; a complete one is freed of the journal that a killed writer may have left.
 
     Raises:
         UserError: the directory holds a different cache, or other files.
@@ -95,6 +105,7 @@ def inspect_target(path: Path, identity: Mapping[str, Any]) -> State:
         raise UserError(f"{path} is a file; choose another --out")
     if (path / MANIFEST_NAME).exists():
         _require_same(path, read_cache_manifest(path).raw["made_from"], identity, unfinished=False)
+        _clean_up(path)
         return "complete"
     if (path / JOURNAL_NAME).exists():
         _require_same(path, _read_journal(path)[0], identity)
@@ -104,6 +115,12 @@ def inspect_target(path: Path, identity: Mapping[str, Any]) -> State:
     if unexpected:
         raise UserError(f"{path} is not a cache but holds {unexpected[0]!r}; choose another --out")
     return "empty"
+
+
+def _clean_up(path: Path) -> None:
+    """Delete the journal of a complete cache, where the disk can be written."""
+    with contextlib.suppress(OSError):
+        (path / JOURNAL_NAME).unlink(missing_ok=True)
 
 
 class CacheWriter:
@@ -137,16 +154,16 @@ class CacheWriter:
         """True for unfinished work whose journal has no norms."""
         self.facts: dict[str, Any] = {}
         """What was found out before the first row, by its key in the manifest; see `note`."""
+        self._types, self._shard_rows = columns, shard_rows
         groups: dict[str, list[str]] = {"rows": [], "contexts": []}
         for name in columns:
             groups["contexts" if is_unit_column(name, of) else "rows"].append(name)
-        done = self._take_over(columns, groups, shard_rows)
+        done = self._take_over(columns, groups)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer")
         self.rows, self.contexts = (
             ColumnGroup(self, group, {name: columns[name] for name in names}, shard_rows, done[group])
             for group, names in groups.items()
         )
-        self._types, self._shard_rows = columns, shard_rows
         self._flushing: Future[None] | None = None
 
     def __enter__(self) -> CacheWriter:
@@ -191,13 +208,14 @@ class CacheWriter:
                 name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
                 for name, data in files.items()
             },
+            "block_checksums": block_checksums(columns),
             "diagnosis": self._diagnose(columns),
             "made_from": self._identity,
             **({"left_out": dict(left_out)} if left_out else {}),
             **self.facts,
         }
         write_json_atomic(self.path / MANIFEST_NAME, manifest)
-        (self.path / JOURNAL_NAME).unlink()
+        _clean_up(self.path)
 
     def _diagnose(self, columns: Mapping[str, CacheColumn]) -> dict[str, Any]:
         def read(name: str) -> Tensor:
@@ -226,16 +244,17 @@ class CacheWriter:
         for name, tensor in rows.items():
             folder = self.path / column_folder(name)
             with sentence_for_os_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
+                make_directory(folder)
             sums[name] = write_shard(shard_path(folder, index), tensor, types[name].dtype)
             if name.startswith(HOOK_PREFIX):
                 norms[name] = largest_norm(tensor)
         owner = self.rows if group == "rows" else self.contexts
         n_rows = len(next(iter(rows.values())))
-        owner.shards.append({name: Shard(n_rows, sha256) for name, sha256 in sums.items()})
+        owner.shards.append({name: Shard(n_rows, *own) for name, own in sums.items()})
         if n_rows == self._shard_rows:
+            sha256 = {name: own.sha256 for name, own in sums.items()}
             known = {"norms": finite(norms)} if norms else {}
-            self._journal.append({"group": group, "sha256": sums, **known})
+            self._journal.append({"group": group, "sha256": sha256, **known})
         self._note_norms(norms)
 
     def _note_norms(self, norms: Mapping[str, float | None]) -> None:
@@ -244,7 +263,7 @@ class CacheWriter:
             self._norms[name] = max(norm, self._norms.get(name, 0.0))
 
     def _take_over(
-        self, columns: Types, groups: Mapping[str, list[str]], shard_rows: int
+        self, columns: Types, groups: Mapping[str, list[str]]
     ) -> dict[str, list[dict[str, Shard]]]:
         """Clear away what a killed writer left half done; return the shards that it finished."""
         for leftover in self.path.rglob(f".*{TEMPORARY_SUFFIX}"):
@@ -265,20 +284,36 @@ class CacheWriter:
             group, sums = note["group"], note["sha256"]
             if sums.keys() != {*groups[group]}:
                 break
-            try:
-                for name in sums:
-                    shape = (shard_rows, *columns[name].row_shape)
-                    path = shard_path(self.path / column_folder(name), len(done[group]))
-                    check_shard(path, columns[name].dtype, shape)
-            except UserError:
+            shards = None if group in broken else self._intact(sums, columns, len(done[group]))
+            if shards is None:
                 broken.add(group)
-            if group not in broken:
-                done[group].append({name: Shard(shard_rows, sha256) for name, sha256 in sums.items()})
+            else:
+                done[group].append(shards)
                 self._from_older_version |= group == "rows" and "norms" not in note
                 self._note_norms(note.get("norms", {}))
                 kept.append(note)
         self._journal = Journal(self.path / JOURNAL_NAME, [{"identity": self._identity}, *kept])
         return done
+
+    def _intact(self, sums: Mapping[str, str], columns: Types, index: int) -> dict[str, Shard] | None:
+        """The shards number ``index`` of a group, if all of them have the checksums that the journal says."""
+        shards = {}
+        for name, sha256 in sums.items():
+            kind = columns[name]
+            path, shape = (
+                shard_path(self.path / column_folder(name), index),
+                (self._shard_rows, *kind.row_shape),
+            )
+            try:
+                check_shard(path, kind.dtype, shape)
+            except UserError:
+                return None
+            data = memoryview(path.read_bytes())
+            found = sums_of(bytes(data[:DATA_START]), data[DATA_START:])
+            if found.sha256 != sha256:
+                return None
+            shards[name] = Shard(self._shard_rows, *found)
+        return shards
 
 
 class ColumnGroup:

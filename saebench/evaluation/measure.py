@@ -105,7 +105,9 @@ def _on_cache(config: EvalConfig, mode: InferenceMode, run: Run, device: torch.d
         )
     for site in (*splice.sites, *splice.targets):
         require_width(cache.d_in(site.name), site, cache.path)
-    gradients = [cache.gradients(site.name) for site in splice.targets] if mode.needs_gradients else None
+    gradients = (
+        [cache.verified_gradients(site.name) for site in splice.targets] if mode.needs_gradients else None
+    )
     row_N = choose_rows(cache, rows=config.rows, tokens=config.tokens)
     contexts = cache_contexts(cache, row_N) if config.model is not None else None
     model, beside = None, []

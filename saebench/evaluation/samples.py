@@ -62,9 +62,9 @@ def first_rows(held_out_N: Tensor, wanted: bool, *, limit: int, piece: int = SCA
 
 def row_batches(cache: ActivationCache, hook: str, row_N: Tensor, *, size: int) -> Iterator[Tensor]:
     """The activations [n, d_in] of the rows ``row_N``, ``size`` at a time, in order."""
-    activations_ND = cache.activations(hook)
+    activations = cache.verified(hook)
     for part in torch.split(row_N, size):
-        yield activations_ND[part]
+        yield activations[part]
 
 
 def cache_contexts(cache: ActivationCache, row_N: Tensor) -> Contexts:

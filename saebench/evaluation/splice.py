@@ -80,7 +80,7 @@ class Splice:
         """x [N, D] of some rows of a cache, and y [N, E] if it is not x."""
 
         def of(sites: Sequence[SiteWidth]) -> Tensor:
-            return side_by_side([cache.activations(site.name) for site in sites], row_N)
+            return side_by_side([cache.verified(site.name) for site in sites], row_N)
 
         return of(self.sites), None if self.targets == self.sites else of(self.targets)
 

@@ -77,7 +77,7 @@ def cache_rows(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """[N, D] float32: these rows of all sites side by side."""
-    parts = [cache.activations(site.name)[rows] for site in sites]
+    parts = [cache.verified(site.name)[rows] for site in sites]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(device, torch.float32)
 
 
@@ -88,7 +88,7 @@ def site_std(cache: ActivationCache, sites: Sequence[SiteWidth]) -> list[float]:
         UserError: a site does not vary.
     """
     row_N = torch.arange(0, cache.n_rows, max(1, cache.n_rows // STD_ROWS))
-    return [1 / unit_scale(cache.activations(site.name)[row_N], site) for site in sites]
+    return [1 / unit_scale(cache.verified(site.name)[row_N], site) for site in sites]
 
 
 def comparable_rows(sae: SAE, std: Sequence[float] | None) -> tuple[Tensor, Tensor]:

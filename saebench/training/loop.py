@@ -270,7 +270,7 @@ def _unseen_rows(
     if len(row_N) > n_rows:
         row_N = row_N[torch.arange(n_rows) * len(row_N) // n_rows]
     x_ND, target_NE = (
-        side_by_side([cache.activations(site) for site in names], row_N).to(loader.device) if names else None
+        side_by_side([cache.verified(site) for site in names], row_N).to(loader.device) if names else None
         for names in (sites, targets)
     )
     assert x_ND is not None

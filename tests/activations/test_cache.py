@@ -61,7 +61,7 @@ def test_rows_are_memory_mapped_and_files_never_change(cache, array):
     rows.zero_()
     assert torch.equal(sb.open_cache(cache.path).activations(), array)
     cache.verify()
-    cache._tensors.clear()
+    cache._columns.clear()
     gc.collect()
     assert mapped() and rows[-1].sum() == 0
     del rows

@@ -47,6 +47,8 @@ class RowsInMemory(SimpleNamespace):
     def activations(self, hook: str) -> torch.Tensor:
         return self.rows
 
+    verified = activations
+
     def d_in(self, hook: str) -> int:
         return 3
 

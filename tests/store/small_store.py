@@ -76,6 +76,8 @@ class SmallCache:
     def activations(self, hook: str | None = None) -> torch.Tensor:
         return self._x_ND
 
+    verified = activations
+
     @property
     def models(self) -> list[dict[str, str]]:
         return [self.model] if self.model else []
