@@ -203,13 +203,14 @@ def test_second_writer_raises_user_error(settings):
 
 
 KILLER = """
-import json, os, resource, signal, sys
+import json, os, resource, signal, stat, sys
 import datasets, torch, transformer_lens, transformers.models.gpt2.modeling_gpt2  # once, not per child
 import saebench as sb
 from saebench.activations import harvest
 from saebench.core import files
 from saebench.core.errors import UserError
 torch.set_num_threads(1)
+sb.activations.settings._check_shard_rows = lambda _: None
 
 def attempt(settings, disturb=None):
     pid = os.fork()
@@ -248,7 +249,7 @@ def full_disk(n):
     def disturb():
         real, count = os.fsync, [0]
         def fsync(descriptor):
-            count[0] += 1
+            count[0] += not stat.S_ISDIR(os.fstat(descriptor).st_mode)
             if count[0] >= n:
                 raise OSError(28, "No space left on device")
             real(descriptor)
@@ -258,12 +259,12 @@ def full_disk(n):
 settings = json.loads(sys.argv[1])
 assert attempt({**settings, "out": settings["out"] + "/whole"}) == 0
 killed = {**settings, "out": settings["out"] + "/killed"}
-for n, when in [(1, "after"), (4, "before"), (8, "after"), (11, "after"), (12, "before")]:
+for n, when in [(4, "before"), (8, "after"), (12, "before")]:  # python -m tests.torture has many more
     assert attempt(killed, at_rename(n, when)) == signal.SIGKILL, (n, when)
 assert attempt(killed) == 0
 full = {**settings, "out": settings["out"] + "/full"}
-assert attempt(full, file_limit(1_000_000)) >> 8 == 2
-assert attempt(full, full_disk(20)) >> 8 == 2
+assert attempt(full, file_limit(300_000)) >> 8 == 2
+assert attempt(full, full_disk(11)) >> 8 == 2
 journal = open(full["out"] + "/journal.json").read()
 assert journal.count("group") == 1, journal
 assert attempt(full) == 0
@@ -285,11 +286,11 @@ def test_resume_after_kill_or_full_disk_gives_identical_bytes(tiny_model_folder,
         "model": str(tiny_model_folder),
         "text": "sotu",
         "hook": [HOOK],
-        "tokens": 70_000,
+        "tokens": 17_500,
         "ctx": 64,
-        "batch_size": 256,
+        "batch_size": 64,
         "out": str(tmp_path),
-        "shard_rows": 32_768,
+        "shard_rows": 8192,
         "quiet": True,
     }
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
