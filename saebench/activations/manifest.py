@@ -191,8 +191,8 @@ class CacheManifest:
         """SHA-256 of the manifest's content, which holds the checksum of every file.
 
         The diagnosis and the checksums of blocks follow from the files and are left out, so that caches of
-        equal files have equal hashes whichever version wrote them. So is the ``identity`` of a model beside its
-        ``hash``: a cache has the hash that version 0.1 gives it.
+        equal files have equal hashes whichever version wrote them. So is the ``identity`` of a model beside
+        its ``hash``: a cache has the hash that version 0.1 gives it.
         """
         content = {name: value for name, value in self.raw.items() if name not in _FOLLOWS}
         made_from = dict(content["made_from"])
