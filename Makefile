@@ -4,23 +4,31 @@
 # make test-slow  run the slow tests
 # make check      check the style, the types and the links of the documentation
 # make docs       build the documentation as a site in site/
+# make torture    the reliability campaign, an hour; MINUTES=5 for less
+# make lock       write the lock files in requirements/ anew (--upgrade: make lock UPDATE=--upgrade)
+# make licenses   list the installed packages with their licenses, and as a software bill of materials
 # make peers      install the libraries that saebench is compared with in .venv-peers; run the tests against them
 # make format     format the code
 # Each target first creates .venv, which needs only python3 (3.11 or newer) with venv and pip.
 
 PYTHON ?= python3
-EXTRAS ?= dev
 OUT ?= demo
 VENV = .venv
 INSTALLED = $(VENV)/.installed
 PEERS = .venv-peers
+TOOLS = .venv-tools
+MINUTES ?= 60
+UPDATE ?=
 PEERS_INSTALLED = $(PEERS)/.installed
-CODE = saebench app data kernels tests docs
+CODE = saebench app data kernels tests docs requirements
 DOCS = $(ONE_THREAD) NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+# Every file is checked against the lock file's hashes; pip resolves nothing.
+LOCKED = $(VENV)/bin/python -m pip install --require-hashes --no-deps --no-build-isolation
+LICENSES = MIT;Apache;BSD;ISC;MPL-2.0;Mozilla Public License 2.0;PSF-2.0;Python Software Foundation;NVIDIA;CNRI-Python;zlib;CC0
 # Tests work on small arrays, where several threads are slower than one.
 ONE_THREAD = OMP_NUM_THREADS=1
 
-.PHONY: demo demo-all test test-slow peers check docs format
+.PHONY: demo demo-all test test-slow torture peers check docs format lock licenses
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -35,6 +43,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest -q -m slow
+
+torture: $(INSTALLED)
+	$(ONE_THREAD) $(VENV)/bin/python -m tests.torture --minutes $(MINUTES)
 
 peers: $(INSTALLED) $(PEERS_INSTALLED)
 	$(VENV)/bin/python -m pytest -q -s -m peers
@@ -53,13 +64,31 @@ format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix $(CODE)
 	$(VENV)/bin/ruff format $(CODE)
 
-$(INSTALLED): pyproject.toml constraints.txt Makefile
+lock: $(TOOLS)/.installed
+	$(TOOLS)/bin/python requirements/update.py $(UPDATE)
+
+# Fails on a license outside the list, until somebody has read it.
+licenses: $(INSTALLED) $(TOOLS)/.installed
+	$(TOOLS)/bin/cyclonedx-py environment $(VENV)/bin/python --pyproject pyproject.toml --of JSON -o sbom.json
+	$(TOOLS)/bin/pip-licenses --python=$(VENV)/bin/python --format=markdown --with-urls --output-file licenses.md \
+	  --partial-match --allow-only '$(LICENSES)'
+
+$(INSTALLED): pyproject.toml $(wildcard requirements/*.txt) Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "saebench needs Python 3.11 or newer as $(PYTHON); name another: make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[$(EXTRAS)]'
+	$(LOCKED) -r requirements/build.txt
+	$(LOCKED) -r requirements/lock.txt
+	if $(VENV)/bin/python requirements/cuda_build.py; then $(LOCKED) -r requirements/cuda.txt; fi
+	$(VENV)/bin/python -m pip install --no-deps --no-build-isolation -e .
+	$(VENV)/bin/python -m pip check
+	touch $@
+
+$(TOOLS)/.installed: requirements/tools.txt
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install -r requirements/tools.txt
 	touch $@
 
 $(PEERS_INSTALLED): constraints-peers.txt | $(INSTALLED)
