@@ -14,8 +14,8 @@ the names that the user gave, so that equal harvests make equal bytes:
     hooks            names of the sites, in the order in which they were given
     columns          name -> dtype, row_shape, shards [{rows, sha256}]
     files            other files, name -> bytes, sha256
-    block_checksums  algorithm ("crc32"), bytes of a block, columns: name -> a string for each shard. The hash
-                     of a cache leaves it out; caches of saebench 0.1 lack it
+    block_checksums  algorithm ("xxh3-64"), bytes of a block, columns: name -> a string for each shard. The
+                     hash of a cache leaves it out; caches of saebench 0.1 lack it
     diagnosis        norms, variance and documents; see diagnosis.py. The hash of a cache leaves it out
     made_from        settings, model and text that it was made from; see the sources
 """
@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from saebench.activations.diagnosis import NORMS
-from saebench.activations.shards import BLOCK_BYTES, TORCH_DTYPES, row_bytes
+from saebench.activations.shards import BLOCK_ALGORITHM, BLOCK_BYTES, SUM_DIGITS, TORCH_DTYPES, row_bytes
 from saebench.core.errors import UserError
 from saebench.core.files import sha256_json
 from saebench.core.heads import head_of
@@ -120,7 +120,7 @@ class _Diagnosis(Shape):
 class _BlockChecksums(Shape):
     algorithm: Text
     bytes: Positive
-    columns: dict[str, list[Annotated[str, Field(pattern="^([0-9a-f]{8})*$")]]]
+    columns: dict[str, list[Annotated[str, Field(pattern="^[0-9a-f]*$")]]]
 
 
 class _MaxNorm(Shape):
@@ -210,7 +210,7 @@ def _without_identity(model: Any) -> Any:
 def block_checksums(columns: Mapping[str, CacheColumn]) -> dict[str, Any]:
     """The value of ``block_checksums`` in a manifest."""
     sums = {name: [shard.blocks for shard in column.shards] for name, column in columns.items()}
-    return {"algorithm": "crc32", "bytes": BLOCK_BYTES, "columns": sums}
+    return {"algorithm": BLOCK_ALGORITHM, "bytes": BLOCK_BYTES, "columns": sums}
 
 
 def read_cache_manifest(cache: Path) -> CacheManifest:
@@ -254,7 +254,7 @@ def read_cache_manifest(cache: Path) -> CacheManifest:
 def _blocks(raw: dict[str, Any]) -> Mapping[str, list[str | None]]:
     """The checksums of blocks by column and shard; empty without any that this version can compute."""
     blocks = raw.get("block_checksums") or {}
-    known = blocks.get("algorithm") == "crc32" and blocks.get("bytes") == BLOCK_BYTES
+    known = blocks.get("algorithm") == BLOCK_ALGORITHM and blocks.get("bytes") == BLOCK_BYTES
     columns: Mapping[str, list[str | None]] = blocks["columns"] if known else {}
     return columns
 
@@ -372,7 +372,9 @@ def _contradiction(manifest: CacheManifest) -> str | None:
         rows = manifest.n_contexts if is_unit_column(name, of) else manifest.n_rows
         n_bytes = row_bytes(column.type.dtype, column.type.row_shape)
         for shard in column.shards:
-            if shard.blocks is not None and len(shard.blocks) != 8 * -(-shard.rows * n_bytes // BLOCK_BYTES):
+            if shard.blocks is not None and len(shard.blocks) != SUM_DIGITS * -(
+                -shard.rows * n_bytes // BLOCK_BYTES
+            ):
                 return f"column {name} has another number of blocks than of their checksums"
         if column.n_rows != rows:
             return f"column {name} has {column.n_rows} rows instead of {rows}"

@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_64_hexdigest
 
 from saebench.core.errors import UserError
 from saebench.core.files import atomic_file
@@ -24,12 +24,14 @@ from saebench.core.reading import open_file
 DATA_START = 65_536
 TENSOR_NAME = "data"
 BLOCK_BYTES = 131_072
-"""Data of a shard that has one CRC-32, from the first byte after the header; the last block is shorter."""
+"""Data of a shard that has one checksum, from the first byte after the header; the last block is shorter."""
+BLOCK_ALGORITHM = "xxh3-64"
+SUM_DIGITS = 16
 
 
 class Sums(NamedTuple):
-    """Checksums of a shard: SHA-256 of the file, and the CRC-32 of each block of its data, 8 hexadecimal
-    digits each, one after the other."""
+    """Checksums of a shard: SHA-256 of the file, and XXH3 of each block of its data, 16 hexadecimal digits
+    each, one after the other."""
 
     sha256: str
     blocks: str
@@ -70,7 +72,7 @@ def sums_of(header: bytes, data: memoryview) -> Sums:
     digest = hashlib.sha256(header)
     digest.update(data)
     blocks = (data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES))
-    return Sums(digest.hexdigest(), "".join(f"{zlib.crc32(block):08x}" for block in blocks))
+    return Sums(digest.hexdigest(), "".join(map(xxh3_64_hexdigest, blocks)))
 
 
 def write_shard(path: Path, rows: Tensor, dtype: str) -> Sums:

@@ -1,8 +1,8 @@
 """Verification of a cache's rows: blocks of a column are compared with their checksums before they are used.
 
-A manifest has a CRC-32 for each block of 128 KiB of a shard's data; one of saebench 0.1 has only the SHA-256
+A manifest has an XXH3 for each block of 128 KiB of a shard's data; one of saebench 0.1 has only the SHA-256
 of each shard, and there a block is a whole shard. Each block is verified once per process, by several
-threads, which zlib and hashlib leave free to work (CRC-32 reads 2 GB/s on one core).
+threads. XXH3 reads 10 GB/s on one core, five times as much as CRC-32.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,10 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from xxhash import xxh3_64_hexdigest
 
 from saebench.activations.manifest import CacheColumn, column_folder
 from saebench.activations.mapping import map_column, populate
-from saebench.activations.shards import BLOCK_BYTES, row_bytes, shard_path
+from saebench.activations.shards import BLOCK_BYTES, SUM_DIGITS, row_bytes, shard_path
 from saebench.core.errors import UserError
 from saebench.core.files import sha256_file
 
@@ -48,6 +48,7 @@ class VerifiedColumn:
         self._shards = column.shards
         self._paths = [shard_path(cache / column_folder(name), i) for i in range(len(column.shards))]
         self._data = self.tensor.reshape(-1).view(torch.uint8)
+        self._bytes = self._data.numpy()
         sizes = [shard.rows * self.row_bytes for shard in column.shards]
         self._shard_bytes = max(sizes, default=1)
         self._has_blocks = all(shard.blocks is not None for shard in column.shards)
@@ -126,25 +127,31 @@ class VerifiedColumn:
             self._all_done = bool(self._done.all())
 
     def _check(self, blocks: NDArray[np.int64]) -> None:
-        for block in blocks.tolist():
+        if self._has_blocks:
+            bounds = [self._bytes_of(block) for block in blocks.tolist()]
+            for start, end in _joined(bounds):
+                populate(self._data[start:end])
+        else:
+            bounds = [(0, 0)] * len(blocks)
+        for block, (start, end) in zip(blocks.tolist(), bounds, strict=True):
             if self._done[block]:  # with its shard, meanwhile
                 continue
             shard, within = divmod(block, self._per_shard)
-            path = self._paths[shard]
             if self._has_blocks:
-                start = shard * self._shard_bytes + within * self._block_bytes
-                end = start + min(
-                    self._block_bytes,
-                    self._shards[shard].rows * self.row_bytes - within * self._block_bytes,
-                )
-                data = self._data[start:end]
-                populate(data)
-                expected = str(self._shards[shard].blocks)[8 * within : 8 * within + 8]
-                if f"{zlib.crc32(data.numpy().data):08x}" == expected:
+                digits = slice(SUM_DIGITS * within, SUM_DIGITS * (within + 1))
+                if xxh3_64_hexdigest(self._bytes[start:end].data) == str(self._shards[shard].blocks)[digits]:
                     self._done[block] = True
                     continue
-            check_sha256(path, self._shards[shard].sha256)  # also if the manifest's list of blocks is wrong
+            # Also if the manifest's list of blocks is wrong.
+            check_sha256(self._paths[shard], self._shards[shard].sha256)
             self._done[shard * self._per_shard : (shard + 1) * self._per_shard] = True
+
+    def _bytes_of(self, block: int) -> Range:
+        """The bytes [start, end) of a block in the column's data."""
+        shard, within = divmod(block, self._per_shard)
+        left = self._shards[shard].rows * self.row_bytes - within * self._block_bytes
+        start = shard * self._shard_bytes + within * self._block_bytes
+        return start, start + min(self._block_bytes, left)
 
     def _files(self) -> object:
         """The identity of the column's files: a file that is written again is verified again."""
@@ -152,6 +159,18 @@ class VerifiedColumn:
         folder = self._paths[0].parent.resolve() if self._paths else None
         stamps = tuple((state.st_ino, state.st_mtime_ns, state.st_size) for state in states)
         return folder, stamps, tuple(shard.sha256 for shard in self._shards)
+
+
+def _joined(ranges: Sequence[Range]) -> Iterator[Range]:
+    """Ascending ranges, with those that touch made one."""
+    first = last = ranges[0][0] if ranges else 0
+    for start, end in ranges:
+        if start != last:
+            yield first, last
+            first = start
+        last = end
+    if last > first:
+        yield first, last
 
 
 class _Threads:

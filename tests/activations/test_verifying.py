@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_64_hexdigest
 
 import saebench as sb
 from saebench.activations.cache import ActivationCache
@@ -137,9 +137,9 @@ def test_flipped_bytes_of_gradients_are_refused(make_cache, tmp_path) -> None:
 
 def test_each_block_is_verified_once_per_process(cache, monkeypatch) -> None:
     counted: list[object] = []
-    crc32 = zlib.crc32
     monkeypatch.setattr(
-        "saebench.activations.verifying.zlib.crc32", lambda data: counted.append(1) or crc32(data)
+        "saebench.activations.verifying.xxh3_64_hexdigest",
+        lambda data: counted.append(1) or xxh3_64_hexdigest(data),
     )
     monkeypatch.setattr("saebench.activations.verifying.check_sha256", lambda path, _: counted.append(path))
     for _ in range(2):
@@ -149,7 +149,7 @@ def test_each_block_is_verified_once_per_process(cache, monkeypatch) -> None:
         sb.open_cache(cache).activations()
     manifest = sb.open_cache(cache).manifest
     columns = manifest.get("block_checksums", {}).get("columns")
-    n_blocks = sum(len(s) // 8 for sums in columns.values() for s in sums) if columns else 6
+    n_blocks = sum(len(s) // 16 for sums in columns.values() for s in sums) if columns else 6
     assert len(counted) == n_blocks
 
 
