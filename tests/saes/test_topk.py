@@ -50,7 +50,7 @@ def test_every_input_shape_gives_its_own_leading_shape():
     assert sae(x).shape == (2, 3, 12) and sae(x[0, 0]).shape == (12,)
     torch.testing.assert_close(sae(x)[1, 2], sae(x[1, 2]))
     assert sae.encode(rows(0)).to_dense().shape == (0, 40)
-    with pytest.raises(ValueError, match="d_in = 12"):
+    with pytest.raises(UserError, match="its last axis must be 12 wide"):
         sae.encode(torch.zeros(3, 11))
 
 

@@ -28,7 +28,7 @@ def site_tiles(row: dict[str, Any], here: Here) -> list[Statistic]:
         return [Statistic("Sites", kind, note, row["main_share"], "largest share of the decoder norm")]
     if info["sites"] == info["targets"]:
         return []
-    skip = "with a skip connection" if info["skip"] else ""
+    skip = "with a skip" if info["skip"] else ""
     return [Statistic("Reads", reads(info)), Statistic("Writes", writes(info), skip)]
 
 
