@@ -57,14 +57,16 @@ def content_policy(index: str) -> str:
     """The Content-Security-Policy: pages load and send nothing elsewhere, and are in no frame.
 
     ``index`` is the HTML that all pages begin with. Of scripts inside pages, only its own ones run, so
-    text that became markup would still not be a script. Scripts of components arrive as ``blob:``.
+    text that became markup would still not be a script. Scripts of components arrive as ``blob:``. Plotly's
+    scatter plots of many points compile functions at run time, which needs 'unsafe-eval'.
     """
     scripts = [
         base64.b64encode(hashlib.sha256(one.encode()).digest()) for one in INLINE_SCRIPT.findall(index)
     ]
     hashes = "".join(f" 'sha256-{one.decode()}'" for one in scripts)
     return (
-        f"default-src 'none'; script-src 'self' blob:{hashes}; style-src 'self' 'unsafe-inline'; "
+        f"default-src 'none'; script-src 'self' 'unsafe-eval' blob:{hashes}; "
+        "style-src 'self' 'unsafe-inline'; "
         "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src blob:; "
         "manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )

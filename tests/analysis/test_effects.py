@@ -227,7 +227,7 @@ def test_cache_of_other_model_or_without_contexts_raises_user_error(
     imported = make_cache(tmp_path / "imported", torch.randn(50, 32), hook=hook)
     with pytest.raises(UserError, match="was imported without tokens"):
         loss_effects(run, imported, tiny_model, quiet=True)
-    other = dataclasses.replace(tiny_model.info, hash="0" * 64)
+    other = dataclasses.replace(tiny_model.info, hash="0" * 64, identity="1" * 64)
     monkeypatch.setattr(tiny_model, "info", other)
     with pytest.raises(UserError, match="their hashes differ"):
         loss_effects(load(run), tiny_cache, tiny_model, hook, quiet=True)

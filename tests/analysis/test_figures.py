@@ -103,7 +103,7 @@ def test_steering_curve_has_one_point_per_strength() -> None:
 def test_training_curves_have_one_line_per_run_and_measure(tmp_path: Path) -> None:
     for name, values in {"a": [0.5, 0.25], "<b>": [0.75, 0.5]}.items():
         (tmp_path / name).mkdir()
-        lines = [json.dumps({"tokens": 10 * i, "fvu": v, "l0": 3}) for i, v in enumerate(values)]
+        lines = [json.dumps({"step": i, "tokens": 10 * i, "fvu": v, "l0": 3}) for i, v in enumerate(values)]
         (tmp_path / name / "metrics.jsonl").write_text("\n".join([*lines, '{"tokens": 2']))
     figure = figures.training_curves([tmp_path / "a", tmp_path / "<b>"], ["fvu", "l0"])
     assert [list(trace.y) for trace in figure.data] == [[0.5, 0.25], [3, 3], [0.75, 0.5], [3, 3]]
@@ -113,7 +113,9 @@ def test_training_curves_have_one_line_per_run_and_measure(tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty has no metrics.jsonl; name a run directory"):
         figures.training_curves(tmp_path / "empty")
-    with pytest.raises(UserError, match="'kl' is not a measure of these runs; give one of tokens, fvu, l0"):
+    with pytest.raises(
+        UserError, match="'kl' is not a measure of these runs; give one of step, tokens, fvu, l0"
+    ):
         figures.training_curves(tmp_path / "a", ["kl"])
     with pytest.raises(UserError, match="runs is empty"):
         figures.training_curves([])

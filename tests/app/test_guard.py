@@ -247,7 +247,7 @@ def test_every_answer_forbids_frames_other_sites_and_shared_caches(client: Clien
         assert headers["cross-origin-resource-policy"] == "same-origin"
         assert "cache-control" in headers
     script = policy.split("script-src ")[1].split(";")[0]
-    assert "unsafe" not in script and "http" not in script
+    assert "unsafe-inline" not in script and "http" not in script
     assert "SameSite=Strict" in client.ask("GET", "/_stcore/health").headers["set-cookie"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ SITES = (SiteWidth(HOOK, D_IN),)
 class Model:
     def __init__(self, hash: str = HASH, W_U: torch.Tensor | None = None) -> None:
         self.hash = hash
+        self.info = SimpleNamespace(to_json=lambda: {"name": "small", "hash": hash})
         self._W_U = small_unembedding() if W_U is None else W_U
 
     def residual_hook(self, hook: str) -> bool:
