@@ -20,12 +20,11 @@ from tests.torture.outcome import Outcome
 
 # Each part with its share of the time.
 PARTS = {
-    "crash_states": 0.2,
-    "kills": 0.3,
-    "damaged_files": 0.25,
+    "kills": 0.35,
+    "damaged_files": 0.3,
     "full_disks": 0.1,
-    "readers": 0.05,
-    "hostile_pages": 0.1,
+    "readers": 0.1,
+    "hostile_pages": 0.15,
 }
 
 
