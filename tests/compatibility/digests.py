@@ -127,7 +127,17 @@ def listed(patterns: Iterable[tuple[str, ...]], name: str, key: str) -> bool:
 def digest_file(path: Path) -> dict[str, Any]:
     """Key -> digest; a file of bytes has the one key "bytes"."""
     read = READERS.get(path.suffix)
-    return read(path) if read else {"bytes": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+    return read(path) if read else {"bytes": hashlib.sha256(bytes_of(path)).hexdigest()[:16]}
+
+
+def bytes_of(path: Path) -> bytes:
+    """The bytes of a file; of a checkpoint without its metadata, which version 0.1 did not write."""
+    data = path.read_bytes()
+    if path.parent.name != "checkpoints" or path.suffix != ".safetensors":
+        return data
+    from safetensors.torch import load, save
+
+    return save(load(data))
 
 
 def read_json(path: Path) -> dict[str, Any]:
